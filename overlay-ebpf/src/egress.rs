@@ -1,0 +1,89 @@
+//! Egress: what to do with an inner packet that was routed to the overlay device.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::{
+    abi::Config,
+    entropy,
+    route::Routes,
+    source,
+    verdict::{DropReason, EgressVerdict, PuntReason},
+    wire::{Bytes, Ipv4, OVERHEAD, Udp, inner, ipv4::Rewrite},
+};
+
+/// Longest inner packet whose outer total length IPv4 can still say: 65507 bytes.
+const MAX_INNER_LEN: usize = u16::MAX as usize - OVERHEAD;
+
+/// How to wrap an inner packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Encap {
+    /// The headers to put in front of it.
+    pub outer: Outer,
+    /// The inner header's new fields.
+    pub rewrite: Rewrite,
+    /// Underlay address of the peer, network byte order.
+    pub peer: [u8; 4],
+}
+
+/// Outer IPv4 and UDP header as they go on the wire: 28 bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Outer {
+    /// IPv4 header.
+    pub ipv4: Ipv4,
+    /// UDP header.
+    pub udp: Udp,
+}
+
+/// Decides about the inner packet that starts at the first byte of `packet` and is `len` bytes long (of which `packet`
+/// need not show all, but headers).
+#[inline(always)]
+pub fn decide<P: Bytes + ?Sized>(
+    packet: &P,
+    len: usize,
+    config: &Config,
+    routes: &impl Routes,
+) -> EgressVerdict {
+    let header = match inner(packet, 0, len) {
+        Ok(header) => header,
+        // A TCP super-packet beyond 64 KiB ("BIG TCP") says 0: the device that cannot send it whole gets segments.
+        Err(DropReason::BadTotalLength) if len > u16::MAX as usize => {
+            return EgressVerdict::Punt(PuntReason::TooLong);
+        }
+        Err(reason) => return EgressVerdict::Drop(reason),
+    };
+    if header.total_len() < len {
+        return EgressVerdict::Drop(DropReason::TrailingBytes);
+    }
+    if let Err(reason) = source::check_egress(config, header.source()) {
+        return EgressVerdict::Drop(reason);
+    }
+    // A packet for our own subnet is here only because no container holds that address: sending it anywhere would loop.
+    if config.subnet.contains(header.destination()) {
+        return EgressVerdict::Drop(DropReason::NoRoute);
+    }
+    let Some(peer) = routes.peer_of(header.destination()) else {
+        return EgressVerdict::Drop(DropReason::NoRoute);
+    };
+    if header.ttl() <= 1 {
+        return EgressVerdict::Drop(DropReason::TtlExpired);
+    }
+    if header.total_len() > MAX_INNER_LEN {
+        return EgressVerdict::Punt(PuntReason::TooLong);
+    }
+    EgressVerdict::Encap(Encap {
+        outer: outer(packet, &header, config, peer),
+        // RFC 6040 section 4.1, normal mode: the inner ECN field stays and the outer copies it.
+        rewrite: Rewrite::next_hop(&header, header.tos()),
+        peer,
+    })
+}
+
+#[inline(always)]
+fn outer<P: Bytes + ?Sized>(packet: &P, header: &Ipv4, config: &Config, peer: [u8; 4]) -> Outer {
+    let udp_len = (header.total_len() + Udp::LEN) as u16;
+    Outer {
+        ipv4: Ipv4::outer(header.tos(), udp_len + Ipv4::LEN as u16, config.public_ip, peer),
+        udp: Udp::outer(entropy::source_port(packet, 0, header), config.port, udp_len),
+    }
+}

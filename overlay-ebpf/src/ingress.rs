@@ -1,0 +1,161 @@
+//! Ingress: what to do with a packet that arrived on the underlay.
+//!
+//! Two stages. [`decide`] looks at a whole Ethernet frame and finds out whether it is one of ours; the eBPF programs call
+//! it. [`decide_inner`] judges what is inside; the tun datapath, whose outer headers the kernel's UDP socket has taken
+//! off, enters there.
+
+use crate::{
+    abi::Config,
+    checksum,
+    route::Routes,
+    source,
+    verdict::{DropReason, IngressVerdict, PuntReason},
+    wire::{
+        Bytes, Ethernet, Ipv4, OVERHEAD, Udp,
+        ethernet::ETHERTYPE_IPV4,
+        inner,
+        ipv4::{ECN_CE, ECN_ECT0, ECN_ECT1, ECN_MASK, ECN_NOT_ECT, PROTOCOL_UDP, Rewrite},
+    },
+};
+
+/// Where the inner packet starts in a frame whose outer header has no options: 42 bytes.
+pub const INNER_OFFSET: usize = Ethernet::LEN + OVERHEAD;
+
+/// How to unwrap a packet: take off what is in front of the inner header and apply `rewrite` to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Decap {
+    /// The inner header's new fields.
+    pub rewrite: Rewrite,
+    /// Length of the inner packet in bytes.
+    pub inner_len: usize,
+}
+
+/// Decides about an Ethernet frame of `len` bytes (of which `frame` need not show all, but headers).
+#[inline(always)]
+pub fn decide<P: Bytes + ?Sized>(
+    frame: &P,
+    len: usize,
+    config: &Config,
+    routes: &impl Routes,
+) -> IngressVerdict {
+    let Some((ipv4, udp)) = ours(frame, config) else {
+        return IngressVerdict::Pass;
+    };
+    if ipv4.header_len() > Ipv4::LEN {
+        return IngressVerdict::Punt(PuntReason::OuterOptions);
+    }
+    if ipv4.is_fragment() {
+        return IngressVerdict::Punt(PuntReason::OuterFragment);
+    }
+    if Ethernet::LEN + ipv4.total_len() > len || udp.len() < Udp::LEN || udp.len() + Ipv4::LEN != ipv4.total_len()
+    {
+        return IngressVerdict::Punt(PuntReason::OuterLength);
+    }
+    if is_partial(&ipv4, &udp) {
+        return IngressVerdict::Punt(PuntReason::OuterChecksumPartial);
+    }
+    decide_inner(frame, INNER_OFFSET, udp.len() - Udp::LEN, ipv4.source(), ipv4.tos(), config, routes)
+}
+
+/// Decides about the inner packet at `offset` in `packet`, the payload of a datagram from `peer` that is `payload` bytes
+/// long and whose outer header said `outer_tos`.
+#[inline(always)]
+pub fn decide_inner<P: Bytes + ?Sized>(
+    packet: &P,
+    offset: usize,
+    payload: usize,
+    peer: [u8; 4],
+    outer_tos: u8,
+    config: &Config,
+    routes: &impl Routes,
+) -> IngressVerdict {
+    if payload == 0 {
+        return IngressVerdict::Drop(DropReason::Truncated);
+    }
+    let header = match inner(packet, offset, payload) {
+        Ok(header) => header,
+        Err(reason) => return IngressVerdict::Drop(reason),
+    };
+    if header.total_len() < payload {
+        return IngressVerdict::Punt(PuntReason::OuterGro);
+    }
+    if let Err(reason) = source::check_ingress(config, routes, header.source(), peer) {
+        return IngressVerdict::Drop(reason);
+    }
+    if !config.subnet.contains(header.destination()) {
+        return IngressVerdict::Drop(DropReason::NotForUs);
+    }
+    if header.ttl() <= 1 {
+        return IngressVerdict::Drop(DropReason::TtlExpired);
+    }
+    let Some(tos) = decap_tos(outer_tos, header.tos()) else {
+        return IngressVerdict::Drop(DropReason::EcnCongestion);
+    };
+    IngressVerdict::Decap(Decap { rewrite: Rewrite::next_hop(&header, tos), inner_len: header.total_len() })
+}
+
+/// The outer headers of a frame that is addressed to this overlay: IPv4 to our public address, UDP to our port.
+#[inline(always)]
+fn ours<P: Bytes + ?Sized>(frame: &P, config: &Config) -> Option<(Ipv4, Udp)> {
+    if frame.view::<Ethernet>(0)?.ethertype() != ETHERTYPE_IPV4 {
+        return None;
+    }
+    let ipv4 = *frame.view::<Ipv4>(Ethernet::LEN)?;
+    if ipv4.version() != 4
+        || ipv4.header_len() < Ipv4::LEN
+        || ipv4.protocol() != PROTOCOL_UDP
+        || ipv4.destination() != config.public_ip
+        || ipv4.is_later_fragment()
+    {
+        return None;
+    }
+    let udp = *frame.view::<Udp>(Ethernet::LEN + ipv4.header_len())?;
+    (udp.destination_port() == config.port).then_some((ipv4, udp))
+}
+
+/// Whether the outer UDP checksum is the bare pseudo header's sum: the sender's kernel left it to hardware that was never
+/// met, as veth and virtio allow. The kernel then keeps a pointer to the outer UDP header, which must not be cut off
+/// under it: a later completion would write into the wrong bytes. One finished checksum in 65536 looks the same; the slow
+/// path handles that datagram just as well.
+#[inline(always)]
+fn is_partial(ipv4: &Ipv4, udp: &Udp) -> bool {
+    let pseudo_header =
+        checksum::pseudo_header(ipv4.source(), ipv4.destination(), PROTOCOL_UDP, udp.len() as u16);
+    udp.checksum() != 0 && udp.checksum() == pseudo_header
+}
+
+/// The inner TOS after decapsulation (RFC 6040 section 4.2, figure 4), or `None` when the packet must be dropped:
+/// congestion was marked and the inner transport would not see it.
+#[inline(always)]
+fn decap_tos(outer: u8, inner: u8) -> Option<u8> {
+    match (outer & ECN_MASK, inner & ECN_MASK) {
+        (ECN_CE, ECN_NOT_ECT) => None,
+        (ECN_CE, _) => Some(inner | ECN_CE),
+        (ECN_ECT1, ECN_ECT0) => Some((inner & !ECN_MASK) | ECN_ECT1),
+        (_, _) => Some(inner),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ecn_follows_figure_4_of_rfc_6040() {
+        // Rows: inner Not-ECT, ECT(0), ECT(1), CE. Columns: outer Not-ECT, ECT(0), ECT(1), CE.
+        let figure = [
+            (0b00, [Some(0b00), Some(0b00), Some(0b00), None]),
+            (0b10, [Some(0b10), Some(0b10), Some(0b01), Some(0b11)]),
+            (0b01, [Some(0b01), Some(0b01), Some(0b01), Some(0b11)]),
+            (0b11, [Some(0b11), Some(0b11), Some(0b11), Some(0b11)]),
+        ];
+        for (inner, row) in figure {
+            for (outer, expected) in [0b00, 0b10, 0b01, 0b11].into_iter().zip(row) {
+                assert_eq!(decap_tos(outer, inner), expected, "outer {outer:02b} inner {inner:02b}");
+                // The DSCP of the inner header survives (RFC 2983, uniform treatment of the outer's).
+                let with_dscp = decap_tos(outer | 0xb8, inner | 0x28);
+                assert_eq!(with_dscp, expected.map(|ecn| ecn | 0x28));
+            }
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! tc ingress of the underlay: delivers what XDP unwrapped, acts on the packet core's verdict about the rest.
+#![allow(unsafe_code, reason = "kernel helpers that aya does not wrap")]
+
+use aya_ebpf::{
+    bindings::{
+        BPF_F_ADJ_ROOM_FIXED_GSO, BPF_F_INGRESS, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
+    },
+    helpers::bpf_redirect,
+    programs::TcContext,
+};
+use overlay_ebpf::{
+    abi::{Config, DECAPPED_MARK},
+    ingress::{self, Decap},
+    verdict::{DropReason, IngressVerdict},
+    wire::{Ethernet, Ipv4, OVERHEAD},
+};
+
+use super::{
+    maps::{self, RouteMap},
+    memory::Packet,
+};
+
+/// Ethernet (14), outer IPv4 with options (60) or outer and inner IPv4 (14 + 28 + 20).
+const HEADERS: u32 = 82;
+
+/// `TC_ACT_UNSPEC` goes on to the next program and then to the kernel's stack, where the agent's socket is.
+const TO_THE_STACK: i32 = TC_ACT_UNSPEC;
+
+/// Runs on a frame with its Ethernet header, after GRO: it may be a super-packet.
+#[inline(always)]
+pub(super) fn run(ctx: &TcContext) -> i32 {
+    let Some(config) = maps::config() else {
+        return TO_THE_STACK;
+    };
+    if take_mark(ctx) {
+        return deliver(config);
+    }
+    let len = ctx.len();
+    if Packet::of_skb(ctx).visible() < HEADERS.min(len) as usize {
+        // If it fails the core sees what is there.
+        let _ = ctx.pull_data(HEADERS.min(len));
+    }
+    match ingress::decide(&Packet::of_skb(ctx), len as usize, config, &RouteMap) {
+        IngressVerdict::Pass => TO_THE_STACK,
+        IngressVerdict::Decap(decap) => unwrap(ctx, config, &decap),
+        IngressVerdict::Punt(reason) => {
+            maps::count_punt(reason);
+            TO_THE_STACK
+        }
+        IngressVerdict::Drop(reason) => {
+            maps::count_drop(reason);
+            TC_ACT_SHOT
+        }
+    }
+}
+
+/// Whether XDP on this device unwrapped the frame. The mark is wiped: the buffer may pass other hooks, also those of
+/// another overlay, where it would say more than is true.
+#[inline(always)]
+fn take_mark(ctx: &TcContext) -> bool {
+    let mut metadata = Packet::metadata_of_skb(ctx);
+    match metadata.view_mut::<[u8; 8]>(0) {
+        Some(mark) if *mark == DECAPPED_MARK => {
+            *mark = [0; 8];
+            true
+        }
+        Some(_) | None => false,
+    }
+}
+
+#[inline(always)]
+fn unwrap(ctx: &TcContext, config: &Config, decap: &Decap) -> i32 {
+    // Without FIXED_GSO the kernel would grow the segments by what is taken off.
+    if ctx.adjust_room(-(OVERHEAD as i32), BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO as u64).is_err() {
+        return failed();
+    }
+    let mut packet = Packet::of_skb(ctx);
+    // Writing past the kernel's running checksum is right here: an IPv4 header sums to the same before and after.
+    let Some(inner) = packet.view_mut::<Ipv4>(Ethernet::LEN) else {
+        return failed();
+    };
+    inner.apply(decap.rewrite);
+    maps::count_ingress(decap.inner_len);
+    deliver(config)
+}
+
+/// Lets the packet enter the host through the overlay device, as one that the agent had written there.
+#[inline(always)]
+fn deliver(config: &Config) -> i32 {
+    // SAFETY: a helper without pointers.
+    unsafe { bpf_redirect(config.overlay_ifindex, BPF_F_INGRESS as u64) as i32 }
+}
+
+#[inline(always)]
+fn failed() -> i32 {
+    maps::count_drop(DropReason::DecapFailed);
+    TC_ACT_SHOT
+}

@@ -1,0 +1,41 @@
+//! Source validation: who may send a packet from which overlay address (BCP 38 for the overlay).
+
+use crate::{abi::Config, route::Routes, verdict::DropReason};
+
+/// Checks an inner packet that leaves this host.
+///
+/// Its source may be an address of our own subnet, or one outside the overlay (the host's own, say: what the receiver
+/// makes of it is the receiver's choice). An overlay address that another host holds is spoofed.
+///
+/// # Errors
+///
+/// The reason to drop the packet.
+#[inline(always)]
+pub fn check_egress(config: &Config, source: [u8; 4]) -> Result<(), DropReason> {
+    if config.subnet.contains(source) || !config.network.contains(source) {
+        return Ok(());
+    }
+    Err(DropReason::SpoofedSource)
+}
+
+/// Checks an inner packet that arrived from `peer`: that host must hold the lease of the inner source.
+///
+/// # Errors
+///
+/// The reason to drop the packet.
+#[inline(always)]
+pub fn check_ingress(
+    config: &Config,
+    routes: &impl Routes,
+    source: [u8; 4],
+    peer: [u8; 4],
+) -> Result<(), DropReason> {
+    if config.subnet.contains(source) {
+        return Err(DropReason::SpoofedSource);
+    }
+    match routes.peer_of(source) {
+        Some(holder) if holder == peer => Ok(()),
+        Some(_) => Err(DropReason::SpoofedSource),
+        None => Err(DropReason::UnknownSource),
+    }
+}

@@ -1,0 +1,41 @@
+//! The inner packet: where it lies in what carries it, and whether it is one.
+
+use super::{Bytes, Ipv4};
+use crate::verdict::DropReason;
+
+/// Checks that an IPv4 packet starts at `offset` in `packet` and lies inside the `available` bytes from there, and
+/// returns its header.
+///
+/// Whether bytes follow it is for the caller to say: they mean different things in the two directions. The header
+/// checksum is not checked: the receiving stack does, and RFC 1624 updates keep a wrong one wrong.
+///
+/// # Errors
+///
+/// The reason to drop the packet.
+#[inline(always)]
+pub fn inner<P: Bytes + ?Sized>(packet: &P, offset: usize, available: usize) -> Result<Ipv4, DropReason> {
+    let Some(first) = packet.view::<u8>(offset) else {
+        return Err(DropReason::Truncated);
+    };
+    match first >> 4 {
+        4 => {}
+        6 => return Err(DropReason::Ipv6),
+        _ => return Err(DropReason::BadVersion),
+    }
+    let Some(header) = packet.view::<Ipv4>(offset) else {
+        return Err(DropReason::Truncated);
+    };
+    if header.header_len() < Ipv4::LEN {
+        return Err(DropReason::BadHeaderLength);
+    }
+    if header.header_len() > available {
+        return Err(DropReason::Truncated);
+    }
+    if header.total_len() < header.header_len() {
+        return Err(DropReason::BadTotalLength);
+    }
+    if header.total_len() > available {
+        return Err(DropReason::Truncated);
+    }
+    Ok(*header)
+}

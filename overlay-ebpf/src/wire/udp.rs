@@ -1,0 +1,72 @@
+//! UDP header (RFC 768).
+
+use bytemuck::{Pod, Zeroable};
+
+/// The 8 bytes of a UDP header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Udp {
+    source_port: [u8; 2],
+    destination_port: [u8; 2],
+    length: [u8; 2],
+    checksum: [u8; 2],
+}
+
+impl Udp {
+    /// Length in bytes.
+    pub const LEN: usize = 8;
+
+    /// A header without checksum (zero, which IPv4 allows: RFC 768). `length` counts this header and the payload.
+    #[inline(always)]
+    pub fn outer(source_port: u16, destination_port: u16, length: u16) -> Self {
+        Self {
+            source_port: source_port.to_be_bytes(),
+            destination_port: destination_port.to_be_bytes(),
+            length: length.to_be_bytes(),
+            checksum: [0; 2],
+        }
+    }
+
+    /// Source port.
+    #[inline(always)]
+    pub fn source_port(&self) -> u16 {
+        u16::from_be_bytes(self.source_port)
+    }
+
+    /// Destination port.
+    #[inline(always)]
+    pub fn destination_port(&self) -> u16 {
+        u16::from_be_bytes(self.destination_port)
+    }
+
+    /// Length of header and payload in bytes, as the header says; valid from 8.
+    #[inline(always)]
+    pub fn len(&self) -> usize {
+        u16::from_be_bytes(self.length) as usize
+    }
+
+    /// Whether the header announces no payload.
+    #[inline(always)]
+    pub fn is_empty(&self) -> bool {
+        self.len() <= Self::LEN
+    }
+
+    /// Checksum over pseudo header, header and payload; 0 when the sender made none.
+    #[inline(always)]
+    pub fn checksum(&self) -> u16 {
+        u16::from_be_bytes(self.checksum)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn accessors_read_the_fields_of_rfc_768() {
+        let header: Udp = bytemuck::cast([0xc0u8, 0x01, 0x20, 0x5d, 0x00, 0x5c, 0x12, 0x34]);
+        assert_eq!((header.source_port(), header.destination_port()), (49153, 8285));
+        assert_eq!((header.len(), header.checksum()), (92, 0x1234));
+        assert_eq!(Udp::outer(49153, 8285, 92).checksum(), 0);
+    }
+}
