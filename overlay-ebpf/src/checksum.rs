@@ -19,9 +19,11 @@ pub fn of_header(header: &Ipv4) -> u16 {
     !fold(sum + w6 as u32 + w7 as u32 + w8 as u32 + w9 as u32)
 }
 
-/// Whether the checksum of an IPv4 header without options is right.
+/// Whether the checksum of an IPv4 header without options is right (RFC 791: zero and all ones are the same sum).
+#[inline(always)]
 pub fn header_is_valid(header: &Ipv4) -> bool {
-    fold(header.words().iter().map(|word| *word as u32).sum()) == 0xffff
+    let right = of_header(header);
+    header.checksum() == right || (right == 0 && header.checksum() == 0xffff)
 }
 
 /// The folded, not complemented sum of a TCP or UDP pseudo header (RFC 9293 section 3.1, RFC 768).

@@ -35,16 +35,17 @@ pub struct Outer {
     pub udp: Udp,
 }
 
-/// Decides about the inner packet that starts at the first byte of `packet` and is `len` bytes long (of which `packet`
-/// need not show all, but headers).
+/// Decides about the inner packet that starts at `offset` in `packet` and is `len` bytes long (of which `packet` need not
+/// show all, but headers).
 #[inline(always)]
 pub fn decide<P: Bytes + ?Sized>(
     packet: &P,
+    offset: usize,
     len: usize,
     config: &Config,
     routes: &impl Routes,
 ) -> EgressVerdict {
-    let header = match inner(packet, 0, len) {
+    let header = match inner(packet, offset, len) {
         Ok(header) => header,
         // A TCP super-packet beyond 64 KiB ("BIG TCP") says 0: the device that cannot send it whole gets segments.
         Err(DropReason::BadTotalLength) if len > u16::MAX as usize => {
@@ -72,7 +73,7 @@ pub fn decide<P: Bytes + ?Sized>(
         return EgressVerdict::Punt(PuntReason::TooLong);
     }
     EgressVerdict::Encap(Encap {
-        outer: outer(packet, &header, config, peer),
+        outer: outer(&header, entropy::source_port(packet, offset, &header), config, peer),
         // RFC 6040 section 4.1, normal mode: the inner ECN field stays and the outer copies it.
         rewrite: Rewrite::next_hop(&header, header.tos()),
         peer,
@@ -80,10 +81,10 @@ pub fn decide<P: Bytes + ?Sized>(
 }
 
 #[inline(always)]
-fn outer<P: Bytes + ?Sized>(packet: &P, header: &Ipv4, config: &Config, peer: [u8; 4]) -> Outer {
+fn outer(header: &Ipv4, source_port: u16, config: &Config, peer: [u8; 4]) -> Outer {
     let udp_len = (header.total_len() + Udp::LEN) as u16;
     Outer {
         ipv4: Ipv4::outer(header.tos(), udp_len + Ipv4::LEN as u16, config.public_ip, peer),
-        udp: Udp::outer(entropy::source_port(packet, 0, header), config.port, udp_len),
+        udp: Udp::outer(source_port, config.port, udp_len),
     }
 }

@@ -12,11 +12,10 @@ pub const FIRST_PORT: u16 = 49152;
 /// share, so fragments hash without.
 #[inline(always)]
 pub fn source_port<P: Bytes + ?Sized>(packet: &P, offset: usize, header: &Ipv4) -> u16 {
-    let has_ports = matches!(
-        header.protocol(),
-        ipv4::PROTOCOL_TCP | ipv4::PROTOCOL_UDP | ipv4::PROTOCOL_SCTP
-    ) && !header.is_fragment()
-        && header.total_len() >= header.header_len() + 4;
+    let has_ports =
+        matches!(header.protocol(), ipv4::PROTOCOL_TCP | ipv4::PROTOCOL_UDP | ipv4::PROTOCOL_SCTP)
+            && !header.is_fragment()
+            && header.total_len() >= header.header_len() + 4;
     let ports = match has_ports {
         true => packet.view::<[u8; 4]>(offset + header.header_len()).copied().unwrap_or_default(),
         false => [0; 4],

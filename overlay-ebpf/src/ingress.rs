@@ -47,7 +47,12 @@ pub fn decide<P: Bytes + ?Sized>(
     if ipv4.is_fragment() {
         return IngressVerdict::Punt(PuntReason::OuterFragment);
     }
-    if Ethernet::LEN + ipv4.total_len() > len || udp.len() < Udp::LEN || udp.len() + Ipv4::LEN != ipv4.total_len()
+    if !checksum::header_is_valid(&ipv4) {
+        return IngressVerdict::Punt(PuntReason::OuterHeaderChecksum);
+    }
+    if Ethernet::LEN + ipv4.total_len() > len
+        || udp.len() < Udp::LEN
+        || udp.len() + Ipv4::LEN != ipv4.total_len()
     {
         return IngressVerdict::Punt(PuntReason::OuterLength);
     }
@@ -69,9 +74,6 @@ pub fn decide_inner<P: Bytes + ?Sized>(
     config: &Config,
     routes: &impl Routes,
 ) -> IngressVerdict {
-    if payload == 0 {
-        return IngressVerdict::Drop(DropReason::Truncated);
-    }
     let header = match inner(packet, offset, payload) {
         Ok(header) => header,
         Err(reason) => return IngressVerdict::Drop(reason),

@@ -1,9 +1,6 @@
 //! What the packet core decides about one packet.
 
-use crate::{
-    egress::Encap,
-    ingress::Decap,
-};
+use crate::{egress::Encap, ingress::Decap};
 
 /// What to do with an inner packet that was routed to the overlay device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,6 +88,7 @@ reasons! {
     PuntReason {
         OuterOptions = "outer_options": "The outer header has IP options, which the kernel's stack must see.",
         OuterFragment = "outer_fragment": "The outer packet is a first fragment: the kernel's stack reassembles it.",
+        OuterHeaderChecksum = "outer_header_checksum": "The outer header's checksum is wrong: the kernel's stack discards it.",
         OuterLength = "outer_length": "The outer lengths disagree: the kernel's stack trims or discards it.",
         OuterChecksumPartial = "outer_checksum_partial": "The outer checksum is still to be completed, so the kernel's state points at it.",
         OuterGro = "outer_gro": "Several datagrams were merged by the kernel's receive offload.",
@@ -111,7 +109,9 @@ impl PuntReason {
     /// What becomes of a packet that still gives this reason on the slow path, where nothing is left to hand it to.
     pub const fn unresolved(self) -> DropReason {
         match self {
-            Self::OuterOptions | Self::OuterFragment | Self::OuterLength => DropReason::Truncated,
+            Self::OuterOptions | Self::OuterFragment | Self::OuterHeaderChecksum | Self::OuterLength => {
+                DropReason::Truncated
+            }
             Self::OuterChecksumPartial | Self::OuterGro => DropReason::TrailingBytes,
             Self::TooLong => DropReason::TooLong,
             Self::AlreadyEncapsulated => DropReason::EncapFailed,

@@ -27,8 +27,8 @@ use super::{
 const ENCAP_FLAGS: u64 =
     (BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP) as u64;
 
-/// Longest inner header (60) and the ports behind it.
-const HEADERS: u32 = 64;
+/// Ethernet, where there is one (14), the longest inner header (60) and the ports behind it.
+const HEADERS: u32 = 78;
 
 /// `EALREADY`: the kernel allows one level of encapsulation per socket buffer.
 const EALREADY: i64 = 114;
@@ -36,7 +36,7 @@ const EALREADY: i64 = 114;
 /// `TC_ACT_UNSPEC` goes on to the next program and then to the device, whose other end is the agent.
 const TO_THE_AGENT: i32 = TC_ACT_UNSPEC;
 
-/// Runs on a packet without link-layer header: the first byte is the inner IP header's.
+/// Runs on an inner packet, behind the device's link-layer header if it has one.
 #[inline(always)]
 pub(super) fn run(ctx: &TcContext) -> i32 {
     let Some(config) = maps::config() else {
@@ -47,9 +47,10 @@ pub(super) fn run(ctx: &TcContext) -> i32 {
         // If it fails the core sees what is there.
         let _ = ctx.pull_data(HEADERS.min(len));
     }
-    let len = len as usize;
-    match egress::decide(&Packet::of_skb(ctx), len, config, &RouteMap) {
-        EgressVerdict::Encap(encap) => redirect(ctx, config, &encap, len),
+    let link_header = maps::link_header();
+    let len = len as usize - link_header;
+    match egress::decide(&Packet::of_skb(ctx), link_header, len, config, &RouteMap) {
+        EgressVerdict::Encap(encap) => redirect(ctx, config, &encap, link_header, len),
         EgressVerdict::Punt(reason) => {
             maps::count_punt(reason);
             TO_THE_AGENT
@@ -63,7 +64,7 @@ pub(super) fn run(ctx: &TcContext) -> i32 {
 
 /// Wraps the packet and hands it to the underlay, where the kernel resolves the neighbour as for any routed packet.
 #[inline(always)]
-fn redirect(ctx: &TcContext, config: &Config, encap: &Encap, len: usize) -> i32 {
+fn redirect(ctx: &TcContext, config: &Config, encap: &Encap, link_header: usize, len: usize) -> i32 {
     match ctx.adjust_room(OVERHEAD as i32, BPF_ADJ_ROOM_MAC, ENCAP_FLAGS) {
         Ok(()) => {}
         Err(error) if error == -EALREADY => {
@@ -73,7 +74,7 @@ fn redirect(ctx: &TcContext, config: &Config, encap: &Encap, len: usize) -> i32 
         Err(_) => return failed(),
     }
     // SAFETY: the context is the one the kernel gave us; the helper checks the length.
-    if unsafe { bpf_skb_change_head(ctx.as_ptr().cast(), Ethernet::LEN as u32, 0) } != 0 {
+    if link_header == 0 && unsafe { bpf_skb_change_head(ctx.as_ptr().cast(), Ethernet::LEN as u32, 0) } != 0 {
         return failed();
     }
     let mut packet = Packet::of_skb(ctx);

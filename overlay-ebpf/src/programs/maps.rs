@@ -20,6 +20,18 @@ static ROUTES: LpmTrie<[u8; 4], RouteValue> = LpmTrie::with_max_entries(MAX_ROUT
 #[map]
 static COUNTERS: PerCpuArray<Counters> = PerCpuArray::with_max_entries(1, 0);
 
+/// Bytes of link-layer header in front of the packets that the egress program sees: 0 on the overlay device, 14 where the
+/// program hangs on an Ethernet device. Set by the loader, constant for the verifier.
+#[unsafe(no_mangle)]
+static LINK_HEADER: u32 = 0;
+
+/// Bytes of link-layer header in front of an inner packet on egress.
+#[inline(always)]
+pub(super) fn link_header() -> usize {
+    // SAFETY: a static; volatile because the loader writes it where the compiler cannot see.
+    unsafe { core::ptr::read_volatile(&raw const LINK_HEADER) as usize }
+}
+
 /// The kernel's route map, for the packet core.
 pub(super) struct RouteMap;
 

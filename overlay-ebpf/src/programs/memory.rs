@@ -1,5 +1,8 @@
 //! The only place that dereferences packet memory: bounds-checked views for the packet core.
-#![allow(unsafe_code, reason = "packet pointers become references here, after a check that the verifier sees")]
+#![allow(
+    unsafe_code,
+    reason = "packet pointers become references here, after a check that the verifier sees"
+)]
 
 use aya_ebpf::programs::{TcContext, XdpContext};
 use bytemuck::Pod;

@@ -14,17 +14,14 @@ use crate::verdict::DropReason;
 /// The reason to drop the packet.
 #[inline(always)]
 pub fn inner<P: Bytes + ?Sized>(packet: &P, offset: usize, available: usize) -> Result<Ipv4, DropReason> {
-    let Some(first) = packet.view::<u8>(offset) else {
+    let Some(header) = packet.view::<Ipv4>(offset).filter(|_| available >= Ipv4::LEN) else {
         return Err(DropReason::Truncated);
     };
-    match first >> 4 {
+    match header.version() {
         4 => {}
         6 => return Err(DropReason::Ipv6),
         _ => return Err(DropReason::BadVersion),
     }
-    let Some(header) = packet.view::<Ipv4>(offset) else {
-        return Err(DropReason::Truncated);
-    };
     if header.header_len() < Ipv4::LEN {
         return Err(DropReason::BadHeaderLength);
     }

@@ -183,8 +183,11 @@ impl Rewrite {
         let new_tos_word = u16::from_be_bytes([header.version_ihl, tos]);
         let new_ttl_word = u16::from_be_bytes([ttl, header.protocol]);
         let checksum = crate::checksum::update(header.checksum(), old_ttl_word, new_ttl_word);
-        let checksum =
-            if tos == header.tos { checksum } else { crate::checksum::update(checksum, old_tos_word, new_tos_word) };
+        let checksum = if tos == header.tos {
+            checksum
+        } else {
+            crate::checksum::update(checksum, old_tos_word, new_tos_word)
+        };
         Self { tos, ttl, checksum }
     }
 }

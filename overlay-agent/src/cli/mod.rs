@@ -1,0 +1,122 @@
+//! What people type.
+
+mod down;
+mod query;
+mod run;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::{Context as _, Result};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::{control::Question, datapath::ebpf};
+
+const AFTER_HELP: &str = "\
+Examples:
+  overlay-agent run --store dir:/var/lib/overlay --network 10.244.0.0/16
+  overlay-agent run --network 10.244.0.0/16 --subnet 10.244.1.0/24 --peer 10.244.2.0/24=192.168.77.2
+  overlay-agent status
+  overlay-agent counters -o json
+  overlay-agent down
+
+Exit codes: 0 done, 1 refused or failed (one line on standard error says why), 2 wrong usage.";
+
+/// Joins the containers of many Linux hosts into one network, over plain UDP.
+#[derive(Debug, Parser)]
+#[command(version = version(), after_help = AFTER_HELP, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Take a subnet, make the overlay device and carry packets until SIGTERM
+    Run(Box<run::RunArgs>),
+    /// Show how the running agent fares
+    Status(QueryArgs),
+    /// Show where packets go, and which records are no routes
+    Routes(QueryArgs),
+    /// Show what was carried, handed to the slow path, and discarded
+    Counters(QueryArgs),
+    /// Remove everything that an agent, also a killed one, left on this host
+    Down(AgentArgs),
+}
+
+/// Which agent.
+#[derive(Clone, Debug, Args)]
+struct AgentArgs {
+    /// Name of the overlay device
+    #[arg(long, env = "OVERLAY_AGENT_DEVICE", default_value = "ovl0", value_name = "NAME")]
+    device: String,
+    /// Directory of the control socket
+    #[arg(long, env = "OVERLAY_AGENT_RUN_DIR", default_value = "/run/overlay-agent", value_name = "DIR")]
+    run_dir: PathBuf,
+}
+
+#[derive(Clone, Debug, Args)]
+struct QueryArgs {
+    #[command(flatten)]
+    agent: AgentArgs,
+    /// Output format
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Output,
+}
+
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+enum Output {
+    /// For people
+    #[default]
+    Text,
+    /// For scripts
+    Json,
+}
+
+/// Parses the command line and does what it says.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match dispatch(cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(command: Command) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("start the async runtime")?;
+    runtime.block_on(async {
+        match command {
+            Command::Run(args) => run::run(*args).await,
+            Command::Status(args) => query::query(&args, Question::Status).await,
+            Command::Routes(args) => query::query(&args, Question::Routes).await,
+            Command::Counters(args) => query::query(&args, Question::Counters).await,
+            Command::Down(args) => down::down(&args).await,
+        }
+    })
+}
+
+/// The version, and what this binary can do.
+fn version() -> &'static str {
+    match ebpf::OBJECT {
+        Some(_) => concat!(env!("CARGO_PKG_VERSION"), " (datapaths: xdp, tc, tun)"),
+        None => concat!(env!("CARGO_PKG_VERSION"), " (datapath: tun only, built without eBPF programs)"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,251 @@
+//! The network's configuration: flannel's JSON record `config`, with its defaults and limits.
+
+use std::net::Ipv4Addr;
+
+use ipnet::Ipv4Net;
+use serde_json::{Map, Value};
+use thiserror::Error;
+
+/// UDP port of the network when the record names none (flannel's `Backend.Port` of type udp).
+pub const DEFAULT_PORT: u16 = 8285;
+
+/// What all hosts of one network agree on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetworkConfig {
+    /// The whole overlay; host bits are zero.
+    pub network: Ipv4Net,
+    /// Prefix length of the subnet that each host gets.
+    pub subnet_len: u8,
+    /// First subnet that may be handed out.
+    pub subnet_min: Ipv4Addr,
+    /// Last subnet that may be handed out.
+    pub subnet_max: Ipv4Addr,
+    /// UDP port of every host.
+    pub port: u16,
+}
+
+/// Why a configuration record cannot be used.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum ConfigError {
+    /// Not JSON, or not an object.
+    #[error("the network config is not a JSON object: {0}")]
+    NotJson(String),
+    /// A key has a value of the wrong type or outside its range.
+    #[error("the network config's {key} is {value}: expected {expected}")]
+    Invalid {
+        /// The key.
+        key: &'static str,
+        /// Its value.
+        value: String,
+        /// What it should be.
+        expected: String,
+    },
+    /// `Network` is missing.
+    #[error("the network config names no Network, for example {{\"Network\":\"10.244.0.0/16\"}}")]
+    NoNetwork,
+    /// The network uses another backend.
+    #[error("the network config's Backend.Type is {0:?}: overlay-agent carries only \"udp\"")]
+    OtherBackend(String),
+}
+
+impl NetworkConfig {
+    /// The configuration of a network of which only the addresses are given.
+    ///
+    /// # Errors
+    ///
+    /// When the network is too small to be divided: smaller than a /28.
+    pub fn of_network(network: Ipv4Net) -> Result<Self, ConfigError> {
+        Self::parse(&serde_json::json!({ "Network": network.to_string() }).to_string())
+    }
+
+    /// Parses flannel's record. Keys match whatever their case, as in Go; unknown keys are ignored.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError`] names the key and what it should be.
+    pub fn parse(json: &str) -> Result<Self, ConfigError> {
+        let value: Value =
+            serde_json::from_str(json).map_err(|error| ConfigError::NotJson(error.to_string()))?;
+        let Value::Object(record) = value else {
+            return Err(ConfigError::NotJson(format!("it is {value}")));
+        };
+        let network = network(&record)?;
+        let subnet_len = subnet_len(&record, network)?;
+        let subnet_size = 1u32 << (32 - u32::from(subnet_len));
+        let (first, last) = (u32::from(network.network()), u32::from(network.broadcast()));
+        let subnet_min = bound(&record, "SubnetMin", network, subnet_size, first.wrapping_add(subnet_size))?;
+        let subnet_max = bound(
+            &record,
+            "SubnetMax",
+            network,
+            subnet_size,
+            last.wrapping_sub(subnet_size).wrapping_add(1),
+        )?;
+        if subnet_min > subnet_max {
+            return Err(ConfigError::Invalid {
+                key: "SubnetMin",
+                value: subnet_min.to_string(),
+                expected: format!("an address up to SubnetMax ({subnet_max})"),
+            });
+        }
+        Ok(Self { network, subnet_len, subnet_min, subnet_max, port: port(&record)? })
+    }
+
+    /// Every subnet that may be handed out, in order.
+    pub fn subnets(&self) -> impl Iterator<Item = Ipv4Net> {
+        let size = 1u64 << (32 - u32::from(self.subnet_len));
+        let (first, last) = (u64::from(u32::from(self.subnet_min)), u64::from(u32::from(self.subnet_max)));
+        let length = self.subnet_len;
+        (first..=last)
+            .step_by(size as usize)
+            .filter_map(move |base| Ipv4Net::new(Ipv4Addr::from(base as u32), length).ok())
+    }
+}
+
+/// The value of a key whatever its case; an exact match goes first (Go's encoding/json).
+pub(crate) fn field<'a>(record: &'a Map<String, Value>, key: &str) -> Option<&'a Value> {
+    let value = record
+        .get(key)
+        .or_else(|| record.iter().find(|(name, _)| name.eq_ignore_ascii_case(key)).map(|(_, value)| value));
+    value.filter(|value| !value.is_null())
+}
+
+fn network(record: &Map<String, Value>) -> Result<Ipv4Net, ConfigError> {
+    let value = field(record, "Network").ok_or(ConfigError::NoNetwork)?;
+    let invalid = |expected: &str| ConfigError::Invalid {
+        key: "Network",
+        value: value.to_string(),
+        expected: expected.to_owned(),
+    };
+    let network: Ipv4Net = value
+        .as_str()
+        .and_then(|text| text.parse().ok())
+        .ok_or_else(|| invalid("an IPv4 network such as \"10.244.0.0/16\""))?;
+    if network.prefix_len() > 28 || network.prefix_len() == 0 {
+        return Err(invalid("a prefix length from 1 to 28: there must be room for several hosts"));
+    }
+    Ok(network.trunc())
+}
+
+fn subnet_len(record: &Map<String, Value>, network: Ipv4Net) -> Result<u8, ConfigError> {
+    let shortest = network.prefix_len() + 2;
+    let Some(value) = field(record, "SubnetLen").filter(|value| value.as_u64() != Some(0)) else {
+        return Ok(if network.prefix_len() <= 22 { 24 } else { shortest });
+    };
+    match value.as_u64().and_then(|length| u8::try_from(length).ok()) {
+        Some(length) if (shortest..=30).contains(&length) => Ok(length),
+        _ => Err(ConfigError::Invalid {
+            key: "SubnetLen",
+            value: value.to_string(),
+            expected: format!("a prefix length from {shortest} (four subnets in {network}) to 30"),
+        }),
+    }
+}
+
+fn bound(
+    record: &Map<String, Value>,
+    key: &'static str,
+    network: Ipv4Net,
+    subnet_size: u32,
+    default: u32,
+) -> Result<Ipv4Addr, ConfigError> {
+    let Some(value) = field(record, key) else {
+        return Ok(Ipv4Addr::from(default));
+    };
+    value
+        .as_str()
+        .and_then(|text| text.parse::<Ipv4Addr>().ok())
+        .filter(|address| network.contains(address) && u32::from(*address) % subnet_size == 0)
+        .ok_or_else(|| ConfigError::Invalid {
+            key,
+            value: value.to_string(),
+            expected: format!("the first address of a subnet inside {network}"),
+        })
+}
+
+fn port(record: &Map<String, Value>) -> Result<u16, ConfigError> {
+    let Some(backend) = field(record, "Backend") else {
+        return Ok(DEFAULT_PORT);
+    };
+    let Value::Object(backend) = backend else {
+        return Err(ConfigError::Invalid {
+            key: "Backend",
+            value: backend.to_string(),
+            expected: "an object such as {\"Type\":\"udp\"}".to_owned(),
+        });
+    };
+    let kind = field(backend, "Type").map(|kind| kind.as_str().unwrap_or_default().to_ascii_lowercase());
+    if let Some(kind) = kind.filter(|kind| kind != "udp" && !kind.is_empty()) {
+        return Err(ConfigError::OtherBackend(kind));
+    }
+    match field(backend, "Port") {
+        None => Ok(DEFAULT_PORT),
+        Some(value) => {
+            value.as_u64().and_then(|port| u16::try_from(port).ok()).filter(|port| *port != 0).ok_or_else(
+                || ConfigError::Invalid {
+                    key: "Backend.Port",
+                    value: value.to_string(),
+                    expected: "a UDP port from 1 to 65535".to_owned(),
+                },
+            )
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(json: &str) -> NetworkConfig {
+        NetworkConfig::parse(json).unwrap()
+    }
+
+    fn refused(json: &str) -> String {
+        NetworkConfig::parse(json).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn defaults_are_flannels() {
+        let config = parse(r#"{"Network":"10.244.7.1/16"}"#);
+        assert_eq!(config.network, "10.244.0.0/16".parse().unwrap(), "host bits are masked");
+        assert_eq!((config.subnet_len, config.port), (24, 8285));
+        assert_eq!(config.subnet_min, Ipv4Addr::new(10, 244, 1, 0));
+        assert_eq!(config.subnet_max, Ipv4Addr::new(10, 244, 255, 0));
+        assert_eq!(parse(r#"{"Network":"10.0.0.0/23"}"#).subnet_len, 25);
+    }
+
+    #[test]
+    fn keys_match_whatever_their_case_and_a_backend_type_is_lower_cased() {
+        let config =
+            parse(r#"{"network":"10.1.0.0/16","SUBNETLEN":20,"backend":{"TYPE":"UDP","port":4789}}"#);
+        assert_eq!((config.subnet_len, config.port), (20, 4789));
+    }
+
+    #[test]
+    fn subnets_run_from_min_to_max() {
+        let config = parse(r#"{"Network":"10.9.0.0/16","SubnetMin":"10.9.10.0","SubnetMax":"10.9.12.0"}"#);
+        let subnets: Vec<_> = config.subnets().map(|subnet| subnet.to_string()).collect();
+        assert_eq!(subnets, ["10.9.10.0/24", "10.9.11.0/24", "10.9.12.0/24"]);
+        let all = parse(r#"{"Network":"128.0.0.0/1"}"#);
+        assert_eq!(all.subnets().count(), (1 << 23) - 1);
+    }
+
+    #[test]
+    fn wrong_values_are_refused_by_name() {
+        assert!(refused("[]").contains("not a JSON object"));
+        assert!(refused("{").contains("not a JSON object"));
+        assert!(refused("{}").contains("Network"));
+        assert!(refused(r#"{"Network":"10.0.0.0/29"}"#).contains("Network"));
+        assert!(refused(r#"{"Network":"fd00::/64"}"#).contains("IPv4 network"));
+        assert!(refused(r#"{"Network":"10.0.0.0/16","SubnetLen":17}"#).contains("from 18"));
+        assert!(refused(r#"{"Network":"10.0.0.0/16","SubnetLen":31}"#).contains("SubnetLen"));
+        assert!(refused(r#"{"Network":"10.0.0.0/16","SubnetMin":"10.0.1.1"}"#).contains("SubnetMin"));
+        assert!(refused(r#"{"Network":"10.0.0.0/16","SubnetMax":"10.1.0.0"}"#).contains("SubnetMax"));
+        assert!(
+            refused(r#"{"Network":"10.0.0.0/16","SubnetMin":"10.0.5.0","SubnetMax":"10.0.4.0"}"#)
+                .contains("SubnetMin")
+        );
+        assert!(refused(r#"{"Network":"10.0.0.0/16","Backend":{"Type":"vxlan"}}"#).contains("vxlan"));
+        assert!(refused(r#"{"Network":"10.0.0.0/16","Backend":{"Port":70000}}"#).contains("Backend.Port"));
+    }
+}

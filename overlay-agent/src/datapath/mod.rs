@@ -1,0 +1,260 @@
+//! How packets move: which rung carries each direction, and everything that runs for it.
+
+pub mod ebpf;
+pub mod tun;
+
+use std::{collections::BTreeMap, net::Ipv4Addr, os::fd::OwnedFd};
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use ebpf::{Attachment, Hook, Programs, TcAttach, self_test};
+use ipnet::Ipv4Net;
+use overlay_ebpf::abi::{Config, Counters};
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+use tracing::{info, warn};
+use tun::TunRung;
+
+use crate::{device::OverlayDevice, netlink::Link};
+
+/// What `--datapath` asks for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Request {
+    /// The best rung that this host can have, for each direction
+    #[default]
+    Auto,
+    /// Native XDP on the underlay, tc on the overlay device
+    Xdp,
+    /// tc in both directions
+    Tc,
+    /// No eBPF: every packet through the agent
+    Tun,
+}
+
+/// One of the ways to move packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Rung {
+    /// Native XDP.
+    Xdp,
+    /// tcx or clsact.
+    Tc,
+    /// User space.
+    Tun,
+}
+
+/// The rung of one direction, and why it is that one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Choice {
+    /// The rung.
+    pub rung: Rung,
+    /// One sentence.
+    pub why: String,
+}
+
+/// What a datapath is made for.
+pub struct Plan<'a> {
+    /// What the operator asked for.
+    pub request: Request,
+    /// How tc programs are attached.
+    pub tc_attach: TcAttach,
+    /// Who this host is; the devices are filled in.
+    pub config: Config,
+    /// The device that carries outer packets.
+    pub underlay: &'a Link,
+}
+
+/// A running datapath. Dropping it detaches the programs and stops the threads.
+pub struct Datapath {
+    /// How inner packets leave.
+    pub egress: Choice,
+    /// How outer packets arrive.
+    pub ingress: Choice,
+    /// Index of the overlay device.
+    pub overlay_ifindex: u32,
+    // In the order in which they end: no program may redirect into a device whose agent is gone, so programs go first.
+    _attachments: Vec<Attachment>,
+    programs: Option<Programs>,
+    tun: TunRung,
+}
+
+/// Counters of both paths.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PathCounters {
+    /// The eBPF programs'.
+    pub fast: Counters,
+    /// The agent's.
+    pub slow: Counters,
+}
+
+impl Datapath {
+    /// Starts the slow path, then as much of the fast path as was asked for and can be had.
+    ///
+    /// # Errors
+    ///
+    /// When the slow path cannot start, or an explicit request cannot be met; nothing stays attached then.
+    pub fn start(
+        plan: &Plan<'_>,
+        device: OverlayDevice,
+        socket: OwnedFd,
+        failures: mpsc::Sender<String>,
+    ) -> Result<Self> {
+        let config = plan.config.with_devices(plan.underlay.index, device.index);
+        let name = device.name.clone();
+        let tun = TunRung::start(config, device.mtu, device.fd, socket, failures)?;
+        let fast = FastPath::start(plan, &config, &name)?;
+        info!("egress: {:?}, {}", fast.egress.rung, fast.egress.why);
+        info!("ingress: {:?}, {}", fast.ingress.rung, fast.ingress.why);
+        let FastPath { egress, ingress, attachments, programs } = fast;
+        Ok(Self {
+            egress,
+            ingress,
+            overlay_ifindex: config.overlay_ifindex,
+            _attachments: attachments,
+            programs,
+            tun,
+        })
+    }
+
+    /// Makes both paths route exactly `routes`.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses an update of its map; the slow path has the routes then all the same.
+    pub fn set_routes(&mut self, routes: &BTreeMap<Ipv4Net, Ipv4Addr>) -> Result<()> {
+        self.tun.set_routes(routes);
+        if let Some(programs) = &mut self.programs {
+            programs.set_routes(routes)?;
+        }
+        Ok(())
+    }
+
+    /// What both paths counted.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel's map cannot be read.
+    pub fn counters(&self) -> Result<PathCounters> {
+        let fast = match &self.programs {
+            Some(programs) => programs.counters()?,
+            None => Counters::ZERO,
+        };
+        Ok(PathCounters { fast, slow: self.tun.counters().read() })
+    }
+}
+
+/// The eBPF part while it is being put together.
+struct FastPath {
+    egress: Choice,
+    ingress: Choice,
+    attachments: Vec<Attachment>,
+    programs: Option<Programs>,
+}
+
+impl FastPath {
+    fn start(plan: &Plan<'_>, config: &Config, overlay: &str) -> Result<Self> {
+        match plan.request {
+            Request::Tun => Ok(Self::none("asked for with --datapath tun")),
+            Request::Tc => Self::explicit(plan, config, overlay, Rung::Tc),
+            Request::Xdp => Self::explicit(plan, config, overlay, Rung::Xdp),
+            Request::Auto => Ok(Self::best(plan, config, overlay)),
+        }
+    }
+
+    fn none(why: &str) -> Self {
+        let choice = Choice { rung: Rung::Tun, why: why.to_owned() };
+        Self { egress: choice.clone(), ingress: choice, attachments: Vec::new(), programs: None }
+    }
+
+    /// All of what was asked for, or an error.
+    fn explicit(plan: &Plan<'_>, config: &Config, overlay: &str, rung: Rung) -> Result<Self> {
+        let asked = if rung == Rung::Xdp { "xdp" } else { "tc" };
+        let attempt = || {
+            let hooks: &[Hook] = match rung {
+                Rung::Xdp => &[Hook::Egress, Hook::Ingress, Hook::Xdp],
+                Rung::Tc | Rung::Tun => &[Hook::Egress, Hook::Ingress],
+            };
+            let mut programs = load(plan, config, hooks)?;
+            let mut attachments =
+                vec![programs.attach_tc(Hook::Ingress, &plan.underlay.name, plan.tc_attach)?];
+            if rung == Rung::Xdp {
+                attachments.push(programs.attach_xdp(&plan.underlay.name)?);
+            }
+            attachments.push(programs.attach_tc(Hook::Egress, overlay, plan.tc_attach)?);
+            let why = format!("asked for with --datapath {asked}");
+            Ok(Self {
+                egress: Choice { rung: Rung::Tc, why: why.clone() },
+                ingress: Choice { rung, why },
+                attachments,
+                programs: Some(programs),
+            })
+        };
+        attempt().map_err(|error: anyhow::Error| error.context(format!("--datapath {asked} cannot be had")))
+    }
+
+    /// The best that works, direction by direction.
+    fn best(plan: &Plan<'_>, config: &Config, overlay: &str) -> Self {
+        // Every virtual device that has native XDP pays for it elsewhere (veth: no TSO from its peer, and a copy).
+        let (xdp, mut why_not_xdp) = match &plan.underlay.kind {
+            None => (true, String::new()),
+            Some(kind) => {
+                (false, format!("{} is a {kind} device, which tc serves better than XDP", plan.underlay.name))
+            }
+        };
+        let mut hooks = vec![Hook::Egress, Hook::Ingress];
+        if xdp {
+            hooks.push(Hook::Xdp);
+        }
+        let mut programs = match load(plan, config, &hooks) {
+            Ok(programs) => programs,
+            Err(error) => {
+                warn!("no eBPF datapath: {error:#}");
+                return Self::none(&format!("eBPF cannot be had: {error:#}"));
+            }
+        };
+        let mut attachments = Vec::new();
+        let ingress = match programs.attach_tc(Hook::Ingress, &plan.underlay.name, plan.tc_attach) {
+            Ok(attachment) => {
+                attachments.push(attachment);
+                if xdp {
+                    match programs.attach_xdp(&plan.underlay.name) {
+                        Ok(attachment) => attachments.push(attachment),
+                        Err(error) => why_not_xdp = format!("no XDP: {error:#}"),
+                    }
+                }
+                match why_not_xdp.is_empty() {
+                    true => {
+                        Choice { rung: Rung::Xdp, why: "the underlay's driver has native XDP".to_owned() }
+                    }
+                    false => Choice { rung: Rung::Tc, why: why_not_xdp },
+                }
+            }
+            Err(error) => {
+                Choice { rung: Rung::Tun, why: format!("no tc program on the underlay: {error:#}") }
+            }
+        };
+        let egress = match programs.attach_tc(Hook::Egress, overlay, plan.tc_attach) {
+            Ok(attachment) => {
+                attachments.push(attachment);
+                Choice { rung: Rung::Tc, why: "the kernel runs tc programs on the overlay device".to_owned() }
+            }
+            Err(error) => {
+                Choice { rung: Rung::Tun, why: format!("no tc program on the overlay device: {error:#}") }
+            }
+        };
+        Self { egress, ingress, attachments, programs: Some(programs) }
+    }
+}
+
+/// Loads and tests the programs. They are configured before anything can run them.
+fn load(plan: &Plan<'_>, config: &Config, hooks: &[Hook]) -> Result<Programs> {
+    let object = ebpf::OBJECT.ok_or_else(|| {
+        anyhow!("this binary was built without eBPF programs: build it with `cargo xtask build`")
+    })?;
+    if !plan.underlay.ethernet {
+        bail!("the underlay {} is no Ethernet device", plan.underlay.name);
+    }
+    let mut programs = Programs::load(object, hooks, 0)?;
+    self_test::run(object, hooks).context("the kernel does not run the eBPF programs as it should")?;
+    programs.configure(config)?;
+    Ok(programs)
+}

@@ -1,0 +1,47 @@
+//! Counters of the slow path, written by its two threads and read by whoever asks.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use overlay_ebpf::{abi::Counters, verdict::DropReason};
+
+/// The slow path's share of [`Counters`]; it never punts.
+#[derive(Debug, Default)]
+pub struct SlowCounters {
+    egress_packets: AtomicU64,
+    egress_bytes: AtomicU64,
+    ingress_packets: AtomicU64,
+    ingress_bytes: AtomicU64,
+    drops: [AtomicU64; DropReason::COUNT],
+}
+
+impl SlowCounters {
+    /// Counts a packet sent to a peer.
+    pub fn sent(&self, bytes: usize) {
+        self.egress_packets.fetch_add(1, Relaxed);
+        self.egress_bytes.fetch_add(bytes as u64, Relaxed);
+    }
+
+    /// Counts a packet delivered to the overlay device.
+    pub fn delivered(&self, bytes: usize) {
+        self.ingress_packets.fetch_add(1, Relaxed);
+        self.ingress_bytes.fetch_add(bytes as u64, Relaxed);
+    }
+
+    /// Counts a discarded packet.
+    pub fn dropped(&self, reason: DropReason) {
+        if let Some(counter) = self.drops.get(reason.index()) {
+            counter.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// All values.
+    pub fn read(&self) -> Counters {
+        let mut counters = Counters::ZERO;
+        counters.egress_packets = self.egress_packets.load(Relaxed);
+        counters.egress_bytes = self.egress_bytes.load(Relaxed);
+        counters.ingress_packets = self.ingress_packets.load(Relaxed);
+        counters.ingress_bytes = self.ingress_bytes.load(Relaxed);
+        counters.drops.iter_mut().zip(&self.drops).for_each(|(into, from)| *into = from.load(Relaxed));
+        counters
+    }
+}

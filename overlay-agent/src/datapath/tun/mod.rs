@@ -1,0 +1,106 @@
+//! The tun rung: the slow path of a host whose fast path is eBPF, and the only path of one that has none.
+//!
+//! Two threads: one from the overlay device to the socket, one back. They end when the rung is dropped, and say so when the
+//! device is lost.
+
+mod counters;
+mod io;
+pub mod partial;
+pub mod shell;
+
+pub use counters::SlowCounters;
+pub use io::bind;
+
+use std::{collections::BTreeMap, net::Ipv4Addr, os::fd::OwnedFd, sync::Arc, thread::JoinHandle};
+
+use anyhow::{Context as _, Result};
+use arc_swap::ArcSwap;
+use ipnet::Ipv4Net;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use overlay_ebpf::abi::Config;
+use tokio::sync::mpsc;
+use tracing::error;
+use tun_rs::SyncDevice;
+
+use crate::route_table::Lookup;
+
+/// The running threads of the tun rung.
+pub struct TunRung {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// What both threads use.
+pub(crate) struct Shared {
+    pub(crate) config: Config,
+    pub(crate) mtu: usize,
+    pub(crate) device: SyncDevice,
+    pub(crate) socket: OwnedFd,
+    pub(crate) routes: ArcSwap<Lookup>,
+    pub(crate) counters: SlowCounters,
+    /// Readable once the threads are to end.
+    pub(crate) stop: EventFd,
+}
+
+impl TunRung {
+    /// Starts to move packets between `device` and `socket`, with no routes yet. When a thread has to give up, its reason
+    /// comes through `failures`.
+    ///
+    /// # Errors
+    ///
+    /// When a thread cannot be started.
+    pub fn start(
+        config: Config,
+        mtu: u32,
+        device: SyncDevice,
+        socket: OwnedFd,
+        failures: mpsc::Sender<String>,
+    ) -> Result<Self> {
+        device.set_nonblocking(true).context("make the overlay device non-blocking")?;
+        let shared = Arc::new(Shared {
+            config,
+            mtu: mtu as usize,
+            device,
+            socket,
+            routes: ArcSwap::default(),
+            counters: SlowCounters::default(),
+            stop: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+                .context("create an eventfd")?,
+        });
+        let mut rung = Self { shared, threads: Vec::new() };
+        let directions: [(&str, fn(&Shared) -> Result<()>); 2] =
+            [("ovl-egress", io::egress), ("ovl-ingress", io::ingress)];
+        for (name, direction) in directions {
+            let (shared, failures) = (Arc::clone(&rung.shared), failures.clone());
+            let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+                if let Err(failure) = direction(&shared) {
+                    error!("the slow path stopped: {failure:#}");
+                    // Nobody listens any more while the agent shuts down.
+                    let _ = failures.blocking_send(format!("{failure:#}"));
+                }
+            });
+            rung.threads.push(thread.with_context(|| format!("start the thread {name}"))?);
+        }
+        Ok(rung)
+    }
+
+    /// Replaces all routes at once.
+    pub fn set_routes(&self, routes: &BTreeMap<Ipv4Net, Ipv4Addr>) {
+        self.shared.routes.store(Arc::new(Lookup::new(routes)));
+    }
+
+    /// What the threads counted.
+    pub fn counters(&self) -> &SlowCounters {
+        &self.shared.counters
+    }
+}
+
+impl Drop for TunRung {
+    fn drop(&mut self) {
+        // Cannot fail: the counter of a fresh eventfd is far from full.
+        let _ = self.shared.stop.write(1);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}

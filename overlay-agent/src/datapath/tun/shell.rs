@@ -1,0 +1,63 @@
+//! The tun rung without its I/O: applies the packet core's verdicts to packets in user space.
+
+use overlay_ebpf::{
+    abi::Config,
+    egress, ingress,
+    route::Routes,
+    verdict::{DropReason, EgressVerdict, IngressVerdict},
+    wire::{Ipv4, ipv4::Rewrite},
+};
+
+/// A packet to send to a peer: the datagram's payload is the inner packet as it now lies in the buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Send {
+    /// Underlay address of the peer.
+    pub peer: [u8; 4],
+    /// TOS of the outer header; the socket's kernel makes the rest of it.
+    pub tos: u8,
+}
+
+/// Decides about an inner packet read from the overlay device, and rewrites it in place.
+///
+/// # Errors
+///
+/// The reason to drop it.
+pub fn egress(packet: &mut [u8], config: &Config, routes: &impl Routes) -> Result<Send, DropReason> {
+    match egress::decide(packet, 0, packet.len(), config, routes) {
+        EgressVerdict::Encap(encap) => {
+            apply(packet, encap.rewrite)?;
+            Ok(Send { peer: encap.peer, tos: encap.outer.ipv4.tos() })
+        }
+        EgressVerdict::Punt(reason) => Err(reason.unresolved()),
+        EgressVerdict::Drop(reason) => Err(reason),
+    }
+}
+
+/// Decides about the payload of a datagram from `peer` whose outer header said `tos`, and rewrites it in place. It is then
+/// to be written to the overlay device.
+///
+/// # Errors
+///
+/// The reason to drop it.
+pub fn ingress(
+    payload: &mut [u8],
+    peer: [u8; 4],
+    tos: u8,
+    config: &Config,
+    routes: &impl Routes,
+) -> Result<(), DropReason> {
+    match ingress::decide_inner(payload, 0, payload.len(), peer, tos, config, routes) {
+        IngressVerdict::Decap(decap) => apply(payload, decap.rewrite),
+        // The core's second stage has no way to say that a packet is not ours: the socket's port is.
+        IngressVerdict::Pass => Err(DropReason::NotForUs),
+        IngressVerdict::Punt(reason) => Err(reason.unresolved()),
+        IngressVerdict::Drop(reason) => Err(reason),
+    }
+}
+
+fn apply(packet: &mut [u8], rewrite: Rewrite) -> Result<(), DropReason> {
+    let header = packet.get_mut(..Ipv4::LEN).ok_or(DropReason::Truncated)?;
+    let header: &mut Ipv4 = bytemuck::try_from_bytes_mut(header).map_err(|_| DropReason::Truncated)?;
+    header.apply(rewrite);
+    Ok(())
+}

@@ -1,0 +1,160 @@
+//! One host's claim on a subnet, as flannel writes it: the key `10.5.34.0-24` and the value
+//! `{"PublicIP":"1.2.3.4","PublicIPv6":null}`.
+
+use std::net::Ipv4Addr;
+
+use ipnet::{Ipv4Net, Ipv6Net};
+use serde_json::Value;
+use thiserror::Error;
+
+use crate::config::field;
+
+/// What a lease record says about its holder.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeaseValue {
+    /// Underlay address of the host that holds the subnet.
+    pub public_ip: Ipv4Addr,
+    /// flannel's backend type; `None` for the udp backend, which writes none.
+    pub backend_type: Option<String>,
+}
+
+/// Why a record is not a lease.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum LeaseError {
+    /// The key is not a subnet.
+    #[error("the key {0:?} is not a subnet such as 10.5.34.0-24")]
+    Key(String),
+    /// The value is not JSON, or not an object.
+    #[error("the value is not a JSON object: {0}")]
+    NotJson(String),
+    /// `PublicIP` is missing or not an address that a host can have.
+    #[error("PublicIP is {0}: expected the address of a host")]
+    PublicIp(String),
+}
+
+/// The subnet that a key names. flannel's dual-stack keys (`10.5.34.0-24&2001:cafe:42:1::-64`) name an IPv6 subnet too,
+/// which is checked and left aside.
+///
+/// # Errors
+///
+/// [`LeaseError::Key`] for anything else, also for a subnet with host bits set.
+pub fn parse_key(key: &str) -> Result<Ipv4Net, LeaseError> {
+    let error = || LeaseError::Key(key.chars().take(64).collect());
+    let (ipv4, ipv6) = match key.split_once('&') {
+        Some((ipv4, ipv6)) => (ipv4, Some(ipv6)),
+        None => (key, None),
+    };
+    if let Some(ipv6) = ipv6 {
+        ipv6.replacen('-', "/", 1).parse::<Ipv6Net>().map_err(|_| error())?;
+    }
+    let subnet: Ipv4Net = ipv4.replacen('-', "/", 1).parse().map_err(|_| error())?;
+    if subnet != subnet.trunc() || ipv4.contains('/') {
+        return Err(error());
+    }
+    Ok(subnet)
+}
+
+/// The key of a subnet's record.
+pub fn key(subnet: Ipv4Net) -> String {
+    format!("{}-{}", subnet.network(), subnet.prefix_len())
+}
+
+/// Parses a record's value. Keys match whatever their case; unknown keys are ignored.
+///
+/// # Errors
+///
+/// [`LeaseError`] says what is wrong with it.
+pub fn parse_value(json: &[u8]) -> Result<LeaseValue, LeaseError> {
+    let value: Value =
+        serde_json::from_slice(json).map_err(|error| LeaseError::NotJson(error.to_string()))?;
+    let Value::Object(record) = value else {
+        return Err(LeaseError::NotJson(format!("it is {value}")));
+    };
+    let public_ip = field(&record, "PublicIP");
+    let public_ip = public_ip
+        .and_then(Value::as_str)
+        .and_then(|text| text.parse().ok())
+        .filter(|address| is_host(*address))
+        .ok_or_else(|| LeaseError::PublicIp(public_ip.unwrap_or(&Value::Null).to_string()))?;
+    let backend_type = field(&record, "BackendType")
+        .and_then(Value::as_str)
+        .map(str::to_ascii_lowercase)
+        .filter(|kind| !kind.is_empty() && kind != "udp");
+    Ok(LeaseValue { public_ip, backend_type })
+}
+
+/// The value that a host writes, byte for byte as flannel's udp backend does.
+pub fn value(public_ip: Ipv4Addr) -> String {
+    format!(r#"{{"PublicIP":"{public_ip}","PublicIPv6":null}}"#)
+}
+
+/// Whether an address can be a host's.
+pub(crate) fn is_host(address: Ipv4Addr) -> bool {
+    !(address.is_unspecified() || address.is_loopback() || address.is_multicast() || address.is_broadcast())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_of_flannel_name_their_subnet() {
+        let subnet = "10.5.34.0/24".parse().unwrap();
+        assert_eq!(parse_key("10.5.34.0-24"), Ok(subnet));
+        assert_eq!(parse_key("10.5.34.0-24&2001:cafe:42:1::-64"), Ok(subnet));
+        assert_eq!(key(subnet), "10.5.34.0-24");
+    }
+
+    #[test]
+    fn other_keys_are_refused() {
+        for bad in [
+            "",
+            "config",
+            "10.5.34.0",
+            "10.5.34.0/24",
+            "10.5.34.1-24",
+            "10.5.34.0-33",
+            "10.5.34.0-24&x",
+            "-",
+            "2001::-64",
+        ] {
+            assert!(parse_key(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn values_of_flannel_are_read() {
+        let host = Ipv4Addr::new(1, 2, 3, 4);
+        for (json, backend_type) in [
+            (r#"{"PublicIP":"1.2.3.4","PublicIPv6":null}"#, None),
+            (r#"{"PublicIP":"1.2.3.4"}"#, None),
+            (r#"{"publicip":"1.2.3.4","BackendType":"UDP","Unknown":[1]}"#, None),
+            (
+                r#"{"PublicIP":"1.2.3.4","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1}}"#,
+                Some("vxlan"),
+            ),
+        ] {
+            let value = parse_value(json.as_bytes()).unwrap();
+            assert_eq!(value, LeaseValue { public_ip: host, backend_type: backend_type.map(str::to_owned) });
+        }
+        assert_eq!(value(host), r#"{"PublicIP":"1.2.3.4","PublicIPv6":null}"#);
+        assert_eq!(parse_value(value(host).as_bytes()).unwrap().public_ip, host);
+    }
+
+    #[test]
+    fn values_that_are_no_leases_are_refused() {
+        for bad in [
+            "",
+            "{",
+            "[]",
+            "{}",
+            r#"{"PublicIP":7}"#,
+            r#"{"PublicIP":"host"}"#,
+            r#"{"PublicIP":"0.0.0.0"}"#,
+            r#"{"PublicIP":"224.0.0.1"}"#,
+            "\u{fffd}",
+        ] {
+            assert!(parse_value(bad.as_bytes()).is_err(), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,18 @@
+//! The agent: keeps a host's place in an overlay network and its datapath true.
+//!
+//! `store` says who holds which subnet, `route_table` turns that into routes, `datapath` moves packets by them, `agent` is
+//! the loop that ties them together, `cli` is what people type. See ARCHITECTURE.md for the way in.
+
+pub mod agent;
+pub mod cli;
+pub mod config;
+pub mod control;
+pub mod datapath;
+pub mod device;
+pub mod lease;
+pub mod netlink;
+pub mod report;
+pub mod route_table;
+pub mod store;
+pub mod subnet_env;
+pub mod underlay;

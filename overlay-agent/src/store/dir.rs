@@ -1,0 +1,456 @@
+//! The directory store: flannel's records as files, for a demo, a test, one machine, or a mesh whose directory some other
+//! tool keeps in step. `DIR/config` and `DIR/subnets/10.244.1.0-24` hold the same JSON as the keys of the same names in etcd.
+
+use std::{
+    fs::File,
+    io::{ErrorKind, Read as _, Write as _},
+    net::Ipv4Addr,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail};
+use futures_util::StreamExt as _;
+use inotify::{Inotify, WatchMask};
+use ipnet::Ipv4Net;
+use nix::fcntl::{Flock, FlockArg};
+use rand::seq::IndexedRandom as _;
+use tokio::sync::mpsc;
+
+use crate::{config::NetworkConfig, lease, route_table::Record};
+
+/// A record longer than this is not a lease: etcd's own limit for a request is 1.5 MiB, flannel's values are 100 bytes.
+const LONGEST_RECORD: u64 = 64 * 1024;
+
+/// List again without being told to: some file systems (NFS, FUSE) never tell.
+const RESYNC: Duration = Duration::from_secs(30);
+
+/// Wait for more changes before listing: a tool that copies many files makes many events.
+const SETTLE: Duration = Duration::from_millis(10);
+
+/// Pause before trying again after the directory could not be read or watched.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// Everything that changes what a listing would show.
+const CHANGES: WatchMask = WatchMask::CREATE
+    .union(WatchMask::CLOSE_WRITE)
+    .union(WatchMask::DELETE)
+    .union(WatchMask::MOVE)
+    .union(WatchMask::DELETE_SELF)
+    .union(WatchMask::MOVE_SELF);
+
+/// A directory that holds one network's records.
+#[derive(Clone, Debug)]
+pub struct DirStore {
+    root: PathBuf,
+}
+
+/// A subnet that this host holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Acquired {
+    /// The subnet.
+    pub subnet: Ipv4Net,
+    /// Whether the record was written just now.
+    pub created: bool,
+}
+
+/// What the store has to say to whoever follows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// All records as they are now.
+    Snapshot(Vec<Record>),
+    /// The store cannot be read, and why. What was known stays known.
+    Lost(String),
+}
+
+impl DirStore {
+    /// The store in `root`, which need not exist yet.
+    pub fn new(root: PathBuf) -> Self {
+        Self { root }
+    }
+
+    /// Where the records lie.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The network's configuration. With `network` given, a missing record is written with just that, and one that says
+    /// otherwise is refused.
+    ///
+    /// # Errors
+    ///
+    /// When there is no record, it cannot be read, or it is not what `network` says.
+    pub fn config(&self, network: Option<Ipv4Net>) -> Result<NetworkConfig> {
+        let path = self.root.join("config");
+        if let Some(network) = network {
+            let record = format!("{{\"Network\":\"{network}\",\"Backend\":{{\"Type\":\"udp\"}}}}\n");
+            std::fs::create_dir_all(&self.root)
+                .with_context(|| format!("create the store {}", self.root.display()))?;
+            self.create("config", &record)?;
+        }
+        let json = match std::fs::read_to_string(&path) {
+            Ok(json) => json,
+            Err(error) if error.kind() == ErrorKind::NotFound => bail!(
+                "the store has no network config: write one to {}, for example {{\"Network\":\"10.244.0.0/16\"}}, or name the network with --network",
+                path.display()
+            ),
+            Err(error) => {
+                return Err(error).with_context(|| format!("read the network config {}", path.display()));
+            }
+        };
+        let config = NetworkConfig::parse(&json).with_context(|| format!("in {}", path.display()))?;
+        match network {
+            Some(network) if network.trunc() != config.network => bail!(
+                "--network is {network}, but {} says {}: change one of them",
+                path.display(),
+                config.network
+            ),
+            _ => Ok(config),
+        }
+    }
+
+    /// Takes a subnet for the host at `public_ip`: the one it holds already, else `wanted`, else `earlier` (of a previous
+    /// run) if it is free, else any free one.
+    ///
+    /// # Errors
+    ///
+    /// When `wanted` cannot be had or the network is full.
+    pub fn acquire(
+        &self,
+        config: &NetworkConfig,
+        public_ip: Ipv4Addr,
+        wanted: Option<Ipv4Net>,
+        earlier: Option<Ipv4Net>,
+    ) -> Result<Acquired> {
+        let subnets = self.root.join("subnets");
+        std::fs::create_dir_all(&subnets).with_context(|| format!("create {}", subnets.display()))?;
+        let _lock = self.lock()?;
+        let held: Vec<(Ipv4Net, Option<Ipv4Addr>)> = self
+            .list()?
+            .iter()
+            .filter_map(|record| {
+                Some((
+                    lease::parse_key(&record.key).ok()?,
+                    lease::parse_value(&record.value).ok().map(|value| value.public_ip),
+                ))
+            })
+            .collect();
+        let ours = held.iter().find(|(_, holder)| *holder == Some(public_ip)).map(|(subnet, _)| *subnet);
+        let overlapping = |subnet: Ipv4Net| {
+            held.iter().find(|(other, _)| other.contains(&subnet) || subnet.contains(other))
+        };
+        if let Some(wanted) = wanted {
+            if !config.network.contains(&wanted) || wanted == config.network {
+                bail!(
+                    "the subnet {wanted} is not a part of the network {}: choose another --subnet",
+                    config.network
+                );
+            }
+            if ours == Some(wanted) {
+                return Ok(Acquired { subnet: wanted, created: false });
+            }
+            if let Some(ours) = ours {
+                bail!(
+                    "this host ({public_ip}) already holds {ours}: drop --subnet, or remove {}",
+                    subnets.join(lease::key(ours)).display()
+                );
+            }
+            if let Some((other, holder)) = overlapping(wanted) {
+                let holder = holder
+                    .map_or_else(|| "a record that cannot be read".to_owned(), |holder| holder.to_string());
+                bail!("the subnet {wanted} overlaps {other}, which {holder} holds: choose another --subnet");
+            }
+            return self.take(wanted, public_ip);
+        }
+        if let Some(ours) = ours.filter(|ours| config.network.contains(ours)) {
+            return Ok(Acquired { subnet: ours, created: false });
+        }
+        let free = |subnet: &Ipv4Net| overlapping(*subnet).is_none();
+        if let Some(earlier) =
+            earlier.filter(|subnet| config.subnets().any(|known| known == *subnet) && free(subnet))
+        {
+            return self.take(earlier, public_ip);
+        }
+        let candidates: Vec<Ipv4Net> = config.subnets().filter(free).take(4096).collect();
+        let Some(subnet) = candidates.choose(&mut rand::rng()) else {
+            bail!(
+                "the network {} is full: all subnets from {} to {} are held; remove leases of hosts that are gone from {}",
+                config.network,
+                config.subnet_min,
+                config.subnet_max,
+                subnets.display()
+            );
+        };
+        self.take(*subnet, public_ip)
+    }
+
+    /// Gives a subnet back, if the record is still ours.
+    ///
+    /// # Errors
+    ///
+    /// When the record cannot be read or removed.
+    pub fn release(&self, subnet: Ipv4Net, public_ip: Ipv4Addr) -> Result<()> {
+        let _lock = self.lock()?;
+        let path = self.root.join("subnets").join(lease::key(subnet));
+        let ours = std::fs::read(&path)
+            .is_ok_and(|value| lease::parse_value(&value).is_ok_and(|value| value.public_ip == public_ip));
+        if ours {
+            std::fs::remove_file(&path).with_context(|| format!("remove the lease {}", path.display()))?;
+        }
+        Ok(())
+    }
+
+    /// All records. Files that begin with a dot are not records: tools keep half-written ones there.
+    ///
+    /// # Errors
+    ///
+    /// When the directory cannot be read. A single file that cannot be read is a record with an empty value.
+    pub fn list(&self) -> Result<Vec<Record>> {
+        let directory = self.root.join("subnets");
+        let mut records = Vec::new();
+        for entry in std::fs::read_dir(&directory).with_context(|| format!("list {}", directory.display()))? {
+            let entry = entry.with_context(|| format!("list {}", directory.display()))?;
+            let key = entry.file_name().to_string_lossy().into_owned();
+            if key.starts_with('.') {
+                continue;
+            }
+            let mut value = Vec::new();
+            match File::open(entry.path()).and_then(|file| file.take(LONGEST_RECORD).read_to_end(&mut value))
+            {
+                Ok(_) => records.push(Record { key, value }),
+                // Removed since it was listed.
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(_) => records.push(Record { key, value: Vec::new() }),
+            }
+        }
+        records.sort_by(|a, b| a.key.cmp(&b.key));
+        Ok(records)
+    }
+
+    /// Follows the store until `events` is closed: a snapshot first, then one after every change.
+    pub async fn watch(self, events: mpsc::Sender<Event>) {
+        loop {
+            let lost = match self.follow(&events).await {
+                Ok(()) => return,
+                Err(error) => format!("{error:#}"),
+            };
+            if events.send(Event::Lost(lost)).await.is_err() {
+                return;
+            }
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+
+    /// Watches, then lists, so that no change falls between. `Ok` when nobody listens any more.
+    async fn follow(&self, events: &mpsc::Sender<Event>) -> Result<()> {
+        let directory = self.root.join("subnets");
+        let inotify = Inotify::init()
+            .context("start inotify: raise fs.inotify.max_user_instances if it is exhausted")?;
+        inotify
+            .watches()
+            .add(&directory, CHANGES)
+            .with_context(|| format!("watch {}", directory.display()))?;
+        let mut changes = inotify.into_event_stream([0u8; 4096]).context("read inotify events")?;
+        loop {
+            if events.send(Event::Snapshot(self.list()?)).await.is_err() {
+                return Ok(());
+            }
+            tokio::select! {
+                change = changes.next() => {
+                    let change = change.context("inotify ended")?.context("read inotify events")?;
+                    if change.mask.intersects(inotify::EventMask::DELETE_SELF | inotify::EventMask::MOVE_SELF | inotify::EventMask::IGNORED) {
+                        bail!("{} was removed or renamed", directory.display());
+                    }
+                    // Whatever comes meanwhile is in the listing; its events cost one more listing that finds nothing new.
+                    tokio::time::sleep(SETTLE).await;
+                }
+                () = tokio::time::sleep(RESYNC) => {}
+                () = events.closed() => return Ok(()),
+            }
+        }
+    }
+
+    fn take(&self, subnet: Ipv4Net, public_ip: Ipv4Addr) -> Result<Acquired> {
+        let key = format!("subnets/{}", lease::key(subnet));
+        if !self.create(&key, &lease::value(public_ip))? {
+            bail!("{} appeared just now: start again", self.root.join(key).display());
+        }
+        Ok(Acquired { subnet, created: true })
+    }
+
+    /// Writes a record that must not exist yet: whole and on disk, or not at all. `false` when it exists.
+    fn create(&self, key: &str, value: &str) -> Result<bool> {
+        let path = self.root.join(key);
+        let directory = path.parent().unwrap_or(&self.root);
+        let attempt = || -> std::io::Result<bool> {
+            let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(directory)?;
+            file.write_all(value.as_bytes())?;
+            file.as_file().set_permissions(std::fs::Permissions::from_mode(0o644))?;
+            file.as_file().sync_all()?;
+            match file.persist_noclobber(&path) {
+                Ok(_) => {}
+                Err(error) if error.error.kind() == ErrorKind::AlreadyExists => return Ok(false),
+                Err(error) => return Err(error.error),
+            }
+            // The new name must survive a crash too.
+            File::open(directory)?.sync_all()?;
+            Ok(true)
+        };
+        attempt().with_context(|| format!("write {}", path.display()))
+    }
+
+    /// Agents of one machine that share the directory take subnets one after the other. (Hosts that share it through a tool
+    /// find a conflict when they see each other's records.)
+    fn lock(&self) -> Result<Flock<File>> {
+        let path = self.root.join(".lock");
+        let file = File::create(&path).with_context(|| format!("create {}", path.display()))?;
+        Flock::lock(file, FlockArg::LockExclusive)
+            .map_err(|(_, error)| error)
+            .with_context(|| format!("lock {}", path.display()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn store() -> (tempfile::TempDir, DirStore, NetworkConfig) {
+        let directory = tempfile::tempdir().unwrap();
+        let store = DirStore::new(directory.path().join("net"));
+        let config = store.config(Some("10.244.0.0/16".parse().unwrap())).unwrap();
+        (directory, store, config)
+    }
+
+    fn host(last: u8) -> Ipv4Addr {
+        Ipv4Addr::new(192, 168, 77, last)
+    }
+
+    #[test]
+    fn a_missing_config_names_the_file_and_the_remedy() {
+        let directory = tempfile::tempdir().unwrap();
+        let error = DirStore::new(directory.path().to_path_buf()).config(None).unwrap_err().to_string();
+        assert!(error.contains("config") && error.contains("--network"), "{error}");
+    }
+
+    #[test]
+    fn a_network_that_contradicts_the_config_is_refused() {
+        let (_directory, store, _config) = store();
+        let error = store.config(Some("10.9.0.0/16".parse().unwrap())).unwrap_err().to_string();
+        assert!(error.contains("10.9.0.0/16") && error.contains("10.244.0.0/16"), "{error}");
+    }
+
+    #[test]
+    fn a_host_keeps_its_subnet_and_hosts_get_different_ones() {
+        let (_directory, store, config) = store();
+        let first = store.acquire(&config, host(1), None, None).unwrap();
+        assert!(first.created);
+        let again = store.acquire(&config, host(1), None, Some("10.244.9.0/24".parse().unwrap())).unwrap();
+        assert_eq!(again, Acquired { created: false, ..first });
+        let second = store.acquire(&config, host(2), None, Some(first.subnet)).unwrap();
+        assert_ne!(second.subnet, first.subnet);
+        let record =
+            store.list().unwrap().into_iter().find(|record| record.key == lease::key(first.subnet)).unwrap();
+        assert_eq!(record.value, lease::value(host(1)).as_bytes());
+    }
+
+    #[test]
+    fn the_subnet_of_an_earlier_run_is_preferred_when_free() {
+        let (_directory, store, config) = store();
+        let earlier = "10.244.77.0/24".parse().unwrap();
+        assert_eq!(store.acquire(&config, host(1), None, Some(earlier)).unwrap().subnet, earlier);
+    }
+
+    #[test]
+    fn a_wanted_subnet_is_had_or_refused_with_the_reason() {
+        let (_directory, store, config) = store();
+        let wanted = Some("10.244.5.0/24".parse().unwrap());
+        assert!(store.acquire(&config, host(1), wanted, None).unwrap().created);
+        assert!(!store.acquire(&config, host(1), wanted, None).unwrap().created);
+        let taken = store.acquire(&config, host(2), wanted, None).unwrap_err().to_string();
+        assert!(taken.contains("192.168.77.1"), "{taken}");
+        let inside =
+            store.acquire(&config, host(2), Some("10.244.5.128/25".parse().unwrap()), None).unwrap_err();
+        assert!(inside.to_string().contains("overlaps"), "{inside}");
+        let outside =
+            store.acquire(&config, host(2), Some("10.245.5.0/24".parse().unwrap()), None).unwrap_err();
+        assert!(outside.to_string().contains("not a part"), "{outside}");
+        let other =
+            store.acquire(&config, host(1), Some("10.244.6.0/24".parse().unwrap()), None).unwrap_err();
+        assert!(other.to_string().contains("already holds"), "{other}");
+    }
+
+    #[test]
+    fn a_full_network_is_an_error() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = DirStore::new(directory.path().to_path_buf());
+        let config = NetworkConfig::parse(r#"{"Network":"10.9.0.0/28","SubnetLen":30}"#).unwrap();
+        for last in 1..=3 {
+            store.acquire(&config, host(last), None, None).unwrap();
+        }
+        let error = store.acquire(&config, host(4), None, None).unwrap_err().to_string();
+        assert!(error.contains("full"), "{error}");
+    }
+
+    #[test]
+    fn agents_that_start_at_once_get_different_subnets() {
+        let (_directory, store, config) = store();
+        let subnets: std::collections::BTreeSet<_> = std::thread::scope(|scope| {
+            let (store, config) = (&store, &config);
+            let threads: Vec<_> = (1..=16)
+                .map(|last| {
+                    scope.spawn(move || store.acquire(config, host(last), None, None).unwrap().subnet)
+                })
+                .collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert_eq!(subnets.len(), 16);
+    }
+
+    #[test]
+    fn release_removes_only_our_own_record() {
+        let (_directory, store, config) = store();
+        let subnet = store.acquire(&config, host(1), None, None).unwrap().subnet;
+        store.release(subnet, host(2)).unwrap();
+        assert_eq!(store.list().unwrap().len(), 1);
+        store.release(subnet, host(1)).unwrap();
+        assert!(store.list().unwrap().is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_watcher_sees_changes_and_a_lost_directory_loses_nothing() {
+        let (_directory, store, config) = store();
+        store.acquire(&config, host(1), Some("10.244.1.0/24".parse().unwrap()), None).unwrap();
+        let (sender, mut events) = mpsc::channel(4);
+        let watcher = tokio::spawn(store.clone().watch(sender));
+        let keys = |event: Event| match event {
+            Event::Snapshot(records) => records.into_iter().map(|record| record.key).collect::<Vec<_>>(),
+            Event::Lost(why) => vec![format!("lost: {why}")],
+        };
+        assert_eq!(keys(events.recv().await.unwrap()), ["10.244.1.0-24"]);
+        store.acquire(&config, host(2), Some("10.244.2.0/24".parse().unwrap()), None).unwrap();
+        loop {
+            let keys = keys(events.recv().await.unwrap());
+            if keys == ["10.244.1.0-24", "10.244.2.0-24"] {
+                break;
+            }
+        }
+        let (subnets, aside) = (store.root().join("subnets"), store.root().join("aside"));
+        std::fs::rename(&subnets, &aside).unwrap();
+        loop {
+            let keys = keys(events.recv().await.unwrap());
+            if keys.first().is_some_and(|key| key.starts_with("lost")) {
+                break;
+            }
+            assert!(!keys.is_empty(), "a lost store looked empty");
+        }
+        std::fs::rename(&aside, &subnets).unwrap();
+        loop {
+            if keys(events.recv().await.unwrap()).len() == 2 {
+                break;
+            }
+        }
+        drop(events);
+        watcher.await.unwrap();
+    }
+}

@@ -1,0 +1,3 @@
+//! Where lease records live.
+
+pub mod dir;

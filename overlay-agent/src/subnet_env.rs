@@ -1,0 +1,69 @@
+//! `subnet.env`: the file from which container runtimes and the flannel CNI plugin learn this host's subnet.
+
+use std::{fs::Permissions, io::Write as _, os::unix::fs::PermissionsExt as _, path::Path};
+
+use anyhow::{Context as _, Result};
+use ipnet::Ipv4Net;
+
+/// Writes flannel's four lines, atomically and readable for all.
+///
+/// # Errors
+///
+/// When the directory cannot be made or written.
+pub fn write(path: &Path, network: Ipv4Net, subnet: Ipv4Net, mtu: u32) -> Result<()> {
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let attempt = || -> Result<()> {
+        std::fs::create_dir_all(directory)?;
+        let mut file = tempfile::Builder::new().prefix(".subnet.env").tempfile_in(directory)?;
+        file.write_all(text(network, subnet, mtu).as_bytes())?;
+        file.as_file().set_permissions(Permissions::from_mode(0o644))?;
+        file.as_file().sync_all()?;
+        file.persist(path)?;
+        Ok(())
+    };
+    attempt().with_context(|| format!("write the subnet file {}", path.display()))
+}
+
+/// The subnet that an earlier run wrote, if the file is there and says one.
+pub fn read_subnet(path: &Path) -> Option<Ipv4Net> {
+    let text = std::fs::read_to_string(path).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("FLANNEL_SUBNET="))?;
+    line.trim().parse::<Ipv4Net>().ok().map(|subnet| subnet.trunc())
+}
+
+fn text(network: Ipv4Net, subnet: Ipv4Net, mtu: u32) -> String {
+    let gateway = std::net::Ipv4Addr::from(u32::from(subnet.network()).wrapping_add(1));
+    format!(
+        "FLANNEL_NETWORK={network}\nFLANNEL_SUBNET={gateway}/{}\nFLANNEL_MTU={mtu}\nFLANNEL_IPMASQ=false\n",
+        subnet.prefix_len()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_flannels_and_can_be_read_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("run/flannel/subnet.env");
+        let subnet: Ipv4Net = "10.5.34.0/24".parse().unwrap();
+        write(&path, "10.5.0.0/16".parse().unwrap(), subnet, 1472).unwrap();
+        assert_eq!(
+            std::fs::read_to_string(&path).unwrap(),
+            "FLANNEL_NETWORK=10.5.0.0/16\nFLANNEL_SUBNET=10.5.34.1/24\nFLANNEL_MTU=1472\nFLANNEL_IPMASQ=false\n"
+        );
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o644);
+        assert_eq!(read_subnet(&path), Some(subnet));
+        assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "no temporary file stays");
+    }
+
+    #[test]
+    fn a_missing_or_foreign_file_names_no_subnet() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("subnet.env");
+        assert_eq!(read_subnet(&path), None);
+        std::fs::write(&path, "FLANNEL_SUBNET=nonsense\n").unwrap();
+        assert_eq!(read_subnet(&path), None);
+    }
+}
