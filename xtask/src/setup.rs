@@ -1,0 +1,284 @@
+//! `cargo xtask setup`: installs what building and testing need and the machine lacks. Does nothing when all is there.
+
+mod apt;
+mod compiler;
+mod linker;
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Result, bail};
+use clap::Args;
+
+use crate::step::{self, elapsed};
+use crate::workspace::has_program;
+pub(crate) use compiler::Compiler;
+
+/// Install what building and testing need: a BPF compiler, bpf-linker and Debian packages
+///
+/// Does nothing when everything is there. Never touches the rustup default, another bpf-linker, or running services.
+#[derive(Args)]
+pub(crate) struct Options {
+    /// Only report; the exit code is 1 if something is missing
+    #[arg(long)]
+    check: bool,
+}
+
+/// What is to be set up.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Scope {
+    /// What `build` needs.
+    Build,
+    /// What the demo and the tests need on top.
+    Everything,
+}
+
+/// What builds the eBPF programs.
+pub(crate) struct Toolchain {
+    /// A rustc for BPF, with the sources of `core`.
+    pub(crate) compiler: Compiler,
+    /// The path of a bpf-linker for the same LLVM.
+    pub(crate) linker: PathBuf,
+}
+
+/// Runs the command.
+pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    let start = Instant::now();
+    if options.check {
+        return check(start);
+    }
+    ensure(Scope::Everything, true)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Installs what is missing for `scope`. Steps with nothing to do are listed only if `verbose`.
+pub(crate) fn ensure(scope: Scope, verbose: bool) -> Result<Toolchain> {
+    let start = Instant::now();
+    let mut did = 0;
+    let mut apt = apt::Apt::default();
+    // Which LLVM is needed is known only when a compiler is there: on a fresh machine the packages come in two rounds.
+    let mut facts = Facts::gather(scope)?;
+    while let missing = missing_packages(&facts)
+        && !missing.is_empty()
+    {
+        let before = missing.clone();
+        if !apt::is_here() {
+            bail!("this is not a Debian system, install what is missing by hand: {}", by_hand(&missing));
+        }
+        apt.install(&missing)?;
+        did += 1;
+        facts = Facts::gather(scope)?;
+        if missing_packages(&facts) == before {
+            bail!("{}", still_missing(&before));
+        }
+    }
+    let Some(compiler) = facts.compiler.clone() else { bail!("{}", compiler::REMEDY) };
+    let linker = match facts.linker.clone() {
+        Some(linker) => linker,
+        None => {
+            did += 1;
+            linker::install(compiler.llvm())?
+        }
+    };
+    if verbose {
+        facts.linker = Some(linker.clone());
+        facts.print();
+    }
+    let what = match (scope, did) {
+        (_, 1..) => "everything is there now",
+        (Scope::Build, _) => "everything for the build is there",
+        (Scope::Everything, _) => "everything is there",
+    };
+    println!("setup: {what} ({})", elapsed(start));
+    step::flush();
+    Ok(Toolchain { compiler, linker })
+}
+
+fn check(start: Instant) -> Result<ExitCode> {
+    let facts = Facts::gather(Scope::Everything)?;
+    facts.print();
+    let missing = missing_packages(&facts);
+    if !missing.is_empty() {
+        println!("missing  install by hand: {}", by_hand(&missing));
+    }
+    if facts.compiler.is_none() || facts.linker.is_none() || !missing.is_empty() {
+        let remedy = if apt::is_here() { "; `cargo xtask setup` installs it" } else { "" };
+        println!("setup: something is missing{remedy} ({})", elapsed(start));
+        return Ok(ExitCode::FAILURE);
+    }
+    println!("setup: everything is there ({})", elapsed(start));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A Debian package and a program in it, by which a machine without dpkg shows that it has the same.
+struct Package {
+    name: &'static str,
+    program: &'static str,
+}
+
+/// What the demo and the tests run.
+const TOOLS: [Package; 7] = [
+    Package { name: "etcd-server", program: "etcd" },
+    Package { name: "iperf3", program: "iperf3" },
+    Package { name: "ethtool", program: "ethtool" },
+    Package { name: "iproute2", program: "ip" },
+    Package { name: "tcpdump", program: "tcpdump" },
+    Package { name: "iputils-ping", program: "ping" },
+    Package { name: "procps", program: "pgrep" },
+];
+
+/// What this machine has.
+struct Facts {
+    scope: Scope,
+    /// Of all packages that may be needed, those that are there.
+    installed: BTreeSet<String>,
+    /// A C compiler with the headers of the C library: Rust links through it.
+    cc: bool,
+    compiler: Option<Compiler>,
+    linker: Option<PathBuf>,
+}
+
+impl Facts {
+    fn gather(scope: Scope) -> Result<Self> {
+        let mut names: BTreeSet<String> = TOOLS.iter().map(|tool| tool.name.to_owned()).collect();
+        for llvm in linker::SUPPORTED_LLVM {
+            names.extend(linker::packages(llvm));
+        }
+        let installed = match apt::installed(&names)? {
+            Some(installed) => installed,
+            None => {
+                let there = TOOLS.iter().filter(|tool| has_program(tool.program));
+                there.map(|tool| tool.name.to_owned()).collect()
+            }
+        };
+        let linkable = |llvm| {
+            let packages = linker::packages(llvm);
+            linker::find(llvm).is_some()
+                || linker::custom_llvm()
+                // Elsewhere LLVM has to be there already, under whatever name.
+                || !apt::is_here()
+                || packages.iter().all(|name| installed.contains(name) || apt::is_known(name))
+        };
+        let compiler = compiler::choose(compiler::nightly(), compiler::debian(), linkable);
+        let linker = compiler.as_ref().and_then(|compiler| linker::find(compiler.llvm()));
+        let cc = has_program("cc") && std::path::Path::new("/usr/include/stdio.h").exists();
+        Ok(Self { scope, installed, cc, compiler, linker })
+    }
+
+    fn print(&self) {
+        let line = |there: bool, name: &str, what: &str| {
+            println!("{}  {name:<14} {what}", if there { "ok     " } else { "missing" });
+        };
+        line(self.cc, "C compiler", "links Rust programs");
+        match &self.compiler {
+            Some(compiler) => line(true, "BPF compiler", &compiler.to_string()),
+            None => line(false, "BPF compiler", "a rustc with the sources of core"),
+        }
+        match &self.linker {
+            Some(linker) => line(true, "bpf-linker", &linker.display().to_string()),
+            None => line(false, "bpf-linker", "links the eBPF programs, for the LLVM of the BPF compiler"),
+        }
+        for tool in &TOOLS {
+            let what = format!("provides `{}` for the demo and the tests", tool.program);
+            line(self.installed.contains(tool.name), tool.name, &what);
+        }
+    }
+}
+
+/// The Debian packages that have to be installed, given what the machine has.
+fn missing_packages(facts: &Facts) -> Vec<String> {
+    let mut wanted: Vec<String> = Vec::new();
+    if !facts.cc {
+        wanted.push("build-essential".to_owned());
+    }
+    match &facts.compiler {
+        None => wanted.extend(compiler::PACKAGES.map(str::to_owned)),
+        Some(compiler) if facts.linker.is_none() && !linker::custom_llvm() => {
+            let packages = linker::packages(compiler.llvm());
+            wanted.extend(packages.into_iter().filter(|name| !facts.installed.contains(name)));
+        }
+        Some(_) => {}
+    }
+    if facts.scope == Scope::Everything {
+        let tools = TOOLS.iter().map(|tool| tool.name);
+        wanted.extend(tools.filter(|name| !facts.installed.contains(*name)).map(str::to_owned));
+    }
+    wanted
+}
+
+/// How to install `packages`, or what is in them, without this command.
+fn by_hand(packages: &[String]) -> String {
+    if apt::is_here() {
+        return apt::by_hand(packages);
+    }
+    let contents = packages.iter().map(|name| match TOOLS.iter().find(|tool| tool.name == name) {
+        Some(tool) => format!("the program `{}`", tool.program),
+        None if name == "build-essential" => "a C compiler with the headers of the C library".to_owned(),
+        None if compiler::PACKAGES.contains(&name.as_str()) => compiler::NIGHTLY.to_owned(),
+        None => format!("what Debian has as {name} (LLVM_PREFIX names the directory of an LLVM elsewhere)"),
+    });
+    let mut contents: Vec<_> = contents.collect();
+    contents.dedup();
+    contents.join(", ")
+}
+
+/// What to say when packages were installed and nevertheless are missing.
+fn still_missing(packages: &[String]) -> String {
+    let mut text = format!("apt-get installed {}, but they cannot be used", packages.join(" "));
+    if packages.iter().any(|name| compiler::PACKAGES.contains(&name.as_str())) {
+        text = format!("{text}; {}", compiler::REMEDY);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn machine(scope: Scope, installed: &[&str]) -> Facts {
+        Facts {
+            scope,
+            installed: installed.iter().map(|&name| name.to_owned()).collect(),
+            cc: true,
+            compiler: Some(Compiler::Debian { release: "1.96.0".to_owned(), llvm: 22 }),
+            linker: Some(PathBuf::from("/tools/bpf-linker")),
+        }
+    }
+
+    fn all_tools() -> Vec<&'static str> {
+        TOOLS.iter().map(|tool| tool.name).collect()
+    }
+
+    #[test]
+    fn a_complete_machine_needs_nothing() {
+        assert_eq!(missing_packages(&machine(Scope::Everything, &all_tools())), [""; 0]);
+    }
+
+    #[test]
+    fn the_build_needs_no_test_tools() {
+        assert_eq!(missing_packages(&machine(Scope::Build, &[])), [""; 0]);
+    }
+
+    #[test]
+    fn only_the_absent_tools_are_installed() {
+        let mut there = all_tools();
+        there.retain(|&name| name != "iperf3" && name != "tcpdump");
+        assert_eq!(missing_packages(&machine(Scope::Everything, &there)), ["iperf3", "tcpdump"]);
+    }
+
+    #[test]
+    fn llvm_is_needed_only_to_build_the_linker() {
+        let mut facts = machine(Scope::Build, &["llvm-22-dev"]);
+        facts.linker = None;
+        assert_eq!(missing_packages(&facts), ["libpolly-22-dev"]);
+    }
+
+    #[test]
+    fn a_machine_without_a_compiler_gets_debians_before_any_llvm() {
+        let mut facts = machine(Scope::Build, &[]);
+        (facts.cc, facts.compiler, facts.linker) = (false, None, None);
+        assert_eq!(missing_packages(&facts), ["build-essential", "rustc-web", "rust-web-src"]);
+    }
+}

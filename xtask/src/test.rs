@@ -1,0 +1,126 @@
+//! `cargo xtask test`: every test in one run, with one summary whose last line is the counts.
+
+mod part;
+mod tally;
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Result, bail};
+use clap::Args;
+
+use crate::setup::{self, Scope};
+use crate::step::{self, elapsed};
+use crate::{build, interrupt, workspace};
+use build::Built;
+use part::Part;
+use tally::Tally;
+
+/// Run every test, or the selected parts, with one summary
+///
+/// Without --unit, --programs or --e2e all three parts run. The parts programs and e2e need root: they load eBPF programs
+/// and create network namespaces. What they need is set up and built first. The last line is `N passed, N failed, N skipped`.
+#[derive(Args, Default)]
+pub(crate) struct Options {
+    /// Unit tests of all crates; needs neither root nor a BPF compiler
+    #[arg(long)]
+    unit: bool,
+    /// Golden packets through the packet core, the tun shell and the loaded kernel programs
+    #[arg(long)]
+    programs: bool,
+    /// End-to-end tests in network namespaces
+    #[arg(long)]
+    e2e: bool,
+    /// Run only tests whose name contains this
+    filter: Option<String>,
+}
+
+/// Runs the command.
+pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    let parts = selected(options);
+    let needs_root = parts.iter().any(|part| part.needs_root());
+    if needs_root && !workspace::is_root() {
+        bail!(
+            "the parts programs and e2e load eBPF programs and create network namespaces: run the tests as root, or \
+             only `cargo xtask test --unit`"
+        );
+    }
+
+    let mut total = Tally::default();
+    let mut lines = Vec::new();
+    let built = if needs_root {
+        match prepare() {
+            Ok(built) => Some(built),
+            Err(error) => {
+                interrupt::check()?;
+                println!("FAILED: set-up and build: {error:#}");
+                total.add("build", &Tally::of_failure("set-up and build"));
+                None
+            }
+        }
+    } else {
+        None
+    };
+
+    for part in parts {
+        if part.needs_root() && built.is_none() {
+            lines.push(format!("{:<9} not run, because there is no agent to test", part.name()));
+            continue;
+        }
+        let start = Instant::now();
+        step::headline(format_args!("test: {}", part.title()));
+        let tally = part::run(part, options.filter.as_deref(), built.as_ref())?;
+        interrupt::check()?;
+        lines.push(format!("{:<9} {} ({})", part.name(), tally.counts(), elapsed(start)));
+        total.add(part.name(), &tally);
+    }
+    report(&lines, &total, options.filter.as_deref())
+}
+
+fn selected(options: &Options) -> Vec<Part> {
+    let all = !options.unit && !options.programs && !options.e2e;
+    let parts =
+        [(Part::Unit, options.unit), (Part::Programs, options.programs), (Part::EndToEnd, options.e2e)];
+    parts.into_iter().filter(|(_, chosen)| all || *chosen).map(|(part, _)| part).collect()
+}
+
+fn prepare() -> Result<Built> {
+    let toolchain = setup::ensure(Scope::Everything, false)?;
+    build::build(&toolchain)
+}
+
+/// Prints the summary. The counts are the last line.
+fn report(lines: &[String], total: &Tally, filter: Option<&str>) -> Result<ExitCode> {
+    step::headline("summary");
+    for line in lines {
+        println!("{line}");
+    }
+    for failure in &total.failures {
+        println!("failed: {failure}");
+    }
+    if total.is_empty() {
+        match filter {
+            Some(filter) => eprintln!("error: no test has a name that contains `{filter}`"),
+            None => eprintln!("error: no test ran"),
+        }
+    }
+    println!("{}", total.counts());
+    step::flush();
+    Ok(if total.is_success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_selection_means_all_parts() {
+        assert_eq!(selected(&Options::default()), [Part::Unit, Part::Programs, Part::EndToEnd]);
+    }
+
+    #[test]
+    fn selected_parts_run_in_order() {
+        let options = Options { e2e: true, unit: true, ..Options::default() };
+        assert_eq!(selected(&options), [Part::Unit, Part::EndToEnd]);
+    }
+}

@@ -1,0 +1,139 @@
+//! The parts of the test run: which cargo calls each consists of, and how their output is passed on and counted.
+
+use std::io::{Read, Write};
+use std::process::{Command, Stdio};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use super::tally::{Lines, Tally, started_programs};
+use crate::build::{Built, OBJECT_VARIABLE};
+use crate::{interrupt, step, workspace};
+
+/// How long test programs may clean up after cargo has ended.
+const CLEAN_UP: Duration = Duration::from_secs(60);
+
+/// A part of the test run.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Part {
+    /// Unit and documentation tests of all crates.
+    Unit,
+    /// Golden packets through every implementation.
+    Programs,
+    /// The agent in network namespaces.
+    EndToEnd,
+}
+
+impl Part {
+    /// As in the option that selects it.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Unit => "unit",
+            Self::Programs => "programs",
+            Self::EndToEnd => "e2e",
+        }
+    }
+
+    /// For its headline.
+    pub(super) fn title(self) -> &'static str {
+        match self {
+            Self::Unit => "unit tests and documentation tests",
+            Self::Programs => "golden packets through the core, the tun shell and the kernel programs",
+            Self::EndToEnd => "end to end, in network namespaces",
+        }
+    }
+
+    /// Whether it loads programs or creates namespaces, and so needs a built agent too.
+    pub(super) fn needs_root(self) -> bool {
+        self != Self::Unit
+    }
+
+    /// What its `cargo test` calls select. All are for the whole workspace, so that every crate they depend on has the
+    /// same features in each and is compiled once.
+    fn calls(self) -> &'static [&'static [&'static str]] {
+        match self {
+            Self::Unit => &[&["--lib", "--bins"], &["--doc"]],
+            Self::Programs => &[&["--test", "programs"]],
+            Self::EndToEnd => &[&["--test", "e2e"]],
+        }
+    }
+}
+
+/// Runs one part and counts. A failed test is a count and not an error.
+pub(super) fn run(part: Part, filter: Option<&str>, built: Option<&Built>) -> Result<Tally> {
+    let mut tally = Tally::default();
+    for call in part.calls() {
+        let mut cargo = workspace::cargo()?;
+        cargo.args(["test", "--workspace", "--no-fail-fast"]).args(*call).args(filter);
+        // A colour code in front of a result line would hide it from the count.
+        cargo.env("CARGO_TERM_COLOR", "never");
+        if let Some(built) = built {
+            cargo.env("OVERLAY_AGENT", &built.agent).env(OBJECT_VARIABLE, &built.ebpf_object);
+        }
+        tally.merge(&run_call(&mut cargo)?);
+    }
+    Ok(tally)
+}
+
+/// Runs one `cargo test`, passes its output on as it comes, and counts its result lines.
+fn run_call(cargo: &mut Command) -> Result<Tally> {
+    step::flush();
+    let name = step::display(cargo);
+    let mut child = step::spawn(cargo.stdout(Stdio::piped()).stderr(Stdio::piped()))?;
+    let attended = interrupt::attend(child.id());
+    let output = pass_on(child.stdout.take(), std::io::stdout());
+    let errors = pass_on(child.stderr.take(), std::io::stderr());
+    let status = child.wait().with_context(|| format!("cannot wait for `{name}`"))?;
+    // The test program may outlive an interrupted cargo while it cleans up, and it keeps the streams open.
+    let (output, errors) = (output.finish(), errors.finish());
+    drop(attended);
+
+    let mut tally = Tally::parse(&output);
+    tally.complete(&name, started_programs(&errors), status.success());
+    Ok(tally)
+}
+
+/// Copies a stream to `to` byte by byte as it comes, and keeps it.
+fn pass_on(mut from: Option<impl Read + Send + 'static>, mut to: impl Write + Send + 'static) -> PassedOn {
+    let lines = Arc::new(Mutex::new(Lines::default()));
+    let (ended, end) = mpsc::channel();
+    let kept = Arc::clone(&lines);
+    thread::spawn(move || {
+        let mut buffer = [0; 8192];
+        while let Some(stream) = &mut from
+            && let Ok(length @ 1..) = stream.read(&mut buffer)
+        {
+            let bytes = buffer.get(..length).unwrap_or_default();
+            // A reader that went away must not stop the tests: they clean up after themselves.
+            let _ = to.write_all(bytes).and_then(|()| to.flush());
+            lock(&kept).push(bytes);
+        }
+        let _ = ended.send(());
+    });
+    PassedOn { lines, end }
+}
+
+/// See [`pass_on`].
+struct PassedOn {
+    lines: Arc<Mutex<Lines>>,
+    end: Receiver<()>,
+}
+
+impl PassedOn {
+    /// Waits for the end of the stream and returns its lines. A process that a test left behind can hold a stream open for
+    /// ever: that is waited for only so long.
+    fn finish(self) -> Lines {
+        if let Err(RecvTimeoutError::Timeout) = self.end.recv_timeout(CLEAN_UP) {
+            eprintln!("warning: a process that the tests left behind still holds their output open");
+        }
+        std::mem::take(&mut lock(&self.lines))
+    }
+}
+
+fn lock(lines: &Mutex<Lines>) -> MutexGuard<'_, Lines> {
+    // Nothing panics while it holds the lock, and bytes are whole at any time.
+    lines.lock().unwrap_or_else(PoisonError::into_inner)
+}
