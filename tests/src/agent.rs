@@ -1,0 +1,370 @@
+//! One agent in a host's namespace: started, asked, stopped, killed.
+
+use std::{
+    env, fs,
+    fs::File,
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::ValueEnum;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde::de::DeserializeOwned;
+
+use crate::{
+    netns::Netns,
+    report::{Counters, Routes, Status},
+    session::Session,
+};
+
+/// Name of the overlay device.
+pub const DEVICE: &str = "ovl0";
+/// How long an agent may take to start or to end.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// Lines of the log that an error shows.
+const TAIL: usize = 25;
+
+/// One of the ways to move packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Rung {
+    /// XDP on the underlay, tc on the overlay device.
+    Xdp,
+    /// tc on both devices.
+    Tc,
+    /// The tun device and a UDP socket.
+    Tun,
+}
+
+impl Rung {
+    /// The word for it on the command line and in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Xdp => "xdp",
+            Self::Tc => "tc",
+            Self::Tun => "tun",
+        }
+    }
+
+    /// Whether eBPF programs carry the packets.
+    pub const fn is_fast(self) -> bool {
+        match self {
+            Self::Xdp | Self::Tc => true,
+            Self::Tun => false,
+        }
+    }
+}
+
+/// Path of the agent's binary: `OVERLAY_AGENT`, or the release build of this workspace.
+///
+/// # Errors
+///
+/// When there is no such file, naming the command that builds it.
+pub fn binary() -> Result<PathBuf> {
+    let built = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/release/overlay-agent");
+    let path = env::var_os("OVERLAY_AGENT").map_or_else(built, PathBuf::from);
+    path.canonicalize().with_context(|| {
+        format!(
+            "find the agent at {}: build it with `cargo xtask build`, or name it in OVERLAY_AGENT",
+            path.display()
+        )
+    })
+}
+
+/// A place where an agent runs again and again: a namespace, a run directory, a log.
+#[derive(Debug)]
+pub struct Site {
+    netns: Arc<Netns>,
+    binary: PathBuf,
+    directory: PathBuf,
+}
+
+impl Site {
+    /// A site with directories of its own.
+    ///
+    /// # Errors
+    ///
+    /// When there is no agent to run, or a directory cannot be created.
+    pub fn new(session: &Session, netns: &Arc<Netns>, role: &str) -> Result<Arc<Self>> {
+        let directory = session.new_directory(role)?;
+        Ok(Arc::new(Self { netns: Arc::clone(netns), binary: binary()?, directory }))
+    }
+
+    /// The agent's run directory, where its control socket is.
+    pub fn run_directory(&self) -> PathBuf {
+        self.directory.join("run")
+    }
+
+    /// Path of the control socket.
+    pub fn socket(&self) -> PathBuf {
+        self.run_directory().join(format!("{DEVICE}.sock"))
+    }
+
+    /// The command that enters the namespace by hand.
+    pub fn enter_command(&self) -> String {
+        format!("nsenter --net=/run/netns/{}", self.netns.name())
+    }
+
+    /// The agent's binary.
+    pub fn binary(&self) -> &Path {
+        &self.binary
+    }
+
+    fn log(&self) -> PathBuf {
+        self.directory.join("log")
+    }
+
+    /// The agent's `run` with the files of this site and `arguments`.
+    pub fn run_command(&self, arguments: &[String]) -> Command {
+        let mut command = Command::new(&self.binary);
+        command.arg("run").arg("--run-dir").arg(self.run_directory());
+        command.arg("--subnet-file").arg(self.directory.join("subnet.env")).args(arguments);
+        // Programs are often asked for more words than a test wants to read.
+        command.env_remove("RUST_LOG").stdin(Stdio::null());
+        command
+    }
+
+    /// Starts an agent and waits until it runs.
+    ///
+    /// # Errors
+    ///
+    /// When it ends or is not running within 20 seconds, with the end of its log.
+    pub fn start(self: &Arc<Self>, arguments: &[String]) -> Result<Agent> {
+        let log = File::create(self.log()).with_context(|| format!("create {}", self.log().display()))?;
+        let mut command = self.run_command(arguments);
+        // Of its own process group: Ctrl-C is for whoever runs the tests, who then ends the agents in order.
+        command.process_group(0).stdout(log.try_clone().context("share the log file")?).stderr(log);
+        let child = self.netns.spawn(&mut command)?;
+        let mut agent = Agent { site: Arc::clone(self), child, ended: false };
+        if let Err(error) = agent.wait_until_running() {
+            bail!(
+                "start an agent in {}: {error:#}; the end of its log:\n{}",
+                self.netns.name(),
+                self.log_tail()
+            );
+        }
+        Ok(agent)
+    }
+
+    /// Runs an agent that should refuse to start.
+    ///
+    /// # Errors
+    ///
+    /// When it starts all the same, ends with success, or does not say why in one line.
+    pub fn refused(&self, mut command: Command) -> Result<String> {
+        let log = File::create(self.log()).with_context(|| format!("create {}", self.log().display()))?;
+        command.process_group(0).stdout(log.try_clone().context("share the log file")?).stderr(log);
+        let mut child = self.netns.spawn(&mut command)?;
+        let Some(status) = wait(&mut child, Duration::from_secs(10))? else {
+            let _ = kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM);
+            if wait(&mut child, PATIENCE)?.is_none() {
+                child.kill().context("kill an agent that does not end")?;
+            }
+            bail!("the agent started instead of refusing; the end of its log:\n{}", self.log_tail());
+        };
+        let log = self.read_log();
+        let errors: Vec<&str> = log.lines().filter(|line| line.starts_with("error:")).collect();
+        let [error] = errors.as_slice() else {
+            bail!("{} lines of the agent's output start with `error:`, not one:\n{log}", errors.len());
+        };
+        ensure!(!status.success(), "the agent refused with `{error}` but its exit code says success");
+        Ok((*error).to_owned())
+    }
+
+    /// Removes what an agent left in this namespace.
+    ///
+    /// # Errors
+    ///
+    /// When `overlay-agent down` fails.
+    pub fn down(&self) -> Result<()> {
+        self.ask("down", &[]).map(drop)
+    }
+
+    fn ask(&self, question: &str, arguments: &[&str]) -> Result<Vec<u8>> {
+        let mut command = Command::new(&self.binary);
+        command.arg(question).arg("--run-dir").arg(self.run_directory()).args(arguments);
+        let output = self.netns.output(&mut command)?;
+        if !output.status.success() {
+            bail!(
+                "`overlay-agent {question}` in {}: {}: {}",
+                self.netns.name(),
+                output.status,
+                String::from_utf8_lossy(&output.stderr).trim()
+            );
+        }
+        Ok(output.stdout)
+    }
+
+    fn read_log(&self) -> String {
+        fs::read(self.log()).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
+    }
+
+    /// The last lines of the agent's log.
+    pub fn log_tail(&self) -> String {
+        let log = self.read_log();
+        let lines: Vec<&str> = log.lines().collect();
+        let tail = lines.get(lines.len().saturating_sub(TAIL)..).unwrap_or_default();
+        format!("    {}", tail.join("\n    "))
+    }
+}
+
+/// A running agent. Dropped, it is killed and `overlay-agent down` removes what it left.
+#[derive(Debug)]
+pub struct Agent {
+    site: Arc<Site>,
+    child: Child,
+    ended: bool,
+}
+
+impl Agent {
+    /// Where it runs.
+    pub fn site(&self) -> &Arc<Site> {
+        &self.site
+    }
+
+    /// What it says about itself.
+    ///
+    /// # Errors
+    ///
+    /// When it does not answer, or not in the form expected.
+    pub fn status(&self) -> Result<Status> {
+        self.report("status")
+    }
+
+    /// Its routes.
+    ///
+    /// # Errors
+    ///
+    /// As [`Agent::status`].
+    pub fn routes(&self) -> Result<Routes> {
+        self.report("routes")
+    }
+
+    /// Its counters.
+    ///
+    /// # Errors
+    ///
+    /// As [`Agent::status`].
+    pub fn counters(&self) -> Result<Counters> {
+        self.report("counters")
+    }
+
+    fn report<T: DeserializeOwned>(&self, question: &str) -> Result<T> {
+        let bytes = self.site.ask(question, &["-o", "json"])?;
+        serde_json::from_slice(&bytes).with_context(|| {
+            format!("read what `overlay-agent {question}` says: {}", String::from_utf8_lossy(&bytes))
+        })
+    }
+
+    /// Waits until the agent's routes are as `expected` says.
+    ///
+    /// # Errors
+    ///
+    /// When they still are not after 5 seconds.
+    pub fn wait_for_routes(&self, what: &str, expected: impl Fn(&Routes) -> bool) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(5);
+        loop {
+            let routes = self.routes()?;
+            if expected(&routes) {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "{what}: not so after 5 seconds, the agent has {routes:?}");
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Whether the process still runs.
+    ///
+    /// # Errors
+    ///
+    /// When its state cannot be read.
+    pub fn is_running(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait().context("read the state of an agent")?.is_none())
+    }
+
+    /// Sends SIGTERM and checks that the agent ends with success.
+    ///
+    /// # Errors
+    ///
+    /// When it does not end within 20 seconds or with another exit code than 0, with the end of its log.
+    pub fn stop(mut self) -> Result<()> {
+        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM)
+            .context("send SIGTERM to an agent")?;
+        let Some(status) = wait(&mut self.child, PATIENCE)? else {
+            bail!("an agent does not end on SIGTERM; the end of its log:\n{}", self.site.log_tail());
+        };
+        self.ended = true;
+        ensure!(
+            status.success(),
+            "an agent ended with {status}; the end of its log:\n{}",
+            self.site.log_tail()
+        );
+        Ok(())
+    }
+
+    /// Kills the agent as a crash would: nothing is removed.
+    ///
+    /// # Errors
+    ///
+    /// When the signal cannot be sent.
+    pub fn crash(mut self) -> Result<Arc<Site>> {
+        self.child.kill().context("kill an agent")?;
+        self.child.wait().context("wait for a killed agent")?;
+        self.ended = true;
+        Ok(Arc::clone(&self.site))
+    }
+
+    /// Lets the agent run after this process.
+    pub fn leave(mut self) {
+        self.ended = true;
+    }
+
+    fn wait_until_running(&mut self) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().context("read the state of an agent")? {
+                // Refused: it removed what it had begun itself.
+                self.ended = true;
+                bail!("it ended with {status}");
+            }
+            match self.status() {
+                Ok(status) if status.state == "running" => return Ok(()),
+                Ok(_) | Err(_) if Instant::now() < deadline => thread::sleep(Duration::from_millis(20)),
+                Ok(status) => bail!("it is still {} after {PATIENCE:?}", status.state),
+                Err(error) => {
+                    return Err(error).with_context(|| format!("it does not answer after {PATIENCE:?}"));
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        if self.ended {
+            return;
+        }
+        // The namespace may go at the same time, and with it everything that is left: nothing to report.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = self.site.down();
+    }
+}
+
+fn wait(child: &mut Child, patience: Duration) -> Result<Option<ExitStatus>> {
+    let deadline = Instant::now() + patience;
+    loop {
+        let status = child.try_wait().context("wait for an agent to end")?;
+        if status.is_some() || Instant::now() > deadline {
+            return Ok(status);
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}

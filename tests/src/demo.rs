@@ -1,0 +1,159 @@
+//! The demo: every rung carries verified traffic, beside routing and VXLAN, and a table says how fast.
+
+pub mod kept;
+pub mod lane;
+pub mod options;
+pub mod rates;
+pub mod result;
+
+use std::{
+    process::ExitCode,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::Result;
+
+pub use options::Options;
+
+use crate::{
+    agent,
+    comparison::Comparison,
+    demo::{
+        lane::{Connection, Lane},
+        options::RungPair,
+        rates::Rates,
+    },
+    session::{Kind, Session, remove_kept},
+    verify::CHECKS,
+};
+
+/// Runs the demo and prints its table. The exit code says whether everything was verified.
+///
+/// # Errors
+///
+/// When the demo cannot run at all: no root, no agent, no tools.
+pub fn run(options: &Options) -> Result<ExitCode> {
+    if options.remove {
+        println!("removed {} kept demo(s)", remove_kept()?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    let agent = agent::binary()?;
+    Session::remove_on_signals()?;
+    let session = Session::start(Kind::Demo)?;
+    let progress = Progress { started: Instant::now() };
+    progress.line(&format!(
+        "two hosts, a container behind each; underlay: {}; agent: {}",
+        options.underlay.name(),
+        agent.display()
+    ));
+
+    let mut lanes = Vec::new();
+    for comparison in [Comparison::Routed, Comparison::Vxlan] {
+        lanes.push(verified(&session, Connection::Comparison(comparison), options, &progress));
+    }
+    for RungPair { a, b } in options.pairs() {
+        lanes.push(verified(&session, Connection::Overlay(a, b), options, &progress));
+    }
+    measure(&mut lanes, options, &progress);
+
+    result::print(&lanes, options);
+    if let Some(path) = &options.json {
+        result::write_json(path, &lanes, options)?;
+    }
+    let failures: Vec<String> = lanes.iter().flat_map(Lane::failures).collect();
+    drop(lanes);
+    drop(session);
+    if options.keep {
+        kept::leave_up(options)?;
+    }
+    if failures.is_empty() {
+        println!("\neverything verified in {:.0} s", progress.started.elapsed().as_secs_f64());
+        return Ok(ExitCode::SUCCESS);
+    }
+    for failure in &failures {
+        eprintln!("failed: {failure}");
+    }
+    eprintln!("error: {} verification(s) failed", failures.len());
+    Ok(ExitCode::FAILURE)
+}
+
+/// Builds one lane and runs every check on it. What fails is noted in the lane.
+fn verified(session: &Arc<Session>, connection: Connection, options: &Options, progress: &Progress) -> Lane {
+    let mut lane = Lane::new(connection, options.tcp_bytes());
+    let name = lane.name();
+    match lane.connect(session, options.underlay) {
+        Ok(seen) => progress.step(&name, "connect", &seen),
+        Err(error) if connection == Connection::Comparison(Comparison::Vxlan) => {
+            // Not every kernel has it, and nothing but the ratios depends on it.
+            progress.step(&name, "connect", &format!("not measured: {error:#}"));
+            return lane;
+        }
+        Err(error) => {
+            progress.step(&name, "connect", &format!("FAILED: {error:#}"));
+            lane.fail("connect", &error);
+            return lane;
+        }
+    }
+    for check in CHECKS {
+        match lane.check(check) {
+            Ok(seen) => progress.step(&name, check.name, &seen),
+            Err(error) => {
+                progress.step(&name, check.name, &format!("FAILED: {error:#}"));
+                lane.fail(check.name, &error);
+            }
+        }
+    }
+    match lane.read_counters() {
+        Ok(Some(seen)) => progress.step(&name, "counters", &seen),
+        Ok(None) => {}
+        Err(error) => {
+            progress.step(&name, "counters", &format!("FAILED: {error:#}"));
+            lane.fail("counters", &error);
+        }
+    }
+    lane
+}
+
+/// Measures all lanes in turn, several times over, so that what disturbs the machine meanwhile disturbs all alike.
+fn measure(lanes: &mut [Lane], options: &Options, progress: &Progress) {
+    for round in 1..=options.rounds() {
+        for lane in lanes.iter_mut() {
+            let name = lane.name();
+            let Some((a, b)) = lane.topology().map(|topology| topology.pods()) else { continue };
+            let step = format!("rates, round {round} of {}", options.rounds());
+            match Rates::measure(a, b) {
+                Ok(rates) => {
+                    progress.step(&name, &step, &rates.to_string());
+                    lane.add_rates(rates);
+                }
+                Err(error) => {
+                    progress.step(&name, &step, &format!("FAILED: {error:#}"));
+                    lane.fail(&step, &error);
+                }
+            }
+        }
+    }
+}
+
+/// Tells whoever waits what has just been done.
+struct Progress {
+    started: Instant,
+}
+
+impl Progress {
+    fn line(&self, text: &str) {
+        eprintln!("[{:>5.1} s] {text}", self.started.elapsed().as_secs_f64());
+    }
+
+    fn step(&self, lane: &str, step: &str, seen: &str) {
+        self.line(&format!("{lane:<8} {step:<52} {seen}"));
+    }
+}
+
+/// How long each rate is measured, per direction and round. iperf3 measures whole seconds.
+pub(crate) const TCP_DURATION: Duration = Duration::from_secs(1);
+/// See [`TCP_DURATION`].
+pub(crate) const SMALL_DURATION: Duration = Duration::from_millis(400);
+/// See [`TCP_DURATION`].
+pub(crate) const TRIP_DURATION: Duration = Duration::from_millis(300);

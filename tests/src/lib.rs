@@ -1,0 +1,17 @@
+//! The end-to-end test harness: hosts and containers as network namespaces, agents, traffic that is verified, rates.
+//!
+//! In reading order: [`session`] owns everything a run creates, [`netns`] is one namespace, [`topology`] is the reference
+//! topology (two hosts, a container behind each), [`comparison`] connects it without the overlay, [`agent`] and [`pair`]
+//! with it. [`traffic`] sends and verifies, [`verify`] is the list of checks that the demo and the tests share.
+
+pub mod agent;
+pub mod comparison;
+pub mod demo;
+pub mod netns;
+pub mod pair;
+pub mod report;
+pub mod session;
+pub mod table;
+pub mod topology;
+pub mod traffic;
+pub mod verify;

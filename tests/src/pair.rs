@@ -1,0 +1,204 @@
+//! The reference topology with an agent on each host, both on one directory store.
+
+use std::{fs, path::PathBuf, sync::Arc};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{
+    agent::{Agent, Rung, Site},
+    report::Counters,
+    session::Session,
+    topology::{NETWORK, Side, Topology, UPLINK},
+};
+
+/// Fewest packets of a hundred that a fast path must carry itself.
+const FAST_PERCENT: u64 = 95;
+
+/// Directory store with flannel's configuration record.
+#[derive(Clone, Debug)]
+pub struct Store {
+    directory: PathBuf,
+}
+
+impl Store {
+    /// An empty store of the reference network.
+    ///
+    /// # Errors
+    ///
+    /// When its files cannot be written.
+    pub fn create(session: &Session) -> Result<Self> {
+        let store = Self { directory: session.new_directory("store")? };
+        let subnets = store.directory.join("subnets");
+        fs::create_dir(&subnets).with_context(|| format!("create {}", subnets.display()))?;
+        store.write(
+            "config",
+            &format!(r#"{{"Network":"{NETWORK}","Backend":{{"Type":"udp","Port":8285}}}}"#),
+        )?;
+        Ok(store)
+    }
+
+    /// Writes a record as a tool that syncs the store would: whole or not at all.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be written.
+    pub fn write(&self, record: &str, value: &str) -> Result<()> {
+        let (path, temporary) = (self.directory.join(record), self.directory.join("record.tmp"));
+        fs::write(&temporary, value)
+            .and_then(|()| fs::rename(&temporary, &path))
+            .with_context(|| format!("write {}", path.display()))
+    }
+
+    /// Writes the lease record of a subnet, given as `10.244.3.0-24`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::write`].
+    pub fn write_lease(&self, subnet: &str, public_ip: &str) -> Result<()> {
+        self.write(&format!("subnets/{subnet}"), &format!(r#"{{"PublicIP":"{public_ip}"}}"#))
+    }
+
+    /// Removes a record.
+    ///
+    /// # Errors
+    ///
+    /// When it is not there.
+    pub fn remove(&self, record: &str) -> Result<()> {
+        let path = self.directory.join(record);
+        fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))
+    }
+
+    /// Moves the whole store to where no agent looks.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be moved.
+    pub fn move_away(&self) -> Result<MovedStore> {
+        let moved = MovedStore { from: self.directory.clone(), to: self.directory.with_extension("away") };
+        fs::rename(&moved.from, &moved.to).with_context(|| format!("move {} away", moved.from.display()))?;
+        Ok(moved)
+    }
+
+    /// The arguments of an agent on this store with the subnet of `side`.
+    pub fn arguments(&self, side: &Side, rung: Rung) -> Vec<String> {
+        let store = format!("dir:{}", self.directory.display());
+        let words =
+            ["--store", &store, "--subnet", side.subnet, "--iface", UPLINK, "--datapath", rung.name()];
+        words.map(str::to_owned).into()
+    }
+}
+
+/// A store that is not where it should be.
+#[derive(Debug)]
+pub struct MovedStore {
+    from: PathBuf,
+    to: PathBuf,
+}
+
+impl MovedStore {
+    /// Moves the store back.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be moved.
+    pub fn move_back(self) -> Result<()> {
+        fs::rename(&self.to, &self.from).with_context(|| format!("move {} back", self.from.display()))
+    }
+}
+
+/// Two agents that know each other. They end before their namespaces go, in the order of the fields.
+#[derive(Debug)]
+pub struct Pair {
+    /// The agent on host A.
+    pub a: Agent,
+    /// The agent on host B.
+    pub b: Agent,
+    /// What both read their routes from.
+    pub store: Store,
+    /// Where they run.
+    pub topology: Topology,
+}
+
+impl Pair {
+    /// Starts an agent on each host and waits until each has a route to the other.
+    ///
+    /// # Errors
+    ///
+    /// When an agent does not start, has another rung than asked for, or does not learn of its peer.
+    pub fn start(session: &Arc<Session>, topology: Topology, rung_a: Rung, rung_b: Rung) -> Result<Self> {
+        let store = Store::create(session)?;
+        let [a, b] = [(&topology.a, rung_a), (&topology.b, rung_b)].map(|(side, rung)| {
+            let site = Site::new(session, &side.host, &format!("agent-{}", side.name))?;
+            let agent = site.start(&store.arguments(side, rung))?;
+            check_rung(&agent, rung)?;
+            anyhow::Ok(agent)
+        });
+        let pair = Self { a: a?, b: b?, store, topology };
+        pair.wait_for_peers()?;
+        Ok(pair)
+    }
+
+    /// Waits until each agent has exactly the route to the other.
+    ///
+    /// # Errors
+    ///
+    /// When that is not so after 5 seconds.
+    pub fn wait_for_peers(&self) -> Result<()> {
+        for (agent, peer) in [(&self.a, &self.topology.b), (&self.b, &self.topology.a)] {
+            agent.wait_for_routes(&format!("a route to {} only", peer.subnet), |routes| {
+                matches!(routes.routes.as_slice(), [route] if route.subnet == peer.subnet && route.peer == peer.underlay)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Counters of both agents, A first.
+    ///
+    /// # Errors
+    ///
+    /// When an agent does not answer.
+    pub fn counters(&self) -> Result<[Counters; 2]> {
+        Ok([self.a.counters()?, self.b.counters()?])
+    }
+}
+
+/// Checks that an agent moves packets the way it was asked to.
+fn check_rung(agent: &Agent, rung: Rung) -> Result<()> {
+    let status = agent.status()?;
+    let ingress = status.ingress.rung == rung.name();
+    // tc carries egress on the xdp rung too: XDP has no egress.
+    let egress = (status.egress.rung == Rung::Tun.name()) != rung.is_fast();
+    ensure!(
+        ingress && egress,
+        "asked for {}, the agent has {:?} in and {:?} out",
+        rung.name(),
+        status.ingress,
+        status.egress
+    );
+    Ok(())
+}
+
+/// Checks the counters of an agent after traffic: nothing lost, and eBPF carried what it should.
+///
+/// # Errors
+///
+/// When packets were dropped for a reason that means an error, or took the other path than the rung says.
+pub fn check_counters(counters: &Counters, rung: Rung, role: &str) -> Result<()> {
+    let drops = counters.wrong_drops();
+    ensure!(drops.is_empty(), "agent {role} ({}) dropped packets: {drops:?}", rung.name());
+    let traffic = &counters.traffic;
+    for (direction, fast, slow) in [
+        ("egress", traffic.egress_fast_packets, traffic.egress_slow_packets),
+        ("ingress", traffic.ingress_fast_packets, traffic.ingress_slow_packets),
+    ] {
+        ensure!(fast + slow > 0, "agent {role} ({}) counted no {direction} packet", rung.name());
+        let enough = if rung.is_fast() { fast * 100 >= (fast + slow) * FAST_PERCENT } else { fast == 0 };
+        ensure!(
+            enough,
+            "agent {role} ({}) carried {fast} {direction} packets in eBPF and {slow} itself; punts: {:?}",
+            rung.name(),
+            counters.punts
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,133 @@
+//! What the agent reports as JSON, as far as tests and the demo look at it.
+
+use std::{collections::BTreeMap, net::Ipv4Addr};
+
+use serde::Deserialize;
+
+/// `overlay-agent status -o json`.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Status {
+    /// `running` once everything is in place.
+    pub state: String,
+    /// The agent's subnet, in CIDR notation.
+    pub subnet: String,
+    /// The underlay address that peers send to.
+    pub public_ip: Ipv4Addr,
+    /// UDP port of the network.
+    pub port: u16,
+    /// The overlay device.
+    pub device: Device,
+    /// How inner packets leave.
+    pub egress: Path,
+    /// How outer packets come in.
+    pub ingress: Path,
+    /// Number of routes.
+    pub routes: usize,
+    /// The agent's process.
+    pub pid: u32,
+}
+
+/// A network device.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Device {
+    /// Its name.
+    pub name: String,
+    /// Its MTU in bytes.
+    pub mtu: usize,
+}
+
+/// How packets of one direction are moved.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Path {
+    /// `xdp`, `tc` or `tun`.
+    pub rung: String,
+    /// Why this one.
+    pub why: String,
+}
+
+/// `overlay-agent routes -o json`.
+#[derive(Clone, Debug, Deserialize, PartialEq)]
+pub struct Routes {
+    /// Every route.
+    pub routes: Vec<Route>,
+    /// Records that were skipped.
+    pub skipped: Vec<Skipped>,
+}
+
+/// One subnet of the overlay and who holds it.
+#[derive(Clone, Debug, Deserialize, PartialEq)]
+pub struct Route {
+    /// The subnet, in CIDR notation.
+    pub subnet: String,
+    /// The peer's underlay address.
+    pub peer: Ipv4Addr,
+}
+
+/// A record that is no route.
+#[derive(Clone, Debug, Deserialize, PartialEq)]
+pub struct Skipped {
+    /// Its name.
+    pub record: String,
+    /// Why it was skipped.
+    pub why: String,
+}
+
+/// `overlay-agent counters -o json`.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct Counters {
+    /// Packets and bytes per path.
+    pub traffic: Traffic,
+    /// Packets that the fast path handed to the slow path, by reason.
+    pub punts: BTreeMap<String, u64>,
+    /// Packets discarded, by reason.
+    pub drops: BTreeMap<String, u64>,
+}
+
+/// Packets per direction and path. A super-packet of many segments counts once.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+pub struct Traffic {
+    /// Inner packets encapsulated by eBPF.
+    pub egress_fast_packets: u64,
+    /// Inner packets decapsulated by eBPF.
+    pub ingress_fast_packets: u64,
+    /// Inner packets encapsulated by the agent.
+    pub egress_slow_packets: u64,
+    /// Inner packets decapsulated by the agent.
+    pub ingress_slow_packets: u64,
+}
+
+impl Traffic {
+    /// Packets that eBPF carried.
+    pub fn fast(&self) -> u64 {
+        self.egress_fast_packets + self.ingress_fast_packets
+    }
+
+    /// Packets that the agent carried.
+    pub fn slow(&self) -> u64 {
+        self.egress_slow_packets + self.ingress_slow_packets
+    }
+}
+
+impl Counters {
+    /// Drops that mean that something is wrong, with their counts. The kernel itself sends IPv6 router solicitations into
+    /// every device, so discarded IPv6 packets are none.
+    pub fn wrong_drops(&self) -> BTreeMap<&str, u64> {
+        let counted = self.drops.iter().filter(|(reason, count)| **count > 0 && reason.as_str() != "ipv6");
+        counted.map(|(reason, count)| (reason.as_str(), *count)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn discarded_ipv6_is_not_wrong() {
+        let text = r#"{"traffic": {"egress_fast_packets": 7, "egress_fast_bytes": 1, "ingress_fast_packets": 2,
+            "ingress_fast_bytes": 1, "egress_slow_packets": 1, "egress_slow_bytes": 1, "ingress_slow_packets": 0,
+            "ingress_slow_bytes": 0}, "punts": {"outer_gro": 1}, "drops": {"ipv6": 9, "no_route": 0, "truncated": 2}}"#;
+        let counters: Counters = serde_json::from_str(text).unwrap();
+        assert_eq!(counters.wrong_drops(), BTreeMap::from([("truncated", 2)]));
+        assert_eq!((counters.traffic.fast(), counters.traffic.slow()), (9, 1));
+    }
+}

@@ -1,0 +1,258 @@
+//! One run of the demo or the tests: names what it creates, and removes all of it however the run ends.
+//!
+//! Every namespace is called `<kind>-<pid>-<number>-<role>` and every file lies in `/run/overlay-tests/<kind>-<pid>`. So
+//! a later run can tell what a killed one left (its process is gone) and remove that too.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::{Pid, Uid},
+};
+use signal_hook::{
+    consts::{SIGHUP, SIGINT, SIGTERM},
+    iterator::Signals,
+};
+
+use crate::netns::run_tool;
+
+/// Where sessions keep stores, sockets and logs.
+const DIRECTORY: &str = "/run/overlay-tests";
+/// Where `ip netns` keeps its names.
+const NETNS_DIRECTORY: &str = "/run/netns";
+
+/// What a session is for; the first part of its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// End-to-end tests.
+    Test,
+    /// The demo.
+    Demo,
+    /// What `demo --keep` leaves up: never removed because its process is gone, only on request.
+    Kept,
+}
+
+impl Kind {
+    const fn prefix(self) -> &'static str {
+        match self {
+            Self::Test => "ovltest",
+            Self::Demo => "ovldemo",
+            Self::Kept => "ovlkeep",
+        }
+    }
+}
+
+/// Owner of everything that one run creates.
+#[derive(Debug)]
+pub struct Session {
+    name: String,
+    next: AtomicU32,
+    kept: AtomicBool,
+}
+
+impl Session {
+    /// Starts a session, after removing what killed runs of the same kind left behind.
+    ///
+    /// # Errors
+    ///
+    /// When this process is not root, or the session's directory cannot be created.
+    pub fn start(kind: Kind) -> Result<Arc<Self>> {
+        if !Uid::effective().is_root() {
+            bail!("building network namespaces needs root: run this as root or with sudo");
+        }
+        if kind != Kind::Kept {
+            remove_where(|owner| owner.kind == kind.prefix() && !is_alive(owner.pid))?;
+        }
+        let name = format!("{}-{}", kind.prefix(), process::id());
+        let directory = Path::new(DIRECTORY).join(&name);
+        fs::create_dir_all(&directory).with_context(|| format!("create {}", directory.display()))?;
+        Ok(Arc::new(Self { name, next: AtomicU32::new(1), kept: AtomicBool::new(false) }))
+    }
+
+    /// A name for a new namespace that no other run uses.
+    pub fn netns_name(&self, role: &str) -> String {
+        format!("{}-{}-{role}", self.name, self.next.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// A new, empty directory for `role`, removed with the session.
+    ///
+    /// # Errors
+    ///
+    /// When the directory cannot be created.
+    pub fn new_directory(&self, role: &str) -> Result<PathBuf> {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let path = Path::new(DIRECTORY).join(&self.name).join(format!("{number}-{role}"));
+        fs::create_dir_all(&path).with_context(|| format!("create {}", path.display()))?;
+        Ok(path)
+    }
+
+    /// From now on nothing of this session is removed when values are dropped.
+    pub fn keep(&self) {
+        self.kept.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether [`Session::keep`] was called.
+    pub fn is_kept(&self) -> bool {
+        self.kept.load(Ordering::Relaxed)
+    }
+
+    /// On SIGINT, SIGTERM or SIGHUP removes everything this process created, in all its sessions, and exits with
+    /// 128 + the signal's number.
+    ///
+    /// # Errors
+    ///
+    /// When the signal handlers cannot be installed.
+    pub fn remove_on_signals() -> Result<()> {
+        let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])
+            .context("install handlers for SIGINT, SIGTERM and SIGHUP")?;
+        thread::spawn(move || {
+            let Some(signal) = signals.forever().next() else { return };
+            eprintln!("\ninterrupted: removing namespaces, agents and files of this run");
+            // Held until the process exits: no namespace and no program can join while the others are being removed.
+            let _closing = hold();
+            if let Err(error) = remove_where(|owner| owner.pid == process::id()) {
+                eprintln!("error: {error:#}");
+            }
+            process::exit(128 + signal);
+        });
+        Ok(())
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if self.is_kept() {
+            return;
+        }
+        let _removing = hold();
+        if let Err(error) = remove_where(|owner| owner.name() == self.name) {
+            eprintln!("error: {error:#}");
+        }
+    }
+}
+
+/// Removes what earlier `demo --keep` runs left up, agents included. Returns how many topologies there were.
+///
+/// # Errors
+///
+/// When a namespace or a file cannot be removed.
+pub fn remove_kept() -> Result<usize> {
+    remove_where(|owner| owner.kind == Kind::Kept.prefix())
+}
+
+/// Whoever creates or removes a namespace or starts a program in one holds this meanwhile, so that it waits for good
+/// once a signal's clean-up has begun; see [`Session::remove_on_signals`].
+pub(crate) fn hold() -> MutexGuard<'static, ()> {
+    static CREATING: Mutex<()> = Mutex::new(());
+    CREATING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The session that a name belongs to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Owner<'a> {
+    kind: &'a str,
+    pid: u32,
+}
+
+impl<'a> Owner<'a> {
+    /// Reads `<kind>-<pid>` or `<kind>-<pid>-...`; `None` for names that are not ours.
+    fn parse(name: &'a str) -> Option<Self> {
+        let mut parts = name.split('-');
+        let kind = parts.next()?;
+        let known = [Kind::Test, Kind::Demo, Kind::Kept].iter().any(|known| known.prefix() == kind);
+        let pid = parts.next()?.parse().ok()?;
+        known.then_some(Self { kind, pid })
+    }
+
+    fn name(&self) -> String {
+        format!("{}-{}", self.kind, self.pid)
+    }
+}
+
+/// Removes the namespaces, the processes in them and the files of all sessions that `chosen` accepts; returns how many
+/// sessions that were.
+fn remove_where(chosen: impl Fn(&Owner<'_>) -> bool) -> Result<usize> {
+    let mut sessions = Vec::new();
+    for name in entries(NETNS_DIRECTORY) {
+        let Some(owner) = Owner::parse(&name).filter(|owner| chosen(owner)) else { continue };
+        // Taken before the processes die, so that only these are signalled.
+        let pids = run_tool(&["ip", "netns", "pids", &name]).unwrap_or_default();
+        for pid in pids.split_whitespace().filter_map(|pid| pid.parse().ok()) {
+            end_process(Pid::from_raw(pid));
+        }
+        run_tool(&["ip", "netns", "delete", &name])?;
+        sessions.push(owner.name());
+    }
+    for name in entries(DIRECTORY) {
+        let Some(owner) = Owner::parse(&name).filter(|owner| chosen(owner)) else { continue };
+        let path = Path::new(DIRECTORY).join(&name);
+        fs::remove_dir_all(&path).with_context(|| format!("remove {}", path.display()))?;
+        sessions.push(owner.name());
+    }
+    // Fails while other sessions have files there, which is what it should do.
+    let _ = fs::remove_dir(DIRECTORY);
+    sessions.sort_unstable();
+    sessions.dedup();
+    Ok(sessions.len())
+}
+
+fn entries(directory: &str) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(directory) else { return Vec::new() };
+    entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect()
+}
+
+/// Asks a process to end, and ends it when it does not within a second.
+fn end_process(pid: Pid) {
+    if kill(pid, Signal::SIGTERM).is_err() {
+        return;
+    }
+    for _ in 0..50 {
+        if !is_alive(pid.as_raw().unsigned_abs()) {
+            return;
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+    let _ = kill(pid, Signal::SIGKILL);
+}
+
+/// Whether a process exists and is more than a zombie.
+fn is_alive(pid: u32) -> bool {
+    let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
+    // "pid (command) state ...": the command may itself contain parentheses.
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_tell_their_owner() {
+        assert_eq!(Owner::parse("ovltest-77-3-hosta"), Some(Owner { kind: "ovltest", pid: 77 }));
+        assert_eq!(Owner::parse("ovlkeep-5"), Some(Owner { kind: "ovlkeep", pid: 5 }));
+    }
+
+    #[test]
+    fn foreign_names_are_nobodys() {
+        for name in ["cni-7f1c", "ovltest", "ovltest-x-1", "blue-77-3-hosta", ""] {
+            assert_eq!(Owner::parse(name), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn this_process_is_alive_and_an_impossible_one_is_not() {
+        assert!(is_alive(process::id()));
+        assert!(!is_alive(u32::MAX));
+    }
+}

@@ -1,0 +1,175 @@
+//! The reference topology: pod A - host A - host B - pod B, four network namespaces joined by veth pairs.
+
+use std::{net::Ipv4Addr, sync::Arc, thread, time::Duration};
+
+use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
+
+use crate::{netns::Netns, session::Session};
+
+/// The whole overlay.
+pub const NETWORK: &str = "10.244.0.0/16";
+/// MTU of the underlay device in bytes.
+pub const UNDERLAY_MTU: usize = 1500;
+/// MTU of the pods and of the overlay in bytes: the underlay's less outer IPv4 and UDP headers.
+pub const OVERLAY_MTU: usize = UNDERLAY_MTU - 28;
+/// Name of the underlay device in a host, and of a pod's only device.
+pub const UPLINK: &str = "eth0";
+/// Name of the device in a host that leads to its pod.
+pub const POD_LINK: &str = "veth0";
+
+/// How the hosts are connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Underlay {
+    /// All offloads on: unsegmented packets without checksums cross whole, as between the VMs of one machine.
+    Virtual,
+    /// Frames of MTU size with finished checksums, as a cable carries them.
+    Wire,
+}
+
+impl Underlay {
+    /// The word for it in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Virtual => "virtual",
+            Self::Wire => "wire",
+        }
+    }
+}
+
+/// Whether the links between pods and hosts take unfinished packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PodOffload {
+    /// As veth pairs come: segmentation and checksums are left to whoever needs them done.
+    On,
+    /// Nothing unfinished crosses: the pod and the host must segment and complete checksums before they send.
+    Off,
+}
+
+/// One host with the pod behind it.
+#[derive(Debug)]
+pub struct Side {
+    /// The host's namespace.
+    pub host: Arc<Netns>,
+    /// The pod's namespace.
+    pub pod: Arc<Netns>,
+    /// `a` or `b`.
+    pub name: &'static str,
+    /// The host's address on the underlay.
+    pub underlay: Ipv4Addr,
+    /// The host's part of the overlay, in CIDR notation.
+    pub subnet: &'static str,
+    /// The host's own overlay address, the base of its subnet.
+    pub host_address: Ipv4Addr,
+    /// The pod's address.
+    pub pod_address: Ipv4Addr,
+}
+
+/// One end of traffic: a place and its address.
+#[derive(Clone, Copy, Debug)]
+pub struct Endpoint<'a> {
+    /// Where programs and sockets of this end live.
+    pub netns: &'a Netns,
+    /// Its overlay address.
+    pub address: Ipv4Addr,
+}
+
+/// Two hosts, connected, each with a pod. Nothing carries overlay addresses between the hosts yet.
+#[derive(Debug)]
+pub struct Topology {
+    /// Host and pod A.
+    pub a: Side,
+    /// Host and pod B.
+    pub b: Side,
+}
+
+impl Topology {
+    /// Builds the namespaces, links, addresses and the pods' routes.
+    ///
+    /// # Errors
+    ///
+    /// When one of the commands fails, with its command line.
+    pub fn build(session: &Arc<Session>, underlay: Underlay, pod_offload: PodOffload) -> Result<Self> {
+        let a = Side::build(session, "a", 1, pod_offload).context("build host and pod A")?;
+        let b = Side::build(session, "b", 2, pod_offload).context("build host and pod B")?;
+        let peer = b.host.name();
+        a.host.tool(&format!("ip link add {UPLINK} type veth peer name {UPLINK} netns {peer}"))?;
+        for side in [&a, &b] {
+            let host = &side.host;
+            if underlay == Underlay::Wire {
+                host.tool(&format!(
+                    "ethtool -K {UPLINK} tx off tso off gso off tx-udp-segmentation off tx-udp_tnl-segmentation off \
+                     tx-udp_tnl-csum-segmentation off gro on"
+                ))?;
+            }
+            host.tool(&format!("ip address add {}/24 dev {UPLINK}", side.underlay))?;
+            host.tool(&format!("ip link set {UPLINK} mtu {UNDERLAY_MTU} up"))?;
+        }
+        for netns in [&a.host, &b.host, &a.pod, &b.pod] {
+            wait_for_carrier(netns)?;
+        }
+        Ok(Self { a, b })
+    }
+
+    /// The containers, A first.
+    pub fn pods(&self) -> (Endpoint<'_>, Endpoint<'_>) {
+        (self.a.pod(), self.b.pod())
+    }
+
+    /// The hosts with their overlay addresses, A first.
+    pub fn hosts(&self) -> (Endpoint<'_>, Endpoint<'_>) {
+        (self.a.host(), self.b.host())
+    }
+}
+
+impl Side {
+    fn build(session: &Arc<Session>, name: &'static str, number: u8, offload: PodOffload) -> Result<Self> {
+        let host = Netns::create(session, &format!("host{name}"))?;
+        let pod = Netns::create(session, &format!("pod{name}"))?;
+        // Strict reverse path filtering, which every rung must survive, in force before there is a device.
+        host.tool("sysctl -q -w net.ipv4.ip_forward=1 net.ipv4.conf.all.rp_filter=1 net.ipv4.conf.default.rp_filter=1")?;
+        let side = Self {
+            host,
+            pod,
+            name,
+            underlay: Ipv4Addr::new(192, 168, 77, number),
+            subnet: if number == 1 { "10.244.1.0/24" } else { "10.244.2.0/24" },
+            host_address: Ipv4Addr::new(10, 244, number, 0),
+            pod_address: Ipv4Addr::new(10, 244, number, 2),
+        };
+        let gateway = Ipv4Addr::new(10, 244, number, 1);
+        let (host, pod) = (&side.host, &side.pod);
+        host.tool(&format!("ip link add {POD_LINK} type veth peer name {UPLINK} netns {}", pod.name()))?;
+        if offload == PodOffload::Off {
+            host.tool(&format!("ethtool -K {POD_LINK} tx off tso off gso off"))?;
+            pod.tool(&format!("ethtool -K {UPLINK} tx off tso off gso off"))?;
+        }
+        host.tool(&format!("ip address add {gateway}/24 dev {POD_LINK}"))?;
+        host.tool(&format!("ip link set {POD_LINK} mtu {OVERLAY_MTU} up"))?;
+        pod.tool(&format!("ip address add {}/24 dev {UPLINK}", side.pod_address))?;
+        pod.tool(&format!("ip link set {UPLINK} mtu {OVERLAY_MTU} up"))?;
+        pod.tool(&format!("ip route add default via {gateway}"))?;
+        Ok(side)
+    }
+
+    /// The pod as an end of traffic.
+    pub fn pod(&self) -> Endpoint<'_> {
+        Endpoint { netns: &self.pod, address: self.pod_address }
+    }
+
+    /// The host as an end of overlay traffic.
+    pub fn host(&self) -> Endpoint<'_> {
+        Endpoint { netns: &self.host, address: self.host_address }
+    }
+}
+
+/// The kernel reports a link as up a moment after its other end is; until then the host still changes by itself.
+fn wait_for_carrier(netns: &Netns) -> Result<()> {
+    for _ in 0..500 {
+        if netns.tool(&format!("ip -oneline link show {UPLINK}"))?.contains(" state UP ") {
+            return Ok(());
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    bail!("{UPLINK} in {} has no carrier after 5 seconds", netns.name())
+}

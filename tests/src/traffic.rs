@@ -1,0 +1,7 @@
+//! Traffic between two namespaces: verified transfers, and rates.
+
+pub mod payload;
+pub mod ping;
+pub mod rate;
+pub mod tcp;
+pub mod udp;

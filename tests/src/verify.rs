@@ -1,0 +1,121 @@
+//! The checks that every way to connect the topology must pass; the demo and the tests run the same list.
+
+use std::{panic::resume_unwind, thread, time::Duration};
+
+use anyhow::{Context, Result};
+
+use crate::{
+    topology::{Endpoint, OVERLAY_MTU, Topology},
+    traffic::{ping::ping_with_ttl, tcp, udp},
+};
+
+/// What to expect of a connected topology, and how much to send.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// TTL that a host's ping of the other host shows.
+    pub host_ttl: u8,
+    /// TTL that a container's ping of the other container shows.
+    pub pod_ttl: u8,
+    /// Largest packet in bytes that crosses without fragments.
+    pub mtu: usize,
+    /// Bytes of each TCP transfer.
+    pub tcp_bytes: u64,
+}
+
+impl Plan {
+    /// What flannel's network shows: each overlay end decrements the TTL once, each routing host once.
+    pub const fn overlay(tcp_bytes: u64) -> Self {
+        Self { host_ttl: 62, pod_ttl: 60, mtu: OVERLAY_MTU, tcp_bytes }
+    }
+
+    /// Where nothing but the hosts' own routing decrements the TTL.
+    pub const fn plain(mtu: usize, tcp_bytes: u64) -> Self {
+        Self { host_ttl: 64, pod_ttl: 62, mtu, tcp_bytes }
+    }
+}
+
+/// One check: what it is called, and how it is made.
+pub struct Check {
+    /// What is checked, for progress lines and failures.
+    pub name: &'static str,
+    run: fn(&Topology, &Plan) -> Result<String>,
+}
+
+impl Check {
+    /// Makes the check; returns what was seen, in a few words.
+    ///
+    /// # Errors
+    ///
+    /// When something is not as it must be.
+    pub fn run(&self, topology: &Topology, plan: &Plan) -> Result<String> {
+        (self.run)(topology, plan)
+    }
+}
+
+/// Every check, in the order in which a failure says most.
+pub const CHECKS: &[Check] = &[
+    Check { name: "ping host to host", run: |topology, plan| ping(topology.hosts(), plan.host_ttl) },
+    Check { name: "ping container to container", run: |topology, plan| ping(topology.pods(), plan.pod_ttl) },
+    Check {
+        name: "UDP of every size, host to host",
+        run: |topology, plan| every_size(topology.hosts(), plan),
+    },
+    Check {
+        name: "UDP of every size, container to container",
+        run: |topology, plan| every_size(topology.pods(), plan),
+    },
+    Check { name: "UDP larger than the MTU, host to host", run: |topology, _| oversize(topology.hosts()) },
+    Check {
+        name: "UDP larger than the MTU, container to container",
+        run: |topology, _| oversize(topology.pods()),
+    },
+    Check {
+        name: "UDP segmented by the kernel, host to host",
+        run: |topology, plan| segmented(topology.hosts(), plan),
+    },
+    Check {
+        name: "UDP segmented by the kernel, container to container",
+        run: |topology, plan| segmented(topology.pods(), plan),
+    },
+    Check { name: "TCP host to host, both ways", run: |topology, plan| transfer(topology.hosts(), plan) },
+    Check {
+        name: "TCP container to container, both ways",
+        run: |topology, plan| transfer(topology.pods(), plan),
+    },
+];
+
+fn ping((a, b): (Endpoint<'_>, Endpoint<'_>), ttl: u8) -> Result<String> {
+    for (from, to) in [(a, b), (b, a)] {
+        ping_with_ttl(from.netns, to.address, ttl)?;
+    }
+    Ok(format!("ttl={ttl}"))
+}
+
+fn every_size((a, b): (Endpoint<'_>, Endpoint<'_>), plan: &Plan) -> Result<String> {
+    udp::every_size(a, b, plan.mtu).map(|count| format!("{count} sizes"))
+}
+
+fn oversize((a, b): (Endpoint<'_>, Endpoint<'_>)) -> Result<String> {
+    Ok(format!("{} datagrams in fragments", udp::oversize(a, b)? + udp::oversize(b, a)?))
+}
+
+fn segmented((a, b): (Endpoint<'_>, Endpoint<'_>), plan: &Plan) -> Result<String> {
+    Ok(format!("{} datagrams", udp::segmented(a, b, plan.mtu)? + udp::segmented(b, a, plan.mtu)?))
+}
+
+/// Both directions at the same time: most of the time goes into hashing what arrives, which each of two CPUs can do.
+fn transfer((a, b): (Endpoint<'_>, Endpoint<'_>), plan: &Plan) -> Result<String> {
+    let limit = transfer_limit(plan.tcp_bytes);
+    thread::scope(|scope| {
+        let back = scope.spawn(|| tcp::transfer(b, a, plan.tcp_bytes, limit).context("from B to A"));
+        let there = tcp::transfer(a, b, plan.tcp_bytes, limit).context("from A to B");
+        let back = back.join().unwrap_or_else(|panic| resume_unwind(panic));
+        let seconds = there?.max(back?).as_secs_f64();
+        Ok(format!("{} MiB each way in {seconds:.1} s, digests equal", plan.tcp_bytes >> 20))
+    })
+}
+
+/// Longest time that a transfer may take: at 100 Mbit/s something is wrong, hashing alone carries several times that.
+pub fn transfer_limit(bytes: u64) -> Duration {
+    Duration::from_secs(5) + Duration::from_secs_f64(bytes as f64 * 8.0 / 100e6)
+}

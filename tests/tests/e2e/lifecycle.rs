@@ -1,0 +1,228 @@
+//! Agents come, go, crash and come back; peers join, move and leave.
+
+use std::{net::UdpSocket, sync::Arc, thread, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use overlay_tests::{
+    agent::{Rung, Site},
+    comparison::Comparison,
+    pair::{Pair, Store},
+    session::Session,
+    topology::{OVERLAY_MTU, PodOffload, Topology, UPLINK, Underlay},
+    traffic::{
+        ping::ping_with_ttl,
+        udp::{every_size, is_answered, with_echo},
+    },
+};
+
+use crate::{machine::Need, matrix::needs, snapshot::Snapshot, suite::Suite};
+
+const RUNGS: [Rung; 3] = [Rung::Xdp, Rung::Tc, Rung::Tun];
+/// The rungs' needs where a test takes whatever rung.
+const ANY: &[Need] = &[Need::Tun];
+
+pub(crate) fn register(suite: &mut Suite) {
+    for rung in RUNGS {
+        let word = rung.name();
+        suite.add(
+            format!("lifecycle::{word}_leaves_nothing_on_sigterm"),
+            needs(rung, rung),
+            move |session| sigterm_leaves_nothing(session, rung),
+        );
+        suite.add(
+            format!("lifecycle::{word}_leaves_nothing_after_crash_and_down"),
+            needs(rung, rung),
+            move |session| down_after_crash_leaves_nothing(session, rung),
+        );
+        suite.add(format!("lifecycle::{word}_runs_again_after_crash"), needs(rung, rung), move |session| {
+            runs_again_after_crash(session, rung)
+        });
+        suite.add(
+            format!("lifecycle::changed_peer_mac_costs_{word}_no_more_than_routing"),
+            needs(rung, rung),
+            move |session| changed_peer_mac(session, rung),
+        );
+    }
+    suite.add("lifecycle::second_agent_is_refused_and_first_goes_on", ANY, second_agent_is_refused);
+    suite.add("lifecycle::peer_that_joins_later_is_followed", ANY, peer_that_joins_later);
+    suite.add("lifecycle::peer_that_leaves_is_forgotten", ANY, peer_that_leaves);
+    suite.add("lifecycle::peer_with_a_new_address_is_followed", ANY, peer_with_a_new_address);
+    suite.add("lifecycle::malformed_record_changes_no_other_route", ANY, malformed_record);
+    suite.add("lifecycle::removed_store_removes_no_route", ANY, removed_store);
+}
+
+fn pair(session: &Arc<Session>, rung: Rung) -> Result<Pair> {
+    Pair::start(session, Topology::build(session, Underlay::Virtual, PodOffload::On)?, rung, rung)
+}
+
+fn sigterm_leaves_nothing(session: &Arc<Session>, rung: Rung) -> Result<()> {
+    let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
+    let host = Arc::clone(&topology.a.host);
+    let before = Snapshot::take(&host)?;
+    let pair = Pair::start(session, topology, rung, rung)?;
+    before.is_changed(&host)?;
+    ping_pods(&pair)?;
+    let socket = pair.a.site().socket();
+    let Pair { a, b, topology: _topology, .. } = pair;
+    a.stop()?;
+    before.is_unchanged(&host)?;
+    ensure!(!socket.exists(), "{} is left", socket.display());
+    b.stop()
+}
+
+fn down_after_crash_leaves_nothing(session: &Arc<Session>, rung: Rung) -> Result<()> {
+    let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
+    let host = Arc::clone(&topology.a.host);
+    let before = Snapshot::take(&host)?;
+    let pair = Pair::start(session, topology, rung, rung)?;
+    ping_pods(&pair)?;
+    let Pair { a, b, topology: _topology, .. } = pair;
+    let site = a.crash()?;
+    before.is_changed(&host).context("a killed agent leaves its device")?;
+    site.down()?;
+    before.is_unchanged(&host)?;
+    ensure!(!site.socket().exists(), "{} is left", site.socket().display());
+    site.down().context("the second time, with nothing to remove")?;
+    b.stop()
+}
+
+fn runs_again_after_crash(session: &Arc<Session>, rung: Rung) -> Result<()> {
+    let Pair { a, b, store, topology } = pair(session, rung)?;
+    let site = a.crash()?;
+    let a = site.start(&store.arguments(&topology.a, rung)).context("start again what was killed")?;
+    let pair = Pair { a, b, store, topology };
+    pair.wait_for_peers()?;
+    ping_pods(&pair)?;
+    let (from, to) = pair.topology.pods();
+    every_size(from, to, OVERLAY_MTU).map(drop)
+}
+
+fn second_agent_is_refused(session: &Arc<Session>) -> Result<()> {
+    let mut pair = pair(session, Rung::Tun)?;
+    let before = Snapshot::take(&pair.topology.a.host)?;
+    let arguments = pair.store.arguments(&pair.topology.a, Rung::Tun);
+    // Elsewhere in the file system it must meet the device, in the same place the control socket.
+    let elsewhere = Site::new(session, &pair.topology.a.host, "second")?;
+    elsewhere.refused(elsewhere.run_command(&arguments))?;
+    let mut same_place = elsewhere.run_command(&arguments);
+    same_place.arg("--run-dir").arg(pair.a.site().run_directory());
+    elsewhere.refused(same_place)?;
+    before.is_unchanged(&pair.topology.a.host)?;
+    ensure!(pair.a.is_running()?, "the first agent ended");
+    pair.wait_for_peers()?;
+    ping_pods(&pair)
+}
+
+fn peer_that_joins_later(session: &Arc<Session>) -> Result<()> {
+    let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
+    let store = Store::create(session)?;
+    let [site_a, site_b] = sites(session, &topology)?;
+    let a = site_a.start(&store.arguments(&topology.a, Rung::Tun))?;
+    a.wait_for_routes("no route while nobody else is there", |routes| routes.routes.is_empty())?;
+    let b = site_b.start(&store.arguments(&topology.b, Rung::Tun))?;
+    let pair = Pair { a, b, store, topology };
+    pair.wait_for_peers()?;
+    ping_pods(&pair)
+}
+
+fn peer_that_leaves(session: &Arc<Session>) -> Result<()> {
+    let pair = pair(session, Rung::Tun)?;
+    pair.store.write_lease("10.244.3.0-24", "192.168.77.3")?;
+    pair.a.wait_for_routes("a route to the new peer", |routes| routes.routes.len() == 2)?;
+    pair.store.remove("subnets/10.244.3.0-24")?;
+    pair.wait_for_peers()?;
+    ping_pods(&pair)
+}
+
+fn peer_with_a_new_address(session: &Arc<Session>) -> Result<()> {
+    const MOVED: &str = "192.168.77.12";
+    let Pair { a, b, store, topology } = pair(session, Rung::Tun)?;
+    ping_with_ttl(&topology.a.pod, topology.b.pod_address, 60)?;
+    let site = Arc::clone(b.site());
+    b.stop()?;
+    topology.b.host.tool(&format!("ip address add {MOVED}/24 dev {UPLINK}"))?;
+    // Whoever moves a host moves its record; another address cannot claim a subnet that is taken.
+    store.write_lease("10.244.2.0-24", MOVED)?;
+    let mut arguments = store.arguments(&topology.b, Rung::Tun);
+    arguments.extend(["--public-ip".to_owned(), MOVED.to_owned()]);
+    let _b = site.start(&arguments)?;
+    a.wait_for_routes("the peer's new address", |routes| {
+        routes.routes.iter().any(|route| route.subnet == topology.b.subnet && route.peer.to_string() == MOVED)
+    })?;
+    ping_with_ttl(&topology.a.pod, topology.b.pod_address, 60)?;
+    ping_with_ttl(&topology.b.pod, topology.a.pod_address, 60).map(drop)
+}
+
+fn malformed_record(session: &Arc<Session>) -> Result<()> {
+    let pair = pair(session, Rung::Tun)?;
+    let expected = pair.a.routes()?.routes;
+    pair.store.write("subnets/10.244.9.0-24", "{ this is no JSON")?;
+    pair.store.write("subnets/not-a-subnet", r#"{"PublicIP":"192.168.77.9"}"#)?;
+    pair.a.wait_for_routes("two records skipped and no route changed", |routes| {
+        routes.skipped.len() == 2 && routes.routes == expected
+    })?;
+    ping_pods(&pair)
+}
+
+fn removed_store(session: &Arc<Session>) -> Result<()> {
+    let pair = pair(session, Rung::Tun)?;
+    let moved = pair.store.move_away()?;
+    // Nothing to wait for: that it forgets its routes is what must not come.
+    thread::sleep(Duration::from_millis(500));
+    pair.wait_for_peers()?;
+    ping_pods(&pair)?;
+    moved.move_back()?;
+    pair.store.write_lease("10.244.3.0-24", "192.168.77.3")?;
+    pair.a.wait_for_routes("a change after the store came back", |routes| routes.routes.len() == 2)
+}
+
+/// Changes the hardware address of host B's underlay device while packets cross, with the overlay and without.
+fn changed_peer_mac(session: &Arc<Session>, rung: Rung) -> Result<()> {
+    // A packet more or less is a matter of the moment.
+    const CHANCE: u32 = 2;
+    let routed = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
+    Comparison::Routed.install(&routed)?;
+    let plain = lost_while_mac_changes(&routed)?;
+    drop(routed);
+    let pair = pair(session, rung)?;
+    let lost = lost_while_mac_changes(&pair.topology)?;
+    ensure!(lost <= plain + CHANCE, "{lost} of {PROBES} packets lost, and {plain} with routing alone");
+    Ok(())
+}
+
+/// Round trips tried, 5 ms apart: 1.5 seconds before the change, because for one second a neighbour's entry that is new
+/// is not overwritten (`locktime` in `man 7 arp`), and 1.5 after it.
+const PROBES: u32 = 600;
+
+fn lost_while_mac_changes(topology: &Topology) -> Result<u32> {
+    let (a, b) = topology.pods();
+    // A host that gets another network card says so; without that routing loses packets for half a minute.
+    topology.b.host.tool("sysctl -q -w net.ipv4.conf.eth0.arp_notify=1")?;
+    with_echo(a, b, |socket| {
+        let mut lost = 0;
+        for index in 0..PROBES {
+            if index == PROBES / 2 {
+                topology.b.host.tool(&format!("ip link set {UPLINK} address 02:00:00:00:77:02"))?;
+            }
+            lost += u32::from(!probe(socket, index)?);
+        }
+        let alive = probe(socket, PROBES)?;
+        ensure!(alive, "traffic does not recover after the peer's MAC address changed");
+        Ok(lost)
+    })
+}
+
+fn probe(socket: &UdpSocket, index: u32) -> Result<bool> {
+    thread::sleep(Duration::from_millis(5));
+    is_answered(socket, index, Duration::from_millis(50))
+}
+
+fn sites(session: &Arc<Session>, topology: &Topology) -> Result<[Arc<Site>; 2]> {
+    Ok([Site::new(session, &topology.a.host, "agent-a")?, Site::new(session, &topology.b.host, "agent-b")?])
+}
+
+fn ping_pods(pair: &Pair) -> Result<()> {
+    let (a, b) = pair.topology.pods();
+    ping_with_ttl(a.netns, b.address, 60)?;
+    ping_with_ttl(b.netns, a.address, 60).map(drop)
+}

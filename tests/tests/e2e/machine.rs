@@ -1,0 +1,59 @@
+//! What this machine has of the things that tests need.
+
+use std::{env, path::Path, process::Command};
+
+use nix::unistd::Uid;
+
+/// The commands that the harness runs.
+const TOOLS: [&str; 7] = ["ip", "bridge", "tc", "ethtool", "ping", "iperf3", "sysctl"];
+
+/// Something that not every machine has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Need {
+    /// The kernel's VXLAN device.
+    Vxlan,
+    /// eBPF in the kernel.
+    Ebpf,
+    /// `/dev/net/tun`.
+    Tun,
+}
+
+impl Need {
+    /// Why a test with these needs cannot run here; `None` when it can.
+    pub(crate) fn missing(needs: &[Self]) -> Option<String> {
+        if !Uid::effective().is_root() {
+            return Some("needs root, for network namespaces".to_owned());
+        }
+        if let Some(tool) = TOOLS.iter().find(|tool| !is_installed(tool)) {
+            return Some(format!("needs the command {tool}: run `cargo xtask setup`"));
+        }
+        let need = needs.iter().find(|need| !need.is_met())?;
+        Some(need.reason().to_owned())
+    }
+
+    fn is_met(self) -> bool {
+        match self {
+            // Asking for the help of a link type says nothing about the kernel: try it, in a namespace that goes at once.
+            Self::Vxlan => Command::new("unshare")
+                .args(["--net", "ip", "link", "add", "type", "vxlan", "id", "1", "dstport", "8472"])
+                .output()
+                .is_ok_and(|output| output.status.success()),
+            // Present exactly when the kernel has the bpf system call (Documentation/admin-guide/sysctl/kernel.rst).
+            Self::Ebpf => Path::new("/proc/sys/kernel/unprivileged_bpf_disabled").exists(),
+            Self::Tun => Path::new("/dev/net/tun").exists(),
+        }
+    }
+
+    const fn reason(self) -> &'static str {
+        match self {
+            Self::Vxlan => "needs a kernel with vxlan",
+            Self::Ebpf => "needs a kernel with eBPF",
+            Self::Tun => "needs /dev/net/tun",
+        }
+    }
+}
+
+fn is_installed(tool: &str) -> bool {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path).any(|directory| directory.join(tool).is_file())
+}

@@ -1,0 +1,36 @@
+//! End-to-end tests: agents, hosts and containers in network namespaces, with traffic that is verified.
+//!
+//! One binary, one topology per test, one test at a time: they share two CPUs, and rates and losses count.
+
+mod comparison;
+mod foreign;
+mod lifecycle;
+mod machine;
+mod matrix;
+mod refusals;
+mod snapshot;
+mod suite;
+mod traps;
+
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, run};
+use overlay_tests::session::Session;
+
+use crate::suite::Suite;
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = Some(1);
+    if let Err(error) = Session::remove_on_signals() {
+        eprintln!("error: {error:#}");
+        return ExitCode::FAILURE;
+    }
+    let mut suite = Suite::new();
+    comparison::register(&mut suite);
+    matrix::register(&mut suite);
+    traps::register(&mut suite);
+    lifecycle::register(&mut suite);
+    refusals::register(&mut suite);
+    run(&arguments, suite.into_trials()).exit_code()
+}

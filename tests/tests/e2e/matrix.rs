@@ -1,0 +1,65 @@
+//! Every mix of rungs on both kinds of underlay passes every check, drops nothing and takes the path it says.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use overlay_tests::{
+    agent::Rung,
+    pair::{Pair, check_counters},
+    session::Session,
+    topology::{PodOffload, Topology, Underlay},
+    verify::{CHECKS, Plan},
+};
+
+use crate::{machine::Need, suite::Suite};
+
+const TCP_BYTES: u64 = 32 << 20;
+
+/// Every mix once: all checks send both ways.
+const PAIRS: [(Rung, Rung); 6] = [
+    (Rung::Xdp, Rung::Xdp),
+    (Rung::Tc, Rung::Tc),
+    (Rung::Tun, Rung::Tun),
+    (Rung::Xdp, Rung::Tc),
+    (Rung::Xdp, Rung::Tun),
+    (Rung::Tc, Rung::Tun),
+];
+
+pub(crate) fn register(suite: &mut Suite) {
+    for (a, b) in PAIRS {
+        for underlay in [Underlay::Virtual, Underlay::Wire] {
+            let name = format!("matrix::{}_{}_{}", a.name(), b.name(), underlay.name());
+            suite.add(name, needs(a, b), move |session| every_check(session, a, b, underlay));
+        }
+    }
+}
+
+/// What agents on these rungs need of the machine.
+pub(crate) const fn needs(a: Rung, b: Rung) -> &'static [Need] {
+    if a.is_fast() || b.is_fast() { &[Need::Tun, Need::Ebpf] } else { &[Need::Tun] }
+}
+
+fn every_check(session: &Arc<Session>, rung_a: Rung, rung_b: Rung, underlay: Underlay) -> Result<()> {
+    let topology = Topology::build(session, underlay, PodOffload::On)?;
+    let pair = Pair::start(session, topology, rung_a, rung_b)?;
+    let plan = Plan::overlay(TCP_BYTES);
+    for check in CHECKS {
+        check.run(&pair.topology, &plan).with_context(|| diagnosis(&pair, check.name))?;
+    }
+    let [a, b] = pair.counters()?;
+    check_counters(&a, rung_a, "A")?;
+    check_counters(&b, rung_b, "B")?;
+    let Pair { a, b, topology: _topology, .. } = pair;
+    a.stop()?;
+    b.stop()
+}
+
+/// What helps to understand a failed check: the counters and logs of both agents.
+pub(crate) fn diagnosis(pair: &Pair, step: &str) -> String {
+    let counters = match pair.counters() {
+        Ok(counters) => format!("{counters:?}"),
+        Err(error) => format!("{error:#}"),
+    };
+    let [a, b] = [&pair.a, &pair.b].map(|agent| agent.site().log_tail());
+    format!("{step}; counters of A and B: {counters}; log of A:\n{a}\nlog of B:\n{b}\n")
+}

@@ -1,0 +1,156 @@
+//! Wrong usage is refused with one clear error, and the host stays as it was.
+
+use std::{
+    fs::File,
+    net::Ipv4Addr,
+    os::{fd::AsRawFd, unix::process::CommandExt},
+    process::Command,
+    sync::Arc,
+};
+
+use anyhow::{Context, Result, ensure};
+use overlay_tests::{
+    agent::{DEVICE, Rung, Site},
+    pair::Store,
+    session::Session,
+    topology::{NETWORK, PodOffload, Topology, UPLINK, Underlay},
+    traffic::udp::occupy,
+};
+
+use crate::{foreign::attach_xdp, machine::Need, snapshot::Snapshot, suite::Suite};
+
+/// User id of `nobody` on Debian.
+const NOBODY: u32 = 65534;
+
+pub(crate) fn register(suite: &mut Suite) {
+    let tun: &[Need] = &[Need::Tun];
+    suite.add("refusals::unknown_interface", tun, |session| {
+        Stage::build(session)?.refuses_arguments(&["--iface", "nosuch0"], "nosuch0")
+    });
+    suite.add("refusals::subnet_outside_the_network", tun, |session| {
+        Stage::build(session)?.refuses_arguments(&["--subnet", "10.99.1.0/24"], "10.99.1.0/24")
+    });
+    suite.add("refusals::peer_outside_the_network", tun, |session| {
+        Stage::build(session)?.refuses_peer("10.99.2.0/24=192.168.77.2", "10.99.2.0/24")
+    });
+    suite.add("refusals::peer_with_our_own_subnet", tun, |session| {
+        Stage::build(session)?.refuses_peer("10.244.1.0/25=192.168.77.2", "10.244.1.0/25")
+    });
+    suite.add("refusals::subnet_of_another_host", tun, |session| {
+        let stage = Stage::build(session)?;
+        stage.store.write_lease("10.244.1.0-24", "192.168.77.99")?;
+        stage.refuses_arguments(&[], "192.168.77.99")
+    });
+    suite.add("refusals::foreign_device_of_the_same_name", tun, |session| {
+        let stage = Stage::build(session)?;
+        stage.topology.a.host.tool(&format!("ip link add {DEVICE} type veth peer name foreign1"))?;
+        stage.refuses_arguments(&[], DEVICE)
+    });
+    suite.add("refusals::foreign_xdp_program", &[Need::Tun, Need::Ebpf], |session| {
+        let stage = Stage::build(session)?;
+        attach_xdp(&stage.topology.a.host, &session.new_directory("foreign")?)?;
+        let arguments = stage.store.arguments(&stage.topology.a, Rung::Xdp);
+        stage.refuses(stage.site.run_command(&arguments), UPLINK)
+    });
+    suite.add("refusals::port_in_use", tun, |session| {
+        let stage = Stage::build(session)?;
+        let _taken = occupy(stage.topology.a.host(), Ipv4Addr::UNSPECIFIED, 8285)?;
+        stage.refuses_arguments(&[], "8285")
+    });
+    suite.add("refusals::not_root", tun, not_root);
+    suite.add("refusals::no_tun_device_node", tun, no_tun_device_node);
+    suite.add("refusals::store_without_configuration", tun, |session| {
+        let stage = Stage::build(session)?;
+        stage.store.remove("config")?;
+        stage.store.write("config", "no JSON")?;
+        stage.refuses_arguments(&[], "config")
+    });
+}
+
+fn not_root(session: &Arc<Session>) -> Result<()> {
+    let stage = Stage::build(session)?;
+    // The binary may lie where only root can reach it: open it as root, run what is open.
+    let binary = File::open(stage.site.binary()).context("open the agent's binary")?;
+    let path = format!("/proc/self/fd/{}", binary.as_raw_fd());
+    let mut command = rebuilt(Command::new(path), &stage.command());
+    command.uid(NOBODY).gid(NOBODY).current_dir("/");
+    stage.refuses(command, "root")
+}
+
+fn no_tun_device_node(session: &Arc<Session>) -> Result<()> {
+    let stage = Stage::build(session)?;
+    let mut hidden = Command::new("unshare");
+    hidden.args(["--mount", "--propagation", "private", "sh", "-c"]);
+    hidden.arg(r#"mount -t tmpfs none /dev/net && exec "$@""#).arg("sh").arg(stage.site.binary());
+    stage.refuses(rebuilt(hidden, &stage.command()), "/dev/net/tun")
+}
+
+/// A topology on whose host A an agent is about to be refused.
+struct Stage {
+    topology: Topology,
+    store: Store,
+    site: Arc<Site>,
+}
+
+impl Stage {
+    fn build(session: &Arc<Session>) -> Result<Self> {
+        let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
+        let store = Store::create(session)?;
+        let site = Site::new(session, &topology.a.host, "agent")?;
+        Ok(Self { topology, store, site })
+    }
+
+    /// A command that would succeed if nothing were wrong.
+    fn command(&self) -> Command {
+        self.site.run_command(&self.store.arguments(&self.topology.a, Rung::Tun))
+    }
+
+    /// Starts the agent with these arguments in place of the right ones.
+    fn refuses_arguments(&self, changed: &[&str], named: &str) -> Result<()> {
+        let mut arguments = self.store.arguments(&self.topology.a, Rung::Tun);
+        for pair in changed.chunks(2) {
+            let [name, value] = pair else { continue };
+            let slot = arguments.iter().position(|argument| argument == name).map(|position| position + 1);
+            let slot = slot.and_then(|slot| arguments.get_mut(slot)).context("no such argument")?;
+            (*value).clone_into(slot);
+        }
+        self.refuses(self.site.run_command(&arguments), named)
+    }
+
+    /// Starts the agent without a store, with this peer beside a right one.
+    fn refuses_peer(&self, peer: &str, named: &str) -> Result<()> {
+        let right = format!("{}={}", self.topology.b.subnet, self.topology.b.underlay);
+        let arguments = [
+            "--network",
+            NETWORK,
+            "--subnet",
+            self.topology.a.subnet,
+            "--iface",
+            UPLINK,
+            "--datapath",
+            Rung::Tun.name(),
+            "--peer",
+            &right,
+            "--peer",
+            peer,
+        ];
+        self.refuses(self.site.run_command(&arguments.map(str::to_owned)), named)
+    }
+
+    /// Checks that the command is refused with an error that says `named`, and changes nothing.
+    fn refuses(&self, command: Command, named: &str) -> Result<()> {
+        let before = Snapshot::take(&self.topology.a.host)?;
+        let error = self.site.refused(command)?;
+        ensure!(error.contains(named), "the error does not say `{named}`: {error}");
+        before.is_unchanged(&self.topology.a.host)?;
+        let socket = self.site.socket();
+        ensure!(!socket.exists(), "{} is left", socket.display());
+        Ok(())
+    }
+}
+
+/// `outer` with the arguments of `inner`.
+fn rebuilt(mut outer: Command, inner: &Command) -> Command {
+    outer.args(inner.get_args());
+    outer
+}

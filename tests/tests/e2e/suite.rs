@@ -1,0 +1,59 @@
+//! Registers tests with what they need of the machine: a test that cannot run here is ignored, and says why.
+
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use anyhow::Result;
+use libtest_mimic::{Completion, Failed, Trial};
+use overlay_tests::session::{Kind, Session};
+
+use crate::machine::Need;
+
+/// Every test of this binary.
+pub(crate) struct Suite {
+    trials: Vec<Trial>,
+    session: Arc<CurrentSession>,
+}
+
+impl Suite {
+    pub(crate) fn new() -> Self {
+        Self { trials: Vec::new(), session: Arc::default() }
+    }
+
+    /// Adds a test. Root and the tools are always needed.
+    pub(crate) fn add(
+        &mut self,
+        name: impl Into<String>,
+        needs: &'static [Need],
+        test: impl Fn(&Arc<Session>) -> Result<()> + Send + 'static,
+    ) {
+        let current = Arc::clone(&self.session);
+        self.trials.push(Trial::ignorable_test(name, move || {
+            if let Some(reason) = Need::missing(needs) {
+                return Ok(Completion::ignored_with(reason));
+            }
+            let failed = |error: anyhow::Error| Failed::from(format!("{error:#}"));
+            let session = current.get().map_err(failed)?;
+            test(&session).map(|()| Completion::Completed).map_err(failed)
+        }));
+    }
+
+    pub(crate) fn into_trials(self) -> Vec<Trial> {
+        self.trials
+    }
+}
+
+/// The session of the test that runs; it ends with the test, and with it every file of the test.
+#[derive(Default)]
+struct CurrentSession(Mutex<Weak<Session>>);
+
+impl CurrentSession {
+    fn get(&self) -> Result<Arc<Session>> {
+        let mut current = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(session) = current.upgrade() {
+            return Ok(session);
+        }
+        let session = Session::start(Kind::Test)?;
+        *current = Arc::downgrade(&session);
+        Ok(session)
+    }
+}

@@ -1,0 +1,9 @@
+//! The packet core, the tun shell and the loaded kernel programs on the golden packet vectors and on generated packets:
+//! all must come to the same verdict, and to the same bytes.
+//!
+//! The programs run through `BPF_PROG_TEST_RUN`, so root is needed and nothing is sent.
+
+mod generated;
+mod golden;
+mod rungs;
+mod vectors;

@@ -1,0 +1,195 @@
+//! The same question to each implementation: what becomes of this packet? The answer in the words of the vector files.
+
+use std::{collections::BTreeMap, net::Ipv4Addr};
+
+use ipnet::Ipv4Net;
+use overlay_agent::{
+    datapath::{
+        ebpf::{Hook, Programs, self_test::TC_ACT_REDIRECT, self_test::XDP_PASS},
+        tun::shell,
+    },
+    route_table::Lookup,
+};
+use overlay_ebpf::{
+    abi::{Config, Counters},
+    egress, ingress,
+    verdict::{DropReason, EgressVerdict, IngressVerdict, PuntReason},
+    wire::{Ethernet, Ipv4, ipv4::Rewrite},
+};
+
+use crate::vectors::Verdict;
+
+/// `TC_ACT_UNSPEC` and `TC_ACT_SHOT` (linux/pkt_cls.h), `XDP_DROP` (linux/bpf.h).
+const TC_ACT_UNSPEC: u32 = u32::MAX;
+const TC_ACT_SHOT: u32 = 2;
+const XDP_DROP: u32 = 1;
+
+/// What `BPF_PROG_TEST_RUN` takes at most: a page less the kernel's own part of it.
+const LONGEST_TEST_RUN: usize = 3500;
+
+/// The link-layer header in front of inner packets in test runs of the egress program.
+const ETHERNET: [u8; 14] = [2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0];
+
+fn rewritten(packet: &[u8], rewrite: Rewrite) -> Vec<u8> {
+    let mut packet = packet.to_vec();
+    let header: &mut Ipv4 = bytemuck::from_bytes_mut(&mut packet[..Ipv4::LEN]);
+    header.apply(rewrite);
+    packet
+}
+
+pub(crate) fn core_egress(packet: &[u8], config: &Config, routes: &Lookup) -> Verdict {
+    match egress::decide(packet, 0, packet.len(), config, routes) {
+        EgressVerdict::Encap(encap) => Verdict::Encap {
+            bytes: [bytemuck::bytes_of(&encap.outer), &rewritten(packet, encap.rewrite)].concat(),
+        },
+        EgressVerdict::Punt(reason) => Verdict::punted(reason),
+        EgressVerdict::Drop(reason) => Verdict::dropped(reason),
+    }
+}
+
+pub(crate) fn core_ingress(frame: &[u8], config: &Config, routes: &Lookup) -> Verdict {
+    match ingress::decide(frame, frame.len(), config, routes) {
+        IngressVerdict::Pass => Verdict::Pass,
+        IngressVerdict::Decap(decap) => {
+            let inner = &frame[ingress::INNER_OFFSET..ingress::INNER_OFFSET + decap.inner_len];
+            Verdict::Decap { bytes: rewritten(inner, decap.rewrite) }
+        }
+        IngressVerdict::Punt(reason) => Verdict::punted(reason),
+        IngressVerdict::Drop(reason) => Verdict::dropped(reason),
+    }
+}
+
+/// The tun shell's answer, with the outer headers that the vector expects where only the kernel's socket makes them: the
+/// peer and the TOS are the shell's and are compared.
+pub(crate) fn tun_egress(packet: &[u8], config: &Config, routes: &Lookup, expected: &Verdict) -> Verdict {
+    let mut packet = packet.to_vec();
+    match shell::egress(&mut packet, config, routes) {
+        Ok(to) => {
+            let mut outer = match expected {
+                Verdict::Encap { bytes } => bytes[..28].to_vec(),
+                _ => vec![0; 28],
+            };
+            outer[1] = to.tos;
+            outer[16..20].copy_from_slice(&to.peer);
+            Verdict::Encap { bytes: [outer, packet].concat() }
+        }
+        Err(reason) => Verdict::dropped(reason),
+    }
+}
+
+pub(crate) fn tun_ingress(frame: &[u8], config: &Config, routes: &Lookup) -> Verdict {
+    // What a UDP socket makes of the frame.
+    let datagram_end = 14 + usize::from(u16::from_be_bytes([frame[16], frame[17]]));
+    let mut payload = frame[42..datagram_end].to_vec();
+    let peer = [frame[26], frame[27], frame[28], frame[29]];
+    match shell::ingress(&mut payload, peer, frame[15], config, routes) {
+        Ok(()) => Verdict::Decap { bytes: payload },
+        Err(reason) => Verdict::dropped(reason),
+    }
+}
+
+/// The frame by which to show a packet to a loaded program, or `None` when the kernel does not take it for a test run.
+pub(crate) fn test_frame(hook: Hook, packet: &[u8]) -> Option<Vec<u8>> {
+    let frame = match hook {
+        Hook::Egress => [&ETHERNET[..], packet].concat(),
+        Hook::Ingress | Hook::Xdp => packet.to_vec(),
+    };
+    // For tc programs, kernel 6.18 wants the header that the EtherType announces (net/bpf/test_run.c).
+    let shortest = match (hook, frame.get(12..14)) {
+        (Hook::Egress | Hook::Ingress, Some([0x08, 0x00])) => 14 + 20,
+        (Hook::Egress | Hook::Ingress, Some([0x86, 0xdd])) => 14 + 40,
+        _ => 14,
+    };
+    (shortest..=LONGEST_TEST_RUN).contains(&frame.len()).then_some(frame)
+}
+
+/// The programs as the kernel runs them.
+pub(crate) struct Kernel {
+    hook: Hook,
+    programs: Programs,
+    counted: Counters,
+}
+
+impl Kernel {
+    pub(crate) fn load(hook: Hook, config: &Config, routes: &BTreeMap<Ipv4Net, Ipv4Addr>) -> Self {
+        let object = std::env::var("OVERLAY_EBPF_OBJECT")
+            .expect("OVERLAY_EBPF_OBJECT names the eBPF object: run the tests with `cargo xtask test`");
+        let object = std::fs::read(&object).unwrap_or_else(|error| panic!("{object}: {error}"));
+        let mut programs =
+            Programs::load(&object, &[hook], ETHERNET.len() as u32).expect("the programs load, as root");
+        programs.configure(config).unwrap();
+        programs.set_routes(routes).unwrap();
+        assert_eq!(&programs.routes().unwrap(), routes);
+        Self { hook, programs, counted: Counters::ZERO }
+    }
+
+    /// What the loaded program does with a packet, or `None` when the kernel does not take such a packet for a test run.
+    pub(crate) fn verdict(&mut self, packet: &[u8]) -> Option<Verdict> {
+        let input = test_frame(self.hook, packet)?;
+        let outcome = self
+            .programs
+            .run(self.hook, &input)
+            .unwrap_or_else(|error| panic!("{} bytes: {error:#}", input.len()));
+        let counters = self.programs.counters().unwrap();
+        let events = events(&self.counted, &counters);
+        self.counted = counters;
+        let untouched = outcome.packet == input && !outcome.marked;
+        let inner = || without_padding(&outcome.packet[Ethernet::LEN..]);
+        let verdict = match (self.hook, outcome.action, events.as_slice()) {
+            (Hook::Egress, TC_ACT_REDIRECT, [Event::Carried]) => Verdict::Encap { bytes: inner() },
+            (Hook::Ingress, TC_ACT_REDIRECT, [Event::Carried]) => Verdict::Decap { bytes: inner() },
+            (Hook::Xdp, XDP_PASS, [Event::Carried]) if outcome.marked => Verdict::Decap { bytes: inner() },
+            (Hook::Egress | Hook::Ingress, TC_ACT_SHOT, [Event::Drop(reason)]) => Verdict::dropped(*reason),
+            (Hook::Xdp, XDP_DROP, [Event::Drop(reason)]) => Verdict::dropped(*reason),
+            (Hook::Egress | Hook::Ingress, TC_ACT_UNSPEC, [Event::Punt(reason)]) if untouched => {
+                Verdict::punted(*reason)
+            }
+            (Hook::Ingress, TC_ACT_UNSPEC, []) | (Hook::Xdp, XDP_PASS, []) if untouched => Verdict::Pass,
+            (_, action, events) => panic!(
+                "{:?} returned {action}, counted {events:?}, left {} of {} bytes{}",
+                self.hook,
+                outcome.packet.len(),
+                input.len(),
+                if outcome.marked { ", marked" } else { "" }
+            ),
+        };
+        Some(verdict)
+    }
+}
+
+/// The programs leave what lies behind an IP packet (Ethernet padding) for the stack to trim.
+fn without_padding(packet: &[u8]) -> Vec<u8> {
+    let total_length = usize::from(u16::from_be_bytes([packet[2], packet[3]]));
+    packet[..total_length].to_vec()
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Event {
+    Carried,
+    Punt(PuntReason),
+    Drop(DropReason),
+}
+
+/// What was counted between two readings.
+fn events(before: &Counters, after: &Counters) -> Vec<Event> {
+    let repeat =
+        |before: u64, after: u64, event: Event| std::iter::repeat_n(event, (after - before) as usize);
+    let carried =
+        (before.egress_packets + before.ingress_packets, after.egress_packets + after.ingress_packets);
+    let mut events: Vec<Event> = repeat(carried.0, carried.1, Event::Carried).collect();
+    for reason in PuntReason::ALL {
+        events.extend(repeat(
+            before.punts[reason.index()],
+            after.punts[reason.index()],
+            Event::Punt(*reason),
+        ));
+    }
+    for reason in DropReason::ALL {
+        events.extend(repeat(
+            before.drops[reason.index()],
+            after.drops[reason.index()],
+            Event::Drop(*reason),
+        ));
+    }
+    events
+}
