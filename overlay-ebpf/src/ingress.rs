@@ -28,6 +28,8 @@ pub struct Decap {
     pub rewrite: Rewrite,
     /// Length of the inner packet in bytes.
     pub inner_len: usize,
+    /// Protocol of the inner packet's payload.
+    pub protocol: u8,
 }
 
 /// Decides about an Ethernet frame of `len` bytes (of which `frame` need not show all, but headers).
@@ -93,7 +95,11 @@ pub fn decide_inner<P: Bytes + ?Sized>(
     let Some(tos) = decap_tos(outer_tos, header.tos()) else {
         return IngressVerdict::Drop(DropReason::EcnCongestion);
     };
-    IngressVerdict::Decap(Decap { rewrite: Rewrite::next_hop(&header, tos), inner_len: header.total_len() })
+    IngressVerdict::Decap(Decap {
+        rewrite: Rewrite::next_hop(&header, tos),
+        inner_len: header.total_len(),
+        protocol: header.protocol(),
+    })
 }
 
 /// The outer headers of a frame that is addressed to this overlay: IPv4 to our public address, UDP to our port.

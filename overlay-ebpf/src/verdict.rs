@@ -92,6 +92,7 @@ reasons! {
         OuterLength = "outer_length": "The outer lengths disagree: the kernel's stack trims or discards it.",
         OuterChecksumPartial = "outer_checksum_partial": "The outer checksum is still to be completed, so the kernel's state points at it.",
         OuterGro = "outer_gro": "Several datagrams were merged by the kernel's receive offload.",
+        SegmentedDatagrams = "segmented_datagrams": "The kernel left several UDP datagrams in one packet, which only its own decapsulation can cut.",
         TooLong = "too_long": "The packet with its outer headers exceeds 65535 bytes: the slow path gets it in segments.",
         AlreadyEncapsulated = "already_encapsulated": "The packet is inside another tunnel's encapsulation.",
     }
@@ -112,7 +113,7 @@ impl PuntReason {
             Self::OuterOptions | Self::OuterFragment | Self::OuterHeaderChecksum | Self::OuterLength => {
                 DropReason::Truncated
             }
-            Self::OuterChecksumPartial | Self::OuterGro => DropReason::TrailingBytes,
+            Self::OuterChecksumPartial | Self::OuterGro | Self::SegmentedDatagrams => DropReason::TrailingBytes,
             Self::TooLong => DropReason::TooLong,
             Self::AlreadyEncapsulated => DropReason::EncapFailed,
         }

@@ -14,12 +14,12 @@ use overlay_ebpf::{
     abi::Config,
     egress::{self, Encap, Outer},
     verdict::{DropReason, EgressVerdict, PuntReason},
-    wire::{Ethernet, Ipv4, OVERHEAD},
+    wire::{Bytes as _, Ethernet, Ipv4, OVERHEAD},
 };
 
 use super::{
     maps::{self, RouteMap},
-    memory::Packet,
+    memory::{self, Packet},
 };
 
 /// Grow the packet, keep its segments' size (the device's MTU leaves the room), and tell the kernel what the new bytes
@@ -27,8 +27,8 @@ use super::{
 const ENCAP_FLAGS: u64 =
     (BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP) as u64;
 
-/// Ethernet, where there is one (14), the longest inner header (60) and the ports behind it.
-const HEADERS: u32 = 78;
+/// Inner header and ports. More is pulled only for packets with IP options: pulling rearranges the buffer.
+const HEADERS: usize = Ipv4::LEN + 4;
 
 /// `EALREADY`: the kernel allows one level of encapsulation per socket buffer.
 const EALREADY: i64 = 114;
@@ -42,13 +42,15 @@ pub(super) fn run(ctx: &TcContext) -> i32 {
     let Some(config) = maps::config() else {
         return TO_THE_AGENT;
     };
-    let len = ctx.len();
-    if Packet::of_skb(ctx).visible() < HEADERS.min(len) as usize {
-        // If it fails the core sees what is there.
-        let _ = ctx.pull_data(HEADERS.min(len));
-    }
     let link_header = maps::link_header();
-    let len = len as usize - link_header;
+    memory::make_visible(ctx, link_header + HEADERS);
+    if let Some(header) = Packet::of_skb(ctx).view::<Ipv4>(link_header)
+        && header.header_len() > Ipv4::LEN
+    {
+        let headers = link_header + header.header_len() + 4;
+        memory::make_visible(ctx, headers);
+    }
+    let len = ctx.len() as usize - link_header;
     match egress::decide(&Packet::of_skb(ctx), link_header, len, config, &RouteMap) {
         EgressVerdict::Encap(encap) => redirect(ctx, config, &encap, link_header, len),
         EgressVerdict::Punt(reason) => {

@@ -11,18 +11,18 @@ use aya_ebpf::{
 };
 use overlay_ebpf::{
     abi::{Config, DECAPPED_MARK},
-    ingress::{self, Decap},
-    verdict::{DropReason, IngressVerdict},
-    wire::{Ethernet, Ipv4, OVERHEAD},
+    ingress::{self, Decap, INNER_OFFSET},
+    verdict::{DropReason, IngressVerdict, PuntReason},
+    wire::{Ethernet, Ipv4, OVERHEAD, ipv4::PROTOCOL_TCP},
 };
 
 use super::{
     maps::{self, RouteMap},
-    memory::Packet,
+    memory::{self, Packet},
 };
 
-/// Ethernet (14), outer IPv4 with options (60) or outer and inner IPv4 (14 + 28 + 20).
-const HEADERS: u32 = 82;
+/// Ethernet, outer and inner headers. An outer header with options may reach further; the stack sees to those anyway.
+const HEADERS: usize = INNER_OFFSET + Ipv4::LEN;
 
 /// `TC_ACT_UNSPEC` goes on to the next program and then to the kernel's stack, where the agent's socket is.
 const TO_THE_STACK: i32 = TC_ACT_UNSPEC;
@@ -36,13 +36,15 @@ pub(super) fn run(ctx: &TcContext) -> i32 {
     if take_mark(ctx) {
         return deliver(config);
     }
-    let len = ctx.len();
-    if Packet::of_skb(ctx).visible() < HEADERS.min(len) as usize {
-        // If it fails the core sees what is there.
-        let _ = ctx.pull_data(HEADERS.min(len));
-    }
-    match ingress::decide(&Packet::of_skb(ctx), len as usize, config, &RouteMap) {
+    memory::make_visible(ctx, HEADERS);
+    match ingress::decide(&Packet::of_skb(ctx), ctx.len() as usize, config, &RouteMap) {
         IngressVerdict::Pass => TO_THE_STACK,
+        // The kernel would go on to believe that a segmented packet is in a tunnel (before 7.x nothing takes that back).
+        // TCP does not care; cutting UDP would take the inner UDP header for the tunnel's.
+        IngressVerdict::Decap(decap) if decap.protocol != PROTOCOL_TCP && is_segmented(ctx) => {
+            maps::count_punt(PuntReason::SegmentedDatagrams);
+            TO_THE_STACK
+        }
         IngressVerdict::Decap(decap) => unwrap(ctx, config, &decap),
         IngressVerdict::Punt(reason) => {
             maps::count_punt(reason);
@@ -67,6 +69,13 @@ fn take_mark(ctx: &TcContext) -> bool {
         }
         Some(_) | None => false,
     }
+}
+
+/// Whether the buffer stands for several packets that the sender or GRO left in one.
+#[inline(always)]
+fn is_segmented(ctx: &TcContext) -> bool {
+    // SAFETY: the kernel hands the program a valid context.
+    unsafe { (*ctx.skb.skb).gso_size != 0 }
 }
 
 #[inline(always)]

@@ -8,6 +8,16 @@ use aya_ebpf::programs::{TcContext, XdpContext};
 use bytemuck::Pod;
 use overlay_ebpf::wire::Bytes;
 
+/// Brings the first `headers` bytes of a socket buffer, or all of a shorter one, into its linear part. Views taken before
+/// are void. If the kernel has no memory for it, the core sees what is there.
+#[inline(always)]
+pub(super) fn make_visible(ctx: &TcContext, headers: usize) {
+    let wanted = headers.min(ctx.len() as usize);
+    if ctx.data() + wanted > ctx.data_end() {
+        let _ = ctx.pull_data(wanted as u32);
+    }
+}
+
 /// The directly accessible bytes of one packet, valid until a helper changes it.
 pub(super) struct Packet {
     start: usize,
@@ -39,12 +49,6 @@ impl Packet {
     #[inline(always)]
     pub(super) fn metadata_of_xdp(ctx: &XdpContext) -> Self {
         Self { start: ctx.metadata(), end: ctx.data() }
-    }
-
-    /// Bytes that can be seen.
-    #[inline(always)]
-    pub(super) fn visible(&self) -> usize {
-        self.end - self.start
     }
 
     /// The header `T` at `offset`, for writing.

@@ -135,7 +135,7 @@ impl Lane {
         };
         let counters = pair.counters()?;
         let [first, second] = &counters;
-        let checked = check_counters(first, a, "A").and_then(|()| check_counters(second, b, "B"));
+        let checked = check_counters(first, a, b, "A").and_then(|()| check_counters(second, b, a, "B"));
         self.counters = Some(counters);
         checked?;
         Ok(Some(format!("{} packets fast, {} slow", self.fast().unwrap_or(0), self.slow().unwrap_or(0))))

@@ -47,8 +47,8 @@ fn every_check(session: &Arc<Session>, rung_a: Rung, rung_b: Rung, underlay: Und
         check.run(&pair.topology, &plan).with_context(|| diagnosis(&pair, check.name))?;
     }
     let [a, b] = pair.counters()?;
-    check_counters(&a, rung_a, "A")?;
-    check_counters(&b, rung_b, "B")?;
+    check_counters(&a, rung_a, rung_b, "A")?;
+    check_counters(&b, rung_b, rung_a, "B")?;
     let Pair { a, b, topology: _topology, .. } = pair;
     a.stop()?;
     b.stop()
