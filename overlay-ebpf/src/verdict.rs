@@ -113,7 +113,9 @@ impl PuntReason {
             Self::OuterOptions | Self::OuterFragment | Self::OuterHeaderChecksum | Self::OuterLength => {
                 DropReason::Truncated
             }
-            Self::OuterChecksumPartial | Self::OuterGro | Self::SegmentedDatagrams => DropReason::TrailingBytes,
+            Self::OuterChecksumPartial | Self::OuterGro | Self::SegmentedDatagrams => {
+                DropReason::TrailingBytes
+            }
             Self::TooLong => DropReason::TooLong,
             Self::AlreadyEncapsulated => DropReason::EncapFailed,
         }

@@ -1,6 +1,6 @@
 //! `overlay-agent run`.
 
-use std::{net::Ipv4Addr, path::PathBuf};
+use std::{io::IsTerminal as _, net::Ipv4Addr, path::PathBuf};
 
 use anyhow::Result;
 use clap::Args;
@@ -52,7 +52,13 @@ pub(super) struct RunArgs {
 pub(super) async fn run(args: RunArgs) -> Result<()> {
     // RUST_LOG is the usual way to ask for more.
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(colours)
+        .with_target(false)
+        .init();
     let mut peers = std::collections::BTreeMap::new();
     for (subnet, address) in args.peers {
         if let Some(other) = peers.insert(subnet, address) {
