@@ -1,4 +1,5 @@
 //! What the agent asks of the kernel's routing netlink: links, addresses, routes.
+#![allow(clippy::wildcard_enum_match_arm, reason = "the kernel adds attributes; we read the few we know")]
 
 use std::net::Ipv4Addr;
 

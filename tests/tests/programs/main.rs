@@ -2,6 +2,13 @@
 //! all must come to the same verdict, and to the same bytes.
 //!
 //! The programs run through `BPF_PROG_TEST_RUN`, so root is needed and nothing is sent.
+#![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a test fails by panicking"
+)]
 
 mod generated;
 mod golden;

@@ -67,7 +67,9 @@ pub(crate) fn tun_egress(packet: &[u8], config: &Config, routes: &Lookup, expect
         Ok(to) => {
             let mut outer = match expected {
                 Verdict::Encap { bytes } => bytes[..28].to_vec(),
-                _ => vec![0; 28],
+                Verdict::Pass | Verdict::Decap { .. } | Verdict::Punt { .. } | Verdict::Drop { .. } => {
+                    vec![0; 28]
+                }
             };
             outer[1] = to.tos;
             outer[16..20].copy_from_slice(&to.peer);

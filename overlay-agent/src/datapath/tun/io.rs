@@ -136,13 +136,13 @@ pub(super) fn ingress(shared: &Shared) -> Result<()> {
             );
             let (len, from, tos) = match received {
                 Ok(message) => {
-                    let tos = message.cmsgs().ok().and_then(|mut messages| {
-                        messages.find_map(|message| match message {
-                            ControlMessageOwned::Ipv4Tos(tos) => Some(tos),
-                            _ => None,
-                        })
-                    });
-                    (message.bytes, message.address, tos.unwrap_or(0))
+                    let mut tos = 0;
+                    for message in message.cmsgs().into_iter().flatten() {
+                        if let ControlMessageOwned::Ipv4Tos(received) = message {
+                            tos = received;
+                        }
+                    }
+                    (message.bytes, message.address, tos)
                 }
                 Err(Errno::EAGAIN) => break,
                 // An ICMP error for something sent earlier: the datagrams behind it are still there.

@@ -68,8 +68,8 @@ impl TunRung {
                 .context("create an eventfd")?,
         });
         let mut rung = Self { shared, threads: Vec::new() };
-        let directions: [(&str, fn(&Shared) -> Result<()>); 2] =
-            [("ovl-egress", io::egress), ("ovl-ingress", io::ingress)];
+        type Direction = fn(&Shared) -> Result<()>;
+        let directions: [(&str, Direction); 2] = [("ovl-egress", io::egress), ("ovl-ingress", io::ingress)];
         for (name, direction) in directions {
             let (shared, failures) = (Arc::clone(&rung.shared), failures.clone());
             let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
