@@ -16,7 +16,7 @@ use overlay_ebpf::{
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc,
-    time::{Instant, sleep_until},
+    time::{Instant, MissedTickBehavior, sleep_until},
 };
 use tracing::{debug, error, info, warn};
 
@@ -36,6 +36,9 @@ use crate::{
 
 /// Pause before a lost datapath is made again.
 const RETRY: Duration = Duration::from_secs(1);
+
+/// How often to see whether the device still has its address, MTU and route.
+const CARE: Duration = Duration::from_secs(5);
 
 /// What the operator asked for.
 #[derive(Clone, Debug)]
@@ -216,6 +219,8 @@ impl Agent {
 
     /// Follows the store and answers questions until told to stop.
     async fn follow(&mut self, stop: &mut StopSignals) {
+        let mut care = tokio::time::interval(CARE);
+        care.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let retry_at = self.retry_at;
             let retry = async move {
@@ -233,6 +238,7 @@ impl Agent {
                 }
                 Some(failure) = self.failures.1.recv() => self.on_failure(&failure),
                 () = retry => self.restart_datapath().await,
+                _ = care.tick() => self.care_for_device().await,
             }
         }
     }
@@ -303,6 +309,17 @@ impl Agent {
                 Some(Instant::now() + RETRY)
             }
         };
+    }
+
+    async fn care_for_device(&self) {
+        let Own { network, subnet, .. } = self.place.own;
+        match device::restore(&self.netlink, &self.options.device, network, subnet, self.place.mtu).await {
+            Ok(restored) if restored.is_empty() => {}
+            Ok(restored) => {
+                warn!("someone changed {}: restored its {}", self.options.device, restored.join(", "))
+            }
+            Err(error) => warn!("look after {}: {error:#}", self.options.device),
+        }
     }
 
     fn answer(&self, question: Question) -> Result<serde_json::Value> {

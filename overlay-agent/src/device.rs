@@ -77,7 +77,7 @@ impl OverlayDevice {
             let link = netlink.link(name).await?.with_context(|| format!("the device {name} vanished"))?;
             netlink.set_alias(link.index, &format!("{ALIAS} {network}")).await?;
             forbid_ipv6(name);
-            netlink.set_only_address(link.index, Ipv4Net::new(subnet.network(), 32)?).await?;
+            netlink.set_only_address(link.index, address(subnet)).await?;
             netlink.set_up(link.index, mtu).await?;
             netlink.add_route(network, link.index, subnet.network()).await?;
             anyhow::Ok(link.index)
@@ -92,6 +92,44 @@ impl OverlayDevice {
             }
         }
     }
+}
+
+/// Puts back what someone took from the device while the agent runs, and says what it was. A device that is gone is for
+/// the slow path to notice, whose descriptor dies with it.
+///
+/// # Errors
+///
+/// When the kernel refuses.
+pub async fn restore(
+    netlink: &Netlink,
+    name: &str,
+    network: Ipv4Net,
+    subnet: Ipv4Net,
+    mtu: u32,
+) -> Result<Vec<&'static str>> {
+    let mut restored = Vec::new();
+    let Some(link) = netlink.link(name).await?.filter(is_ours) else {
+        return Ok(restored);
+    };
+    if !netlink.addresses().await?.contains(&(link.index, address(subnet))) {
+        netlink.set_only_address(link.index, address(subnet)).await?;
+        restored.push("address");
+    }
+    if !link.up || link.mtu != mtu {
+        netlink.set_up(link.index, mtu).await?;
+        restored.push("state and MTU");
+    }
+    let routed = |route: &crate::netlink::Route| route.destination == network && route.index == link.index;
+    if !netlink.routes().await?.iter().any(routed) {
+        netlink.add_route(network, link.index, subnet.network()).await?;
+        restored.push("route");
+    }
+    Ok(restored)
+}
+
+/// The device's address: the subnet's first, which no container has.
+fn address(subnet: Ipv4Net) -> Ipv4Net {
+    Ipv4Net::from(subnet.network())
 }
 
 /// Removes the device if an agent made it; its addresses, routes and programs go with it. `false` when there is none.

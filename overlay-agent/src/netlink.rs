@@ -11,7 +11,9 @@ use rtnetlink::{
     packet_route::{
         AddressFamily,
         address::AddressAttribute,
-        link::{InfoKind, LinkAttribute, LinkInfo, LinkLayerType, LinkMessage, LinkXdp, XdpAttached},
+        link::{
+            InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, LinkXdp, XdpAttached,
+        },
         route::{RouteAddress, RouteAttribute, RouteScope, RouteType},
     },
 };
@@ -31,6 +33,8 @@ pub struct Link {
     pub index: u32,
     /// Largest packet in bytes, without link-layer header.
     pub mtu: u32,
+    /// Whether the administrator wants it up.
+    pub up: bool,
     /// Whether frames have an Ethernet header.
     pub ethernet: bool,
     /// What kind of virtual device it is; `None` for hardware, virtio included.
@@ -227,6 +231,7 @@ fn link(message: &LinkMessage) -> Option<Link> {
         name: String::new(),
         index: message.header.index,
         mtu: 0,
+        up: message.header.flags.contains(LinkFlags::Up),
         ethernet: message.header.link_layer_type == LinkLayerType::Ether,
         kind: None,
         alias: None,

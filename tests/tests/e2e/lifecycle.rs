@@ -65,9 +65,11 @@ fn sigterm_leaves_nothing(session: &Arc<Session>, rung: Rung) -> Result<()> {
     let socket = pair.a.site().socket();
     let Pair { a, b, topology: _topology, .. } = pair;
     a.stop()?;
+    // XDP on one end of a veth changes what the other end offers.
+    b.stop()?;
     before.is_unchanged(&host)?;
     ensure!(!socket.exists(), "{} is left", socket.display());
-    b.stop()
+    Ok(())
 }
 
 fn down_after_crash_leaves_nothing(session: &Arc<Session>, rung: Rung) -> Result<()> {
@@ -78,12 +80,12 @@ fn down_after_crash_leaves_nothing(session: &Arc<Session>, rung: Rung) -> Result
     ping_pods(&pair)?;
     let Pair { a, b, topology: _topology, .. } = pair;
     let site = a.crash()?;
+    b.stop()?;
     before.is_changed(&host).context("a killed agent leaves its device")?;
     site.down()?;
     before.is_unchanged(&host)?;
     ensure!(!site.socket().exists(), "{} is left", site.socket().display());
-    site.down().context("the second time, with nothing to remove")?;
-    b.stop()
+    site.down().context("the second time, with nothing to remove")
 }
 
 fn runs_again_after_crash(session: &Arc<Session>, rung: Rung) -> Result<()> {

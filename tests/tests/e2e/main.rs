@@ -3,7 +3,9 @@
 //! One binary, one topology per test, one test at a time: they share two CPUs, and rates and losses count.
 
 mod comparison;
+mod faults;
 mod foreign;
+mod frames;
 mod lifecycle;
 mod machine;
 mod matrix;
@@ -31,6 +33,7 @@ fn main() -> ExitCode {
     matrix::register(&mut suite);
     traps::register(&mut suite);
     lifecycle::register(&mut suite);
+    faults::register(&mut suite);
     refusals::register(&mut suite);
     run(&arguments, suite.into_trials()).exit_code()
 }

@@ -1,0 +1,246 @@
+//! What goes wrong under a running agent: its device vanishes or is taken down, malformed frames arrive, traffic never
+//! stops while it should end.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use overlay_tests::{
+    agent::{DEVICE, Rung, Site},
+    pair::{Pair, Store},
+    report::Counters,
+    session::Session,
+    topology::{OVERLAY_MTU, PodOffload, Topology, Underlay},
+    traffic::{ping::ping_with_ttl, rate::small_packets, udp::every_size},
+};
+use serde_json::Value;
+
+use crate::{frames, machine::Need, matrix::needs, suite::Suite};
+
+/// Longest frame that the underlay's MTU lets through.
+const LONGEST_FRAME: usize = 1514;
+/// The peers of the golden vectors beside host B, in the order of their subnets' names.
+const OTHER_PEERS: [(&str, &str); 3] = [
+    ("10.244.3.0-24", "192.168.77.3"),
+    ("10.244.128.0-17", "192.168.77.9"),
+    ("10.244.200.0-24", "192.168.77.4"),
+];
+
+pub(crate) fn register(suite: &mut Suite) {
+    for rung in [Rung::Xdp, Rung::Tc, Rung::Tun] {
+        let word = rung.name();
+        suite.add(
+            format!("faults::{word}_device_that_vanishes_is_made_again"),
+            needs(rung, rung),
+            move |session| device_vanishes(session, rung),
+        );
+        suite.add(
+            format!("faults::every_malformed_frame_is_counted_by_{word}_and_harms_nothing"),
+            needs(rung, rung),
+            move |session| malformed_frames(session, rung),
+        );
+    }
+    suite.add("faults::device_that_is_taken_down_comes_back", &[Need::Tun], device_down);
+    suite.add("faults::agent_under_load_ends_when_told", &[Need::Tun], ends_under_load);
+    suite.add("faults::clsact_filters_carry_and_go", needs(Rung::Tc, Rung::Tc), clsact_filters);
+}
+
+fn pair(session: &Arc<Session>, rung: Rung) -> Result<Pair> {
+    Pair::start(session, Topology::build(session, Underlay::Virtual, PodOffload::On)?, rung, rung)
+}
+
+/// Containers reach each other again within `patience`, in every size.
+fn recovers(pair: &Pair, patience: Duration) -> Result<()> {
+    let (from, to) = pair.topology.pods();
+    let deadline = std::time::Instant::now() + patience;
+    while let Err(error) = ping_with_ttl(from.netns, to.address, 60) {
+        ensure!(std::time::Instant::now() < deadline, "traffic does not come back: {error:#}");
+        thread::sleep(Duration::from_millis(200));
+    }
+    every_size(from, to, OVERLAY_MTU).map(drop)
+}
+
+fn device_vanishes(session: &Arc<Session>, rung: Rung) -> Result<()> {
+    let mut pair = pair(session, rung)?;
+    for side in [&pair.topology.a, &pair.topology.b] {
+        side.host.tool(&format!("ip link delete {DEVICE}"))?;
+    }
+    recovers(&pair, Duration::from_secs(10))?;
+    ensure!(pair.a.is_running()? && pair.b.is_running()?, "an agent ended");
+    let status = pair.a.status()?;
+    ensure!(status.ingress.rung == rung.name(), "the agent came back with {:?} in", status.ingress);
+    Ok(())
+}
+
+fn device_down(session: &Arc<Session>) -> Result<()> {
+    let pair = pair(session, Rung::Tun)?;
+    pair.topology.a.host.tool(&format!("ip link set {DEVICE} down"))?;
+    pair.topology.b.host.tool(&format!("ip address flush dev {DEVICE}"))?;
+    recovers(&pair, Duration::from_secs(15))
+}
+
+fn ends_under_load(session: &Arc<Session>) -> Result<()> {
+    let Pair { a, b, store: _store, topology } = pair(session, Rung::Tun)?;
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let load = scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                // What is lost when the agents end is not of interest here.
+                let _ = small_packets(topology.a.pod(), topology.b.pod(), Duration::from_millis(300));
+            }
+        });
+        thread::sleep(Duration::from_millis(500));
+        let ended =
+            a.stop().context("the sending side").and_then(|()| b.stop().context("the receiving side"));
+        stop.store(true, Ordering::Relaxed);
+        ensure!(load.join().is_ok(), "the load panicked");
+        ended
+    })
+}
+
+fn clsact_filters(session: &Arc<Session>) -> Result<()> {
+    let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
+    let store = Store::create(session)?;
+    let start = |side: &overlay_tests::topology::Side| -> Result<_> {
+        let mut arguments = store.arguments(side, Rung::Tc);
+        arguments.extend(["--tc-attach".to_owned(), "clsact".to_owned()]);
+        Site::new(session, &side.host, &format!("agent-{}", side.name))?.start(&arguments)
+    };
+    let (a, b) = (start(&topology.a)?, start(&topology.b)?);
+    let pair = Pair { a, b, store: store.clone(), topology };
+    pair.wait_for_peers()?;
+    recovers(&pair, Duration::ZERO)?;
+    let filters = |side: &overlay_tests::topology::Side| side.host.tool("tc filter show dev eth0 ingress");
+    ensure!(filters(&pair.topology.a)?.contains("ovl_ingress"), "the program is no filter of eth0");
+    let carried = pair.a.counters()?.traffic;
+    ensure!(
+        carried.ingress_fast_packets > 0 && carried.slow() == 0,
+        "not eBPF carried the packets: {carried:?}"
+    );
+    let Pair { a, b, topology, .. } = pair;
+    let site = a.crash()?;
+    ensure!(filters(&topology.a)?.contains("ovl_ingress"), "filters do not go with their agent");
+    site.down()?;
+    ensure!(filters(&topology.a)?.is_empty(), "down left the filter of a killed agent");
+    b.stop()?;
+    ensure!(filters(&topology.b)?.is_empty(), "the agent left its filter");
+    Ok(())
+}
+
+/// Sends every golden ingress frame that fits over the real link to host A and compares what its agent counted with what
+/// the vectors say.
+fn malformed_frames(session: &Arc<Session>, rung: Rung) -> Result<()> {
+    let pair = pair(session, rung)?;
+    for (subnet, peer) in OTHER_PEERS {
+        // Answers to what is delivered go there: somebody must be there, or sending fails.
+        pair.topology.b.host.tool(&format!("ip address add {peer}/24 dev eth0"))?;
+        pair.store.write_lease(subnet, peer)?;
+    }
+    let routes = 1 + OTHER_PEERS.len();
+    pair.a.wait_for_routes("routes to all peers", |list| list.routes.len() == routes)?;
+    let before = pair.a.counters()?;
+    let mac = mac_of(&pair)?;
+    let vectors = golden_frames()?;
+    let frames: Vec<Vec<u8>> =
+        vectors.iter().map(|vector| frames::addressed_to(&vector.frame, &mac)).collect::<Result<_>>()?;
+    let sent = pair.topology.b.host.run(|| frames::send("eth0", &frames))??;
+    ensure!(sent == vectors.len(), "only {sent} of {} frames could be sent", vectors.len());
+    // The last frames may still be on their way through the agent.
+    thread::sleep(Duration::from_millis(300));
+    let after = pair.a.counters()?;
+    let expected = expected_drops(&vectors, rung);
+    ensure!(expected.len() > 8, "the vectors have lost their point: {expected:?}");
+    let counted = grown(&before.drops, &after.drops);
+    ensure!(counted == expected, "drops counted: {counted:?}, expected: {expected:?}");
+    ensure!(carried(&after) > carried(&before), "not one of the sound frames was carried");
+    recovers(&pair, Duration::ZERO)
+}
+
+/// A namespace entered alone has the machine's /sys, so the address comes from `ip`.
+fn mac_of(pair: &Pair) -> Result<String> {
+    let link = pair.topology.a.host.tool("ip -json link show dev eth0")?;
+    let link: Value = serde_json::from_str(&link).context("read the output of ip -json")?;
+    let address = link.pointer("/0/address").and_then(Value::as_str).context("eth0 has no address")?;
+    Ok(address.to_owned())
+}
+
+struct GoldenFrame {
+    frame: Vec<u8>,
+    fast: Value,
+    slow: Value,
+    reaches_agent: bool,
+}
+
+fn golden_frames() -> Result<Vec<GoldenFrame>> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("vectors/ingress.json");
+    let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+    let file: Value = serde_json::from_str(&text).with_context(|| format!("parse {}", path.display()))?;
+    let vectors = file.get("vectors").and_then(Value::as_array).context("the file has no vectors")?;
+    let mut frames = Vec::new();
+    for vector in vectors {
+        let field = |name: &str| vector.get(name).cloned().unwrap_or_default();
+        let frame = frames::from_hex(field("packet").as_str().unwrap_or_default())?;
+        // A sent frame has no unfinished checksum: what looks like one is wrong to the kernel.
+        let partial = field("fast").get("reason").is_some_and(|reason| reason == "outer_checksum_partial");
+        if (14..=LONGEST_FRAME).contains(&frame.len()) && !partial {
+            let reaches_agent = field("tun") == "shell";
+            frames.push(GoldenFrame { frame, fast: field("fast"), slow: field("slow"), reaches_agent });
+        }
+    }
+    Ok(frames)
+}
+
+/// How often each reason must be counted: by the fast path, and by the slow path for what reaches it.
+fn expected_drops(vectors: &[GoldenFrame], rung: Rung) -> BTreeMap<String, u64> {
+    let mut drops = BTreeMap::new();
+    for vector in vectors {
+        let punted = vector.fast.get("verdict").is_some_and(|verdict| verdict == "punt");
+        let decided = match rung.is_fast() && !punted {
+            true => Some(&vector.fast),
+            false => vector.reaches_agent.then_some(&vector.slow),
+        };
+        let dropped =
+            decided.filter(|verdict| verdict.get("verdict").is_some_and(|verdict| verdict == "drop"));
+        if let Some(reason) = dropped.and_then(|verdict| verdict.get("reason")).and_then(Value::as_str) {
+            *drops.entry(reason.to_owned()).or_default() += 1;
+        }
+        if is_trimmed_by_kernel(vector) {
+            *drops.entry("truncated".to_owned()).or_default() += 1;
+        }
+    }
+    drops
+}
+
+/// Whether the UDP header says less than the IP header: the kernel's socket then hands over what the UDP header says, which
+/// is less than the whole inner packet.
+fn is_trimmed_by_kernel(vector: &GoldenFrame) -> bool {
+    let word = |at: usize| match vector.frame.get(at..at + 2) {
+        Some([high, low]) => usize::from(u16::from_be_bytes([*high, *low])),
+        _ => 0,
+    };
+    let (total_length, udp_length) = (word(16), word(38));
+    let outer_length = vector.fast.get("reason").is_some_and(|reason| reason == "outer_length");
+    outer_length
+        && total_length + 14 <= vector.frame.len()
+        && (8..total_length.saturating_sub(20)).contains(&udp_length)
+}
+
+fn grown(before: &BTreeMap<String, u64>, after: &BTreeMap<String, u64>) -> BTreeMap<String, u64> {
+    let growth = |(reason, count): (&String, &u64)| {
+        (reason.clone(), count - before.get(reason).copied().unwrap_or_default())
+    };
+    after.iter().map(growth).filter(|(_, count)| *count > 0).collect()
+}
+
+fn carried(counters: &Counters) -> u64 {
+    counters.traffic.ingress_fast_packets + counters.traffic.ingress_slow_packets
+}
