@@ -88,3 +88,29 @@ fn outer(header: &Ipv4, source_port: u16, config: &Config, peer: [u8; 4]) -> Out
         udp: Udp::outer(source_port, config.port, udp_len),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::abi::Prefix;
+
+    /// One peer that claims everything, also what is ours.
+    struct Greedy;
+
+    impl Routes for Greedy {
+        fn peer_of(&self, _address: [u8; 4]) -> Option<[u8; 4]> {
+            Some([192, 168, 77, 2])
+        }
+    }
+
+    #[test]
+    fn a_packet_for_our_own_subnet_never_leaves_whatever_the_routes_say() {
+        let own = Prefix::new([10, 244, 1, 0], 24);
+        let config = Config::new([192, 168, 77, 1], Prefix::new([10, 244, 0, 0], 16), own, 8285);
+        let mut packet = [0x45, 0, 0, 20, 0, 0, 0, 0, 64, 1, 0, 0, 10, 244, 1, 2, 10, 244, 1, 9];
+        let verdict = |packet: &[u8]| decide(packet, 0, packet.len(), &config, &Greedy);
+        assert_eq!(verdict(&packet), EgressVerdict::Drop(DropReason::NoRoute));
+        packet[18] = 2;
+        assert!(matches!(verdict(&packet), EgressVerdict::Encap(_)));
+    }
+}
