@@ -2,12 +2,13 @@
 
 use std::{
     io::ErrorKind,
-    os::unix::fs::PermissionsExt as _,
+    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
@@ -57,7 +58,11 @@ impl Control {
     /// When another agent answers there, or the directory cannot be made.
     pub async fn listen(path: PathBuf) -> Result<Self> {
         let directory = path.parent().context("the control socket has no directory")?;
-        std::fs::create_dir_all(directory).with_context(|| format!("create {}", directory.display()))?;
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(directory)
+            .with_context(|| format!("create {}", directory.display()))?;
         match UnixStream::connect(&path).await {
             Ok(_) => bail!(
                 "an agent answers at {} already: stop it first, or choose another --run-dir",
@@ -110,9 +115,9 @@ impl Drop for Control {
 
 async fn answer(stream: UnixStream, questions: mpsc::Sender<Asked>) -> Result<()> {
     let (reader, mut writer) = stream.into_split();
-    let mut line = String::new();
-    BufReader::new(reader.take(LONGEST_QUESTION)).read_line(&mut line).await?;
-    let answer = match serde_json::from_str::<Question>(line.trim()) {
+    let mut line = Vec::new();
+    BufReader::new(reader.take(LONGEST_QUESTION)).read_until(b'\n', &mut line).await?;
+    let answer = match serde_json::from_slice::<Question>(&line) {
         Ok(question) => {
             let (sender, receiver) = oneshot::channel();
             questions.send((question, sender)).await?;
@@ -123,6 +128,29 @@ async fn answer(stream: UnixStream, questions: mpsc::Sender<Asked>) -> Result<()
     let mut answer = serde_json::to_vec(&answer)?;
     answer.push(b'\n');
     Ok(writer.write_all(&answer).await?)
+}
+
+/// The process that listens at `path`, as the kernel knows it; `None` when there is none.
+///
+/// # Errors
+///
+/// When it cannot be found out.
+pub fn listener(path: &Path) -> Result<Option<i32>> {
+    let stream = match std::os::unix::net::UnixStream::connect(path) {
+        Ok(stream) => stream,
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
+            return Ok(None);
+        }
+        Err(error) => {
+            return Err(error).with_context(|| format!("connect to the agent at {}", path.display()));
+        }
+    };
+    let peer = getsockopt(&stream, PeerCredentials)
+        .with_context(|| format!("ask who listens at {}", path.display()))?;
+    match peer.pid() {
+        0 => bail!("the agent at {} runs in another PID namespace: end it there", path.display()),
+        pid => Ok(Some(pid)),
+    }
 }
 
 /// Asks the agent at `path`.
@@ -184,7 +212,7 @@ mod tests {
         stream.write_all(b"\xff{{{\n").await.unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.unwrap();
-        let _closed_or_refused = answer;
+        assert!(answer.contains("not a question"), "{answer}");
         assert_eq!(ask::<String>(&path, Question::Status).await.unwrap(), "Status");
     }
 

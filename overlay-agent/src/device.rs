@@ -9,6 +9,32 @@ use crate::netlink::{Link, Netlink};
 /// Begins the alias of every device that an agent made, so that no agent touches one that another made.
 const ALIAS: &str = "overlay-agent";
 
+/// The device's alias: whose it is, and what `down` must know of an agent that is gone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Note {
+    /// The whole overlay.
+    pub network: Ipv4Net,
+    /// UDP port of the network.
+    pub port: u16,
+    /// Name of the underlay device.
+    pub underlay: String,
+}
+
+impl std::fmt::Display for Note {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{ALIAS} {} {} {}", self.network, self.port, self.underlay)
+    }
+}
+
+impl Note {
+    /// Reads an alias; `None` when it is not one of ours.
+    pub fn parse(alias: &str) -> Option<Self> {
+        let mut words = alias.strip_prefix(ALIAS)?.split_whitespace();
+        let (network, port, underlay) = (words.next()?, words.next()?, words.next()?);
+        Some(Self { network: network.parse().ok()?, port: port.parse().ok()?, underlay: underlay.to_owned() })
+    }
+}
+
 /// The overlay device of one network.
 pub struct OverlayDevice {
     /// Name.
@@ -23,7 +49,7 @@ pub struct OverlayDevice {
 
 /// Whether an agent made the device.
 pub fn is_ours(link: &Link) -> bool {
-    link.kind.as_deref() == Some("tun") && link.alias.as_deref().is_some_and(|alias| alias.starts_with(ALIAS))
+    link.kind.as_deref() == Some("tun") && link.alias.as_deref().and_then(Note::parse).is_some()
 }
 
 /// Checks, without changing anything, that the device can be made: its name is free or an earlier agent's, and nothing else
@@ -68,29 +94,24 @@ impl OverlayDevice {
     pub async fn create(
         netlink: &Netlink,
         name: &str,
-        network: Ipv4Net,
+        note: &Note,
         subnet: Ipv4Net,
         mtu: u32,
     ) -> Result<Self> {
         let fd = open(name)?;
         let configure = async {
             let link = netlink.link(name).await?.with_context(|| format!("the device {name} vanished"))?;
-            netlink.set_alias(link.index, &format!("{ALIAS} {network}")).await?;
+            netlink.set_alias(link.index, &note.to_string()).await?;
             forbid_ipv6(name);
             netlink.set_only_address(link.index, address(subnet)).await?;
             netlink.set_up(link.index, mtu).await?;
-            netlink.add_route(network, link.index, subnet.network()).await?;
+            netlink.add_route(note.network, link.index, subnet.network()).await?;
+            // Last: until here the device goes with its descriptor, whatever happens to us.
+            fd.persist().context("make the device persistent")?;
             anyhow::Ok(link.index)
         };
-        match configure.await {
-            Ok(index) => Ok(Self { name: name.to_owned(), index, mtu, fd }),
-            Err(error) => {
-                drop(fd);
-                // The first error is the one to tell.
-                let _ = remove(netlink, name).await;
-                Err(error.context(format!("set up the overlay device {name}")))
-            }
-        }
+        let index = configure.await.with_context(|| format!("set up the overlay device {name}"))?;
+        Ok(Self { name: name.to_owned(), index, mtu, fd })
     }
 }
 
@@ -163,10 +184,7 @@ fn open(name: &str) -> Result<SyncDevice> {
         })
         .build_sync();
     match device {
-        Ok(device) => {
-            device.persist().with_context(|| format!("make the device {name} persistent"))?;
-            Ok(device)
-        }
+        Ok(device) => Ok(device),
         Err(error) if error.raw_os_error() == Some(nix::libc::EBUSY) => {
             bail!(
                 "another process holds the device {name}: is an overlay-agent running on this network already? (overlay-agent status)"
@@ -180,4 +198,18 @@ fn open(name: &str) -> Result<SyncDevice> {
 /// kernel has no IPv6 there is nothing to forbid.
 fn forbid_ipv6(name: &str) {
     let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_alias_says_whose_a_device_is() {
+        let note =
+            Note { network: "10.244.0.0/16".parse().unwrap(), port: 8285, underlay: "eth0".to_owned() };
+        assert_eq!(Note::parse(&note.to_string()), Some(note));
+        assert_eq!(Note::parse("my own tunnel"), None);
+        assert_eq!(Note::parse("overlay-agent"), None);
+    }
 }

@@ -14,8 +14,10 @@ use crate::{
 /// How an agent fares.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Status {
-    /// `running` once lease, device, datapath and first snapshot are there.
+    /// `running` once lease, device, datapath and first snapshot are there; `degraded` while something is wrong.
     pub state: String,
+    /// What is wrong.
+    pub problems: Vec<String>,
     /// Version of the agent.
     pub version: String,
     /// Its process.

@@ -68,21 +68,31 @@ impl RouteTable {
         let mut table = Self { routes: fixed.clone(), skipped: Vec::new() };
         for record in records {
             match route(own, record) {
-                Ok(Some((subnet, peer))) => {
-                    table.routes.entry(subnet).or_insert(peer);
-                }
+                Ok(Some((subnet, peer))) => match table.routes.get(&subnet).copied() {
+                    None => {
+                        table.routes.insert(subnet, peer);
+                    }
+                    Some(other) if other == peer => {}
+                    Some(other) => table.skip(record, format!("{other} holds {subnet} already")),
+                },
                 Ok(None) => {}
                 Err(Refused { subnet, mut why }) => {
                     if let Some((subnet, peer)) = subnet.and_then(|subnet| previous.get_key_value(&subnet)) {
                         table.routes.entry(*subnet).or_insert(*peer);
                         why.push_str("; its last good value stays in force");
                     }
-                    table.skipped.push(Skipped { record: record.key.chars().take(64).collect(), why });
+                    table.skip(record, why);
                 }
             }
         }
         table.skipped.sort();
         table
+    }
+
+    /// Whoever may write records may name them as he likes: no control characters reach a terminal.
+    fn skip(&mut self, record: &Record, why: String) {
+        let name: String = record.key.chars().take(64).flat_map(char::escape_debug).collect();
+        self.skipped.push(Skipped { record: name, why });
     }
 }
 
@@ -123,7 +133,7 @@ fn route(own: Own, record: &Record) -> Result<Option<(Ipv4Net, Ipv4Addr)>, Refus
         };
     }
     if let Some(kind) = value.backend_type {
-        return refused(None, format!("its holder uses the {kind} backend"));
+        return refused(None, format!("its holder uses the {kind:?} backend"));
     }
     if !own.network.contains(&subnet) || subnet == own.network {
         return refused(None, format!("it is not a part of the network {}", own.network));
@@ -231,6 +241,19 @@ mod tests {
         assert_eq!(table.skipped.len(), 1);
         // Deleted, not broken: the route goes.
         assert!(RouteTable::build(own(), &BTreeMap::new(), &[], &previous).routes.is_empty());
+    }
+
+    #[test]
+    fn two_holders_of_one_subnet_are_told() {
+        let other = Ipv4Addr::new(192, 168, 77, 3);
+        let table = build(&[
+            record("10.244.2.0-24", &lease::value(PEER)),
+            record("10.244.2.0-24&2001:cafe::-64", &lease::value(other)),
+            record("\u{1b}[31mred", "{}"),
+        ]);
+        assert_eq!(table.routes, BTreeMap::from([(net("10.244.2.0/24"), PEER)]));
+        let names: Vec<_> = table.skipped.iter().map(|skipped| skipped.record.as_str()).collect();
+        assert_eq!(names, ["10.244.2.0-24&2001:cafe::-64", "\\u{1b}[31mred"]);
     }
 
     #[test]

@@ -4,14 +4,19 @@ use std::net::Ipv4Addr;
 
 use anyhow::{Result, bail};
 
-use crate::netlink::{Link, Netlink};
+use crate::{
+    lease,
+    netlink::{Link, Netlink},
+};
 
 /// The device and address that carry the outer packets.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Underlay {
     /// The device.
     pub link: Link,
-    /// The address by which peers reach this host.
+    /// The device's own address: outer packets come from and to it.
+    pub local_ip: Ipv4Addr,
+    /// The address by which peers reach this host: the same, unless someone translates addresses on the way.
     pub public_ip: Ipv4Addr,
 }
 
@@ -68,12 +73,18 @@ impl Underlay {
                 }
             }
         };
+        let held = |address: &Ipv4Addr| device_of(*address) == Some(link.index);
         let first = addresses.iter().find(|(index, _)| *index == link.index).map(|(_, net)| net.addr());
-        match public_ip.or(asked).or(first) {
-            Some(public_ip) => Ok(Self { link, public_ip }),
-            None => {
-                bail!("the device {} has no IPv4 address: give it one, or choose another --iface", link.name)
-            }
+        let Some(local_ip) = public_ip.filter(held).or(asked).or(first) else {
+            bail!("the device {} has no IPv4 address: give it one, or choose another --iface", link.name);
+        };
+        let public_ip = public_ip.unwrap_or(local_ip);
+        if !lease::is_host(local_ip) || !lease::is_host(public_ip) {
+            bail!(
+                "{public_ip} on {} cannot be reached by other hosts: choose another --iface or --public-ip",
+                link.name
+            );
         }
+        Ok(Self { link, local_ip, public_ip })
     }
 }

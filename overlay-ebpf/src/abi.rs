@@ -81,7 +81,7 @@ pub struct RouteValue {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct Counters {
-    /// Inner packets wrapped and sent.
+    /// Inner packets wrapped and handed to the underlay's stack, which may still drop them (no route, no neighbour).
     pub egress_packets: u64,
     /// Their bytes.
     pub egress_bytes: u64,

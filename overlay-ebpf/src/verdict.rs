@@ -94,6 +94,7 @@ reasons! {
         OuterGro = "outer_gro": "Several datagrams were merged by the kernel's receive offload.",
         SegmentedDatagrams = "segmented_datagrams": "The kernel left several UDP datagrams in one packet, which only its own decapsulation can cut.",
         TooLong = "too_long": "The packet with its outer headers exceeds 65535 bytes: the slow path gets it in segments.",
+        NoRoomForMark = "no_room_for_mark": "The driver leaves XDP no room to mark a packet: the tc program unwraps it instead.",
         AlreadyEncapsulated = "already_encapsulated": "The packet is inside another tunnel's encapsulation.",
     }
 }
@@ -117,7 +118,7 @@ impl PuntReason {
                 DropReason::TrailingBytes
             }
             Self::TooLong => DropReason::TooLong,
-            Self::AlreadyEncapsulated => DropReason::EncapFailed,
+            Self::NoRoomForMark | Self::AlreadyEncapsulated => DropReason::EncapFailed,
         }
     }
 }

@@ -1,25 +1,22 @@
 //! `overlay-agent down`: the way back from anything, also from a killed agent.
 
-use std::time::Duration;
+use std::{io::ErrorKind, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 use aya::programs::TcAttachType;
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::AgentArgs;
 use crate::{
-    control::{self, Question},
-    datapath::ebpf::{Hook, detach_filters},
-    device,
+    control,
+    datapath::ebpf::detach_filter,
+    device::{self, Note},
     netlink::Netlink,
-    report::Status,
 };
 
 /// How long a running agent gets to shut down.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(15);
 
 pub(super) async fn down(args: &AgentArgs) -> Result<()> {
     if !nix::unistd::geteuid().is_root() {
@@ -27,22 +24,26 @@ pub(super) async fn down(args: &AgentArgs) -> Result<()> {
     }
     let mut removed = Vec::new();
     let socket = control::path(&args.run_dir, &args.device);
-    if let Ok(status) = control::ask::<Status>(&socket, Question::Status).await {
-        stop(&status).await?;
-        removed.push(format!("the agent (process {})", status.pid));
-    }
     let netlink = Netlink::connect()?;
+    // What a killed agent noted on its device must be read before the device goes.
+    let note = netlink.link(&args.device).await?.and_then(|link| Note::parse(&link.alias?));
+    if let Some(pid) = control::listener(&socket)? {
+        tokio::task::spawn_blocking(move || stop(pid)).await.context("wait for the agent")??;
+        removed.push(format!("the agent (process {pid})"));
+    }
     if device::remove(&netlink, &args.device).await? {
         removed.push(format!("the device {}", args.device));
     }
     // tcx and XDP links go with their agent; filters of a clsact qdisc, which older kernels need, do not.
-    for link in netlink.links().await? {
-        detach_filters(&link.name, TcAttachType::Ingress, Hook::Ingress)?;
+    if let Some(note) = note {
+        detach_filter(&note.underlay, TcAttachType::Ingress, note.port);
     }
-    if std::fs::exists(&socket).unwrap_or(false) {
-        std::fs::remove_file(&socket)
-            .with_context(|| format!("remove the stale socket {}", socket.display()))?;
-        removed.push(format!("the socket {}", socket.display()));
+    match std::fs::remove_file(&socket) {
+        Ok(()) => removed.push(format!("the socket {}", socket.display())),
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        Err(error) => {
+            return Err(error).with_context(|| format!("remove the stale socket {}", socket.display()));
+        }
     }
     match removed.is_empty() {
         true => println!("nothing of overlay-agent's on {} here", args.device),
@@ -51,15 +52,16 @@ pub(super) async fn down(args: &AgentArgs) -> Result<()> {
     Ok(())
 }
 
-async fn stop(status: &Status) -> Result<()> {
-    let pid = Pid::from_raw(i32::try_from(status.pid).context("the agent's process number")?);
-    kill(pid, Signal::SIGTERM).with_context(|| format!("end the agent (process {pid})"))?;
-    let gone = async {
-        while kill(pid, None).is_ok() {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    tokio::time::timeout(PATIENCE, gone)
-        .await
-        .with_context(|| format!("the agent (process {pid}) does not end: kill it and call down again"))
+/// Ends a process through a descriptor, which cannot come to mean another one, and waits until it is gone.
+fn stop(pid: i32) -> Result<()> {
+    let context = || format!("end the agent (process {pid})");
+    let process =
+        pidfd_open(Pid::from_raw(pid).with_context(context)?, PidfdFlags::empty()).with_context(context)?;
+    pidfd_send_signal(&process, Signal::TERM).with_context(context)?;
+    let mut ended = [PollFd::new(std::os::fd::AsFd::as_fd(&process), PollFlags::POLLIN)];
+    let patience = PollTimeout::try_from(PATIENCE).unwrap_or(PollTimeout::MAX);
+    match poll(&mut ended, patience).with_context(context)? {
+        0 => bail!("the agent (process {pid}) does not end: kill it (kill -9 {pid}) and call down again"),
+        _ => Ok(()),
+    }
 }

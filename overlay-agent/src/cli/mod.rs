@@ -4,7 +4,7 @@ mod down;
 mod query;
 mod run;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -90,7 +90,7 @@ fn dispatch(command: Command) -> Result<()> {
         .enable_all()
         .build()
         .context("start the async runtime")?;
-    runtime.block_on(async {
+    let result = runtime.block_on(async {
         match command {
             Command::Run(args) => run::run(*args).await,
             Command::Status(args) => query::query(&args, Question::Status).await,
@@ -98,7 +98,10 @@ fn dispatch(command: Command) -> Result<()> {
             Command::Counters(args) => query::query(&args, Question::Counters).await,
             Command::Down(args) => down::down(&args).await,
         }
-    })
+    });
+    // A store on a network that hangs must not keep a finished agent.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
 }
 
 /// The version, and what this binary can do.

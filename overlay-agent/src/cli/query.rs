@@ -47,7 +47,7 @@ fn status(status: &Status) -> String {
         format!("{} ({})", format!("{:?}", choice.rung).to_lowercase(), choice.why)
     };
     for (name, value) in [
-        ("state", status.state.clone()),
+        ("state", [std::slice::from_ref(&status.state), &status.problems].concat().join("; ")),
         ("subnet", format!("{} of {}", status.subnet, status.network)),
         ("public address", format!("{} port {}", status.public_ip, status.port)),
         ("overlay device", device(&status.device)),

@@ -71,7 +71,8 @@ pub struct Datapath {
     pub ingress: Choice,
     /// Index of the overlay device.
     pub overlay_ifindex: u32,
-    // In the order in which they end: no program may redirect into a device whose agent is gone, so programs go first.
+    // Fields end in this order, and attachments from the front: the last one attached first. XDP goes before the tc program
+    // behind it, or unwrapped packets would reach the stack as the underlay's own.
     _attachments: Vec<Attachment>,
     programs: Option<Programs>,
     tun: TunRung,
@@ -84,6 +85,19 @@ pub struct PathCounters {
     pub fast: Counters,
     /// The agent's.
     pub slow: Counters,
+}
+
+impl PathCounters {
+    /// All counters at zero.
+    pub const ZERO: Self = Self { fast: Counters::ZERO, slow: Counters::ZERO };
+
+    /// Adds what another datapath counted.
+    #[must_use]
+    pub fn plus(mut self, other: &Self) -> Self {
+        self.fast.add(&other.fast);
+        self.slow.add(&other.slow);
+        self
+    }
 }
 
 impl Datapath {
@@ -146,6 +160,7 @@ impl Datapath {
 struct FastPath {
     egress: Choice,
     ingress: Choice,
+    /// The latest first.
     attachments: Vec<Attachment>,
     programs: Option<Programs>,
 }
@@ -169,92 +184,92 @@ impl FastPath {
     fn explicit(plan: &Plan<'_>, config: &Config, overlay: &str, rung: Rung) -> Result<Self> {
         let asked = if rung == Rung::Xdp { "xdp" } else { "tc" };
         let attempt = || {
-            let hooks: &[Hook] = match rung {
-                Rung::Xdp => &[Hook::Egress, Hook::Ingress, Hook::Xdp],
-                Rung::Tc | Rung::Tun => &[Hook::Egress, Hook::Ingress],
-            };
-            let mut programs = load(plan, config, hooks)?;
-            let mut attachments =
-                vec![programs.attach_tc(Hook::Ingress, &plan.underlay.name, plan.tc_attach)?];
-            if rung == Rung::Xdp {
-                attachments.push(programs.attach_xdp(&plan.underlay.name)?);
-            }
-            attachments.push(programs.attach_tc(Hook::Egress, overlay, plan.tc_attach)?);
+            let (programs, object) = load(plan, config)?;
             let why = format!("asked for with --datapath {asked}");
-            Ok(Self {
+            let mut path = Self {
                 egress: Choice { rung: Rung::Tc, why: why.clone() },
                 ingress: Choice { rung, why },
-                attachments,
+                attachments: Vec::new(),
                 programs: Some(programs),
-            })
+            };
+            path.attach_tc(plan, Hook::Ingress, &plan.underlay.name)?;
+            if rung == Rung::Xdp {
+                path.attach_xdp(plan, object)?;
+            }
+            path.attach_tc(plan, Hook::Egress, overlay)?;
+            Ok(path)
         };
         attempt().map_err(|error: anyhow::Error| error.context(format!("--datapath {asked} cannot be had")))
     }
 
     /// The best that works, direction by direction.
     fn best(plan: &Plan<'_>, config: &Config, overlay: &str) -> Self {
-        // Every virtual device that has native XDP pays for it elsewhere (veth: no TSO from its peer, and a copy).
-        let (xdp, mut why_not_xdp) = match &plan.underlay.kind {
-            None => (true, String::new()),
-            Some(kind) => {
-                (false, format!("{} is a {kind} device, which tc serves better than XDP", plan.underlay.name))
-            }
-        };
-        let mut hooks = vec![Hook::Egress, Hook::Ingress];
-        if xdp {
-            hooks.push(Hook::Xdp);
-        }
-        let mut programs = match load(plan, config, &hooks) {
-            Ok(programs) => programs,
+        let (programs, object) = match load(plan, config) {
+            Ok(loaded) => loaded,
             Err(error) => {
                 warn!("no eBPF datapath: {error:#}");
                 return Self::none(&format!("eBPF cannot be had: {error:#}"));
             }
         };
-        let mut attachments = Vec::new();
-        let ingress = match programs.attach_tc(Hook::Ingress, &plan.underlay.name, plan.tc_attach) {
-            Ok(attachment) => {
-                attachments.push(attachment);
-                if xdp {
-                    match programs.attach_xdp(&plan.underlay.name) {
-                        Ok(attachment) => attachments.push(attachment),
-                        Err(error) => why_not_xdp = format!("no XDP: {error:#}"),
-                    }
-                }
-                match why_not_xdp.is_empty() {
-                    true => {
-                        Choice { rung: Rung::Xdp, why: "the underlay's driver has native XDP".to_owned() }
-                    }
-                    false => Choice { rung: Rung::Tc, why: why_not_xdp },
-                }
-            }
+        let mut path = Self { programs: Some(programs), ..Self::none("") };
+        path.ingress = match path.attach_tc(plan, Hook::Ingress, &plan.underlay.name) {
             Err(error) => {
                 Choice { rung: Rung::Tun, why: format!("no tc program on the underlay: {error:#}") }
             }
+            Ok(()) => match &plan.underlay.kind {
+                // Every virtual device that has native XDP pays for it elsewhere (veth: no TSO from its peer, and a copy).
+                Some(kind) => {
+                    let why =
+                        format!("{} is a {kind} device, which tc serves better than XDP", plan.underlay.name);
+                    Choice { rung: Rung::Tc, why }
+                }
+                None => match path.attach_xdp(plan, object) {
+                    Ok(()) => {
+                        Choice { rung: Rung::Xdp, why: "the underlay's driver has native XDP".to_owned() }
+                    }
+                    Err(error) => Choice { rung: Rung::Tc, why: format!("no XDP: {error:#}") },
+                },
+            },
         };
-        let egress = match programs.attach_tc(Hook::Egress, overlay, plan.tc_attach) {
-            Ok(attachment) => {
-                attachments.push(attachment);
+        path.egress = match path.attach_tc(plan, Hook::Egress, overlay) {
+            Ok(()) => {
                 Choice { rung: Rung::Tc, why: "the kernel runs tc programs on the overlay device".to_owned() }
             }
             Err(error) => {
                 Choice { rung: Rung::Tun, why: format!("no tc program on the overlay device: {error:#}") }
             }
         };
-        Self { egress, ingress, attachments, programs: Some(programs) }
+        path
+    }
+
+    fn attach_tc(&mut self, plan: &Plan<'_>, hook: Hook, device: &str) -> Result<()> {
+        let programs = self.programs.as_mut().context("no programs are loaded")?;
+        let attachment = programs.attach_tc(hook, device, plan.tc_attach, plan.config.port)?;
+        self.attachments.insert(0, attachment);
+        Ok(())
+    }
+
+    fn attach_xdp(&mut self, plan: &Plan<'_>, object: &[u8]) -> Result<()> {
+        let programs = self.programs.as_mut().context("no programs are loaded")?;
+        programs.load_program(Hook::Xdp)?;
+        self_test::run(object, &[Hook::Xdp])?;
+        let attachment = programs.attach_xdp(&plan.underlay.name)?;
+        self.attachments.insert(0, attachment);
+        Ok(())
     }
 }
 
-/// Loads and tests the programs. They are configured before anything can run them.
-fn load(plan: &Plan<'_>, config: &Config, hooks: &[Hook]) -> Result<Programs> {
+/// Loads and tests the tc programs. They are configured before anything can run them.
+fn load(plan: &Plan<'_>, config: &Config) -> Result<(Programs, &'static [u8])> {
     let object = ebpf::OBJECT.ok_or_else(|| {
         anyhow!("this binary was built without eBPF programs: build it with `cargo xtask build`")
     })?;
     if !plan.underlay.ethernet {
         bail!("the underlay {} is no Ethernet device", plan.underlay.name);
     }
-    let mut programs = Programs::load(object, hooks, 0)?;
-    self_test::run(object, hooks).context("the kernel does not run the eBPF programs as it should")?;
+    let hooks = [Hook::Egress, Hook::Ingress];
+    let mut programs = Programs::load(object, &hooks, 0)?;
+    self_test::run(object, &hooks).context("the kernel does not run the eBPF programs as it should")?;
     programs.configure(config)?;
-    Ok(programs)
+    Ok((programs, object))
 }

@@ -2,19 +2,23 @@
 //! tool keeps in step. `DIR/config` and `DIR/subnets/10.244.1.0-24` hold the same JSON as the keys of the same names in etcd.
 
 use std::{
+    collections::BTreeMap,
     fs::File,
     io::{ErrorKind, Read as _, Write as _},
     net::Ipv4Addr,
-    os::unix::fs::PermissionsExt as _,
+    os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail};
-use futures_util::StreamExt as _;
+use futures_util::{FutureExt as _, StreamExt as _};
 use inotify::{Inotify, WatchMask};
 use ipnet::Ipv4Net;
-use nix::fcntl::{Flock, FlockArg};
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+};
 use rand::seq::IndexedRandom as _;
 use tokio::sync::mpsc;
 
@@ -31,6 +35,10 @@ const SETTLE: Duration = Duration::from_millis(10);
 
 /// Pause before trying again after the directory could not be read or watched.
 const RETRY: Duration = Duration::from_secs(1);
+
+/// How long to wait for another agent that takes a subnet, and how often to look.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
 /// Everything that changes what a listing would show.
 const CHANGES: WatchMask = WatchMask::CREATE
@@ -75,27 +83,22 @@ impl DirStore {
         &self.root
     }
 
-    /// The network's configuration. With `network` given, a missing record is written with just that, and one that says
-    /// otherwise is refused.
+    /// The network's configuration. With `network` given the record may be missing ([`DirStore::ensure_config`] writes it),
+    /// and one that says otherwise is refused.
     ///
     /// # Errors
     ///
     /// When there is no record, it cannot be read, or it is not what `network` says.
     pub fn config(&self, network: Option<Ipv4Net>) -> Result<NetworkConfig> {
         let path = self.root.join("config");
-        if let Some(network) = network {
-            let record = format!("{{\"Network\":\"{network}\",\"Backend\":{{\"Type\":\"udp\"}}}}\n");
-            std::fs::create_dir_all(&self.root)
-                .with_context(|| format!("create the store {}", self.root.display()))?;
-            self.create("config", &record)?;
-        }
-        let json = match std::fs::read_to_string(&path) {
-            Ok(json) => json,
-            Err(error) if error.kind() == ErrorKind::NotFound => bail!(
+        let json = match (read_regular(&path), network) {
+            (Ok(json), _) => String::from_utf8_lossy(&json).into_owned(),
+            (Err(error), Some(network)) if error.kind() == ErrorKind::NotFound => config_record(network),
+            (Err(error), None) if error.kind() == ErrorKind::NotFound => bail!(
                 "the store has no network config: write one to {}, for example {{\"Network\":\"10.244.0.0/16\"}}, or name the network with --network",
                 path.display()
             ),
-            Err(error) => {
+            (Err(error), _) => {
                 return Err(error).with_context(|| format!("read the network config {}", path.display()));
             }
         };
@@ -110,8 +113,19 @@ impl DirStore {
         }
     }
 
+    /// Writes the configuration of `network` if there is none yet.
+    ///
+    /// # Errors
+    ///
+    /// When the directory cannot be made or written.
+    pub fn ensure_config(&self, network: Ipv4Net) -> Result<()> {
+        std::fs::create_dir_all(&self.root)
+            .with_context(|| format!("create the store {}", self.root.display()))?;
+        self.create("config", &config_record(network)).map(drop)
+    }
+
     /// Takes a subnet for the host at `public_ip`: the one it holds already, else `wanted`, else `earlier` (of a previous
-    /// run) if it is free, else any free one.
+    /// run) if it is free, else any free one. Those of `fixed` peers are never free.
     ///
     /// # Errors
     ///
@@ -122,6 +136,7 @@ impl DirStore {
         public_ip: Ipv4Addr,
         wanted: Option<Ipv4Net>,
         earlier: Option<Ipv4Net>,
+        fixed: &BTreeMap<Ipv4Net, Ipv4Addr>,
     ) -> Result<Acquired> {
         let subnets = self.root.join("subnets");
         std::fs::create_dir_all(&subnets).with_context(|| format!("create {}", subnets.display()))?;
@@ -135,6 +150,7 @@ impl DirStore {
                     lease::parse_value(&record.value).ok().map(|value| value.public_ip),
                 ))
             })
+            .chain(fixed.iter().map(|(subnet, peer)| (*subnet, Some(*peer))))
             .collect();
         let ours = held.iter().find(|(_, holder)| *holder == Some(public_ip)).map(|(subnet, _)| *subnet);
         let overlapping = |subnet: Ipv4Net| {
@@ -185,6 +201,16 @@ impl DirStore {
         self.take(*subnet, public_ip)
     }
 
+    /// Writes our record again after someone removed it. `false` when there is one, whose ever.
+    ///
+    /// # Errors
+    ///
+    /// When the record cannot be written.
+    pub fn reclaim(&self, subnet: Ipv4Net, public_ip: Ipv4Addr) -> Result<bool> {
+        let _lock = self.lock()?;
+        self.create(&format!("subnets/{}", lease::key(subnet)), &lease::value(public_ip))
+    }
+
     /// Gives a subnet back, if the record is still ours.
     ///
     /// # Errors
@@ -215,10 +241,8 @@ impl DirStore {
             if key.starts_with('.') {
                 continue;
             }
-            let mut value = Vec::new();
-            match File::open(entry.path()).and_then(|file| file.take(LONGEST_RECORD).read_to_end(&mut value))
-            {
-                Ok(_) => records.push(Record { key, value }),
+            match read_regular(&entry.path()) {
+                Ok(value) => records.push(Record { key, value }),
                 // Removed since it was listed.
                 Err(error) if error.kind() == ErrorKind::NotFound => {}
                 Err(_) => records.push(Record { key, value: Vec::new() }),
@@ -253,7 +277,11 @@ impl DirStore {
             .with_context(|| format!("watch {}", directory.display()))?;
         let mut changes = inotify.into_event_stream([0u8; 4096]).context("read inotify events")?;
         loop {
-            if events.send(Event::Snapshot(self.list()?)).await.is_err() {
+            let store = self.clone();
+            // A directory on a network may take its time; the agent must not wait with it.
+            let records =
+                tokio::task::spawn_blocking(move || store.list()).await.context("list the store")??;
+            if events.send(Event::Snapshot(records)).await.is_err() {
                 return Ok(());
             }
             tokio::select! {
@@ -262,8 +290,9 @@ impl DirStore {
                     if change.mask.intersects(inotify::EventMask::DELETE_SELF | inotify::EventMask::MOVE_SELF | inotify::EventMask::IGNORED) {
                         bail!("{} was removed or renamed", directory.display());
                     }
-                    // Whatever comes meanwhile is in the listing; its events cost one more listing that finds nothing new.
+                    // One listing answers for all events so far; an error among them shows up at the next one.
                     tokio::time::sleep(SETTLE).await;
+                    while changes.next().now_or_never().is_some() {}
                 }
                 () = tokio::time::sleep(RESYNC) => {}
                 () = events.closed() => return Ok(()),
@@ -304,11 +333,36 @@ impl DirStore {
     /// find a conflict when they see each other's records.)
     fn lock(&self) -> Result<Flock<File>> {
         let path = self.root.join(".lock");
-        let file = File::create(&path).with_context(|| format!("create {}", path.display()))?;
-        Flock::lock(file, FlockArg::LockExclusive)
-            .map_err(|(_, error)| error)
-            .with_context(|| format!("lock {}", path.display()))
+        let deadline = Instant::now() + LOCK_PATIENCE;
+        loop {
+            let file = File::create(&path).with_context(|| format!("create {}", path.display()))?;
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) => return Ok(lock),
+                Err((_, Errno::EWOULDBLOCK)) if Instant::now() < deadline => std::thread::sleep(LOCK_PAUSE),
+                Err((_, Errno::EWOULDBLOCK)) => bail!(
+                    "another process has held {} for {} seconds: end it, or remove the file if there is none",
+                    path.display(),
+                    LOCK_PATIENCE.as_secs()
+                ),
+                Err((_, error)) => return Err(error).with_context(|| format!("lock {}", path.display())),
+            }
+        }
     }
+}
+
+fn config_record(network: Ipv4Net) -> String {
+    format!("{{\"Network\":\"{network}\",\"Backend\":{{\"Type\":\"udp\"}}}}\n")
+}
+
+/// The first [`LONGEST_RECORD`] bytes of a regular file. Anything else (a FIFO would wait for its writer) is an error.
+fn read_regular(path: &Path) -> std::io::Result<Vec<u8>> {
+    let file = File::options().read(true).custom_flags(nix::libc::O_NONBLOCK).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(std::io::Error::other("not a regular file"));
+    }
+    let mut value = Vec::new();
+    file.take(LONGEST_RECORD).read_to_end(&mut value)?;
+    Ok(value)
 }
 
 #[cfg(test)]
@@ -318,7 +372,10 @@ mod tests {
     fn store() -> (tempfile::TempDir, DirStore, NetworkConfig) {
         let directory = tempfile::tempdir().unwrap();
         let store = DirStore::new(directory.path().join("net"));
-        let config = store.config(Some("10.244.0.0/16".parse().unwrap())).unwrap();
+        let network = "10.244.0.0/16".parse().unwrap();
+        let config = store.config(Some(network)).unwrap();
+        assert!(!store.root().exists(), "asking changes nothing");
+        store.ensure_config(network).unwrap();
         (directory, store, config)
     }
 
@@ -343,11 +400,13 @@ mod tests {
     #[test]
     fn a_host_keeps_its_subnet_and_hosts_get_different_ones() {
         let (_directory, store, config) = store();
-        let first = store.acquire(&config, host(1), None, None).unwrap();
+        let first = store.acquire(&config, host(1), None, None, &BTreeMap::new()).unwrap();
         assert!(first.created);
-        let again = store.acquire(&config, host(1), None, Some("10.244.9.0/24".parse().unwrap())).unwrap();
+        let again = store
+            .acquire(&config, host(1), None, Some("10.244.9.0/24".parse().unwrap()), &BTreeMap::new())
+            .unwrap();
         assert_eq!(again, Acquired { created: false, ..first });
-        let second = store.acquire(&config, host(2), None, Some(first.subnet)).unwrap();
+        let second = store.acquire(&config, host(2), None, Some(first.subnet), &BTreeMap::new()).unwrap();
         assert_ne!(second.subnet, first.subnet);
         let record =
             store.list().unwrap().into_iter().find(|record| record.key == lease::key(first.subnet)).unwrap();
@@ -358,25 +417,31 @@ mod tests {
     fn the_subnet_of_an_earlier_run_is_preferred_when_free() {
         let (_directory, store, config) = store();
         let earlier = "10.244.77.0/24".parse().unwrap();
-        assert_eq!(store.acquire(&config, host(1), None, Some(earlier)).unwrap().subnet, earlier);
+        assert_eq!(
+            store.acquire(&config, host(1), None, Some(earlier), &BTreeMap::new()).unwrap().subnet,
+            earlier
+        );
     }
 
     #[test]
     fn a_wanted_subnet_is_had_or_refused_with_the_reason() {
         let (_directory, store, config) = store();
         let wanted = Some("10.244.5.0/24".parse().unwrap());
-        assert!(store.acquire(&config, host(1), wanted, None).unwrap().created);
-        assert!(!store.acquire(&config, host(1), wanted, None).unwrap().created);
-        let taken = store.acquire(&config, host(2), wanted, None).unwrap_err().to_string();
+        assert!(store.acquire(&config, host(1), wanted, None, &BTreeMap::new()).unwrap().created);
+        assert!(!store.acquire(&config, host(1), wanted, None, &BTreeMap::new()).unwrap().created);
+        let taken = store.acquire(&config, host(2), wanted, None, &BTreeMap::new()).unwrap_err().to_string();
         assert!(taken.contains("192.168.77.1"), "{taken}");
-        let inside =
-            store.acquire(&config, host(2), Some("10.244.5.128/25".parse().unwrap()), None).unwrap_err();
+        let inside = store
+            .acquire(&config, host(2), Some("10.244.5.128/25".parse().unwrap()), None, &BTreeMap::new())
+            .unwrap_err();
         assert!(inside.to_string().contains("overlaps"), "{inside}");
-        let outside =
-            store.acquire(&config, host(2), Some("10.245.5.0/24".parse().unwrap()), None).unwrap_err();
+        let outside = store
+            .acquire(&config, host(2), Some("10.245.5.0/24".parse().unwrap()), None, &BTreeMap::new())
+            .unwrap_err();
         assert!(outside.to_string().contains("not a part"), "{outside}");
-        let other =
-            store.acquire(&config, host(1), Some("10.244.6.0/24".parse().unwrap()), None).unwrap_err();
+        let other = store
+            .acquire(&config, host(1), Some("10.244.6.0/24".parse().unwrap()), None, &BTreeMap::new())
+            .unwrap_err();
         assert!(other.to_string().contains("already holds"), "{other}");
     }
 
@@ -386,9 +451,9 @@ mod tests {
         let store = DirStore::new(directory.path().to_path_buf());
         let config = NetworkConfig::parse(r#"{"Network":"10.9.0.0/28","SubnetLen":30}"#).unwrap();
         for last in 1..=3 {
-            store.acquire(&config, host(last), None, None).unwrap();
+            store.acquire(&config, host(last), None, None, &BTreeMap::new()).unwrap();
         }
-        let error = store.acquire(&config, host(4), None, None).unwrap_err().to_string();
+        let error = store.acquire(&config, host(4), None, None, &BTreeMap::new()).unwrap_err().to_string();
         assert!(error.contains("full"), "{error}");
     }
 
@@ -399,7 +464,9 @@ mod tests {
             let (store, config) = (&store, &config);
             let threads: Vec<_> = (1..=16)
                 .map(|last| {
-                    scope.spawn(move || store.acquire(config, host(last), None, None).unwrap().subnet)
+                    scope.spawn(move || {
+                        store.acquire(config, host(last), None, None, &BTreeMap::new()).unwrap().subnet
+                    })
                 })
                 .collect();
             threads.into_iter().map(|thread| thread.join().unwrap()).collect()
@@ -410,7 +477,7 @@ mod tests {
     #[test]
     fn release_removes_only_our_own_record() {
         let (_directory, store, config) = store();
-        let subnet = store.acquire(&config, host(1), None, None).unwrap().subnet;
+        let subnet = store.acquire(&config, host(1), None, None, &BTreeMap::new()).unwrap().subnet;
         store.release(subnet, host(2)).unwrap();
         assert_eq!(store.list().unwrap().len(), 1);
         store.release(subnet, host(1)).unwrap();
@@ -420,7 +487,9 @@ mod tests {
     #[tokio::test]
     async fn a_watcher_sees_changes_and_a_lost_directory_loses_nothing() {
         let (_directory, store, config) = store();
-        store.acquire(&config, host(1), Some("10.244.1.0/24".parse().unwrap()), None).unwrap();
+        store
+            .acquire(&config, host(1), Some("10.244.1.0/24".parse().unwrap()), None, &BTreeMap::new())
+            .unwrap();
         let (sender, mut events) = mpsc::channel(4);
         let watcher = tokio::spawn(store.clone().watch(sender));
         let keys = |event: Event| match event {
@@ -428,7 +497,9 @@ mod tests {
             Event::Lost(why) => vec![format!("lost: {why}")],
         };
         assert_eq!(keys(events.recv().await.unwrap()), ["10.244.1.0-24"]);
-        store.acquire(&config, host(2), Some("10.244.2.0/24".parse().unwrap()), None).unwrap();
+        store
+            .acquire(&config, host(2), Some("10.244.2.0/24".parse().unwrap()), None, &BTreeMap::new())
+            .unwrap();
         loop {
             let keys = keys(events.recv().await.unwrap());
             if keys == ["10.244.1.0-24", "10.244.2.0-24"] {
@@ -452,5 +523,38 @@ mod tests {
         }
         drop(events);
         watcher.await.unwrap();
+    }
+
+    #[test]
+    fn a_fixed_peers_subnet_is_never_taken() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = DirStore::new(directory.path().to_path_buf());
+        let config = NetworkConfig::parse(r#"{"Network":"10.9.0.0/28","SubnetLen":30}"#).unwrap();
+        let fixed: BTreeMap<_, _> = config.subnets().map(|subnet| (subnet, host(2))).collect();
+        assert!(
+            store.acquire(&config, host(1), None, None, &fixed).unwrap_err().to_string().contains("full")
+        );
+    }
+
+    #[test]
+    fn what_is_no_file_is_a_record_that_says_nothing() {
+        let (_directory, store, config) = store();
+        store.acquire(&config, host(1), None, None, &BTreeMap::new()).unwrap();
+        let fifo = store.root().join("subnets/10.244.9.0-24");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRUSR).unwrap();
+        std::fs::create_dir(store.root().join("subnets/10.244.8.0-24")).unwrap();
+        let records = store.list().unwrap();
+        assert_eq!(records.len(), 3);
+        assert_eq!(records.iter().filter(|record| record.value.is_empty()).count(), 2);
+    }
+
+    #[test]
+    fn a_lost_record_of_ours_comes_back_and_anothers_stays() {
+        let (_directory, store, config) = store();
+        let subnet = store.acquire(&config, host(1), None, None, &BTreeMap::new()).unwrap().subnet;
+        assert!(!store.reclaim(subnet, host(2)).unwrap());
+        std::fs::remove_file(store.root().join("subnets").join(lease::key(subnet))).unwrap();
+        assert!(store.reclaim(subnet, host(1)).unwrap());
+        assert_eq!(store.list().unwrap()[0].value, lease::value(host(1)).as_bytes());
     }
 }

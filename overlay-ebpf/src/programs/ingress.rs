@@ -36,6 +36,9 @@ pub(super) fn run(ctx: &TcContext) -> i32 {
     if take_mark(ctx) {
         return deliver(config);
     }
+    if has_vlan_tag(ctx) {
+        return TO_THE_STACK;
+    }
     memory::make_visible(ctx, HEADERS);
     match ingress::decide(&Packet::of_skb(ctx), ctx.len() as usize, config, &RouteMap) {
         IngressVerdict::Pass => TO_THE_STACK,
@@ -69,6 +72,13 @@ fn take_mark(ctx: &TcContext) -> bool {
         }
         Some(_) | None => false,
     }
+}
+
+/// Whether the frame belongs to a VLAN: the kernel has taken the tag out of the bytes, but it is not this device's frame.
+#[inline(always)]
+fn has_vlan_tag(ctx: &TcContext) -> bool {
+    // SAFETY: the kernel hands the program a valid context.
+    unsafe { (*ctx.skb.skb).vlan_present != 0 }
 }
 
 /// Whether the buffer stands for several packets that the sender or GRO left in one.

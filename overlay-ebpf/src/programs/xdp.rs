@@ -9,7 +9,7 @@ use aya_ebpf::{
 use overlay_ebpf::{
     abi::DECAPPED_MARK,
     ingress::{self, Decap},
-    verdict::{DropReason, IngressVerdict},
+    verdict::{DropReason, IngressVerdict, PuntReason},
     wire::{Bytes as _, Ethernet, Ipv4, OVERHEAD},
 };
 
@@ -43,6 +43,7 @@ fn unwrap(ctx: &XdpContext, decap: &Decap) -> u32 {
     // The mark first: a driver may have no room for it, and then the frame is still whole for the tc program to unwrap.
     // SAFETY: the context is the one the kernel gave us.
     if unsafe { bpf_xdp_adjust_meta(ctx.ctx, -(DECAPPED_MARK.len() as i32)) } != 0 {
+        maps::count_punt(PuntReason::NoRoomForMark);
         return XDP_PASS;
     }
     let Some(ethernet) = Packet::of_xdp(ctx).view::<Ethernet>(0).copied() else {

@@ -5,12 +5,15 @@ use aya::{
     programs::{
         LinkOrder, ProgramError, SchedClassifier, TcAttachType, XdpMode,
         links::FdLink,
-        tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError},
+        tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle},
     },
     util::KernelVersion,
 };
 
 use super::{Hook, Programs};
+
+/// Where our filters stand among those of a clsact qdisc: first.
+const FILTER_PRIORITY: u16 = 1;
 
 /// How tc programs are attached.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -55,7 +58,7 @@ impl Programs {
     /// # Errors
     ///
     /// When the kernel refuses; nothing stays attached then.
-    pub fn attach_tc(&mut self, hook: Hook, device: &str, how: TcAttach) -> Result<Attachment> {
+    pub fn attach_tc(&mut self, hook: Hook, device: &str, how: TcAttach, port: u16) -> Result<Attachment> {
         let direction = match hook {
             Hook::Egress => TcAttachType::Egress,
             Hook::Ingress => TcAttachType::Ingress,
@@ -68,8 +71,12 @@ impl Programs {
             TcAttachOptions::TcxOrder(LinkOrder::first())
         } else {
             ensure_clsact(device)?;
-            detach_filters(device, direction, hook)?;
-            TcAttachOptions::Netlink(NlOptions { priority: 1, ..NlOptions::default() })
+            detach_filter(device, direction, port);
+            TcAttachOptions::Netlink(NlOptions {
+                priority: FILTER_PRIORITY,
+                handle: filter_handle(port),
+                ..NlOptions::default()
+            })
         };
         let context = || format!("attach {} to {device}", hook.program());
         let id = program.attach_with_options(device, direction, options).with_context(context)?;
@@ -96,7 +103,7 @@ impl Programs {
         let id = match program.attach(device, XdpMode::Driver) {
             Ok(id) => id,
             Err(ProgramError::SyscallError(error))
-                if error.io_error.raw_os_error() == Some(nix::libc::EBUSY) =>
+                if matches!(error.io_error.raw_os_error(), Some(nix::libc::EBUSY | nix::libc::EEXIST)) =>
             {
                 bail!(
                     "another XDP program is on {device}: remove it (ip link set dev {device} xdp off) or choose --datapath tc"
@@ -117,21 +124,15 @@ impl Programs {
     }
 }
 
-/// Removes filters that a killed agent left. tcx and XDP links leave nothing.
-///
-/// # Errors
-///
-/// When the kernel refuses.
-pub fn detach_filters(device: &str, direction: TcAttachType, hook: Hook) -> Result<()> {
-    match tc::qdisc_detach_program(device, direction, hook.program()) {
-        Ok(()) => Ok(()),
-        Err(TcError::IoError(error)) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        // Without a clsact qdisc nothing of ours can be there.
-        Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(nix::libc::EINVAL) => Ok(()),
-        Err(error) => {
-            Err(error).with_context(|| format!("remove the filter {} from {device}", hook.program()))
-        }
-    }
+/// Removes the filter that a killed agent of the network on `port` left, if there is one. tcx and XDP links leave nothing.
+pub fn detach_filter(device: &str, direction: TcAttachType, port: u16) {
+    // Dropping the link detaches what is there; that nothing is there is the rule.
+    drop(SchedClassifierLink::attached(device, direction, FILTER_PRIORITY, filter_handle(port), None));
+}
+
+/// Filters of agents for several networks share a device; their ports tell them apart.
+fn filter_handle(port: u16) -> TcHandle {
+    TcHandle::new(0, port)
 }
 
 fn ensure_clsact(device: &str) -> Result<()> {

@@ -3,7 +3,7 @@
 mod attach;
 pub mod self_test;
 
-pub use attach::{Attachment, TcAttach, detach_filters};
+pub use attach::{Attachment, TcAttach, detach_filter};
 
 use std::{collections::BTreeMap, net::Ipv4Addr};
 
@@ -68,23 +68,34 @@ impl Programs {
     ///
     /// When the kernel refuses a map or a program; the message ends with what its verifier said last.
     pub fn load(object: &[u8], hooks: &[Hook], link_header: u32) -> Result<Self> {
-        let mut ebpf = EbpfLoader::new()
+        let ebpf = EbpfLoader::new()
             .override_global("LINK_HEADER", &link_header, true)
             .load(object)
             .context("load the eBPF maps: root and kernel 5.10 or later are needed")?;
+        let mut programs = Self { ebpf, routes: BTreeMap::new() };
         for hook in hooks {
-            let program = ebpf
-                .program_mut(hook.program())
-                .with_context(|| format!("the eBPF object has no program {}", hook.program()))?;
-            let loaded = match hook {
-                Hook::Egress | Hook::Ingress => {
-                    <&mut SchedClassifier>::try_from(program).and_then(SchedClassifier::load)
-                }
-                Hook::Xdp => <&mut Xdp>::try_from(program).and_then(Xdp::load),
-            };
-            loaded.map_err(|error| verifier_error(hook.program(), error))?;
+            programs.load_program(*hook)?;
         }
-        Ok(Self { ebpf, routes: BTreeMap::new() })
+        Ok(programs)
+    }
+
+    /// Loads one more program on the same maps.
+    ///
+    /// # Errors
+    ///
+    /// As [`Programs::load`].
+    pub fn load_program(&mut self, hook: Hook) -> Result<()> {
+        let program = self
+            .ebpf
+            .program_mut(hook.program())
+            .with_context(|| format!("the eBPF object has no program {}", hook.program()))?;
+        let loaded = match hook {
+            Hook::Egress | Hook::Ingress => {
+                <&mut SchedClassifier>::try_from(program).and_then(SchedClassifier::load)
+            }
+            Hook::Xdp => <&mut Xdp>::try_from(program).and_then(Xdp::load),
+        };
+        loaded.map_err(|error| verifier_error(hook.program(), error))
     }
 
     /// Tells the programs who this host is.

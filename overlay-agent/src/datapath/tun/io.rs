@@ -32,12 +32,13 @@ const BUDGET: usize = 256;
 /// Room for a burst of 1472-byte packets while the thread is not scheduled.
 const SOCKET_BUFFER: usize = 4 << 20;
 
-/// Opens the network's UDP socket.
+/// Opens the network's UDP socket. It takes datagrams that arrive on `device` only: a container could otherwise send one
+/// with a peer's address to the host's, and be taken for that peer.
 ///
 /// # Errors
 ///
 /// When the port is taken or the address is not this host's.
-pub fn bind(address: SocketAddrV4) -> Result<OwnedFd> {
+pub fn bind(address: SocketAddrV4, device: &str) -> Result<OwnedFd> {
     let fd = socket(
         AddressFamily::Inet,
         SockType::Datagram,
@@ -45,6 +46,8 @@ pub fn bind(address: SocketAddrV4) -> Result<OwnedFd> {
         None,
     )
     .context("open a UDP socket")?;
+    setsockopt(&fd, sockopt::BindToDevice, &device.into())
+        .with_context(|| format!("bind the UDP socket to {device}"))?;
     match bind_socket(fd.as_raw_fd(), &SockaddrIn::from(address)) {
         Ok(()) => {}
         Err(Errno::EADDRINUSE) => {
@@ -58,8 +61,9 @@ pub fn bind(address: SocketAddrV4) -> Result<OwnedFd> {
     setsockopt(&fd, sockopt::IpRecvTos, &true).context("ask for the TOS of datagrams")?;
     setsockopt(&fd, sockopt::RcvBufForce, &SOCKET_BUFFER).context("enlarge the socket's receive buffer")?;
     setsockopt(&fd, sockopt::SndBufForce, &SOCKET_BUFFER).context("enlarge the socket's send buffer")?;
-    // DF on every outer packet: fragments of the outer packet would be lost with any one of them.
-    rustix::net::sockopt::set_ip_mtu_discover(&fd, Ipv4PathMtuDiscovery::DO)
+    // DF on every outer packet. Unlike IP_PMTUDISC_DO this does not believe ICMP about the path: ports and addresses are
+    // known, so anybody could shrink it (the eBPF rungs do not listen to it either).
+    rustix::net::sockopt::set_ip_mtu_discover(&fd, Ipv4PathMtuDiscovery::PROBE)
         .context("set DF on datagrams")?;
     Ok(fd)
 }

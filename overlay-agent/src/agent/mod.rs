@@ -1,5 +1,8 @@
 //! The running agent: start in an order that leaves nothing half-done, then follow the store until told to stop.
 
+mod checks;
+mod problems;
+
 use std::{
     collections::BTreeMap,
     net::{Ipv4Addr, SocketAddrV4},
@@ -8,11 +11,13 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
+use checks::{check_addresses, network_config};
 use ipnet::Ipv4Net;
 use overlay_ebpf::{
     abi::{self, Prefix},
     wire::OVERHEAD,
 };
+use problems::{Concern, Problems};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc,
@@ -23,12 +28,12 @@ use tracing::{debug, error, info, warn};
 use crate::{
     config::NetworkConfig,
     control::{self, Asked, Control, Question},
-    datapath::{Datapath, Plan, Request, ebpf::TcAttach, tun},
-    device::{self, OverlayDevice},
+    datapath::{Datapath, PathCounters, Plan, Request, ebpf::TcAttach, tun},
+    device::{self, Note, OverlayDevice},
     lease,
     netlink::Netlink,
     report::{self, CounterList, Device, Route, RouteList, Status},
-    route_table::{Change, Own, RouteTable, diff},
+    route_table::{Change, Own, Record, RouteTable, diff},
     store::dir::{Acquired, DirStore, Event},
     subnet_env,
     underlay::Underlay,
@@ -80,10 +85,8 @@ pub async fn run(options: Options) -> Result<()> {
     }
     let mut stop = StopSignals::new()?;
     let netlink = Netlink::connect()?;
-    let mut agent = tokio::select! {
-        agent = Agent::start(options, netlink.clone()) => agent?,
-        () = stop.wait() => return Ok(()),
-    };
+    // Not interrupted: what is half-made would stay. It takes a moment; a signal meanwhile ends `follow` at once.
+    let mut agent = Agent::start(options, netlink).await?;
     agent.follow(&mut stop).await;
     agent.stop().await
 }
@@ -125,7 +128,12 @@ struct Agent {
     datapath: Option<Datapath>,
     retry_at: Option<Instant>,
     table: RouteTable,
-    store_lost: Option<String>,
+    store: Option<DirStore>,
+    problems: Problems,
+    /// Whether the overlay device is ours to remove.
+    device_made: bool,
+    /// What datapaths counted that are gone.
+    counted: PathCounters,
     events: mpsc::Receiver<Event>,
     questions: mpsc::Receiver<Asked>,
     failures: (mpsc::Sender<String>, mpsc::Receiver<String>),
@@ -137,14 +145,14 @@ impl Agent {
         let underlay = Underlay::find(&netlink, options.iface.as_deref(), options.public_ip).await?;
         let store = options.store.clone().map(DirStore::new);
         let config = network_config(&options, store.as_ref())?;
-        check_addresses(&options, &config, underlay.public_ip)?;
+        check_addresses(&options, &config, &underlay)?;
         device::preflight(&netlink, &options.device, config.network).await?;
         let mtu = underlay.link.mtu.checked_sub(OVERHEAD as u32).filter(|mtu| *mtu >= 576);
         let mtu = mtu.with_context(|| {
             format!("the MTU of {} is {}: too small for an overlay", underlay.link.name, underlay.link.mtu)
         })?;
         let control = Control::listen(control::path(&options.run_dir, &options.device)).await?;
-        let socket = tun::bind(SocketAddrV4::new(underlay.public_ip, config.port))?;
+        let socket = tun::bind(SocketAddrV4::new(underlay.local_ip, config.port), &underlay.link.name)?;
 
         let acquired = acquire(&options, store.as_ref(), &config, underlay.public_ip)?;
         let own = Own { network: config.network, subnet: acquired.subnet, public_ip: underlay.public_ip };
@@ -161,7 +169,10 @@ impl Agent {
             datapath: None,
             retry_at: None,
             table: RouteTable::default(),
-            store_lost: None,
+            store: store.clone(),
+            problems: Problems::default(),
+            device_made: false,
+            counted: PathCounters::ZERO,
             events,
             questions,
             failures,
@@ -180,7 +191,9 @@ impl Agent {
         };
         if let Err(error) = finish.await {
             agent.datapath = None;
-            if let Err(error) = device::remove(&agent.netlink, &agent.options.device).await {
+            if agent.device_made
+                && let Err(error) = device::remove(&agent.netlink, &agent.options.device).await
+            {
                 warn!("{error:#}");
             }
             if let (Some(store), true) = (&store, acquired.created)
@@ -202,9 +215,12 @@ impl Agent {
 
     async fn start_datapath(&mut self, socket: std::os::fd::OwnedFd) -> Result<()> {
         let Place { underlay, own, port, mtu } = &self.place;
+        let note = Note { network: own.network, port: *port, underlay: underlay.link.name.clone() };
         let device =
-            OverlayDevice::create(&self.netlink, &self.options.device, own.network, own.subnet, *mtu).await?;
-        let config = abi::Config::new(own.public_ip.octets(), prefix(own.network), prefix(own.subnet), *port);
+            OverlayDevice::create(&self.netlink, &self.options.device, &note, own.subnet, *mtu).await?;
+        self.device_made = true;
+        let config =
+            abi::Config::new(underlay.local_ip.octets(), prefix(own.network), prefix(own.subnet), *port);
         let plan = Plan {
             request: self.options.datapath,
             tc_attach: self.options.tc_attach,
@@ -238,7 +254,7 @@ impl Agent {
                 }
                 Some(failure) = self.failures.1.recv() => self.on_failure(&failure),
                 () = retry => self.restart_datapath().await,
-                _ = care.tick() => self.care_for_device().await,
+                _ = care.tick() => self.care().await,
             }
         }
     }
@@ -246,21 +262,47 @@ impl Agent {
     fn on_store(&mut self, event: Event) {
         match event {
             Event::Snapshot(records) => {
-                if self.store_lost.take().is_some() {
-                    info!("the store can be read again");
-                }
+                self.problems.clear(Concern::Store);
+                self.check_own_record(&records);
                 let table =
                     RouteTable::build(self.place.own, &self.options.peers, &records, &self.table.routes);
                 self.apply(table);
             }
             Event::Lost(why) => {
-                if self.store_lost.is_none() {
-                    warn!(
-                        "the store cannot be read, the {} routes stay as they are: {why}",
-                        self.table.routes.len()
-                    );
+                let routes = self.table.routes.len();
+                self.problems.set(
+                    Concern::Store,
+                    format!("the store cannot be read, {routes} routes stay as they are: {why}"),
+                );
+            }
+        }
+    }
+
+    /// Our own record makes peers route to us: it must be there, and be ours.
+    fn check_own_record(&mut self, records: &[Record]) {
+        let own = self.place.own;
+        let record = records.iter().find(|record| lease::parse_key(&record.key) == Ok(own.subnet));
+        match record.map(|record| lease::parse_value(&record.value)) {
+            Some(Ok(value)) if value.public_ip == own.public_ip => self.problems.clear(Concern::Lease),
+            Some(Ok(value)) => self.problems.set(
+                Concern::Lease,
+                format!(
+                    "the store says that {} holds our subnet {}: stop one of the two, remove the record and start again",
+                    value.public_ip, own.subnet
+                ),
+            ),
+            Some(Err(error)) => {
+                self.problems.set(Concern::Lease, format!("the record of our subnet {} is broken: {error}", own.subnet));
+            }
+            None => {
+                self.problems.set(Concern::Lease, format!("the record of our subnet {} was removed: writing it again", own.subnet));
+                if let Some(store) = self.store.clone() {
+                    tokio::task::spawn_blocking(move || {
+                        if let Err(error) = store.reclaim(own.subnet, own.public_ip) {
+                            warn!("write our record again: {error:#}");
+                        }
+                    });
                 }
-                self.store_lost = Some(why);
             }
         }
     }
@@ -285,7 +327,11 @@ impl Agent {
 
     /// Drops the datapath and schedules a new one.
     fn on_failure(&mut self, failure: &str) {
-        if self.datapath.take().is_some() {
+        if let Some(datapath) = self.datapath.take() {
+            match datapath.counters() {
+                Ok(counters) => self.counted = self.counted.plus(&counters),
+                Err(error) => warn!("the lost datapath's counters are lost too: {error:#}"),
+            }
             error!("the datapath failed and is made again: {failure}");
             self.retry_at = Some(Instant::now());
         }
@@ -294,12 +340,14 @@ impl Agent {
     }
 
     async fn restart_datapath(&mut self) {
-        let address = SocketAddrV4::new(self.place.own.public_ip, self.place.port);
-        let attempt = match tun::bind(address) {
-            Ok(socket) => self.start_datapath(socket).await,
-            Err(error) => Err(error),
+        let attempt = async {
+            device::preflight(&self.netlink, &self.options.device, self.place.own.network).await?;
+            let underlay = &self.place.underlay;
+            let socket =
+                tun::bind(SocketAddrV4::new(underlay.local_ip, self.place.port), &underlay.link.name)?;
+            self.start_datapath(socket).await
         };
-        self.retry_at = match attempt {
+        self.retry_at = match attempt.await {
             Ok(()) => {
                 info!("the datapath is back");
                 None
@@ -311,7 +359,9 @@ impl Agent {
         };
     }
 
-    async fn care_for_device(&self) {
+    /// Puts right what someone changed under us.
+    async fn care(&mut self) {
+        self.care_for_underlay().await;
         let Own { network, subnet, .. } = self.place.own;
         match device::restore(&self.netlink, &self.options.device, network, subnet, self.place.mtu).await {
             Ok(restored) if restored.is_empty() => {}
@@ -319,6 +369,28 @@ impl Agent {
                 warn!("someone changed {}: restored its {}", self.options.device, restored.join(", "))
             }
             Err(error) => warn!("look after {}: {error:#}", self.options.device),
+        }
+    }
+
+    /// A device that was made anew has another index, and our programs went with the old one.
+    async fn care_for_underlay(&mut self) {
+        let known = &self.place.underlay;
+        match Underlay::find(&self.netlink, self.options.iface.as_deref(), self.options.public_ip).await {
+            Err(error) => self.problems.set(Concern::Underlay, format!("{error:#}")),
+            Ok(found) if found.local_ip != known.local_ip || found.link.name != known.link.name => {
+                let why = format!(
+                    "the underlay was {} on {} and is {} on {}: start the agent again to follow",
+                    known.local_ip, known.link.name, found.local_ip, found.link.name
+                );
+                self.problems.set(Concern::Underlay, why);
+            }
+            Ok(found) => {
+                self.problems.clear(Concern::Underlay);
+                if found.link.index != known.link.index {
+                    self.place.underlay = found;
+                    self.on_failure("the underlay device was made anew");
+                }
+            }
         }
     }
 
@@ -335,7 +407,7 @@ impl Agent {
                     .collect(),
                 skipped: self.table.skipped.clone(),
             })?,
-            Question::Counters => serde_json::to_value(CounterList::from(self.datapath()?.counters()?))?,
+            Question::Counters => serde_json::to_value(CounterList::from(self.counters()?))?,
         })
     }
 
@@ -343,7 +415,8 @@ impl Agent {
         let datapath = self.datapath()?;
         let Place { underlay, own, port, mtu } = &self.place;
         Ok(Status {
-            state: "running".to_owned(),
+            state: if self.problems.is_empty() { "running" } else { "degraded" }.to_owned(),
+            problems: self.problems.list(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
             network: own.network,
@@ -365,10 +438,14 @@ impl Agent {
                     .store
                     .as_ref()
                     .map_or_else(|| "none".to_owned(), |path| format!("dir:{}", path.display())),
-                lost: self.store_lost.clone(),
+                lost: self.problems.get(Concern::Store),
             },
-            drops: report::errors(&datapath.counters()?),
+            drops: report::errors(&self.counters()?),
         })
+    }
+
+    fn counters(&self) -> Result<PathCounters> {
+        Ok(self.counted.plus(&self.datapath()?.counters()?))
     }
 
     fn datapath(&self) -> Result<&Datapath> {
@@ -383,56 +460,6 @@ impl Agent {
     }
 }
 
-fn network_config(options: &Options, store: Option<&DirStore>) -> Result<NetworkConfig> {
-    let mut config = match (store, options.network) {
-        (Some(store), network) => store.config(network)?,
-        (None, Some(network)) => NetworkConfig::of_network(network)?,
-        (None, None) => bail!(
-            "without --store, name the network with --network, this host's part with --subnet and the others with --peer"
-        ),
-    };
-    match options.port {
-        Some(port) if store.is_some() && port != config.port => bail!(
-            "--port is {port}, but the network's config says {}: all hosts of a network use one port",
-            config.port
-        ),
-        Some(port) => config.port = port,
-        None => {}
-    }
-    Ok(config)
-}
-
-/// What the operator wrote must make sense together.
-fn check_addresses(options: &Options, config: &NetworkConfig, public_ip: Ipv4Addr) -> Result<()> {
-    if config.network.contains(&public_ip) {
-        bail!(
-            "the public address {public_ip} lies inside the network {}: the overlay would carry its own packets",
-            config.network
-        );
-    }
-    if let Some(subnet) = options.subnet
-        && (!config.network.contains(&subnet) || subnet == config.network)
-    {
-        bail!("the subnet {subnet} is not a part of the network {}: choose another --subnet", config.network);
-    }
-    let peers: Vec<_> = options.peers.iter().collect();
-    for (position, (subnet, peer)) in peers.iter().enumerate() {
-        if !config.network.contains(*subnet) || **subnet == config.network {
-            bail!("--peer {subnet}={peer}: the subnet is not a part of the network {}", config.network);
-        }
-        if !lease::is_host(**peer) || config.network.contains(*peer) || **peer == public_ip {
-            bail!("--peer {subnet}={peer}: {peer} cannot be the underlay address of another host");
-        }
-        let later = peers.iter().skip(position + 1).map(|(other, _)| *other).chain(options.subnet.as_ref());
-        for other in later {
-            if subnet.contains(other) || other.contains(*subnet) {
-                bail!("--peer {subnet}={peer}: the subnet overlaps {other}");
-            }
-        }
-    }
-    Ok(())
-}
-
 fn acquire(
     options: &Options,
     store: Option<&DirStore>,
@@ -441,7 +468,12 @@ fn acquire(
 ) -> Result<Acquired> {
     let earlier = options.subnet_file.as_deref().and_then(subnet_env::read_subnet);
     match (store, options.subnet) {
-        (Some(store), wanted) => store.acquire(config, public_ip, wanted, earlier),
+        (Some(store), wanted) => {
+            if let Some(network) = options.network {
+                store.ensure_config(network)?;
+            }
+            store.acquire(config, public_ip, wanted, earlier, &options.peers)
+        }
         (None, Some(subnet)) => Ok(Acquired { subnet, created: false }),
         (None, None) => bail!("without --store, name this host's part of the network with --subnet"),
     }
