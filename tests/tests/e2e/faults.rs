@@ -24,7 +24,7 @@ use overlay_tests::{
 };
 use serde_json::Value;
 
-use crate::{frames, machine::Need, matrix::needs, suite::Suite};
+use crate::{frames, machine::Need, matrix::needs, snapshot::Snapshot, suite::Suite};
 
 /// Longest frame that the underlay's MTU lets through.
 const LONGEST_FRAME: usize = 1514;
@@ -51,6 +51,13 @@ pub(crate) fn register(suite: &mut Suite) {
     }
     suite.add("faults::device_that_is_taken_down_comes_back", &[Need::Tun], device_down);
     suite.add("faults::agent_under_load_ends_when_told", &[Need::Tun], ends_under_load);
+    suite.add(
+        "faults::underlay_that_is_made_anew_is_followed",
+        needs(Rung::Tc, Rung::Tc),
+        underlay_made_anew,
+    );
+    suite.add("faults::container_cannot_speak_for_a_peer", needs(Rung::Tc, Rung::Tun), container_forges);
+    suite.add("faults::agent_refused_on_a_held_device_leaves_it_alone", &[Need::Tun], refused_on_held_device);
     suite.add("faults::clsact_filters_carry_and_go", needs(Rung::Tc, Rung::Tc), clsact_filters);
 }
 
@@ -126,6 +133,10 @@ fn clsact_filters(session: &Arc<Session>) -> Result<()> {
         carried.ingress_fast_packets > 0 && carried.slow() == 0,
         "not eBPF carried the packets: {carried:?}"
     );
+    second_network_comes_and_goes(session, &pair.topology)?;
+    recovers(&pair, Duration::ZERO)?;
+    let slow = pair.a.counters()?.traffic.slow();
+    ensure!(slow == 0, "another network's agent took the filter along: {slow} packets on the slow path");
     let Pair { a, b, topology, .. } = pair;
     let site = a.crash()?;
     ensure!(filters(&topology.a)?.contains("ovl_ingress"), "filters do not go with their agent");
@@ -134,6 +145,100 @@ fn clsact_filters(session: &Arc<Session>) -> Result<()> {
     b.stop()?;
     ensure!(filters(&topology.b)?.is_empty(), "the agent left its filter");
     Ok(())
+}
+
+/// Runs an agent of another network on host A and stops it again.
+fn second_network_comes_and_goes(session: &Arc<Session>, topology: &Topology) -> Result<()> {
+    let words = "--device ovl1 --network 10.99.0.0/16 --subnet 10.99.1.0/24 --peer 10.99.2.0/24=192.168.77.2 \
+                 --port 9999 --iface eth0 --datapath tc --tc-attach clsact";
+    let arguments: Vec<String> = words.split_whitespace().map(str::to_owned).collect();
+    let site = Site::new(session, &topology.a.host, "other-network")?;
+    let mut command = site.run_command(&arguments);
+    command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
+    let mut agent = topology.a.host.spawn(&mut command)?;
+    let filters = || topology.a.host.tool("tc filter show dev eth0 ingress");
+    let deadline = std::time::Instant::now() + Duration::from_secs(10);
+    while filters()?.matches("direct-action").count() < 2 {
+        if std::time::Instant::now() > deadline {
+            agent.kill().context("end the second agent")?;
+            anyhow::bail!("the second network's filter did not appear beside the first's");
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    let pid = nix::unistd::Pid::from_raw(agent.id().cast_signed());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).context("end the second agent")?;
+    let status = agent.wait().context("wait for the second agent")?;
+    ensure!(status.success(), "the second agent ended with {status}");
+    ensure!(filters()?.matches("direct-action").count() == 1, "not just the second filter went");
+    Ok(())
+}
+
+/// Both ends of the underlay go and come back under the same names, with other indices.
+fn underlay_made_anew(session: &Arc<Session>) -> Result<()> {
+    let pair = pair(session, Rung::Tc)?;
+    let (a, b) = (&pair.topology.a, &pair.topology.b);
+    a.host.tool("ip link delete eth0")?;
+    // Another device takes the index that was free.
+    for side in [a, b] {
+        side.host.tool("ip link add spare type veth peer name spare2")?;
+    }
+    a.host.tool(&format!("ip link add eth0 type veth peer name eth0 netns {}", b.host.name()))?;
+    for side in [a, b] {
+        side.host.tool(&format!("ip address add {}/24 dev eth0", side.underlay))?;
+        side.host.tool("ip link set eth0 up")?;
+    }
+    recovers(&pair, Duration::from_secs(20))?;
+    let status = pair.a.status()?;
+    ensure!(status.ingress.rung == Rung::Tc.name(), "the agent came back with {:?} in", status.ingress);
+    Ok(())
+}
+
+/// A frame that host B could send, sent by the container behind host A: with host A's reverse-path filter off, only the
+/// agent can tell.
+fn container_forges(session: &Arc<Session>) -> Result<()> {
+    for rung in [Rung::Tc, Rung::Tun] {
+        let pair = pair(session, rung)?;
+        let host = &pair.topology.a.host;
+        host.tool("sysctl -q -w net.ipv4.conf.all.rp_filter=0")?;
+        for device in host.tool("ls /proc/sys/net/ipv4/conf")?.split_whitespace() {
+            host.tool(&format!("sysctl -q -w net.ipv4.conf.{device}.rp_filter=0"))?;
+        }
+        let pod = pair.topology.a.pod().netns;
+        let neighbours = pod.tool("ip neighbour show")?;
+        ping_with_ttl(pod, pair.topology.b.pod().address, 60)?;
+        let gateway = pod.tool("ip -json neighbour show")?;
+        let gateway: Value = serde_json::from_str(&gateway).context("read the output of ip -json")?;
+        let mac = gateway
+            .pointer("/0/lladdr")
+            .and_then(Value::as_str)
+            .with_context(|| format!("no gateway: {neighbours}"))?;
+        let vectors = golden_frames()?;
+        let decapped =
+            vectors.iter().filter(|vector| vector.reaches_agent && vector.slow["verdict"] == "decap");
+        let frames: Vec<Vec<u8>> =
+            decapped.map(|vector| frames::addressed_to(&vector.frame, mac)).collect::<Result<_>>()?;
+        let before = pair.a.counters()?;
+        let sent = pod.run(|| frames::send("eth0", &frames))??;
+        ensure!(sent > 20, "only {sent} forged frames could be sent");
+        thread::sleep(Duration::from_millis(200));
+        let after = pair.a.counters()?;
+        ensure!(carried(&after) == carried(&before), "{} host took a container for a peer", rung.name());
+    }
+    Ok(())
+}
+
+fn refused_on_held_device(session: &Arc<Session>) -> Result<()> {
+    let pair = pair(session, Rung::Tun)?;
+    let before = Snapshot::take(&pair.topology.a.host)?;
+    let words = format!(
+        "--device {DEVICE} --network 10.99.0.0/16 --subnet 10.99.1.0/24 --peer 10.99.2.0/24=192.168.77.2 --port 9999 --iface eth0"
+    );
+    let arguments: Vec<String> = words.split_whitespace().map(str::to_owned).collect();
+    let site = Site::new(session, &pair.topology.a.host, "second")?;
+    let error = site.refused(site.run_command(&arguments))?;
+    ensure!(error.contains(DEVICE), "the refusal does not name the device: {error}");
+    before.is_unchanged(&pair.topology.a.host)?;
+    recovers(&pair, Duration::ZERO)
 }
 
 /// Sends every golden ingress frame that fits over the real link to host A and compares what its agent counted with what
