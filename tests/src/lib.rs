@@ -2,11 +2,13 @@
 //!
 //! In reading order: [`session`] owns everything a run creates, [`netns`] is one namespace, [`topology`] is the reference
 //! topology (two hosts, a container behind each), [`comparison`] connects it without the overlay, [`agent`] and [`pair`]
-//! with it. [`traffic`] sends and verifies, [`verify`] is the list of checks that the demo and the tests share.
+//! with it. [`traffic`] sends and verifies, [`verify`] is the list of checks that the demo and the tests share. [`etcd`]
+//! is a server on loopback, for the store.
 
 pub mod agent;
 pub mod comparison;
 pub mod demo;
+pub mod etcd;
 pub mod netns;
 pub mod pair;
 pub mod report;

@@ -129,6 +129,9 @@ const TOOLS: [Package; 7] = [
     Package { name: "procps", program: "pgrep" },
 ];
 
+/// The compiler of protocol descriptions, and the descriptions that come with it: etcd's client is built with them.
+const PROTOC: [&str; 2] = ["protobuf-compiler", "libprotobuf-dev"];
+
 /// What this machine has.
 struct Facts {
     scope: Scope,
@@ -136,6 +139,8 @@ struct Facts {
     installed: BTreeSet<String>,
     /// A C compiler with the headers of the C library: Rust links through it.
     cc: bool,
+    /// What [`PROTOC`] provides.
+    protoc: bool,
     compiler: Option<Compiler>,
     linker: Option<PathBuf>,
 }
@@ -164,7 +169,10 @@ impl Facts {
         let compiler = compiler::choose(compiler::nightly(), compiler::debian(), linkable);
         let linker = compiler.as_ref().and_then(|compiler| linker::find(compiler.llvm()));
         let cc = has_program("cc") && std::path::Path::new("/usr/include/stdio.h").exists();
-        Ok(Self { scope, installed, cc, compiler, linker })
+        // Elsewhere than on Debian the descriptions come with the compiler, wherever it keeps them.
+        let descriptions = std::path::Path::new("/usr/include/google/protobuf/descriptor.proto");
+        let protoc = has_program("protoc") && (descriptions.exists() || !apt::is_here());
+        Ok(Self { scope, installed, cc, protoc, compiler, linker })
     }
 
     fn print(&self) {
@@ -172,6 +180,7 @@ impl Facts {
             println!("{}  {name:<14} {what}", if there { "ok     " } else { "missing" });
         };
         line(self.cc, "C compiler", "links Rust programs");
+        line(self.protoc, "protoc", "compiles etcd's protocol for its client");
         match &self.compiler {
             Some(compiler) => line(true, "BPF compiler", &compiler.to_string()),
             None => line(false, "BPF compiler", "a rustc with the sources of core"),
@@ -192,6 +201,9 @@ fn missing_packages(facts: &Facts) -> Vec<String> {
     let mut wanted: Vec<String> = Vec::new();
     if !facts.cc {
         wanted.push("build-essential".to_owned());
+    }
+    if !facts.protoc {
+        wanted.extend(PROTOC.map(str::to_owned));
     }
     match &facts.compiler {
         None => wanted.extend(compiler::PACKAGES.map(str::to_owned)),
@@ -216,6 +228,9 @@ fn by_hand(packages: &[String]) -> String {
     let contents = packages.iter().map(|name| match TOOLS.iter().find(|tool| tool.name == name) {
         Some(tool) => format!("the program `{}`", tool.program),
         None if name == "build-essential" => "a C compiler with the headers of the C library".to_owned(),
+        None if PROTOC.contains(&name.as_str()) => {
+            "the program `protoc` with its own .proto files".to_owned()
+        }
         None if compiler::PACKAGES.contains(&name.as_str()) => compiler::NIGHTLY.to_owned(),
         None => format!("what Debian has as {name} (LLVM_PREFIX names the directory of an LLVM elsewhere)"),
     });
@@ -242,6 +257,7 @@ mod tests {
             scope,
             installed: installed.iter().map(|&name| name.to_owned()).collect(),
             cc: true,
+            protoc: true,
             compiler: Some(Compiler::Debian { release: "1.96.0".to_owned(), llvm: 22 }),
             linker: Some(PathBuf::from("/tools/bpf-linker")),
         }
@@ -259,6 +275,14 @@ mod tests {
     #[test]
     fn the_build_needs_no_test_tools() {
         assert_eq!(missing_packages(&machine(Scope::Build, &[])), [""; 0]);
+    }
+
+    #[test]
+    fn the_build_needs_the_compiler_of_protocols_and_its_descriptions() {
+        let mut facts = machine(Scope::Build, &[]);
+        facts.protoc = false;
+        assert_eq!(missing_packages(&facts), ["protobuf-compiler", "libprotobuf-dev"]);
+        assert!(still_missing(&missing_packages(&facts)).contains("protobuf-compiler"));
     }
 
     #[test]

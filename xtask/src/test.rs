@@ -18,8 +18,8 @@ use tally::Tally;
 
 /// Run every test, or the selected parts, with one summary
 ///
-/// Without --unit, --programs or --e2e all three parts run. The parts programs and e2e need root: they load eBPF programs
-/// and create network namespaces. What they need is set up and built first. The last line is `N passed, N failed, N skipped`.
+/// Without --unit, --programs, --etcd or --e2e all four parts run. All but unit need root: they load eBPF programs, create
+/// network namespaces and run servers. What they need is set up and built first. The last line is `N passed, N failed, N skipped`.
 #[derive(Args, Default)]
 pub(crate) struct Options {
     /// Unit tests of all crates; needs neither root nor a BPF compiler
@@ -28,6 +28,9 @@ pub(crate) struct Options {
     /// Golden packets through the packet core, the tun shell and the loaded kernel programs
     #[arg(long)]
     programs: bool,
+    /// The etcd store against real etcd servers on loopback
+    #[arg(long)]
+    etcd: bool,
     /// End-to-end tests in network namespaces
     #[arg(long)]
     e2e: bool,
@@ -41,7 +44,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let needs_root = parts.iter().any(|part| part.needs_root());
     if needs_root && !workspace::is_root() {
         bail!(
-            "the parts programs and e2e load eBPF programs and create network namespaces: run the tests as root, or \
+            "all parts but unit load eBPF programs, create network namespaces or run servers: run the tests as root, or \
              only `cargo xtask test --unit`"
         );
     }
@@ -78,9 +81,13 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 }
 
 fn selected(options: &Options) -> Vec<Part> {
-    let all = !options.unit && !options.programs && !options.e2e;
-    let parts =
-        [(Part::Unit, options.unit), (Part::Programs, options.programs), (Part::EndToEnd, options.e2e)];
+    let all = !options.unit && !options.programs && !options.etcd && !options.e2e;
+    let parts = [
+        (Part::Unit, options.unit),
+        (Part::Programs, options.programs),
+        (Part::Etcd, options.etcd),
+        (Part::EndToEnd, options.e2e),
+    ];
     parts.into_iter().filter(|(_, chosen)| all || *chosen).map(|(part, _)| part).collect()
 }
 
@@ -115,7 +122,7 @@ mod tests {
 
     #[test]
     fn no_selection_means_all_parts() {
-        assert_eq!(selected(&Options::default()), [Part::Unit, Part::Programs, Part::EndToEnd]);
+        assert_eq!(selected(&Options::default()), [Part::Unit, Part::Programs, Part::Etcd, Part::EndToEnd]);
     }
 
     #[test]

@@ -23,6 +23,8 @@ pub(super) enum Part {
     Unit,
     /// Golden packets through every implementation.
     Programs,
+    /// The etcd store against real servers.
+    Etcd,
     /// The agent in network namespaces.
     EndToEnd,
 }
@@ -33,6 +35,7 @@ impl Part {
         match self {
             Self::Unit => "unit",
             Self::Programs => "programs",
+            Self::Etcd => "etcd",
             Self::EndToEnd => "e2e",
         }
     }
@@ -42,11 +45,12 @@ impl Part {
         match self {
             Self::Unit => "unit tests and documentation tests",
             Self::Programs => "golden packets through the core, the tun shell and the kernel programs",
+            Self::Etcd => "the etcd store against etcd servers on loopback",
             Self::EndToEnd => "end to end, in network namespaces",
         }
     }
 
-    /// Whether it loads programs or creates namespaces, and so needs a built agent too.
+    /// Whether it loads programs, creates namespaces or runs servers that setup installs, and so needs a built agent too.
     pub(super) fn needs_root(self) -> bool {
         self != Self::Unit
     }
@@ -57,6 +61,7 @@ impl Part {
         match self {
             Self::Unit => &[&["--lib", "--bins"], &["--doc"]],
             Self::Programs => &[&["--test", "programs"]],
+            Self::Etcd => &[&["--test", "etcd"]],
             Self::EndToEnd => &[&["--test", "e2e"]],
         }
     }

@@ -1,0 +1,274 @@
+//! What the operator says about etcd, and what must be true of it before the first request.
+
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use etcd_client::{Certificate, Identity, TlsOptions};
+
+use super::error::EtcdError;
+
+/// How long a host's claim lasts without a word from it: flannel's 24 hours.
+pub const LEASE_TTL: Duration = Duration::from_secs(24 * 60 * 60);
+/// flannel's `-subnet-lease-renew-margin`: an hour.
+pub const RENEW_MARGIN: Duration = Duration::from_secs(60 * 60);
+/// How long a host that died keeps its public address from another one. It is renewed three times as often, so this is also
+/// a load on etcd: 10,000 hosts make 1,000 renewals per second, which never reach etcd's disk.
+pub const OWNER_TTL: Duration = Duration::from_secs(30);
+
+/// A password, which is shown nowhere.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Password(String);
+
+impl From<String> for Password {
+    fn from(password: String) -> Self {
+        Self(password)
+    }
+}
+
+impl fmt::Debug for Password {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(not shown)")
+    }
+}
+
+impl Password {
+    pub(super) fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+/// Where etcd is, who we are to it, and how long our claims last.
+#[derive(Clone, Debug)]
+pub struct EtcdOptions {
+    /// URLs, or `host:port`, which is https when a TLS file is named. One that works is kept until it fails.
+    pub endpoints: Vec<String>,
+    /// What all keys of the network begin with.
+    pub prefix: String,
+    /// CA that signed the servers' certificates; `None` trusts whom the system trusts.
+    pub ca_file: Option<PathBuf>,
+    /// Our certificate, with `key_file`.
+    pub cert_file: Option<PathBuf>,
+    /// Its private key.
+    pub key_file: Option<PathBuf>,
+    /// User, with `password`.
+    pub username: Option<String>,
+    /// The user's password.
+    pub password: Option<Password>,
+    /// How long the claim on a subnet lasts without a renewal.
+    pub lease_ttl: Duration,
+    /// The claim is renewed at the latest this long before it ends, and never later than half-way.
+    pub renew_margin: Duration,
+    /// How long the claim on the public address lasts without a renewal.
+    pub owner_ttl: Duration,
+    /// What tells this host from another one with the same address; `None` takes the machine's boot and the network
+    /// namespace, which a restarted agent shares and no other host does.
+    pub instance: Option<String>,
+}
+
+impl Default for EtcdOptions {
+    fn default() -> Self {
+        Self {
+            endpoints: vec!["http://127.0.0.1:4001".to_owned(), "http://127.0.0.1:2379".to_owned()],
+            prefix: "/coreos.com/network".to_owned(),
+            ca_file: None,
+            cert_file: None,
+            key_file: None,
+            username: None,
+            password: None,
+            lease_ttl: LEASE_TTL,
+            renew_margin: RENEW_MARGIN,
+            owner_ttl: OWNER_TTL,
+            instance: None,
+        }
+    }
+}
+
+/// One server, ready to be connected to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Endpoint {
+    pub(super) url: String,
+    pub(super) tls: bool,
+}
+
+impl EtcdOptions {
+    /// The endpoints with their schemes.
+    pub(super) fn servers(&self) -> Result<Vec<Endpoint>, EtcdError> {
+        let any_tls_file = self.ca_file.is_some() || self.cert_file.is_some();
+        let servers: Vec<_> = self
+            .endpoints
+            .iter()
+            .map(|endpoint| endpoint.trim().trim_end_matches('/'))
+            .filter(|endpoint| !endpoint.is_empty())
+            .map(|endpoint| server(endpoint, any_tls_file))
+            .collect::<Result<_, _>>()?;
+        if servers.is_empty() {
+            return Err(wrong(
+                "--etcd-endpoints",
+                "it is empty: name at least one, such as http://10.0.0.1:2379",
+            ));
+        }
+        if any_tls_file && servers.iter().all(|server| !server.tls) {
+            return Err(wrong(
+                "--etcd-endpoints",
+                "TLS files are named, but every endpoint is http://: write https://, or drop the files",
+            ));
+        }
+        Ok(servers)
+    }
+
+    /// The user and password, both or none.
+    pub(super) fn user(&self) -> Result<Option<(String, String)>, EtcdError> {
+        let username = self.username.clone().filter(|username| !username.is_empty());
+        match (username, &self.password) {
+            (Some(username), Some(password)) => Ok(Some((username, password.reveal().to_owned()))),
+            (Some(_), None) => {
+                Err(wrong("--etcd-username", "there is no password for it: give --etcd-password"))
+            }
+            (None, Some(password)) if !password.reveal().is_empty() => {
+                Err(wrong("--etcd-password", "there is no user for it: give --etcd-username"))
+            }
+            (None, _) => Ok(None),
+        }
+    }
+
+    /// What TLS needs, read from the files as they are now: certificates are renewed in place.
+    pub(super) fn tls(&self) -> Result<TlsOptions, EtcdError> {
+        let mut tls = TlsOptions::new();
+        tls = match &self.ca_file {
+            Some(file) => tls.ca_certificate(Certificate::from_pem(read("--etcd-cafile", file)?)),
+            None => tls.with_native_roots(),
+        };
+        match (&self.cert_file, &self.key_file) {
+            (Some(cert), Some(key)) => {
+                let (cert, key) = (read("--etcd-certfile", cert)?, read("--etcd-keyfile", key)?);
+                Ok(tls.identity(Identity::from_pem(cert, key)))
+            }
+            (Some(_), None) => {
+                Err(wrong("--etcd-certfile", "its private key is missing: give --etcd-keyfile"))
+            }
+            (None, Some(_)) => {
+                Err(wrong("--etcd-keyfile", "its certificate is missing: give --etcd-certfile"))
+            }
+            (None, None) => Ok(tls),
+        }
+    }
+
+    /// Whether claims can last as the options say.
+    pub(super) fn check_times(&self) -> Result<(), EtcdError> {
+        if self.lease_ttl < Duration::from_secs(2) || self.owner_ttl < Duration::from_secs(2) {
+            return Err(wrong(
+                "the lease's time to live",
+                "it is less than 2 s, too short to be renewed in time",
+            ));
+        }
+        if self.renew_margin >= self.lease_ttl {
+            let why = format!(
+                "it is {} min, and a lease lasts {} min: choose a shorter one",
+                self.renew_margin.as_secs() / 60,
+                self.lease_ttl.as_secs() / 60
+            );
+            return Err(wrong("--subnet-lease-renew-margin", why));
+        }
+        Ok(())
+    }
+
+    /// How long after a confirmation the next one is asked for.
+    pub(super) fn renew_after(&self, ttl: Duration) -> Duration {
+        (ttl / 2).min(ttl.saturating_sub(self.renew_margin)).max(ttl / 10)
+    }
+}
+
+fn server(endpoint: &str, any_tls_file: bool) -> Result<Endpoint, EtcdError> {
+    let (scheme, rest) = match endpoint.split_once("://") {
+        Some((scheme, rest)) => (scheme.to_ascii_lowercase(), rest),
+        None => ((if any_tls_file { "https" } else { "http" }).to_owned(), endpoint),
+    };
+    if rest.contains('@') {
+        // The endpoint is not repeated: it may hold a password.
+        return Err(wrong(
+            "--etcd-endpoints",
+            "an endpoint holds a user: give --etcd-username and --etcd-password instead",
+        ));
+    }
+    match scheme.as_str() {
+        "http" | "https" => Ok(Endpoint { url: format!("{scheme}://{rest}"), tls: scheme == "https" }),
+        _ => Err(wrong("--etcd-endpoints", format!("{endpoint:?} is neither http:// nor https://"))),
+    }
+}
+
+fn read(option: &'static str, file: &Path) -> Result<Vec<u8>, EtcdError> {
+    std::fs::read(file).map_err(|error| wrong(option, format!("cannot read {}: {error}", file.display())))
+}
+
+fn wrong(option: &'static str, why: impl Into<String>) -> EtcdError {
+    EtcdError::Option { option, why: why.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(endpoints: &[&str]) -> EtcdOptions {
+        EtcdOptions {
+            endpoints: endpoints.iter().map(|&endpoint| endpoint.to_owned()).collect(),
+            ..EtcdOptions::default()
+        }
+    }
+
+    fn refused<T: fmt::Debug>(result: Result<T, EtcdError>) -> String {
+        result.unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_password_is_never_shown() {
+        let options = EtcdOptions {
+            username: Some("flannel".to_owned()),
+            password: Some("hunter2".to_owned().into()),
+            ..options(&["http://u:hunter2@10.0.0.1:2379"])
+        };
+        let shown = format!("{:?} {}", options.password, refused(options.servers()));
+        assert!(!shown.contains("hunter2"), "{shown}");
+        assert!(shown.contains("--etcd-username"), "{shown}");
+    }
+
+    #[test]
+    fn endpoints_without_a_scheme_are_https_when_there_are_tls_files() {
+        let mut options = options(&["10.0.0.1:2379", " http://10.0.0.2:2379/ ", ""]);
+        let urls = |options: &EtcdOptions| {
+            options.servers().unwrap().into_iter().map(|server| server.url).collect::<Vec<_>>()
+        };
+        assert_eq!(urls(&options), ["http://10.0.0.1:2379", "http://10.0.0.2:2379"]);
+        options.ca_file = Some("/ca.pem".into());
+        assert_eq!(urls(&options), ["https://10.0.0.1:2379", "http://10.0.0.2:2379"]);
+    }
+
+    #[test]
+    fn what_does_not_fit_together_is_refused_by_name() {
+        assert!(refused(options(&[""]).servers()).contains("--etcd-endpoints"));
+        assert!(refused(options(&["unix:///run/etcd"]).servers()).contains("neither"));
+        let plain = EtcdOptions { ca_file: Some("/ca.pem".into()), ..options(&["http://10.0.0.1:2379"]) };
+        assert!(refused(plain.servers()).contains("https://"));
+        let no_key = EtcdOptions { cert_file: Some("/dev/null".into()), ..EtcdOptions::default() };
+        assert!(refused(no_key.tls()).contains("--etcd-keyfile"));
+        let no_file = EtcdOptions { ca_file: Some("/does/not/exist".into()), ..EtcdOptions::default() };
+        assert!(refused(no_file.tls()).contains("/does/not/exist"));
+        let no_password = EtcdOptions { username: Some("flannel".to_owned()), ..EtcdOptions::default() };
+        assert!(refused(no_password.user()).contains("--etcd-password"));
+        let late = EtcdOptions { renew_margin: LEASE_TTL, ..EtcdOptions::default() };
+        assert!(refused(late.check_times()).contains("--subnet-lease-renew-margin"));
+    }
+
+    #[test]
+    fn a_lease_is_renewed_half_way_or_a_margin_before_its_end() {
+        let hour = Duration::from_secs(3600);
+        let mut options = EtcdOptions::default();
+        assert_eq!(options.renew_after(LEASE_TTL), 12 * hour);
+        options.renew_margin = 20 * hour;
+        assert_eq!(options.renew_after(LEASE_TTL), 4 * hour);
+        options.renew_margin = hour;
+        assert_eq!(options.renew_after(Duration::from_secs(4)), Duration::from_millis(400));
+    }
+}

@@ -1,0 +1,19 @@
+//! The etcd store against real etcd servers on loopback: what must hold when everything around it fails.
+
+// What the tests share is no test by itself, and ends one in the same way. Whatever is not the expected event fails.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::wildcard_enum_match_arm
+)]
+
+mod acquire;
+mod hosts;
+mod keeping;
+mod owners;
+mod records;
+mod reservations;
+mod security;
+mod watching;

@@ -1,0 +1,234 @@
+//! Following the records while etcd is paused, killed, compacted and wiped.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use overlay_agent::store::{Event, RecordChange, etcd::EtcdStore};
+use tokio::{
+    sync::mpsc,
+    time::{sleep, timeout},
+};
+
+use crate::hosts::{Events, Keeper, Network, PREFIX, key_of, subnet_key, value};
+
+/// What a follower knows, built from its events as the agent does.
+struct Follower {
+    events: Events,
+    records: BTreeMap<String, Vec<u8>>,
+    lost: usize,
+    snapshots: usize,
+}
+
+impl Follower {
+    fn start(store: EtcdStore) -> Self {
+        let (sender, events) = mpsc::channel(8);
+        tokio::spawn(async move { store.watch(sender).await });
+        Self { events: Events(events), records: BTreeMap::new(), lost: 0, snapshots: 0 }
+    }
+
+    async fn step(&mut self) {
+        match self.events.next().await {
+            Event::Snapshot(records) => {
+                self.snapshots += 1;
+                self.records = records.into_iter().map(|record| (record.key, record.value)).collect();
+            }
+            Event::Changes(changes) => {
+                for change in changes {
+                    match change {
+                        RecordChange::Put(record) => self.records.insert(record.key, record.value),
+                        RecordChange::Delete { key } => self.records.remove(&key),
+                    };
+                }
+            }
+            Event::Lost(why) => {
+                assert!(!why.is_empty());
+                self.lost += 1;
+            }
+            Event::Lease(event) => panic!("not about the records: {event:?}"),
+        }
+    }
+
+    async fn until_snapshot(&mut self, number: usize) {
+        while self.snapshots < number {
+            self.step().await;
+        }
+    }
+
+    async fn until_lost(&mut self, number: usize) {
+        while self.lost < number {
+            self.step().await;
+        }
+    }
+
+    async fn until_known(&mut self, key: &str, known: bool) {
+        while self.records.contains_key(key) != known {
+            self.step().await;
+        }
+    }
+
+    fn keys(&self) -> Vec<&str> {
+        self.records.keys().map(String::as_str).collect()
+    }
+}
+
+#[tokio::test]
+async fn a_list_comes_first_and_then_every_change() {
+    let mut network = Network::start().await;
+    network.put("10.5.1.0-24", value(1), 0).await;
+    let mut follower = Follower::start(network.store(9).await);
+    follower.until_snapshot(1).await;
+    assert_eq!(follower.keys(), ["10.5.1.0-24"]);
+    network.put("10.5.2.0-24", value(2), 0).await;
+    network.raw.delete(subnet_key("10.5.1.0-24"), None).await.unwrap();
+    follower.until_known("10.5.1.0-24", false).await;
+    assert_eq!(follower.keys(), ["10.5.2.0-24"]);
+    network.put("10.5.2.0-24", value(3), 0).await;
+    follower.step().await;
+    assert_eq!(follower.records.get("10.5.2.0-24").unwrap(), value(3).as_bytes());
+    assert_eq!((follower.snapshots, follower.lost), (1, 0));
+}
+
+#[tokio::test]
+async fn an_empty_network_is_an_empty_list() {
+    let network = Network::start().await;
+    let mut follower = Follower::start(network.store(9).await);
+    follower.until_snapshot(1).await;
+    assert!(follower.records.is_empty());
+}
+
+#[tokio::test]
+async fn a_killed_etcd_is_lost_once_and_followed_again_with_what_it_had() {
+    let mut network = Network::start().await;
+    let held = network.acquire(1).await;
+    let mut follower = Follower::start(network.store(9).await);
+    follower.until_snapshot(1).await;
+    network.etcd.kill();
+    follower.until_lost(1).await;
+    // Neither a second word nor an empty list comes while it is away.
+    assert!(timeout(Duration::from_secs(4), follower.events.0.recv()).await.is_err());
+    network.etcd.restart().unwrap();
+    follower.until_snapshot(2).await;
+    assert_eq!(follower.keys(), [key_of(&held)]);
+    let second = network.acquire(2).await;
+    follower.until_known(&key_of(&second), true).await;
+    assert_eq!((follower.records.len(), follower.lost), (2, 1));
+}
+
+#[tokio::test]
+async fn a_paused_etcd_is_noticed_and_followed_again() {
+    let mut network = Network::start().await;
+    network.put("10.5.1.0-24", value(1), 0).await;
+    let mut follower = Follower::start(network.store(9).await);
+    follower.until_snapshot(1).await;
+    network.etcd.pause().unwrap();
+    follower.until_lost(1).await;
+    assert_eq!(follower.keys(), ["10.5.1.0-24"]);
+    network.etcd.resume().unwrap();
+    follower.until_snapshot(2).await;
+    network.put("10.5.2.0-24", value(2), 0).await;
+    follower.until_known("10.5.2.0-24", true).await;
+    assert_eq!((follower.records.len(), follower.lost), (2, 1));
+}
+
+#[tokio::test]
+async fn what_happened_and_was_compacted_while_we_were_away_is_in_the_next_list() {
+    let mut network = Network::start().await;
+    for host in 1..=3 {
+        network.put(&format!("10.5.{host}.0-24"), value(host), 0).await;
+    }
+    let mut follower = Follower::start(network.store(9).await);
+    follower.until_snapshot(1).await;
+    assert_eq!(follower.records.len(), 3);
+    network.etcd.kill();
+    follower.until_lost(1).await;
+    // On another port, only the test reaches it. Its data is the same.
+    network.etcd.restart_elsewhere().unwrap();
+    let mut raw = etcd_client::Client::connect([network.etcd.endpoint()], None).await.unwrap();
+    raw.delete(subnet_key("10.5.1.0-24"), None).await.unwrap();
+    raw.put(subnet_key("10.5.2.0-24"), value(20), None).await.unwrap();
+    let last = raw.put(subnet_key("10.5.4.0-24"), value(4), None).await.unwrap();
+    raw.compact(last.header().unwrap().revision(), None).await.unwrap();
+    network.etcd.restart_back().unwrap();
+    follower.until_snapshot(2).await;
+    assert_eq!(follower.keys(), ["10.5.2.0-24", "10.5.3.0-24", "10.5.4.0-24"]);
+    assert_eq!(follower.records.get("10.5.2.0-24").unwrap(), value(20).as_bytes());
+    assert_eq!(follower.lost, 1);
+}
+
+#[tokio::test]
+async fn wiped_data_removes_nobody_until_they_have_had_the_time_to_come_back() {
+    let mut network = Network::start().await;
+    let (stays, goes) = (network.acquire(1).await, network.acquire(2).await);
+    // The host of `stays` is alive; that of `goes` is not.
+    let keeper = Keeper::start(network.store(1).await, stays.clone());
+    let mut follower = Follower::start(network.short_store(9, 8).await);
+    follower.until_snapshot(1).await;
+    assert_eq!(follower.records.len(), 2);
+    network.etcd.wipe().unwrap();
+    network.etcd.restart().unwrap();
+    follower.until_snapshot(2).await;
+    assert_eq!(follower.records.len(), 2, "a route went with etcd's data");
+    network.wait_for(&key_of(&stays), |record| record.is_some()).await;
+    follower.until_snapshot(3).await;
+    assert_eq!(follower.keys(), [key_of(&stays)], "{} was never written again", goes.subnet);
+    keeper.stop().await;
+}
+
+#[tokio::test]
+async fn a_wiped_etcd_that_has_grown_as_long_again_is_still_recognised() {
+    let mut network = Network::start().await;
+    let held = network.acquire(1).await;
+    let mut follower = Follower::start(network.store(9).await);
+    follower.until_snapshot(1).await;
+    network.etcd.kill();
+    follower.until_lost(1).await;
+    network.etcd.wipe().unwrap();
+    network.etcd.restart_elsewhere().unwrap();
+    let mut raw = etcd_client::Client::connect([network.etcd.endpoint()], None).await.unwrap();
+    for count in 0..50 {
+        raw.put(format!("{PREFIX}/other"), count.to_string(), None).await.unwrap();
+    }
+    raw.put(subnet_key("10.5.77.0-24"), value(77), None).await.unwrap();
+    network.etcd.restart_back().unwrap();
+    follower.until_snapshot(2).await;
+    assert!(follower.records.contains_key(&key_of(&held)), "{:?}", follower.keys());
+    assert!(follower.records.contains_key("10.5.77.0-24"));
+}
+
+#[tokio::test]
+async fn following_ends_when_nobody_listens() {
+    let network = Network::start().await;
+    let (sender, events) = mpsc::channel(1);
+    let store = network.store(9).await;
+    let task = tokio::spawn(async move { store.watch(sender).await });
+    sleep(Duration::from_millis(200)).await;
+    drop(events);
+    timeout(Duration::from_secs(5), task).await.expect("it goes on").unwrap();
+}
+
+#[tokio::test]
+async fn pages_of_records_and_many_changes_at_once_all_arrive() {
+    let mut network = Network::start().await;
+    let mut puts = Vec::new();
+    for third in 0..=49u8 {
+        for part in 0..100u8 {
+            puts.push((format!("10.{}.{third}.0-24", part + 100), value(third)));
+        }
+    }
+    // More than one page, written as fast as etcd takes it.
+    for chunk in puts.chunks(100) {
+        let puts: Vec<_> = chunk
+            .iter()
+            .map(|(key, value)| etcd_client::TxnOp::put(subnet_key(key), value.as_str(), None))
+            .collect();
+        network.raw.txn(etcd_client::Txn::new().and_then(puts)).await.unwrap();
+    }
+    let mut follower = Follower::start(network.store(9).await);
+    follower.until_snapshot(1).await;
+    assert_eq!(follower.records.len(), 5000);
+    let options = etcd_client::DeleteOptions::new().with_prefix();
+    network.raw.delete(subnet_key("10.100."), Some(options)).await.unwrap();
+    while follower.records.len() > 4950 {
+        follower.step().await;
+    }
+    assert_eq!(follower.snapshots, 1);
+}
