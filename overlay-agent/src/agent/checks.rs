@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use ipnet::Ipv4Net;
 
 use super::Options;
-use crate::{config::NetworkConfig, lease, store::dir::DirStore, underlay::Underlay};
+use crate::{config::NetworkConfig, lease, underlay::Underlay};
 
 /// Address blocks that no host routes (RFC 6890).
 const RESERVED: [(Ipv4Net, &str); 3] = [
@@ -14,26 +14,6 @@ const RESERVED: [(Ipv4Net, &str); 3] = [
     (Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8), "loopback"),
     (Ipv4Net::new_assert(Ipv4Addr::new(224, 0, 0, 0), 3), "multicast and reserved"),
 ];
-
-/// The network's configuration: the store's, or what the command line says.
-pub(super) fn network_config(options: &Options, store: Option<&DirStore>) -> Result<NetworkConfig> {
-    let mut config = match (store, options.network) {
-        (Some(store), network) => store.config(network)?,
-        (None, Some(network)) => NetworkConfig::of_network(network)?,
-        (None, None) => bail!(
-            "without --store, name the network with --network, this host's part with --subnet and the others with --peer"
-        ),
-    };
-    match options.port {
-        Some(port) if store.is_some() && port != config.port => bail!(
-            "--port is {port}, but the network's config says {}: all hosts of a network use one port",
-            config.port
-        ),
-        Some(port) => config.port = port,
-        None => {}
-    }
-    Ok(config)
-}
 
 /// What the operator wrote must make sense together.
 pub(super) fn check_addresses(options: &Options, config: &NetworkConfig, underlay: &Underlay) -> Result<()> {

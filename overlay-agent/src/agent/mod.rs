@@ -1,18 +1,21 @@
 //! The running agent: start in an order that leaves nothing half-done, then follow the store until told to stop.
 
 mod checks;
+mod leasing;
 mod problems;
 
 use std::{
     collections::BTreeMap,
     net::{Ipv4Addr, SocketAddrV4},
+    os::fd::OwnedFd,
     path::PathBuf,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
-use checks::{check_addresses, network_config};
+use checks::check_addresses;
 use ipnet::Ipv4Net;
+use leasing::{Lease, Leasing};
 use overlay_ebpf::{
     abi::{self, Prefix},
     wire::OVERHEAD,
@@ -26,7 +29,6 @@ use tokio::{
 use tracing::{debug, error, info, warn};
 
 use crate::{
-    config::NetworkConfig,
     control::{self, Asked, Control, Question},
     datapath::{Datapath, PathCounters, Plan, Request, ebpf::TcAttach, tun},
     device::{self, Note, OverlayDevice},
@@ -34,7 +36,7 @@ use crate::{
     netlink::Netlink,
     report::{self, CounterList, Device, Route, RouteList, Status},
     route_table::{Change, Own, Record, RouteTable, diff},
-    store::dir::{Acquired, DirStore, Event},
+    store::{Event, LeaseEvent, RecordChange, dir::DirStore, etcd::EtcdOptions},
     subnet_env,
     underlay::Underlay,
 };
@@ -45,11 +47,22 @@ const RETRY: Duration = Duration::from_secs(1);
 /// How often to see whether the device still has its address, MTU and route.
 const CARE: Duration = Duration::from_secs(5);
 
+/// Where leases live.
+#[derive(Clone, Debug)]
+pub enum StoreOption {
+    /// Nowhere: all peers are given on the command line.
+    None,
+    /// In a directory.
+    Dir(PathBuf),
+    /// In etcd.
+    Etcd(Box<EtcdOptions>),
+}
+
 /// What the operator asked for.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Directory store, if there is one.
-    pub store: Option<PathBuf>,
+    /// Where leases live.
+    pub store: StoreOption,
     /// The whole overlay, when the store need not say it.
     pub network: Option<Ipv4Net>,
     /// The subnet to take.
@@ -85,8 +98,12 @@ pub async fn run(options: Options) -> Result<()> {
     }
     let mut stop = StopSignals::new()?;
     let netlink = Netlink::connect()?;
+    let prepared = tokio::select! {
+        prepared = Prepared::new(options, &netlink) => prepared?,
+        () = stop.wait() => return Ok(()),
+    };
     // Not interrupted: what is half-made would stay. It takes a moment; a signal meanwhile ends `follow` at once.
-    let mut agent = Agent::start(options, netlink).await?;
+    let mut agent = Agent::start(prepared, netlink).await?;
     agent.follow(&mut stop).await;
     agent.stop().await
 }
@@ -120,6 +137,44 @@ struct Place {
     mtu: u32,
 }
 
+/// What an agent has before it changes anything on the host. Finding it may take long: etcd may be away.
+struct Prepared {
+    options: Options,
+    leasing: Leasing,
+    lease: Lease,
+    place: Place,
+    control: Control,
+    socket: OwnedFd,
+}
+
+impl Prepared {
+    /// Looks at everything that can be refused, and takes the lease last.
+    async fn new(options: Options, netlink: &Netlink) -> Result<Self> {
+        let underlay = Underlay::find(netlink, options.iface.as_deref(), options.public_ip).await?;
+        let (leasing, config) = Leasing::open(&options).await?;
+        check_addresses(&options, &config, &underlay)?;
+        device::preflight(netlink, &options.device, config.network).await?;
+        let mtu = underlay.link.mtu.checked_sub(OVERHEAD as u32).filter(|mtu| *mtu >= 576);
+        let mtu = mtu.with_context(|| {
+            format!("the MTU of {} is {}: too small for an overlay", underlay.link.name, underlay.link.mtu)
+        })?;
+        let control = Control::listen(control::path(&options.run_dir, &options.device)).await?;
+        let socket = tun::bind(SocketAddrV4::new(underlay.local_ip, config.port), &underlay.link.name)?;
+        let lease = leasing.acquire(&options, &config, underlay.public_ip).await?;
+        let subnet = lease.subnet().context("the lease has no subnet")?;
+        let own = Own { network: config.network, subnet, public_ip: underlay.public_ip };
+        info!("{} is {} in {}, MTU {mtu}, port {}", own.public_ip, own.subnet, own.network, config.port);
+        Ok(Self {
+            options,
+            leasing,
+            lease,
+            place: Place { underlay, own, port: config.port, mtu },
+            control,
+            socket,
+        })
+    }
+}
+
 struct Agent {
     options: Options,
     netlink: Netlink,
@@ -127,8 +182,11 @@ struct Agent {
     /// `None` while a lost one is being made again.
     datapath: Option<Datapath>,
     retry_at: Option<Instant>,
+    /// The store's records as last heard, by key.
+    records: BTreeMap<String, Record>,
     table: RouteTable,
-    store: Option<DirStore>,
+    leasing: Leasing,
+    lease: Option<Lease>,
     problems: Problems,
     /// Whether the overlay device is ours to remove.
     device_made: bool,
@@ -140,50 +198,33 @@ struct Agent {
 }
 
 impl Agent {
-    /// Everything that can be refused is looked at before anything is changed.
-    async fn start(options: Options, netlink: Netlink) -> Result<Self> {
-        let underlay = Underlay::find(&netlink, options.iface.as_deref(), options.public_ip).await?;
-        let store = options.store.clone().map(DirStore::new);
-        let config = network_config(&options, store.as_ref())?;
-        check_addresses(&options, &config, &underlay)?;
-        device::preflight(&netlink, &options.device, config.network).await?;
-        let mtu = underlay.link.mtu.checked_sub(OVERHEAD as u32).filter(|mtu| *mtu >= 576);
-        let mtu = mtu.with_context(|| {
-            format!("the MTU of {} is {}: too small for an overlay", underlay.link.name, underlay.link.mtu)
-        })?;
-        let control = Control::listen(control::path(&options.run_dir, &options.device)).await?;
-        let socket = tun::bind(SocketAddrV4::new(underlay.local_ip, config.port), &underlay.link.name)?;
-
-        let acquired = acquire(&options, store.as_ref(), &config, underlay.public_ip)?;
-        let own = Own { network: config.network, subnet: acquired.subnet, public_ip: underlay.public_ip };
-        let place = Place { underlay, own, port: config.port, mtu };
-        info!("{} is {} in {}, MTU {mtu}, port {}", own.public_ip, own.subnet, own.network, config.port);
-
+    async fn start(prepared: Prepared, netlink: Netlink) -> Result<Self> {
+        let Prepared { options, leasing, lease, place, control, socket } = prepared;
         let (question_sender, questions) = mpsc::channel(8);
-        let (event_sender, events) = mpsc::channel(1);
-        let failures = mpsc::channel(2);
+        let (event_sender, mut events) = mpsc::channel(4);
+        let (own, mtu) = (place.own, place.mtu);
         let mut agent = Self {
             options,
             netlink,
             place,
             datapath: None,
             retry_at: None,
+            records: BTreeMap::new(),
             table: RouteTable::default(),
-            store: store.clone(),
+            leasing,
+            lease: None,
             problems: Problems::default(),
             device_made: false,
             counted: PathCounters::ZERO,
-            events,
+            events: mpsc::channel(1).1,
             questions,
-            failures,
+            failures: mpsc::channel(2),
         };
         let finish = async {
             agent.start_datapath(socket).await?;
-            let first = match &store {
-                Some(store) => store.list()?,
-                None => Vec::new(),
-            };
-            agent.apply(RouteTable::build(agent.place.own, &agent.options.peers, &first, &BTreeMap::new()));
+            if let Some(records) = agent.leasing.list()? {
+                agent.on_snapshot(records);
+            }
             if let Some(file) = &agent.options.subnet_file {
                 subnet_env::write(file, own.network, own.subnet, mtu)?;
             }
@@ -196,24 +237,33 @@ impl Agent {
             {
                 warn!("{error:#}");
             }
-            if let (Some(store), true) = (&store, acquired.created)
-                && let Err(error) = store.release(own.subnet, own.public_ip)
-            {
-                warn!("{error:#}");
-            }
+            agent.leasing.give_back(lease, own.public_ip).await;
             return Err(error);
         }
-        if let Some(store) = store {
-            // Watches before it lists, so nothing that happened since the list above is missed.
-            tokio::spawn(store.watch(event_sender));
+        // Watches before it lists, so nothing that happened meanwhile is missed.
+        agent.lease = Some(agent.leasing.follow(lease, event_sender));
+        if matches!(agent.leasing, Leasing::Etcd(_)) {
+            agent.await_first_snapshot(&mut events).await;
         }
+        agent.events = events;
         tokio::spawn(control.serve(question_sender));
         warn_about_forwarding();
         info!("running: {} routes, see `overlay-agent status`", agent.table.routes.len());
         Ok(agent)
     }
 
-    async fn start_datapath(&mut self, socket: std::os::fd::OwnedFd) -> Result<()> {
+    /// The agent says that it runs once it knows its peers, or that they cannot be known.
+    async fn await_first_snapshot(&mut self, events: &mut mpsc::Receiver<Event>) {
+        while let Some(event) = events.recv().await {
+            let enough = matches!(event, Event::Snapshot(_) | Event::Lost(_));
+            self.on_store(event);
+            if enough {
+                return;
+            }
+        }
+    }
+
+    async fn start_datapath(&mut self, socket: OwnedFd) -> Result<()> {
         let Place { underlay, own, port, mtu } = &self.place;
         let note = Note { network: own.network, port: *port, underlay: underlay.link.name.clone() };
         let device =
@@ -261,27 +311,74 @@ impl Agent {
 
     fn on_store(&mut self, event: Event) {
         match event {
-            Event::Snapshot(records) => {
-                self.problems.clear(Concern::Store);
-                self.check_own_record(&records);
-                let table =
-                    RouteTable::build(self.place.own, &self.options.peers, &records, &self.table.routes);
-                self.apply(table);
+            Event::Snapshot(records) => self.on_snapshot(records),
+            Event::Changes(changes) => {
+                for change in changes {
+                    match change {
+                        RecordChange::Put(record) => drop(self.records.insert(record.key.clone(), record)),
+                        RecordChange::Delete { key } => drop(self.records.remove(&key)),
+                    }
+                }
+                self.rebuild();
             }
             Event::Lost(why) => {
                 let routes = self.table.routes.len();
-                self.problems.set(
-                    Concern::Store,
-                    format!("the store cannot be read, {routes} routes stay as they are: {why}"),
-                );
+                let why = format!("the store cannot be read, {routes} routes stay as they are: {why}");
+                self.problems.set(Concern::Store, why);
+            }
+            Event::Lease(event) => self.on_lease(event),
+        }
+    }
+
+    fn on_snapshot(&mut self, records: Vec<Record>) {
+        self.problems.clear(Concern::Store);
+        self.records = records.into_iter().map(|record| (record.key.clone(), record)).collect();
+        if let Some(store) = self.leasing.dir().cloned() {
+            self.check_own_record(store);
+        }
+        self.rebuild();
+    }
+
+    fn rebuild(&mut self) {
+        let (own, fixed, records) = (self.place.own, &self.options.peers, self.records.values());
+        self.apply(RouteTable::build(own, fixed, records, &self.table.routes));
+    }
+
+    /// What etcd's keeper has to say about our own lease.
+    fn on_lease(&mut self, event: LeaseEvent) {
+        match event {
+            LeaseEvent::Confirmed { .. } => self.problems.clear(Concern::Lease),
+            LeaseEvent::Unconfirmed { why, expires_in } => {
+                let left =
+                    expires_in.map_or_else(String::new, |left| format!(", it ends in {} s", left.as_secs()));
+                self.problems.set(Concern::Lease, format!("the lease cannot be confirmed{left}: {why}"));
+            }
+            LeaseEvent::Retaken { subnet, why } => {
+                self.problems.clear(Concern::Lease);
+                warn!("the lease of {subnet} was lost and taken again: {why}");
+            }
+            LeaseEvent::Moved { from, to, why } => {
+                self.problems.clear(Concern::Lease);
+                warn!("our subnet is {to} now, no longer {from}: {why}");
+                self.place.own.subnet = to;
+                self.on_failure("our subnet changed");
+                self.rebuild();
+                if let Some(file) = &self.options.subnet_file
+                    && let Err(error) = subnet_env::write(file, self.place.own.network, to, self.place.mtu)
+                {
+                    warn!("{error:#}");
+                }
+            }
+            LeaseEvent::Unheld { why } | LeaseEvent::Superseded { why } => {
+                self.problems.set(Concern::Lease, why)
             }
         }
     }
 
     /// Our own record makes peers route to us: it must be there, and be ours.
-    fn check_own_record(&mut self, records: &[Record]) {
+    fn check_own_record(&mut self, store: DirStore) {
         let own = self.place.own;
-        let record = records.iter().find(|record| lease::parse_key(&record.key) == Ok(own.subnet));
+        let record = self.records.values().find(|record| lease::parse_key(&record.key) == Ok(own.subnet));
         match record.map(|record| lease::parse_value(&record.value)) {
             Some(Ok(value)) if value.public_ip == own.public_ip => self.problems.clear(Concern::Lease),
             Some(Ok(value)) => self.problems.set(
@@ -296,13 +393,11 @@ impl Agent {
             }
             None => {
                 self.problems.set(Concern::Lease, format!("the record of our subnet {} was removed: writing it again", own.subnet));
-                if let Some(store) = self.store.clone() {
-                    tokio::task::spawn_blocking(move || {
-                        if let Err(error) = store.reclaim(own.subnet, own.public_ip) {
-                            warn!("write our record again: {error:#}");
-                        }
-                    });
-                }
+                tokio::task::spawn_blocking(move || {
+                    if let Err(error) = store.reclaim(own.subnet, own.public_ip) {
+                        warn!("write our record again: {error:#}");
+                    }
+                });
             }
         }
     }
@@ -432,14 +527,7 @@ impl Agent {
             egress: datapath.egress.clone(),
             ingress: datapath.ingress.clone(),
             routes: self.table.routes.len(),
-            store: report::Store {
-                name: self
-                    .options
-                    .store
-                    .as_ref()
-                    .map_or_else(|| "none".to_owned(), |path| format!("dir:{}", path.display())),
-                lost: self.problems.get(Concern::Store),
-            },
+            store: report::Store { name: self.leasing.name(), lost: self.problems.get(Concern::Store) },
             drops: report::errors(&self.counters()?),
         })
     }
@@ -456,26 +544,10 @@ impl Agent {
     async fn stop(mut self) -> Result<()> {
         self.datapath = None;
         device::remove(&self.netlink, &self.options.device).await?;
-        Ok(())
-    }
-}
-
-fn acquire(
-    options: &Options,
-    store: Option<&DirStore>,
-    config: &NetworkConfig,
-    public_ip: Ipv4Addr,
-) -> Result<Acquired> {
-    let earlier = options.subnet_file.as_deref().and_then(subnet_env::read_subnet);
-    match (store, options.subnet) {
-        (Some(store), wanted) => {
-            if let Some(network) = options.network {
-                store.ensure_config(network)?;
-            }
-            store.acquire(config, public_ip, wanted, earlier, &options.peers)
+        if let Some(lease) = self.lease.take() {
+            self.leasing.leave(lease).await;
         }
-        (None, Some(subnet)) => Ok(Acquired { subnet, created: false }),
-        (None, None) => bail!("without --store, name this host's part of the network with --subnet"),
+        Ok(())
     }
 }
 

@@ -1,6 +1,7 @@
 //! What people type.
 
 mod down;
+mod etcd_args;
 mod query;
 mod run;
 
@@ -15,6 +16,7 @@ const AFTER_HELP: &str = "\
 Examples:
   overlay-agent run --store dir:/var/lib/overlay --network 10.244.0.0/16
   overlay-agent run --network 10.244.0.0/16 --subnet 10.244.1.0/24 --peer 10.244.2.0/24=192.168.77.2
+  overlay-agent run --store etcd --etcd-endpoints http://10.0.0.1:2379
   overlay-agent status
   overlay-agent counters -o json
   overlay-agent down

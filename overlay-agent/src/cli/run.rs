@@ -7,17 +7,17 @@ use clap::Args;
 use ipnet::Ipv4Net;
 use tracing_subscriber::EnvFilter;
 
-use super::AgentArgs;
+use super::{AgentArgs, etcd_args::EtcdArgs};
 use crate::{
-    agent::{self, Options},
+    agent::{self, Options, StoreOption},
     datapath::{Request, ebpf::TcAttach},
 };
 
 #[derive(Debug, Args)]
 pub(super) struct RunArgs {
-    /// Where leases live: dir:PATH is a directory of flannel's records, followed with inotify
-    #[arg(long, env = "OVERLAY_AGENT_STORE", value_name = "dir:PATH", value_parser = parse_store)]
-    store: Option<PathBuf>,
+    /// Where leases live: dir:PATH is a directory of flannel's records, etcd is flannel's own place for them
+    #[arg(long, env = "OVERLAY_AGENT_STORE", value_name = "dir:PATH|etcd", value_parser = parse_store)]
+    store: Option<Store>,
     /// The whole overlay; written to the store's config when there is none
     #[arg(long, env = "OVERLAY_AGENT_NETWORK", value_name = "CIDR", value_parser = parse_net)]
     network: Option<Ipv4Net>,
@@ -47,6 +47,15 @@ pub(super) struct RunArgs {
     subnet_file: Option<PathBuf>,
     #[command(flatten)]
     agent: AgentArgs,
+    #[command(flatten)]
+    etcd: EtcdArgs,
+}
+
+/// What `--store` says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Store {
+    Dir(PathBuf),
+    Etcd,
 }
 
 pub(super) async fn run(args: RunArgs) -> Result<()> {
@@ -65,8 +74,13 @@ pub(super) async fn run(args: RunArgs) -> Result<()> {
             anyhow::bail!("--peer names {subnet} twice, at {other} and at {address}");
         }
     }
+    let store = match args.store {
+        None => StoreOption::None,
+        Some(Store::Dir(path)) => StoreOption::Dir(path),
+        Some(Store::Etcd) => StoreOption::Etcd(Box::new(args.etcd.into())),
+    };
     agent::run(Options {
-        store: args.store,
+        store,
         network: args.network,
         subnet: args.subnet,
         peers,
@@ -82,10 +96,11 @@ pub(super) async fn run(args: RunArgs) -> Result<()> {
     .await
 }
 
-fn parse_store(text: &str) -> Result<PathBuf, String> {
-    match text.strip_prefix("dir:") {
-        Some(path) if !path.is_empty() => Ok(path.into()),
-        _ => Err("expected dir:PATH, for example dir:/var/lib/overlay".to_owned()),
+fn parse_store(text: &str) -> Result<Store, String> {
+    match (text, text.strip_prefix("dir:")) {
+        ("etcd", _) => Ok(Store::Etcd),
+        (_, Some(path)) if !path.is_empty() => Ok(Store::Dir(path.into())),
+        _ => Err("expected dir:PATH, for example dir:/var/lib/overlay, or etcd".to_owned()),
     }
 }
 
@@ -109,7 +124,8 @@ mod tests {
 
     #[test]
     fn stores_networks_and_peers_are_parsed_or_refused_with_an_example() {
-        assert_eq!(parse_store("dir:/x").unwrap(), PathBuf::from("/x"));
+        assert_eq!(parse_store("dir:/x").unwrap(), Store::Dir(PathBuf::from("/x")));
+        assert_eq!(parse_store("etcd").unwrap(), Store::Etcd);
         assert!(parse_store("/x").unwrap_err().contains("dir:"));
         assert!(parse_net("10.244.1.5/24").unwrap_err().contains("10.244.1.0/24"));
         assert!(parse_net("10.244.1.0").unwrap_err().contains("such as"));

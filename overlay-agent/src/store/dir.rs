@@ -22,7 +22,7 @@ use nix::{
 use rand::seq::IndexedRandom as _;
 use tokio::sync::mpsc;
 
-use crate::{config::NetworkConfig, lease, route_table::Record};
+use crate::{config::NetworkConfig, lease, route_table::Record, store::Event};
 
 /// A record longer than this is not a lease: etcd's own limit for a request is 1.5 MiB, flannel's values are 100 bytes.
 const LONGEST_RECORD: u64 = 64 * 1024;
@@ -61,15 +61,6 @@ pub struct Acquired {
     pub subnet: Ipv4Net,
     /// Whether the record was written just now.
     pub created: bool,
-}
-
-/// What the store has to say to whoever follows it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Event {
-    /// All records as they are now.
-    Snapshot(Vec<Record>),
-    /// The store cannot be read, and why. What was known stays known.
-    Lost(String),
 }
 
 impl DirStore {
@@ -495,6 +486,7 @@ mod tests {
         let keys = |event: Event| match event {
             Event::Snapshot(records) => records.into_iter().map(|record| record.key).collect::<Vec<_>>(),
             Event::Lost(why) => vec![format!("lost: {why}")],
+            Event::Changes(_) | Event::Lease(_) => panic!("the directory store sends snapshots"),
         };
         assert_eq!(keys(events.recv().await.unwrap()), ["10.244.1.0-24"]);
         store

@@ -213,8 +213,9 @@ fn container_forges(session: &Arc<Session>) -> Result<()> {
             .and_then(Value::as_str)
             .with_context(|| format!("no gateway: {neighbours}"))?;
         let vectors = golden_frames()?;
-        let decapped =
-            vectors.iter().filter(|vector| vector.reaches_agent && vector.slow["verdict"] == "decap");
+        let decapped = vectors.iter().filter(|vector| {
+            vector.reaches_agent && vector.slow.get("verdict").is_some_and(|verdict| verdict == "decap")
+        });
         let frames: Vec<Vec<u8>> =
             decapped.map(|vector| frames::addressed_to(&vector.frame, mac)).collect::<Result<_>>()?;
         let before = pair.a.counters()?;

@@ -3,6 +3,7 @@
 //! One binary, one topology per test, one test at a time: they share two CPUs, and rates and losses count.
 
 mod comparison;
+mod etcd;
 mod faults;
 mod foreign;
 mod frames;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
     matrix::register(&mut suite);
     traps::register(&mut suite);
     lifecycle::register(&mut suite);
+    etcd::register(&mut suite);
     faults::register(&mut suite);
     refusals::register(&mut suite);
     run(&arguments, suite.into_trials()).exit_code()
