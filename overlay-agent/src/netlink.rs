@@ -11,9 +11,7 @@ use rtnetlink::{
     packet_route::{
         AddressFamily,
         address::AddressAttribute,
-        link::{
-            InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, LinkXdp, XdpAttached,
-        },
+        link::{LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
         route::{RouteAddress, RouteAttribute, RouteScope, RouteType},
     },
 };
@@ -41,8 +39,6 @@ pub struct Link {
     pub kind: Option<String>,
     /// The administrator's (or our) note on it.
     pub alias: Option<String>,
-    /// Identifier of the XDP program on it, if there is one.
-    pub xdp: Option<u32>,
 }
 
 /// A route of the main table.
@@ -235,7 +231,6 @@ fn link(message: &LinkMessage) -> Option<Link> {
         ethernet: message.header.link_layer_type == LinkLayerType::Ether,
         kind: None,
         alias: None,
-        xdp: None,
     };
     for attribute in &message.attributes {
         match attribute {
@@ -244,30 +239,12 @@ fn link(message: &LinkMessage) -> Option<Link> {
             LinkAttribute::IfAlias(alias) => link.alias = Some(alias.clone()),
             LinkAttribute::LinkInfo(info) => {
                 link.kind = info.iter().find_map(|info| match info {
-                    LinkInfo::Kind(kind) => Some(kind_name(kind)),
+                    LinkInfo::Kind(kind) => Some(kind.to_string()),
                     _ => None,
                 });
             }
-            LinkAttribute::Xdp(xdp) => link.xdp = xdp_program(xdp),
             _ => {}
         }
     }
     (!link.name.is_empty()).then_some(link)
-}
-
-fn kind_name(kind: &InfoKind) -> String {
-    kind.to_string()
-}
-
-fn xdp_program(attributes: &[LinkXdp]) -> Option<u32> {
-    let attached = attributes
-        .iter()
-        .any(|attribute| matches!(attribute, LinkXdp::Attached(attached) if *attached != XdpAttached::None));
-    let id = attributes.iter().find_map(|attribute| match attribute {
-        LinkXdp::ProgId(id) | LinkXdp::DrvProgId(id) | LinkXdp::SkbProgId(id) | LinkXdp::HwProgId(id) => {
-            Some(*id)
-        }
-        _ => None,
-    });
-    attached.then_some(id.unwrap_or_default())
 }

@@ -1,7 +1,5 @@
 //! IPv4 header (RFC 791 section 3.1), the 20 bytes without options.
 
-use core::net::Ipv4Addr;
-
 use bytemuck::{Pod, Zeroable};
 
 /// Protocol number of TCP (RFC 9293).
@@ -135,16 +133,6 @@ impl Ipv4 {
         self.destination
     }
 
-    /// Source address for display.
-    pub fn source_addr(&self) -> Ipv4Addr {
-        Ipv4Addr::from(self.source)
-    }
-
-    /// Destination address for display.
-    pub fn destination_addr(&self) -> Ipv4Addr {
-        Ipv4Addr::from(self.destination)
-    }
-
     /// The header as ten 16-bit words in host byte order, for checksums.
     #[inline(always)]
     pub fn words(&self) -> [u16; 10] {
@@ -212,8 +200,8 @@ mod tests {
         assert_eq!((header.version(), header.header_len(), header.total_len()), (4, 20, 84));
         assert_eq!((header.ttl(), header.protocol(), header.checksum()), (64, 1, 0x21be));
         assert!(!header.is_fragment());
-        assert_eq!(header.source_addr(), Ipv4Addr::new(10, 244, 1, 2));
-        assert_eq!(header.destination_addr(), Ipv4Addr::new(10, 244, 2, 2));
+        assert_eq!(header.source(), [10, 244, 1, 2]);
+        assert_eq!(header.destination(), [10, 244, 2, 2]);
     }
 
     #[test]
