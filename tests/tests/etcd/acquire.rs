@@ -51,7 +51,7 @@ async fn a_record_is_flannels_byte_for_byte_and_lives_for_24_hours() {
 #[tokio::test]
 async fn a_restarted_host_keeps_its_subnet_by_its_address_and_else_by_its_file() {
     let mut network = Network::start().await;
-    let first = network.acquire(1).await;
+    let first = network.take(1, "10.5.7.0/24").await;
     let revision = network.get(&key_of(&first)).await.unwrap().mod_revision();
     let other = Some("10.5.200.0/24".parse().unwrap());
     let again = network.store(1).await.acquire(&network.config, ip(1), None, other).await.unwrap();

@@ -10,7 +10,7 @@ const MIB: usize = 1024 * 1024;
 #[tokio::test]
 async fn malformed_and_huge_records_disturb_neither_the_list_nor_the_changes() {
     let mut network = Network::start().await;
-    let held = network.acquire(1).await;
+    let held = network.take(1, "10.5.1.0/24").await;
     let huge = format!(r#"{{"PublicIP":"192.168.77.9","Padding":"{}"}}"#, "x".repeat(MIB));
     for (key, value) in [
         ("not-a-subnet", value(9).into_bytes()),

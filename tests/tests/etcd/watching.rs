@@ -176,7 +176,7 @@ async fn wiped_data_removes_nobody_until_they_have_had_the_time_to_come_back() {
 #[tokio::test]
 async fn a_wiped_etcd_that_has_grown_as_long_again_is_still_recognised() {
     let mut network = Network::start().await;
-    let held = network.acquire(1).await;
+    let held = network.take(1, "10.5.5.0/24").await;
     let mut follower = Follower::start(network.store(9).await);
     follower.until_snapshot(1).await;
     network.etcd.kill();
