@@ -12,7 +12,7 @@ use rtnetlink::{
         AddressFamily,
         address::AddressAttribute,
         link::{LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
-        route::{RouteAddress, RouteAttribute, RouteScope, RouteType},
+        route::{RouteAddress, RouteAttribute, RouteMessage, RouteScope, RouteType},
     },
 };
 
@@ -50,6 +50,21 @@ pub struct Route {
     pub index: u32,
     /// Preference among routes to one destination; the lowest wins.
     pub metric: u32,
+}
+
+/// How an address is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hop {
+    /// Through which device.
+    pub index: u32,
+    /// The address of this host that packets there come from.
+    pub source: Option<Ipv4Addr>,
+}
+
+impl From<Handle> for Netlink {
+    fn from(handle: Handle) -> Self {
+        Self { handle }
+    }
 }
 
 impl Netlink {
@@ -131,6 +146,41 @@ impl Netlink {
                 Some(Route { destination, index: index?, metric })
             })
             .collect())
+    }
+
+    /// The device of the default route, the preferred one of several.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    pub async fn default_route(&self) -> Result<Option<u32>> {
+        let routes = self.routes().await?;
+        let defaults = routes.iter().filter(|route| route.destination.prefix_len() == 0);
+        Ok(defaults.min_by_key(|route| route.metric).map(|route| route.index))
+    }
+
+    /// How the kernel would reach an address; `None` when no route leads there.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses for another reason.
+    pub async fn route_to(&self, address: Ipv4Addr) -> Result<Option<Hop>> {
+        let request = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(address, 32).build();
+        let message = match self.handle.route().get(request).execute().try_next().await {
+            Ok(message) => message,
+            Err(rtnetlink::Error::NetlinkError(error)) if is_no_route(&error.to_io()) => None,
+            Err(error) => return Err(error).with_context(|| format!("look up the route to {address}")),
+        };
+        let Some(message) = message else { return Ok(None) };
+        let (mut index, mut source) = (None, None);
+        for attribute in &message.attributes {
+            match attribute {
+                RouteAttribute::Oif(oif) => index = Some(*oif),
+                RouteAttribute::PrefSource(RouteAddress::Inet(address)) => source = Some(*address),
+                _ => {}
+            }
+        }
+        Ok(index.map(|index| Hop { index, source }))
     }
 
     /// Notes on a device whose it is.
@@ -220,6 +270,49 @@ impl Netlink {
             .await
             .with_context(|| format!("route {network} through the device"))
     }
+
+    /// Discards packets for a subnet that no other route of it takes. Such a route belongs to no device: it stays until
+    /// [`Netlink::remove_blackhole`].
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    pub async fn add_blackhole(&self, subnet: Ipv4Net) -> Result<()> {
+        let request = self.handle.route().add(blackhole(subnet)).replace().execute();
+        request.await.with_context(|| format!("discard packets for {subnet} that no container takes"))
+    }
+
+    /// Removes what [`Netlink::add_blackhole`] made. `false` when it is not there.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    pub async fn remove_blackhole(&self, subnet: Ipv4Net) -> Result<bool> {
+        match self.handle.route().del(blackhole(subnet)).execute().await {
+            Ok(()) => Ok(true),
+            Err(rtnetlink::Error::NetlinkError(error))
+                if error.to_io().raw_os_error() == Some(nix::libc::ESRCH) =>
+            {
+                Ok(false)
+            }
+            Err(error) => Err(error).with_context(|| format!("remove the blackhole route for {subnet}")),
+        }
+    }
+}
+
+/// Of the least preference that there is: the containers' bridge may have a route for the same subnet.
+fn blackhole(subnet: Ipv4Net) -> RouteMessage {
+    RouteMessageBuilder::<Ipv4Addr>::new()
+        .destination_prefix(subnet.network(), subnet.prefix_len())
+        .kind(RouteType::BlackHole)
+        .priority(u32::MAX)
+        .build()
+}
+
+/// The kernel's ways to say that no route leads somewhere: none at all, or one that forbids or discards.
+fn is_no_route(error: &std::io::Error) -> bool {
+    use nix::libc::{EACCES, EHOSTUNREACH, EINVAL, ENETUNREACH};
+    matches!(error.raw_os_error(), Some(ENETUNREACH | EHOSTUNREACH | EACCES | EINVAL))
 }
 
 fn link(message: &LinkMessage) -> Option<Link> {

@@ -119,7 +119,7 @@ struct Package {
 }
 
 /// What the demo and the tests run.
-const TOOLS: [Package; 7] = [
+const TOOLS: [Package; 8] = [
     Package { name: "etcd-server", program: "etcd" },
     Package { name: "iperf3", program: "iperf3" },
     Package { name: "ethtool", program: "ethtool" },
@@ -127,6 +127,7 @@ const TOOLS: [Package; 7] = [
     Package { name: "tcpdump", program: "tcpdump" },
     Package { name: "iputils-ping", program: "ping" },
     Package { name: "procps", program: "pgrep" },
+    Package { name: "nftables", program: "nft" },
 ];
 
 /// The compiler of protocol descriptions, and the descriptions that come with it: etcd's client is built with them.

@@ -6,7 +6,7 @@ mod problems;
 
 use std::{
     collections::BTreeMap,
-    net::{Ipv4Addr, SocketAddrV4},
+    net::{Ipv4Addr, SocketAddr, SocketAddrV4},
     os::fd::OwnedFd,
     path::PathBuf,
     time::Duration,
@@ -38,7 +38,7 @@ use crate::{
     route_table::{Change, Own, Record, RouteTable, diff},
     store::{Event, LeaseEvent, RecordChange, dir::DirStore, etcd::EtcdOptions},
     subnet_env,
-    underlay::Underlay,
+    underlay::{self, Underlay},
 };
 
 /// Pause before a lost datapath is made again.
@@ -69,10 +69,8 @@ pub struct Options {
     pub subnet: Option<Ipv4Net>,
     /// Peers that need no record.
     pub peers: BTreeMap<Ipv4Net, Ipv4Addr>,
-    /// Underlay device, by name or address.
-    pub iface: Option<String>,
-    /// Address by which peers reach this host.
-    pub public_ip: Option<Ipv4Addr>,
+    /// Which device carries the outer packets, and the address by which peers reach this host.
+    pub underlay: underlay::Wish,
     /// Name of the overlay device.
     pub device: String,
     /// UDP port, when the store need not say it.
@@ -85,6 +83,25 @@ pub struct Options {
     pub subnet_file: Option<PathBuf>,
     /// Directory of the control socket.
     pub run_dir: PathBuf,
+    /// What else to do on this host.
+    pub host: HostOptions,
+}
+
+/// What an agent does on its host beside carrying packets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostOptions {
+    /// Hide the overlay's addresses from the rest of the world, as flannel's ip-masq.
+    pub masquerade: bool,
+    /// Choose the ports of masqueraded connections at random.
+    pub fully_random: bool,
+    /// Accept forwarded packets of the overlay where the host's policy drops.
+    pub forward_rules: bool,
+    /// How often to see that the firewall's rules are still there.
+    pub resync: Duration,
+    /// Drop packets for addresses of this host's subnet that no container has.
+    pub blackhole_route: bool,
+    /// Where to answer questions after the agent's health.
+    pub healthz: Option<SocketAddr>,
 }
 
 /// Runs until SIGTERM or SIGINT, then removes what it made.
@@ -150,7 +167,7 @@ struct Prepared {
 impl Prepared {
     /// Looks at everything that can be refused, and takes the lease last.
     async fn new(options: Options, netlink: &Netlink) -> Result<Self> {
-        let underlay = Underlay::find(netlink, options.iface.as_deref(), options.public_ip).await?;
+        let underlay = Underlay::find(netlink, &options.underlay).await?;
         let (leasing, config) = Leasing::open(&options).await?;
         check_addresses(&options, &config, &underlay)?;
         device::preflight(netlink, &options.device, config.network).await?;
@@ -470,7 +487,7 @@ impl Agent {
     /// A device that was made anew has another index, and our programs went with the old one.
     async fn care_for_underlay(&mut self) {
         let known = &self.place.underlay;
-        match Underlay::find(&self.netlink, self.options.iface.as_deref(), self.options.public_ip).await {
+        match Underlay::find(&self.netlink, &self.options.underlay).await {
             Err(error) => self.problems.set(Concern::Underlay, format!("{error:#}")),
             Ok(found) if found.local_ip != known.local_ip || found.link.name != known.link.name => {
                 let why = format!(

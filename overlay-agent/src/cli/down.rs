@@ -12,6 +12,7 @@ use crate::{
     control,
     datapath::ebpf::detach_filter,
     device::{self, Note},
+    firewall,
     netlink::Netlink,
 };
 
@@ -33,6 +34,10 @@ pub(super) async fn down(args: &AgentArgs) -> Result<()> {
     }
     if device::remove(&netlink, &args.device).await? {
         removed.push(format!("the device {}", args.device));
+    }
+    let context = || format!("remove the firewall's rules of {}", args.device);
+    if firewall::remove(&args.device).await.with_context(context)? {
+        removed.push(format!("the firewall's rules of {}", args.device));
     }
     // tcx and XDP links go with their agent; filters of a clsact qdisc, which older kernels need, do not.
     if let Some(note) = note {

@@ -1,60 +1,62 @@
-//! How to reach etcd: flannel's flags for it.
+//! How to reach etcd, as flanneld's flags say it.
 
 use std::path::PathBuf;
 
 use clap::Args;
+use secrecy::SecretString;
 
-use crate::store::etcd::{EtcdOptions, Password};
+use crate::store::etcd::EtcdOptions;
 
-/// Flags of `--store etcd`. Their names and defaults are flanneld's.
+/// How to reach etcd, and where in it the network is. `Debug` does not show the password.
 #[derive(Clone, Debug, Args)]
-#[command(next_help_heading = "With --store etcd")]
+#[command(next_help_heading = "Leases in etcd (the default store)")]
 pub(super) struct EtcdArgs {
-    /// Members of the etcd cluster, separated by commas
-    #[arg(
-        long,
-        env = "OVERLAY_AGENT_ETCD_ENDPOINTS",
-        value_name = "URL,...",
-        value_delimiter = ',',
-        default_value = "http://127.0.0.1:4001,http://127.0.0.1:2379"
-    )]
-    etcd_endpoints: Vec<String>,
-    /// Key under which the network's config and leases are; one per network
-    #[arg(
-        long,
-        env = "OVERLAY_AGENT_ETCD_PREFIX",
-        value_name = "KEY",
-        default_value = "/coreos.com/network"
-    )]
-    etcd_prefix: String,
-    /// Certificates of the authorities that etcd's certificate may come from, PEM
-    #[arg(long, env = "OVERLAY_AGENT_ETCD_CAFILE", value_name = "PATH")]
-    etcd_cafile: Option<PathBuf>,
-    /// Client certificate, PEM
-    #[arg(long, env = "OVERLAY_AGENT_ETCD_CERTFILE", value_name = "PATH")]
-    etcd_certfile: Option<PathBuf>,
+    /// Members of the etcd cluster, separated by commas [default: http://127.0.0.1:4001,http://127.0.0.1:2379]
+    #[arg(long, value_name = "URL,...", value_delimiter = ',')]
+    etcd_endpoints: Option<Vec<String>>,
+    /// Key under which the network's config and leases are; one per network [default: /coreos.com/network]
+    #[arg(long, value_name = "KEY")]
+    etcd_prefix: Option<String>,
     /// Private key of the client certificate, PEM
-    #[arg(long, env = "OVERLAY_AGENT_ETCD_KEYFILE", value_name = "PATH")]
+    #[arg(long, value_name = "PATH", requires = "etcd_certfile")]
     etcd_keyfile: Option<PathBuf>,
+    /// Client certificate, PEM
+    #[arg(long, value_name = "PATH", requires = "etcd_keyfile")]
+    etcd_certfile: Option<PathBuf>,
+    /// Certificates of the authorities that etcd's certificate may come from, PEM
+    #[arg(long, value_name = "PATH")]
+    etcd_cafile: Option<PathBuf>,
     /// User of etcd's own authentication
-    #[arg(long, env = "OVERLAY_AGENT_ETCD_USERNAME", value_name = "NAME")]
+    #[arg(long, value_name = "NAME", requires = "etcd_password")]
     etcd_username: Option<String>,
-    /// Their password; the variable keeps it out of the process list
-    #[arg(
-        long,
-        env = "OVERLAY_AGENT_ETCD_PASSWORD",
-        hide_env_values = true,
-        value_name = "PASSWORD",
-        value_parser = |text: &str| Ok::<_, std::convert::Infallible>(Password::from(text.to_owned()))
-    )]
-    etcd_password: Option<Password>,
+    /// Their password; FLANNELD_ETCD_PASSWORD keeps it out of the process list
+    #[arg(long, value_name = "PASSWORD", requires = "etcd_username", hide_env_values = true)]
+    etcd_password: Option<SecretString>,
+}
+
+impl EtcdArgs {
+    /// A flag that is set, by its name.
+    pub(super) fn any(&self) -> Option<&'static str> {
+        [
+            ("--etcd-endpoints", self.etcd_endpoints.is_some()),
+            ("--etcd-prefix", self.etcd_prefix.is_some()),
+            ("--etcd-keyfile", self.etcd_keyfile.is_some()),
+            ("--etcd-certfile", self.etcd_certfile.is_some()),
+            ("--etcd-cafile", self.etcd_cafile.is_some()),
+            ("--etcd-username", self.etcd_username.is_some()),
+            ("--etcd-password", self.etcd_password.is_some()),
+        ]
+        .into_iter()
+        .find_map(|(name, set)| set.then_some(name))
+    }
 }
 
 impl From<EtcdArgs> for EtcdOptions {
     fn from(args: EtcdArgs) -> Self {
+        let default = Self::default();
         Self {
-            endpoints: args.etcd_endpoints,
-            prefix: args.etcd_prefix,
+            endpoints: args.etcd_endpoints.unwrap_or(default.endpoints),
+            prefix: args.etcd_prefix.unwrap_or(default.prefix),
             ca_file: args.etcd_cafile,
             cert_file: args.etcd_certfile,
             key_file: args.etcd_keyfile,

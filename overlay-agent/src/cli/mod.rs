@@ -2,8 +2,12 @@
 
 mod down;
 mod etcd_args;
+mod flannel_args;
+mod host_args;
 mod query;
 mod run;
+mod store_args;
+mod underlay_args;
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
@@ -14,14 +18,20 @@ use crate::{control::Question, datapath::ebpf};
 
 const AFTER_HELP: &str = "\
 Examples:
+  overlay-agent run --etcd-endpoints http://192.168.77.10:2379 --ip-masq
   overlay-agent run --store dir:/var/lib/overlay --network 10.244.0.0/16
   overlay-agent run --network 10.244.0.0/16 --subnet 10.244.1.0/24 --peer 10.244.2.0/24=192.168.77.2
-  overlay-agent run --store etcd --etcd-endpoints http://10.0.0.1:2379
   overlay-agent status
   overlay-agent counters -o json
   overlay-agent down
 
 Exit codes: 0 done, 1 refused or failed (one line on standard error says why), 2 wrong usage.";
+
+// One line per paragraph: the parser fits it to the terminal.
+const RUN_AFTER_HELP: &str = "\
+Every flag of flanneld's can be written as flanneld takes it, with one dash or two, and set as a variable: FLANNELD_IP_MASQ \
+for --ip-masq. The command line goes first, then OVERLAY_AGENT_*, then FLANNELD_*. Called by the name flanneld, this \
+program is `overlay-agent run`.";
 
 /// Joins the containers of many Linux hosts into one network, over plain UDP.
 #[derive(Debug, Parser)]
@@ -34,6 +44,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Take a subnet, make the overlay device and carry packets until SIGTERM
+    #[command(args_override_self = true, after_help = RUN_AFTER_HELP)]
     Run(Box<run::RunArgs>),
     /// Show how the running agent fares
     Status(QueryArgs),
@@ -74,9 +85,19 @@ enum Output {
     Json,
 }
 
+/// What the parser, too, exits with.
+const WRONG_USAGE: u8 = 2;
+
 /// Parses the command line and does what it says.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let words = match flannel_args::command_line(std::env::args_os(), |name| std::env::var_os(name)) {
+        Ok(words) => words,
+        Err(refusal) => {
+            eprintln!("error: {refusal}");
+            return ExitCode::from(WRONG_USAGE);
+        }
+    };
+    let cli = Cli::parse_from(words);
     match dispatch(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -1,23 +1,28 @@
 //! `overlay-agent run`.
 
-use std::{io::IsTerminal as _, net::Ipv4Addr, path::PathBuf};
+use std::{collections::BTreeMap, io::IsTerminal as _, net::Ipv4Addr, path::PathBuf, time::Duration};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::Args;
 use ipnet::Ipv4Net;
 use tracing_subscriber::EnvFilter;
 
-use super::{AgentArgs, etcd_args::EtcdArgs};
+use super::{
+    AgentArgs,
+    host_args::HostArgs,
+    store_args::{StoreArgs, in_etcd},
+    underlay_args::UnderlayArgs,
+};
 use crate::{
     agent::{self, Options, StoreOption},
     datapath::{Request, ebpf::TcAttach},
 };
 
+/// Where flanneld writes it, and container runtimes look.
+const SUBNET_FILE: &str = "/run/flannel/subnet.env";
+
 #[derive(Debug, Args)]
 pub(super) struct RunArgs {
-    /// Where leases live: dir:PATH is a directory of flannel's records, etcd is flannel's own place for them
-    #[arg(long, env = "OVERLAY_AGENT_STORE", value_name = "dir:PATH|etcd", value_parser = parse_store)]
-    store: Option<Store>,
     /// The whole overlay; written to the store's config when there is none
     #[arg(long, env = "OVERLAY_AGENT_NETWORK", value_name = "CIDR", value_parser = parse_net)]
     network: Option<Ipv4Net>,
@@ -27,12 +32,6 @@ pub(super) struct RunArgs {
     /// A peer that needs no record in the store; may be repeated
     #[arg(long = "peer", value_name = "SUBNET=ADDRESS", value_parser = parse_peer)]
     peers: Vec<(Ipv4Net, Ipv4Addr)>,
-    /// Device that carries the outer packets, by name or address [default: the default route's]
-    #[arg(long, env = "OVERLAY_AGENT_IFACE", value_name = "NAME|ADDRESS")]
-    iface: Option<String>,
-    /// Address by which peers reach this host [default: the first of --iface]
-    #[arg(long, env = "OVERLAY_AGENT_PUBLIC_IP", value_name = "ADDRESS")]
-    public_ip: Option<Ipv4Addr>,
     /// UDP port of every host [default: the config's, else 8285]
     #[arg(long, env = "OVERLAY_AGENT_PORT", value_parser = clap::value_parser!(u16).range(1..))]
     port: Option<u16>,
@@ -43,24 +42,37 @@ pub(super) struct RunArgs {
     #[arg(long, env = "OVERLAY_AGENT_TC_ATTACH", value_enum, default_value_t)]
     tc_attach: TcAttach,
     /// Write FLANNEL_NETWORK, FLANNEL_SUBNET, FLANNEL_MTU and FLANNEL_IPMASQ to this file, for container runtimes
+    /// [default: /run/flannel/subnet.env with leases in etcd, else none]
     #[arg(long, env = "OVERLAY_AGENT_SUBNET_FILE", value_name = "PATH")]
     subnet_file: Option<PathBuf>,
+    // Before those with a heading of their own: it holds for all that follow.
     #[command(flatten)]
     agent: AgentArgs,
     #[command(flatten)]
-    etcd: EtcdArgs,
-}
-
-/// What `--store` says.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Store {
-    Dir(PathBuf),
-    Etcd,
+    store: StoreArgs,
+    /// Renew the lease when it has this many minutes left [default: 60]
+    #[arg(long, value_name = "MINUTES", value_parser = clap::value_parser!(u16).range(1..=1439))]
+    subnet_lease_renew_margin: Option<u16>,
+    #[command(flatten)]
+    underlay: UnderlayArgs,
+    #[command(flatten)]
+    host: HostArgs,
 }
 
 pub(super) async fn run(args: RunArgs) -> Result<()> {
+    start_log(args.host.verbosity());
+    agent::run(args.options()?).await
+}
+
+fn start_log(verbosity: u8) {
+    let asked = match verbosity {
+        0 => "info",
+        // flannel's own messages end at 4, what its libraries say begins there.
+        1..=4 => "info,overlay_agent=debug",
+        5.. => "debug,overlay_agent=trace",
+    };
     // RUST_LOG is the usual way to ask for more.
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(asked));
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -68,39 +80,46 @@ pub(super) async fn run(args: RunArgs) -> Result<()> {
         .with_ansi(colours)
         .with_target(false)
         .init();
-    let mut peers = std::collections::BTreeMap::new();
-    for (subnet, address) in args.peers {
-        if let Some(other) = peers.insert(subnet, address) {
-            anyhow::bail!("--peer names {subnet} twice, at {other} and at {address}");
-        }
-    }
-    let store = match args.store {
-        None => StoreOption::None,
-        Some(Store::Dir(path)) => StoreOption::Dir(path),
-        Some(Store::Etcd) => StoreOption::Etcd(Box::new(args.etcd.into())),
-    };
-    agent::run(Options {
-        store,
-        network: args.network,
-        subnet: args.subnet,
-        peers,
-        iface: args.iface,
-        public_ip: args.public_ip,
-        device: args.agent.device,
-        port: args.port,
-        datapath: args.datapath,
-        tc_attach: args.tc_attach,
-        subnet_file: args.subnet_file,
-        run_dir: args.agent.run_dir,
-    })
-    .await
 }
 
-fn parse_store(text: &str) -> Result<Store, String> {
-    match (text, text.strip_prefix("dir:")) {
-        ("etcd", _) => Ok(Store::Etcd),
-        (_, Some(path)) if !path.is_empty() => Ok(Store::Dir(path.into())),
-        _ => Err("expected dir:PATH, for example dir:/var/lib/overlay, or etcd".to_owned()),
+impl RunArgs {
+    fn options(self) -> Result<Options> {
+        let mut peers = BTreeMap::new();
+        for (subnet, address) in self.peers {
+            if let Some(other) = peers.insert(subnet, address) {
+                bail!("--peer names {subnet} twice, at {other} and at {address}");
+            }
+        }
+        let mut store = self.store.option(|etcd| match peers.is_empty() {
+            true => in_etcd(etcd),
+            false => StoreOption::None,
+        })?;
+        match (&mut store, self.subnet_lease_renew_margin) {
+            (_, None) => {}
+            (StoreOption::Etcd(etcd), Some(minutes)) => {
+                etcd.renew_margin = Duration::from_secs(u64::from(minutes) * 60);
+            }
+            (StoreOption::Dir(_) | StoreOption::None, Some(_)) => {
+                bail!("--subnet-lease-renew-margin is for leases in etcd: drop it, or say --store etcd")
+            }
+        }
+        let subnet_file = self
+            .subnet_file
+            .or_else(|| matches!(store, StoreOption::Etcd(_)).then(|| PathBuf::from(SUBNET_FILE)));
+        Ok(Options {
+            store,
+            network: self.network,
+            subnet: self.subnet,
+            peers,
+            underlay: self.underlay.into(),
+            device: self.agent.device,
+            port: self.port,
+            datapath: self.datapath,
+            tc_attach: self.tc_attach,
+            subnet_file,
+            run_dir: self.agent.run_dir,
+            host: self.host.into(),
+        })
     }
 }
 
@@ -120,13 +139,129 @@ fn parse_peer(text: &str) -> Result<(Ipv4Net, Ipv4Addr), String> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::ffi::OsString;
+
+    use clap::Parser;
+
+    use super::{super::flannel_args::command_line, *};
+    use crate::{store::etcd::EtcdOptions, underlay::Wish};
+
+    /// The command as `main` has it.
+    #[derive(Debug, Parser)]
+    #[command(version)]
+    struct Cli {
+        #[command(subcommand)]
+        command: Command,
+    }
+
+    #[derive(Debug, clap::Subcommand)]
+    enum Command {
+        #[command(args_override_self = true)]
+        Run(Box<RunArgs>),
+    }
+
+    fn options(line: &str) -> Result<Options, String> {
+        let words = command_line(line.split(' ').map(OsString::from), |_| None).map_err(|e| e.to_string())?;
+        let Command::Run(args) = Cli::try_parse_from(words).map_err(|error| error.to_string())?.command;
+        args.options().map_err(|error| error.to_string())
+    }
+
+    fn etcd(options: &Options) -> &EtcdOptions {
+        match &options.store {
+            StoreOption::Etcd(etcd) => etcd,
+            other @ (StoreOption::None | StoreOption::Dir(_)) => panic!("not etcd: {other:?}"),
+        }
+    }
 
     #[test]
-    fn stores_networks_and_peers_are_parsed_or_refused_with_an_example() {
-        assert_eq!(parse_store("dir:/x").unwrap(), Store::Dir(PathBuf::from("/x")));
-        assert_eq!(parse_store("etcd").unwrap(), Store::Etcd);
-        assert!(parse_store("/x").unwrap_err().contains("dir:"));
+    fn flanneld_without_flags_has_flannelds_defaults() {
+        let options = options("flanneld").unwrap();
+        let etcd = etcd(&options);
+        assert_eq!(etcd.endpoints, ["http://127.0.0.1:4001", "http://127.0.0.1:2379"]);
+        assert_eq!(etcd.prefix, "/coreos.com/network");
+        assert_eq!(etcd.renew_margin, Duration::from_secs(3600));
+        assert!(etcd.password.is_none() && etcd.username.is_none() && etcd.ca_file.is_none());
+        assert_eq!(options.subnet_file, Some(PathBuf::from("/run/flannel/subnet.env")));
+        assert_eq!(options.underlay, Wish::default());
+        assert_eq!(
+            options.host,
+            agent::HostOptions {
+                masquerade: false,
+                fully_random: true,
+                forward_rules: true,
+                resync: Duration::from_secs(5),
+                blackhole_route: false,
+                healthz: None,
+            }
+        );
+    }
+
+    #[test]
+    fn flannelds_flags_arrive_where_they_belong() {
+        let options = options(
+            "flanneld -etcd-endpoints=https://a:1,https://b:2 -etcd-prefix /n -etcd-cafile=/ca -etcd-certfile=/c \
+             -etcd-keyfile=/k -etcd-username=u -etcd-password=s3cret -iface=eth1 -iface 10.0.0.1 -iface-regex ^en \
+             -iface-can-reach=10.0.0.9 -public-ip=1.2.3.4 -subnet-file=/s.env -subnet-lease-renew-margin=30 -ip-masq \
+             -ip-masq-fully-random-disable -iptables-resync=9 -iptables-forward-rules=false -ip-blackhole-route \
+             -healthz-ip=127.0.0.1 -healthz-port=8471 -v=3 -ip-masq=true",
+        )
+        .unwrap();
+        let etcd = etcd(&options);
+        assert_eq!(etcd.endpoints, ["https://a:1", "https://b:2"]);
+        assert_eq!(etcd.prefix, "/n");
+        assert_eq!(etcd.renew_margin, Duration::from_secs(1800));
+        assert_eq!(options.underlay.ifaces.len(), 2);
+        assert_eq!(options.underlay.public_ip, Some(Ipv4Addr::new(1, 2, 3, 4)));
+        assert_eq!(options.subnet_file, Some(PathBuf::from("/s.env")));
+        assert_eq!(
+            options.host,
+            agent::HostOptions {
+                masquerade: true,
+                fully_random: false,
+                forward_rules: false,
+                resync: Duration::from_secs(9),
+                blackhole_route: true,
+                healthz: Some("127.0.0.1:8471".parse().unwrap()),
+            }
+        );
+        assert!(!format!("{options:?}").contains("s3cret"));
+    }
+
+    #[test]
+    fn what_is_wrong_is_refused_without_showing_a_password() {
+        let error = |line: &str| options(line).unwrap_err();
+        assert!(error("x run -iface fe80::1").contains("IPv6"));
+        assert!(error("x run -public-ip=fd00::1").contains("IPv4"));
+        assert!(error("x run -iface-regex=(").contains("iface-regex"));
+        for margin in ["0", "1440"] {
+            assert!(error(&format!("x run -subnet-lease-renew-margin={margin}")).contains("1..=1439"));
+        }
+        let text = error("x run -etcd-password=s3cret");
+        assert!(text.contains("--etcd-username") && !text.contains("s3cret"), "{text}");
+        assert!(error("x run -etcd-keyfile=/k").contains("--etcd-certfile"));
+        assert!(error("x run --store dir:/a -etcd-prefix=/b").contains("--etcd-prefix"));
+        assert!(
+            error("x run --peer 10.244.2.0/24=192.168.77.2 -subnet-lease-renew-margin 5").contains("margin")
+        );
+    }
+
+    #[test]
+    fn with_another_store_nothing_of_etcd_is_left() {
+        assert!(matches!(
+            options("x run --peer 10.244.2.0/24=192.168.77.2 --store etcd").unwrap().store,
+            StoreOption::Etcd(_)
+        ));
+        for line in ["x run --store dir:/a", "x run --peer 10.244.2.0/24=192.168.77.2"] {
+            let options = options(line).unwrap();
+            assert!(
+                !matches!(options.store, StoreOption::Etcd(_)) && options.subnet_file.is_none(),
+                "{line}"
+            );
+        }
+    }
+
+    #[test]
+    fn networks_and_peers_are_parsed_or_refused_with_an_example() {
         assert!(parse_net("10.244.1.5/24").unwrap_err().contains("10.244.1.0/24"));
         assert!(parse_net("10.244.1.0").unwrap_err().contains("such as"));
         let peer = parse_peer("10.244.2.0/24=192.168.77.2").unwrap();

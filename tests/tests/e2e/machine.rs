@@ -16,6 +16,8 @@ pub(crate) enum Need {
     Ebpf,
     /// `/dev/net/tun`.
     Tun,
+    /// nftables with network address translation, and its tool.
+    Nftables,
 }
 
 impl Need {
@@ -41,6 +43,14 @@ impl Need {
             // Present exactly when the kernel has the bpf system call (Documentation/admin-guide/sysctl/kernel.rst).
             Self::Ebpf => Path::new("/proc/sys/kernel/unprivileged_bpf_disabled").exists(),
             Self::Tun => Path::new("/dev/net/tun").exists(),
+            Self::Nftables => Command::new("unshare")
+                .args([
+                    "--net",
+                    "nft",
+                    "add table ip t; add chain ip t c { type nat hook postrouting priority 0; }",
+                ])
+                .output()
+                .is_ok_and(|output| output.status.success()),
         }
     }
 
@@ -49,6 +59,7 @@ impl Need {
             Self::Vxlan => "needs a kernel with vxlan",
             Self::Ebpf => "needs a kernel with eBPF",
             Self::Tun => "needs /dev/net/tun",
+            Self::Nftables => "needs a kernel with nftables and the command nft: run `cargo xtask setup`",
         }
     }
 }

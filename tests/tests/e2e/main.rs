@@ -5,6 +5,7 @@
 mod comparison;
 mod etcd;
 mod faults;
+mod firewall;
 mod foreign;
 mod frames;
 mod lifecycle;
@@ -14,6 +15,7 @@ mod refusals;
 mod snapshot;
 mod suite;
 mod traps;
+mod underlay;
 
 use std::process::ExitCode;
 
@@ -37,5 +39,7 @@ fn main() -> ExitCode {
     etcd::register(&mut suite);
     faults::register(&mut suite);
     refusals::register(&mut suite);
+    underlay::register(&mut suite);
+    firewall::register(&mut suite);
     run(&arguments, suite.into_trials()).exit_code()
 }

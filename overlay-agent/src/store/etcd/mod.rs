@@ -25,7 +25,7 @@ mod watch;
 pub use acquire::Held;
 pub use error::EtcdError;
 pub use leases::ListedLease;
-pub use options::{EtcdOptions, LEASE_TTL, OWNER_TTL, Password, RENEW_MARGIN};
+pub use options::{EtcdOptions, LEASE_TTL, OWNER_TTL, RENEW_MARGIN};
 
 use etcd_client::{Compare, CompareOp, Txn, TxnOp};
 use session::{Session, Shared};

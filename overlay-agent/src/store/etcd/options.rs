@@ -1,12 +1,12 @@
 //! What the operator says about etcd, and what must be true of it before the first request.
 
 use std::{
-    fmt,
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use etcd_client::{Certificate, Identity, TlsOptions};
+use secrecy::{ExposeSecret as _, SecretString};
 
 use super::error::EtcdError;
 
@@ -17,28 +17,6 @@ pub const RENEW_MARGIN: Duration = Duration::from_secs(60 * 60);
 /// How long a host that died keeps its public address from another one. It is renewed three times as often, so this is also
 /// a load on etcd: 10,000 hosts make 1,000 renewals per second, which never reach etcd's disk.
 pub const OWNER_TTL: Duration = Duration::from_secs(30);
-
-/// A password, which is shown nowhere.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Password(String);
-
-impl From<String> for Password {
-    fn from(password: String) -> Self {
-        Self(password)
-    }
-}
-
-impl fmt::Debug for Password {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("(not shown)")
-    }
-}
-
-impl Password {
-    pub(super) fn reveal(&self) -> &str {
-        &self.0
-    }
-}
 
 /// Where etcd is, who we are to it, and how long our claims last.
 #[derive(Clone, Debug)]
@@ -56,7 +34,7 @@ pub struct EtcdOptions {
     /// User, with `password`.
     pub username: Option<String>,
     /// The user's password.
-    pub password: Option<Password>,
+    pub password: Option<SecretString>,
     /// How long the claim on a subnet lasts without a renewal.
     pub lease_ttl: Duration,
     /// The claim is renewed at the latest this long before it ends, and never later than half-way.
@@ -123,11 +101,11 @@ impl EtcdOptions {
     pub(super) fn user(&self) -> Result<Option<(String, String)>, EtcdError> {
         let username = self.username.clone().filter(|username| !username.is_empty());
         match (username, &self.password) {
-            (Some(username), Some(password)) => Ok(Some((username, password.reveal().to_owned()))),
+            (Some(username), Some(password)) => Ok(Some((username, password.expose_secret().to_owned()))),
             (Some(_), None) => {
                 Err(wrong("--etcd-username", "there is no password for it: give --etcd-password"))
             }
-            (None, Some(password)) if !password.reveal().is_empty() => {
+            (None, Some(password)) if !password.expose_secret().is_empty() => {
                 Err(wrong("--etcd-password", "there is no user for it: give --etcd-username"))
             }
             (None, _) => Ok(None),
@@ -218,7 +196,7 @@ mod tests {
         }
     }
 
-    fn refused<T: fmt::Debug>(result: Result<T, EtcdError>) -> String {
+    fn refused<T: std::fmt::Debug>(result: Result<T, EtcdError>) -> String {
         result.unwrap_err().to_string()
     }
 

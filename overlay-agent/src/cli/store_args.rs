@@ -1,0 +1,69 @@
+//! Where leases live: flags of every command that reads or writes them.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+use clap::Args;
+
+use super::etcd_args::EtcdArgs;
+use crate::agent::StoreOption;
+
+#[derive(Clone, Debug, Args)]
+pub(super) struct StoreArgs {
+    /// Where leases live: etcd, or dir:PATH, a directory of flannel's records
+    /// [default: etcd, for `run` only when there is no --peer]
+    #[arg(long, env = "OVERLAY_AGENT_STORE", value_name = "etcd|dir:PATH", value_parser = parse_store)]
+    store: Option<Store>,
+    #[command(flatten)]
+    etcd: EtcdArgs,
+}
+
+/// What `--store` says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Store {
+    Dir(PathBuf),
+    Etcd,
+}
+
+impl StoreArgs {
+    /// The store; without `--store` it is `default`.
+    pub(super) fn option(self, default: impl FnOnce(EtcdArgs) -> StoreOption) -> Result<StoreOption> {
+        let flag = self.etcd.any();
+        let store = match self.store {
+            None => default(self.etcd),
+            Some(Store::Dir(path)) => StoreOption::Dir(path),
+            Some(Store::Etcd) => in_etcd(self.etcd),
+        };
+        match (&store, flag) {
+            (StoreOption::Dir(_) | StoreOption::None, Some(flag)) => {
+                bail!("{flag} is for leases in etcd, and these live elsewhere: drop it, or say --store etcd")
+            }
+            _ => Ok(store),
+        }
+    }
+}
+
+pub(super) fn in_etcd(args: EtcdArgs) -> StoreOption {
+    StoreOption::Etcd(Box::new(args.into()))
+}
+
+fn parse_store(text: &str) -> Result<Store, String> {
+    match (text, text.strip_prefix("dir:")) {
+        ("etcd", _) => Ok(Store::Etcd),
+        (_, Some(path)) if !path.is_empty() => Ok(Store::Dir(path.into())),
+        _ => Err("expected etcd, or dir:PATH, for example dir:/var/lib/overlay".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stores_are_parsed_or_refused_with_an_example() {
+        assert_eq!(parse_store("dir:/x").unwrap(), Store::Dir(PathBuf::from("/x")));
+        assert_eq!(parse_store("etcd").unwrap(), Store::Etcd);
+        assert!(parse_store("/x").unwrap_err().contains("dir:"));
+        assert!(parse_store("dir:").unwrap_err().contains("dir:"));
+    }
+}

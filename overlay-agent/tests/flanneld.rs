@@ -1,0 +1,64 @@
+//! The binary under the name `flanneld`, as a unit file that was written for flannel starts it.
+
+use std::{
+    io,
+    os::unix::fs::symlink,
+    process::{Command, Output},
+};
+
+/// What the program does, called `flanneld`, with these arguments and variables.
+fn flanneld(arguments: &[&str], variables: &[(&str, &str)]) -> io::Result<Output> {
+    let directory = tempfile::tempdir()?;
+    let link = directory.path().join("flanneld");
+    symlink(env!("CARGO_BIN_EXE_overlay-agent"), &link)?;
+    Command::new(link).args(arguments).env_clear().envs(variables.iter().copied()).output()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn version_is_printed_and_nothing_started() {
+    let output = flanneld(&["-version", "-etcd-prefix", "/x"], &[("FLANNELD_ETCD_USERNAME", "")]).unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(String::from_utf8_lossy(&output.stdout).contains(env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn what_cannot_apply_is_wrong_usage() {
+    for (arguments, variables, named) in [
+        (&["-kube-subnet-mgr"][..], &[][..], "--kube-subnet-mgr"),
+        (&[], &[("FLANNELD_PUBLIC_IPV6", "fd00::1")], "FLANNELD_PUBLIC_IPV6"),
+        (&["-iface", "fd00::1"], &[], "--iface"),
+        (&["-subnet-lease-renew-margin=1440"], &[], "--subnet-lease-renew-margin"),
+        (&["-no-such-flag"], &[], "--no-such-flag"),
+    ] {
+        let output = flanneld(arguments, variables).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {}", stderr(&output));
+        assert!(stderr(&output).contains(named), "{named}: {}", stderr(&output));
+    }
+}
+
+#[test]
+fn the_password_is_never_shown() {
+    let password = "correct-horse";
+    for arguments in [
+        // Refused for reasons of its own, for those of another flag, and only explained.
+        &["-etcd-password", password][..],
+        &["-etcd-password", password, "-etcd-username=u", "-healthz-port=many"],
+        &["-etcd-password", password, "-etcd-username=u", "-help"],
+    ] {
+        let output = flanneld(arguments, &[]).unwrap();
+        let all = format!("{}{}", stderr(&output), String::from_utf8_lossy(&output.stdout));
+        assert!(!all.contains(password) && all.contains("--help"), "{all}");
+    }
+    let output =
+        flanneld(&["-help"], &[("FLANNELD_ETCD_PASSWORD", password), ("FLANNELD_ETCD_USERNAME", "u")])
+            .unwrap();
+    let help = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success() && help.contains("--etcd-password") && !help.contains(password),
+        "{help}"
+    );
+}

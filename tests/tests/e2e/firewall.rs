@@ -1,0 +1,265 @@
+//! Masquerading and forwarding, by what the other end of a conversation sees.
+
+use std::{
+    io::ErrorKind,
+    net::{Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket},
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use overlay_agent::firewall::{self, Firewall, Rules};
+use overlay_tests::{
+    agent::{DEVICE, Rung, binary},
+    netns::Netns,
+    pair::Pair,
+    session::Session,
+    topology::{Endpoint, NETWORK, PodOffload, Side, Topology, Underlay},
+};
+use tokio::{runtime, sync::watch};
+
+use crate::{machine::Need, suite::Suite};
+
+const NFT: &[Need] = &[Need::Nftables];
+/// What Docker does to iptables' FORWARD chain, with a rule that an administrator might have there.
+const DROP_POLICY: [&str; 3] = [
+    "nft add table ip filter",
+    "nft add chain ip filter FORWARD { type filter hook forward priority 0 ; policy drop ; }",
+    "nft add rule ip filter FORWARD ip saddr 203.0.113.0/24 drop",
+];
+
+pub(crate) fn register(suite: &mut Suite) {
+    for rung in [Rung::Tun, Rung::Tc, Rung::Xdp] {
+        let needs: &[Need] = if rung.is_fast() {
+            &[Need::Tun, Need::Ebpf, Need::Nftables]
+        } else {
+            &[Need::Tun, Need::Nftables]
+        };
+        suite.add(format!("firewall::sources_are_flannels_on_{}", rung.name()), needs, move |session| {
+            sources(session, rung)
+        });
+    }
+    suite.add("firewall::forwarding_survives_a_drop_policy", NFT, forwarding);
+    suite.add("firewall::removed_rules_come_back", NFT, restoring);
+    suite.add("firewall::everything_of_ours_goes_and_nothing_else", NFT, removing);
+    suite.add("firewall::another_subnet_is_followed", NFT, another_subnet);
+}
+
+fn rules(side: &Side) -> Result<Rules> {
+    Ok(Rules {
+        device: DEVICE.to_owned(),
+        network: NETWORK.parse()?,
+        subnet: side.subnet.parse()?,
+        masquerade: true,
+        fully_random: true,
+        forward: true,
+    })
+}
+
+/// Runs asynchronous work in the namespace.
+fn inside<T: Send>(netns: &Netns, work: impl Future<Output = T> + Send) -> Result<T> {
+    netns.run(|| {
+        let runtime =
+            runtime::Builder::new_current_thread().enable_all().build().context("start a runtime")?;
+        Ok(runtime.block_on(work))
+    })?
+}
+
+fn apply(side: &Side, rules: Rules) -> Result<()> {
+    Ok(inside(&side.host, async { Firewall::new(rules)?.apply().await.map_err(anyhow::Error::from) })??)
+}
+
+/// Two hosts without agents. The underlay address of host B is the world outside too: from there, packets for A's pods go
+/// straight to A, not through the overlay.
+fn hosts(session: &Arc<Session>) -> Result<Topology> {
+    let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
+    let Topology { a, b } = &topology;
+    b.host.tool(&format!("ip rule add from {} lookup 100", b.underlay))?;
+    b.host.tool(&format!("ip route add default via {} table 100", a.underlay))?;
+    Ok(topology)
+}
+
+/// Asks from an address at one place for an answer from an address at another. What the server took for the asker's
+/// address, or `None` when the question or the answer got lost.
+fn seen(from: Endpoint<'_>, to: Endpoint<'_>) -> Result<Option<Ipv4Addr>> {
+    let server = bind(to)?;
+    let client = bind(from)?;
+    for socket in [&server, &client] {
+        socket.set_read_timeout(Some(Duration::from_millis(500))).context("set a socket's patience")?;
+    }
+    client.connect(server.local_addr().context("read the server's address")?).context("connect")?;
+    // No route and ICMP errors count as lost.
+    if client.send(b"who am I?").is_err() {
+        return Ok(None);
+    }
+    let Some(asker) = received(&server)? else { return Ok(None) };
+    let SocketAddr::V4(address) = asker else { return Ok(None) };
+    if server.send_to(b"you", asker).is_err() || received(&client)?.is_none() {
+        return Ok(None);
+    }
+    Ok(Some(*address.ip()))
+}
+
+fn bind(endpoint: Endpoint<'_>) -> Result<UdpSocket> {
+    let address = SocketAddrV4::new(endpoint.address, 0);
+    endpoint.netns.run(|| UdpSocket::bind(address).with_context(|| format!("bind to {address}")))?
+}
+
+fn received(socket: &UdpSocket) -> Result<Option<SocketAddr>> {
+    loop {
+        let error = match socket.recv_from(&mut [0; 64]) {
+            Ok((_, from)) => return Ok(Some(from)),
+            Err(error) => error,
+        };
+        let kind = error.kind();
+        if matches!(kind, ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::ConnectionRefused) {
+            return Ok(None);
+        }
+        // Interrupted is what a receiver is when a child of this process ends.
+        if kind != ErrorKind::Interrupted {
+            return Err(error).context("receive");
+        }
+    }
+}
+
+fn expect(what: &str, from: Endpoint<'_>, to: Endpoint<'_>, expected: Option<Ipv4Addr>) -> Result<()> {
+    let seen = seen(from, to)?;
+    ensure!(seen == expected, "{what}: the other end sees {seen:?}, not {expected:?}");
+    Ok(())
+}
+
+fn on_underlay(side: &Side) -> Endpoint<'_> {
+    Endpoint { netns: &side.host, address: side.underlay }
+}
+
+fn sources(session: &Arc<Session>, rung: Rung) -> Result<()> {
+    let pair = Pair::start(session, hosts(session)?, rung, rung)?;
+    let (a, b) = (&pair.topology.a, &pair.topology.b);
+    let (pod, outside) = (a.pod(), on_underlay(b));
+    expect("out of the overlay, before", pod, outside, Some(a.pod_address))?;
+    for side in [a, b] {
+        apply(side, rules(side)?)?;
+    }
+    expect("out of the overlay", pod, outside, Some(a.underlay))?;
+    expect("pod to pod", a.pod(), b.pod(), Some(a.pod_address))?;
+    expect("pod to host", a.pod(), b.host(), Some(a.pod_address))?;
+    expect("host to pod", a.host(), b.pod(), Some(a.host_address))?;
+    expect("pod to its own host", a.pod(), on_underlay(a), Some(a.pod_address))?;
+    expect("a host's underlay address to its own pod", on_underlay(a), a.pod(), Some(a.underlay))?;
+    expect("a host's underlay address to another's pod", on_underlay(a), b.pod(), Some(a.host_address))?;
+    // B's own rules would masquerade this, as flannel's: it leaves for the subnet of another host.
+    inside(&b.host, firewall::remove(DEVICE))??;
+    expect("from outside to a pod", outside, pod, Some(b.underlay))
+}
+
+fn forwarding(session: &Arc<Session>) -> Result<()> {
+    let topology = hosts(session)?;
+    let (a, b) = (&topology.a, &topology.b);
+    for command in DROP_POLICY {
+        a.host.tool(command)?;
+    }
+    let plain = Rules { masquerade: false, forward: false, ..rules(a)? };
+    apply(a, plain.clone())?;
+    expect("out, dropped by policy", a.pod(), on_underlay(b), None)?;
+    apply(a, Rules { forward: true, ..plain.clone() })?;
+    expect("out, accepted", a.pod(), on_underlay(b), Some(a.pod_address))?;
+    expect("in, accepted", on_underlay(b), a.pod(), Some(b.underlay))?;
+    // What is neither from nor to the overlay is none of our business.
+    a.host.tool("ip address add 172.30.0.1/24 dev veth0")?;
+    a.pod.tool("ip address add 172.30.0.2/24 dev eth0")?;
+    let stranger = Endpoint { netns: &a.pod, address: Ipv4Addr::new(172, 30, 0, 2) };
+    expect("another network, still dropped", stranger, on_underlay(b), None)?;
+    apply(a, plain)?;
+    expect("out, dropped again", a.pod(), on_underlay(b), None)
+}
+
+fn restoring(session: &Arc<Session>) -> Result<()> {
+    let topology = hosts(session)?;
+    let (a, b) = (&topology.a, &topology.b);
+    for command in DROP_POLICY {
+        a.host.tool(command)?;
+    }
+    let mut firewall = Firewall::new(rules(a)?)?;
+    let (sender, receiver) = watch::channel(a.subnet.parse()?);
+    thread::scope(|scope| {
+        let keeper = scope.spawn(|| {
+            inside(&a.host, async {
+                firewall.apply().await?;
+                firewall.keep(Duration::from_millis(200), receiver).await;
+                anyhow::Ok(())
+            })?
+        });
+        // Dropped on every way out, so that the keeper ends.
+        let _sender = sender;
+        let good = |what: &str| -> Result<()> {
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while seen(a.pod(), on_underlay(b))? != Some(a.underlay) {
+                ensure!(Instant::now() < deadline && !keeper.is_finished(), "{what}: not restored");
+            }
+            Ok(())
+        };
+        good("at the start")?;
+        for damage in [
+            "nft delete table ip overlay-agent-ovl0",
+            "nft flush chain ip overlay-agent-ovl0 postrouting",
+            "nft insert rule ip overlay-agent-ovl0 postrouting accept",
+            "nft flush chain ip filter FORWARD",
+            "nft flush ruleset",
+        ] {
+            a.host.tool(damage)?;
+            good(damage)?;
+        }
+        // As when Docker is started later: the chain is there, and drops, only now.
+        for command in DROP_POLICY {
+            a.host.tool(command)?;
+        }
+        good("a FORWARD chain that is new")
+    })
+}
+
+fn removing(session: &Arc<Session>) -> Result<()> {
+    let topology = hosts(session)?;
+    let a = &topology.a;
+    let remove = || anyhow::Ok(inside(&a.host, firewall::remove(DEVICE))??);
+    ensure!(!remove()?, "something was removed where nothing was");
+    for command in DROP_POLICY {
+        a.host.tool(command)?;
+    }
+    a.host.tool("nft add table inet mine")?;
+    let ruleset = || a.host.tool("nft --stateless list ruleset");
+    let before = ruleset()?;
+    apply(a, Rules { device: "ovl1".to_owned(), ..rules(a)? })?;
+    let with_another = ruleset()?;
+    apply(a, rules(a)?)?;
+    let applied = ruleset()?;
+    ensure!(applied != with_another, "nothing was applied");
+    apply(a, rules(a)?)?;
+    ensure!(ruleset()? == applied, "applied twice, the rules are others:\n{applied}\n{}", ruleset()?);
+    ensure!(remove()?, "nothing was removed");
+    ensure!(ruleset()? == with_another, "left behind:\n{}\ninstead of\n{with_another}", ruleset()?);
+    // Rules outlive an agent that is killed: `overlay-agent down` finds them by the device's name alone.
+    let down = format!("{} down --device ovl1 --run-dir /nonexistent", binary()?.display());
+    let said = a.host.tool(&down)?;
+    ensure!(said.contains("the firewall's rules of ovl1"), "down says: {said}");
+    ensure!(ruleset()? == before, "left behind:\n{}\ninstead of\n{before}", ruleset()?);
+    Ok(())
+}
+
+fn another_subnet(session: &Arc<Session>) -> Result<()> {
+    let topology = hosts(session)?;
+    let (a, b) = (&topology.a, &topology.b);
+    let host_to_pod = || seen(on_underlay(b), a.pod());
+    // The pod is in a subnet of another host: its visitors from outside are masqueraded, until it is in ours.
+    let mut firewall = Firewall::new(Rules { subnet: "10.244.9.0/24".parse()?, ..rules(a)? })?;
+    firewall = inside(&a.host, async {
+        firewall.apply().await?;
+        anyhow::Ok(firewall)
+    })??;
+    let before = host_to_pod()?;
+    ensure!(before == Some(Ipv4Addr::new(10, 244, 1, 1)), "masqueraded: the pod sees {before:?}");
+    inside(&a.host, firewall.set_subnet(a.subnet.parse()?))??;
+    let after = host_to_pod()?;
+    ensure!(after == Some(b.underlay), "not masqueraded: the pod sees {after:?}");
+    Ok(())
+}
