@@ -282,6 +282,30 @@ impl Netlink {
         request.await.with_context(|| format!("discard packets for {subnet} that no container takes"))
     }
 
+    /// Subnets of `network` for which [`Netlink::add_blackhole`] was called.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    pub async fn blackholes(&self, network: Ipv4Net) -> Result<Vec<Ipv4Net>> {
+        let request = RouteMessageBuilder::<Ipv4Addr>::new().build();
+        let messages: Vec<_> =
+            self.handle.route().get(request).execute().try_collect().await.context("list routes")?;
+        let discards = messages.iter().filter(|message| message.header.kind == RouteType::BlackHole);
+        Ok(discards
+            .filter(|message| message.attributes.contains(&RouteAttribute::Priority(u32::MAX)))
+            .filter_map(|message| {
+                message.attributes.iter().find_map(|attribute| match attribute {
+                    RouteAttribute::Destination(RouteAddress::Inet(address)) => {
+                        Ipv4Net::new(*address, message.header.destination_prefix_length).ok()
+                    }
+                    _ => None,
+                })
+            })
+            .filter(|subnet| network.contains(subnet))
+            .collect())
+    }
+
     /// Removes what [`Netlink::add_blackhole`] made. `false` when it is not there.
     ///
     /// # Errors

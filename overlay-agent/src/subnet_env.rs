@@ -2,20 +2,38 @@
 
 use std::{fs::Permissions, io::Write as _, os::unix::fs::PermissionsExt as _, path::Path};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use ipnet::Ipv4Net;
 
-/// Writes flannel's four lines, atomically and readable for all.
+/// Checks, before anything else is done, that the file can be written.
+///
+/// # Errors
+///
+/// When its directory cannot be made or written.
+pub fn check(path: &Path) -> Result<()> {
+    let attempt = || -> Result<()> {
+        std::fs::create_dir_all(directory(path))?;
+        tempfile::Builder::new().prefix(".subnet.env").tempfile_in(directory(path))?;
+        if path.is_dir() {
+            bail!("it is a directory");
+        }
+        Ok(())
+    };
+    attempt().with_context(|| format!("the subnet file {}: choose another --subnet-file", path.display()))
+}
+
+/// Writes flannel's four lines, atomically and readable for all. `masquerade` says whether this host gives packets that
+/// leave the overlay an address of its own: a container runtime need not then.
 ///
 /// # Errors
 ///
 /// When the directory cannot be made or written.
-pub fn write(path: &Path, network: Ipv4Net, subnet: Ipv4Net, mtu: u32) -> Result<()> {
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+pub fn write(path: &Path, network: Ipv4Net, subnet: Ipv4Net, mtu: u32, masquerade: bool) -> Result<()> {
+    let directory = directory(path);
     let attempt = || -> Result<()> {
         std::fs::create_dir_all(directory)?;
         let mut file = tempfile::Builder::new().prefix(".subnet.env").tempfile_in(directory)?;
-        file.write_all(text(network, subnet, mtu).as_bytes())?;
+        file.write_all(text(network, subnet, mtu, masquerade).as_bytes())?;
         file.as_file().set_permissions(Permissions::from_mode(0o644))?;
         file.as_file().sync_all()?;
         file.persist(path)?;
@@ -31,10 +49,14 @@ pub fn read_subnet(path: &Path) -> Option<Ipv4Net> {
     line.trim().parse::<Ipv4Net>().ok().map(|subnet| subnet.trunc())
 }
 
-fn text(network: Ipv4Net, subnet: Ipv4Net, mtu: u32) -> String {
+fn directory(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+fn text(network: Ipv4Net, subnet: Ipv4Net, mtu: u32, masquerade: bool) -> String {
     let gateway = std::net::Ipv4Addr::from(u32::from(subnet.network()).wrapping_add(1));
     format!(
-        "FLANNEL_NETWORK={network}\nFLANNEL_SUBNET={gateway}/{}\nFLANNEL_MTU={mtu}\nFLANNEL_IPMASQ=false\n",
+        "FLANNEL_NETWORK={network}\nFLANNEL_SUBNET={gateway}/{}\nFLANNEL_MTU={mtu}\nFLANNEL_IPMASQ={masquerade}\n",
         subnet.prefix_len()
     )
 }
@@ -48,14 +70,26 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("run/flannel/subnet.env");
         let subnet: Ipv4Net = "10.5.34.0/24".parse().unwrap();
-        write(&path, "10.5.0.0/16".parse().unwrap(), subnet, 1472).unwrap();
+        write(&path, "10.5.0.0/16".parse().unwrap(), subnet, 1472, true).unwrap();
         assert_eq!(
             std::fs::read_to_string(&path).unwrap(),
-            "FLANNEL_NETWORK=10.5.0.0/16\nFLANNEL_SUBNET=10.5.34.1/24\nFLANNEL_MTU=1472\nFLANNEL_IPMASQ=false\n"
+            "FLANNEL_NETWORK=10.5.0.0/16\nFLANNEL_SUBNET=10.5.34.1/24\nFLANNEL_MTU=1472\nFLANNEL_IPMASQ=true\n"
         );
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o644);
         assert_eq!(read_subnet(&path), Some(subnet));
         assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "no temporary file stays");
+    }
+
+    #[test]
+    fn what_cannot_be_written_is_known_before() {
+        let directory = tempfile::tempdir().unwrap();
+        check(&directory.path().join("run/subnet.env")).unwrap();
+        let file = directory.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        for path in [file.join("subnet.env"), directory.path().join("run")] {
+            let error = format!("{:#}", check(&path).unwrap_err());
+            assert!(error.contains("--subnet-file"), "{error}");
+        }
     }
 
     #[test]

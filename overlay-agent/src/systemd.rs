@@ -9,6 +9,9 @@ use tracing::debug;
 
 use crate::health::Health;
 
+/// How much longer a start that waits may take until the next word; more than the longest pause between two.
+const STARTING: Duration = Duration::from_secs(60);
+
 /// What systemd was told so far.
 #[derive(Debug, Default)]
 pub struct Systemd {
@@ -39,11 +42,15 @@ impl Systemd {
         self.status = status;
     }
 
-    /// Says that the main loop turns. An unhealthy agent does not: a restart is the unit's remedy for it.
-    pub fn alive(&self, health: &Health) {
-        if health.healthy.is_ok() {
-            notify(&[NotifyState::Watchdog]);
-        }
+    /// Says that the main loop turns. An agent that is unhealthy says so too: a restart would take away routes that packets
+    /// still use, and cannot bring back a device or an etcd that is gone.
+    pub fn alive(&self) {
+        notify(&[NotifyState::Watchdog]);
+    }
+
+    /// Says that the start takes longer, because of what [`Systemd::tell`] said, and that it is not stuck.
+    pub fn still_starting(&self) {
+        notify(&[NotifyState::ExtendTimeoutUsec(STARTING.as_micros().try_into().unwrap_or(u32::MAX))]);
     }
 
     /// Says that the agent ends because it was told to.
@@ -96,10 +103,12 @@ mod tests {
             heard,
             [
                 "STATUS=not ready: starting",
+                "EXTEND_TIMEOUT_USEC=60000000",
                 "READY=1\nSTATUS=ok",
                 "WATCHDOG=1",
                 "STATUS=degraded: etcd is away",
                 "STATUS=unhealthy: no datapath",
+                "WATCHDOG=1",
                 "STOPPING=1",
             ]
         );
@@ -111,14 +120,15 @@ mod tests {
         let mut health = Health::starting();
         systemd.tell(&health);
         systemd.tell(&health);
+        systemd.still_starting();
         health.ready = Ok(());
         systemd.tell(&health);
-        systemd.alive(&health);
+        systemd.alive();
         health.degraded = Some("etcd is away".to_owned());
         systemd.tell(&health);
         health.healthy = Err("no datapath".to_owned());
         systemd.tell(&health);
-        systemd.alive(&health);
+        systemd.alive();
         systemd.stopping();
     }
 }

@@ -4,9 +4,13 @@ use std::net::Ipv4Addr;
 
 use anyhow::{Result, bail};
 use ipnet::Ipv4Net;
+use overlay_ebpf::wire::OVERHEAD;
 
 use super::Options;
-use crate::{config::NetworkConfig, lease, underlay::Underlay};
+use crate::{config::NetworkConfig, lease, netlink::Link, underlay::Underlay};
+
+/// What every IPv4 host must accept (RFC 791, section 3.1).
+const SMALLEST_MTU: u32 = 576;
 
 /// Address blocks that no host routes (RFC 6890).
 const RESERVED: [(Ipv4Net, &str); 3] = [
@@ -21,12 +25,7 @@ pub(super) fn check_addresses(options: &Options, config: &NetworkConfig, underla
     if let Some((block, what)) = RESERVED.iter().find(|(block, _)| overlaps(config.network, *block)) {
         bail!("the network {} overlaps {block}, {what}: choose another", config.network);
     }
-    if config.network.contains(&public_ip) || config.network.contains(&underlay.local_ip) {
-        bail!(
-            "the public address {public_ip} lies inside the network {}: the overlay would carry its own packets",
-            config.network
-        );
-    }
+    check_underlay(config.network, underlay)?;
     if let Some(subnet) = options.subnet
         && (!config.network.contains(&subnet) || subnet == config.network)
     {
@@ -46,6 +45,25 @@ pub(super) fn check_addresses(options: &Options, config: &NetworkConfig, underla
                 bail!("--peer {subnet}={peer}: the subnet overlaps {other}");
             }
         }
+    }
+    Ok(())
+}
+
+/// The largest inner packet that the underlay carries, in bytes.
+pub(super) fn inner_mtu(link: &Link) -> Result<u32> {
+    match link.mtu.checked_sub(OVERHEAD as u32).filter(|mtu| *mtu >= SMALLEST_MTU) {
+        Some(mtu) => Ok(mtu),
+        None => bail!("the MTU of {} is {}: too small for an overlay", link.name, link.mtu),
+    }
+}
+
+/// An underlay inside the overlay would carry its own packets.
+pub(super) fn check_underlay(network: Ipv4Net, underlay: &Underlay) -> Result<()> {
+    let public_ip = underlay.public_ip;
+    if network.contains(&public_ip) || network.contains(&underlay.local_ip) {
+        bail!(
+            "the public address {public_ip} lies inside the network {network}: the overlay would carry its own packets"
+        );
     }
     Ok(())
 }

@@ -4,14 +4,15 @@
 use std::{fmt::Display, net::Ipv4Addr, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
+use ipnet::Ipv4Net;
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::{mpsc, oneshot, watch},
     task::JoinHandle,
     time::{sleep, timeout},
 };
 use tracing::{info, warn};
 
-use super::{Options, StoreOption};
+use super::{Options, StoreOption, outlook::Outlook};
 use crate::{
     config::NetworkConfig,
     route_table::Record,
@@ -52,6 +53,7 @@ pub(super) enum Lease {
 }
 
 pub(super) struct Keeper {
+    public_ip: watch::Sender<Ipv4Addr>,
     stop: oneshot::Sender<()>,
     task: JoinHandle<Held>,
 }
@@ -63,7 +65,7 @@ impl Leasing {
     /// # Errors
     ///
     /// When waiting would not help.
-    pub(super) async fn open(options: &Options) -> Result<(Self, NetworkConfig)> {
+    pub(super) async fn open(options: &Options, outlook: &mut Outlook) -> Result<(Self, NetworkConfig)> {
         let (leasing, mut config) = match &options.store {
             StoreOption::None => {
                 let Some(network) = options.network else {
@@ -79,8 +81,8 @@ impl Leasing {
                 (Self::Dir(store), config)
             }
             StoreOption::Etcd(etcd) => {
-                let store = patiently(|| EtcdStore::connect((**etcd).clone())).await?;
-                let config = etcd_config(&store, options).await?;
+                let store = patiently(outlook, || EtcdStore::connect((**etcd).clone())).await?;
+                let config = etcd_config(&store, options, outlook).await?;
                 (Self::Etcd(store), config)
             }
         };
@@ -105,6 +107,7 @@ impl Leasing {
         options: &Options,
         config: &NetworkConfig,
         public_ip: Ipv4Addr,
+        outlook: &mut Outlook,
     ) -> Result<Lease> {
         let earlier = options.subnet_file.as_deref().and_then(subnet_env::read_subnet);
         match (self, options.subnet) {
@@ -119,7 +122,7 @@ impl Leasing {
                 store.acquire(config, public_ip, wanted, earlier, &options.peers).map(Lease::Standing)
             }
             (Self::Etcd(store), wanted) => {
-                let held = patiently(|| store.acquire(config, public_ip, wanted, earlier)).await?;
+                let held = patiently(outlook, || store.acquire(config, public_ip, wanted, earlier)).await?;
                 if options.peers.keys().any(|peer| peer.contains(&held.subnet) || held.subnet.contains(peer))
                 {
                     let subnet = held.subnet;
@@ -147,7 +150,7 @@ impl Leasing {
     }
 
     /// Follows the store, and keeps the lease, until nobody listens.
-    pub(super) fn follow(&self, lease: Lease, events: mpsc::Sender<Event>) -> Lease {
+    pub(super) fn follow(&self, lease: Lease, public_ip: Ipv4Addr, events: mpsc::Sender<Event>) -> Lease {
         match (self, lease) {
             (Self::Dir(store), lease) => {
                 tokio::spawn(store.clone().watch(events));
@@ -158,16 +161,48 @@ impl Leasing {
                 let watch_events = events.clone();
                 tokio::spawn(async move { watching.watch(watch_events).await });
                 let (stop, stopped) = oneshot::channel::<()>();
+                let (public_ip, address) = watch::channel(public_ip);
                 let task = tokio::spawn(async move {
                     let stopped = async {
                         // Dropped or told: both mean to stop.
                         let _ = stopped.await;
                     };
-                    keeping.maintain(held, events, stopped).await
+                    keeping.maintain(held, address, events, stopped).await
                 });
-                Lease::Kept(Keeper { stop, task })
+                Lease::Kept(Keeper { public_ip, stop, task })
             }
             (Self::Fixed | Self::Etcd(_), lease) => lease,
+        }
+    }
+
+    /// Puts our record under another public address of this host. With etcd that may take until it answers.
+    pub(super) async fn readdress(
+        &self,
+        lease: Option<&Lease>,
+        subnet: Ipv4Net,
+        from: Ipv4Addr,
+        to: Ipv4Addr,
+    ) {
+        match (self, lease) {
+            (Self::Fixed, _) => {
+                warn!("peers know this host by {from}: give them another --peer {subnet}={to}")
+            }
+            (Self::Dir(store), _) => {
+                let store = store.clone();
+                // It waits for a lock.
+                let done = tokio::task::spawn_blocking(move || store.readdress(subnet, from, to)).await;
+                match done {
+                    Ok(Ok(true)) => {}
+                    Ok(Ok(false)) => warn!("the record of {subnet} is not under {from}, and stays as it is"),
+                    Ok(Err(error)) => warn!("put {subnet} under {to}: {error:#}"),
+                    Err(error) => warn!("put {subnet} under {to}: {error}"),
+                }
+            }
+            (Self::Etcd(_), Some(Lease::Kept(keeper))) => {
+                // Without a receiver the agent is about to end.
+                let _ = keeper.public_ip.send(to);
+            }
+            (Self::Etcd(_), _) => {}
         }
     }
 
@@ -227,7 +262,7 @@ impl Leasing {
 
 impl Lease {
     /// The subnet, until somebody keeps the lease.
-    pub(super) fn subnet(&self) -> Option<ipnet::Ipv4Net> {
+    pub(super) fn subnet(&self) -> Option<Ipv4Net> {
         match self {
             Self::Standing(acquired) => Some(acquired.subnet),
             Self::Held(held) => Some(held.subnet),
@@ -236,10 +271,10 @@ impl Lease {
     }
 }
 
-async fn etcd_config(store: &EtcdStore, options: &Options) -> Result<NetworkConfig> {
+async fn etcd_config(store: &EtcdStore, options: &Options, outlook: &mut Outlook) -> Result<NetworkConfig> {
     let mut pause = Pause::default();
     loop {
-        if let Some(config) = patiently(|| store.config()).await? {
+        if let Some(config) = patiently(outlook, || store.config()).await? {
             return match options.network {
                 Some(network) if network.trunc() != config.network => bail!(
                     "--network is {network}, but {} in etcd says {}: change one of them",
@@ -250,20 +285,24 @@ async fn etcd_config(store: &EtcdStore, options: &Options) -> Result<NetworkConf
             };
         }
         pause
-            .wait(format!("there is no {} in etcd yet: write the network's config there", store.config_key()))
+            .wait(
+                outlook,
+                format!("there is no {} in etcd yet: write the network's config there", store.config_key()),
+            )
             .await;
     }
 }
 
 /// Asks again and again while etcd is away.
 async fn patiently<T, F: Future<Output = Result<T, crate::store::etcd::EtcdError>>>(
+    outlook: &mut Outlook,
     mut ask: impl FnMut() -> F,
 ) -> Result<T> {
     let mut pause = Pause::default();
     loop {
         match ask().await {
             Ok(answer) => return Ok(answer),
-            Err(error) if error.is_transient() => pause.wait(error).await,
+            Err(error) if error.is_transient() => pause.wait(outlook, error).await,
             Err(error) => return Err(error).context("the store"),
         }
     }
@@ -277,8 +316,9 @@ struct Pause {
 }
 
 impl Pause {
-    async fn wait(&mut self, why: impl Display) {
+    async fn wait(&mut self, outlook: &mut Outlook, why: impl Display) {
         let why = why.to_string();
+        outlook.waiting(&why);
         if why != self.said {
             info!("waiting: {why}");
             self.said = why;

@@ -13,6 +13,8 @@ pub(super) enum Concern {
     Lease,
     /// The device that carries outer packets.
     Underlay,
+    /// Telling container runtimes.
+    SubnetFile,
 }
 
 /// The problems of the moment.

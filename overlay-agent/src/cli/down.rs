@@ -41,6 +41,11 @@ pub(super) async fn down(args: &AgentArgs) -> Result<()> {
     }
     // tcx and XDP links go with their agent; filters of a clsact qdisc, which older kernels need, do not.
     if let Some(note) = note {
+        for subnet in netlink.blackholes(note.network).await? {
+            if netlink.remove_blackhole(subnet).await? {
+                removed.push(format!("the blackhole route for {subnet}"));
+            }
+        }
         detach_filter(&note.underlay, TcAttachType::Ingress, note.port);
     }
     match std::fs::remove_file(&socket) {

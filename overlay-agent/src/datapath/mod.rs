@@ -142,6 +142,11 @@ impl Datapath {
         Ok(())
     }
 
+    /// The overlay device carries inner packets of up to `mtu` bytes now.
+    pub fn set_mtu(&self, mtu: u32) {
+        self.tun.set_mtu(mtu);
+    }
+
     /// What both paths counted.
     ///
     /// # Errors

@@ -20,6 +20,7 @@ use nix::{
     fcntl::{Flock, FlockArg},
 };
 use rand::seq::IndexedRandom as _;
+use tempfile::NamedTempFile;
 use tokio::sync::mpsc;
 
 use crate::{config::NetworkConfig, lease, route_table::Record, store::Event};
@@ -202,6 +203,22 @@ impl DirStore {
         self.create(&format!("subnets/{}", lease::key(subnet)), &lease::value(public_ip))
     }
 
+    /// Puts our record under another public address of this host. `false` when the record is not ours.
+    ///
+    /// # Errors
+    ///
+    /// When the record cannot be written.
+    pub fn readdress(&self, subnet: Ipv4Net, from: Ipv4Addr, to: Ipv4Addr) -> Result<bool> {
+        let _lock = self.lock()?;
+        let key = format!("subnets/{}", lease::key(subnet));
+        let ours = read_regular(&self.root.join(&key))
+            .is_ok_and(|value| lease::parse_value(&value).is_ok_and(|value| value.public_ip == from));
+        if ours {
+            self.replace(&key, &lease::value(to))?;
+        }
+        Ok(ours)
+    }
+
     /// Gives a subnet back, if the record is still ours.
     ///
     /// # Errors
@@ -210,7 +227,7 @@ impl DirStore {
     pub fn release(&self, subnet: Ipv4Net, public_ip: Ipv4Addr) -> Result<()> {
         let _lock = self.lock()?;
         let path = self.root.join("subnets").join(lease::key(subnet));
-        let ours = std::fs::read(&path)
+        let ours = read_regular(&path)
             .is_ok_and(|value| lease::parse_value(&value).is_ok_and(|value| value.public_ip == public_ip));
         if ours {
             std::fs::remove_file(&path).with_context(|| format!("remove the lease {}", path.display()))?;
@@ -301,6 +318,24 @@ impl DirStore {
 
     /// Writes a record that must not exist yet: whole and on disk, or not at all. `false` when it exists.
     fn create(&self, key: &str, value: &str) -> Result<bool> {
+        self.write(key, value, |file, path| match file.persist_noclobber(path) {
+            Ok(_) => Ok(true),
+            Err(error) if error.error.kind() == ErrorKind::AlreadyExists => Ok(false),
+            Err(error) => Err(error.error),
+        })
+    }
+
+    /// Writes a record in the place of the one that is there, in one step.
+    fn replace(&self, key: &str, value: &str) -> Result<bool> {
+        self.write(key, value, |file, path| Ok(file.persist(path).map(|_| true)?))
+    }
+
+    fn write(
+        &self,
+        key: &str,
+        value: &str,
+        put: impl FnOnce(NamedTempFile, &Path) -> std::io::Result<bool>,
+    ) -> Result<bool> {
         let path = self.root.join(key);
         let directory = path.parent().unwrap_or(&self.root);
         let attempt = || -> std::io::Result<bool> {
@@ -308,14 +343,10 @@ impl DirStore {
             file.write_all(value.as_bytes())?;
             file.as_file().set_permissions(std::fs::Permissions::from_mode(0o644))?;
             file.as_file().sync_all()?;
-            match file.persist_noclobber(&path) {
-                Ok(_) => {}
-                Err(error) if error.error.kind() == ErrorKind::AlreadyExists => return Ok(false),
-                Err(error) => return Err(error.error),
-            }
+            let done = put(file, &path)?;
             // The new name must survive a crash too.
             File::open(directory)?.sync_all()?;
-            Ok(true)
+            Ok(done)
         };
         attempt().with_context(|| format!("write {}", path.display()))
     }
@@ -463,6 +494,17 @@ mod tests {
             threads.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
         assert_eq!(subnets.len(), 16);
+    }
+
+    #[test]
+    fn readdress_changes_only_our_own_record() {
+        let (_root, store, config) = store();
+        let taken = store.acquire(&config, host(1), None, None, &BTreeMap::new()).unwrap();
+        assert!(!store.readdress(taken.subnet, host(2), host(3)).unwrap());
+        assert!(store.readdress(taken.subnet, host(1), host(3)).unwrap());
+        let records = store.list().unwrap();
+        assert_eq!(records.len(), 1, "{records:?}");
+        assert_eq!(records[0].value, lease::value(host(3)).as_bytes());
     }
 
     #[test]

@@ -91,6 +91,12 @@ fn blackhole(session: &Arc<Session>) -> Result<()> {
         // A bridge that comes later, with the whole subnet.
         host.tool("ip address add 10.244.1.1/24 dev eth1")?;
         ensure!(route("10.244.1.9")?.contains("eth1"), "the bridge's packets are discarded");
+        host.tool("ip route add blackhole 10.244.3.0/24 metric 5")?;
+        ensure!(
+            netlink.blackholes("10.244.0.0/16".parse()?).await? == [subnet],
+            "ours is not told from another's"
+        );
+        ensure!(netlink.blackholes("10.9.0.0/16".parse()?).await?.is_empty(), "another network's");
         ensure!(netlink.remove_blackhole(subnet).await?, "not removed");
         host.tool("ip address delete 10.244.1.1/24 dev eth1")?;
         ensure!(route("10.244.1.9")?.contains("eth0"), "still discarded");

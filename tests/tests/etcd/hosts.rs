@@ -12,7 +12,7 @@ use overlay_agent::{
 };
 use overlay_tests::etcd::Etcd;
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::{mpsc, oneshot, watch},
     task::JoinHandle,
     time::timeout,
 };
@@ -152,6 +152,7 @@ impl Events {
 /// A task that keeps a lease.
 pub(crate) struct Keeper {
     pub(crate) events: Events,
+    pub(crate) public_ip: watch::Sender<Ipv4Addr>,
     stop: oneshot::Sender<()>,
     task: JoinHandle<Held>,
 }
@@ -163,8 +164,9 @@ impl Keeper {
         let stopped = async move {
             let _ = stopped.await;
         };
-        let task = tokio::spawn(async move { store.maintain(held, sender, stopped).await });
-        Self { events: Events(events), stop, task }
+        let (public_ip, address) = watch::channel(held.public_ip);
+        let task = tokio::spawn(async move { store.maintain(held, address, sender, stopped).await });
+        Self { events: Events(events), public_ip, stop, task }
     }
 
     pub(crate) async fn stop(self) -> Held {

@@ -4,6 +4,7 @@ use std::{
     io::{ErrorKind, IoSliceMut},
     net::{Ipv4Addr, SocketAddrV4},
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
+    sync::atomic::Ordering,
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -167,7 +168,10 @@ pub(super) fn ingress(shared: &Shared) -> Result<()> {
                 shared.counters.dropped(reason);
                 continue;
             }
-            header.copy_from_slice(bytemuck::bytes_of(&partial::header(payload, shared.mtu)));
+            header.copy_from_slice(bytemuck::bytes_of(&partial::header(
+                payload,
+                shared.mtu.load(Ordering::Relaxed),
+            )));
             let whole = buffer.get(..VIRTIO_NET_HDR_LEN + len).unwrap_or_default();
             match shared.device.send(whole) {
                 Ok(_) => shared.counters.delivered(len),

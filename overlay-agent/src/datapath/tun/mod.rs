@@ -11,7 +11,16 @@ pub mod shell;
 pub use counters::SlowCounters;
 pub use io::bind;
 
-use std::{collections::BTreeMap, net::Ipv4Addr, os::fd::OwnedFd, sync::Arc, thread::JoinHandle};
+use std::{
+    collections::BTreeMap,
+    net::Ipv4Addr,
+    os::fd::OwnedFd,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread::JoinHandle,
+};
 
 use anyhow::{Context as _, Result};
 use arc_swap::ArcSwap;
@@ -33,7 +42,8 @@ pub struct TunRung {
 /// What both threads use.
 pub(crate) struct Shared {
     pub(crate) config: Config,
-    pub(crate) mtu: usize,
+    /// Largest inner packet in bytes.
+    pub(crate) mtu: AtomicUsize,
     pub(crate) device: SyncDevice,
     pub(crate) socket: OwnedFd,
     pub(crate) routes: ArcSwap<Lookup>,
@@ -59,7 +69,7 @@ impl TunRung {
         device.set_nonblocking(true).context("make the overlay device non-blocking")?;
         let shared = Arc::new(Shared {
             config,
-            mtu: mtu as usize,
+            mtu: AtomicUsize::new(mtu as usize),
             device,
             socket,
             routes: ArcSwap::default(),
@@ -87,6 +97,11 @@ impl TunRung {
     /// Replaces all routes at once.
     pub fn set_routes(&self, routes: &BTreeMap<Ipv4Net, Ipv4Addr>) {
         self.shared.routes.store(Arc::new(Lookup::new(routes)));
+    }
+
+    /// The overlay device carries inner packets of up to `mtu` bytes now.
+    pub fn set_mtu(&self, mtu: u32) {
+        self.shared.mtu.store(mtu as usize, Ordering::Relaxed);
     }
 
     /// What the threads counted.

@@ -5,14 +5,14 @@
 //! second it waits for a change of our keys or for the time of the next renewal. Whatever is in doubt - an error, a broken
 //! watch, a lease that has ended, a process that was paused for a day - leads back to the first.
 
-use std::time::Duration;
+use std::{net::Ipv4Addr, time::Duration};
 
 use etcd_client::{KeyValue, Txn, TxnOp, TxnOpResponse, WatchOptions, WatchStream};
 use tokio::{
-    sync::mpsc,
+    sync::{mpsc, watch},
     time::{Instant, sleep, sleep_until, timeout},
 };
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use super::{
     EtcdStore,
@@ -26,14 +26,15 @@ use crate::store::{Event, LeaseEvent};
 
 impl EtcdStore {
     /// Keeps `held` until `stop` is done or `events` is closed, and hands back what is held then. What happens to the claim
-    /// is sent to `events` as [`Event::Lease`].
+    /// is sent to `events` as [`Event::Lease`]. The record follows this host to whatever address `public_ip` says.
     pub async fn maintain(
         &self,
         held: Held,
+        public_ip: watch::Receiver<Ipv4Addr>,
         events: mpsc::Sender<Event>,
         stop: impl Future<Output = ()>,
     ) -> Held {
-        let mut keeper = Keeper::new(self.session.clone(), held, events.clone());
+        let mut keeper = Keeper::new(self.clone(), held, public_ip, events.clone());
         tokio::select! {
             () = keeper.run() => {}
             () = stop => {}
@@ -55,9 +56,19 @@ enum Found {
     Theirs(String),
 }
 
+/// Waits for another value, for ever when there will be none.
+async fn changed(public_ip: &mut watch::Receiver<Ipv4Addr>) {
+    if public_ip.changed().await.is_err() {
+        std::future::pending().await
+    }
+}
+
 struct Keeper {
+    store: EtcdStore,
     session: Shared,
     held: Held,
+    /// This host's address as it should stand in the record.
+    public_ip: watch::Receiver<Ipv4Addr>,
     events: mpsc::Sender<Event>,
     /// When the claim ends if nothing is heard from etcd any more, counted from before the last renewal was asked for.
     expires: Option<Instant>,
@@ -68,10 +79,16 @@ struct Keeper {
 }
 
 impl Keeper {
-    fn new(session: Shared, held: Held, events: mpsc::Sender<Event>) -> Self {
-        let now = Instant::now();
+    fn new(
+        store: EtcdStore,
+        held: Held,
+        public_ip: watch::Receiver<Ipv4Addr>,
+        events: mpsc::Sender<Event>,
+    ) -> Self {
+        let (now, session) = (Instant::now(), store.session.clone());
         let expires = held.lease.map(|_| now + session.options.lease_ttl);
-        Self { session, held, events, expires, renew_at: now, claim_at: now, trouble: None }
+        let (renew_at, claim_at) = (now, now);
+        Self { store, session, held, public_ip, events, expires, renew_at, claim_at, trouble: None }
     }
 
     /// Never ends by itself.
@@ -104,7 +121,15 @@ impl Keeper {
     }
 
     async fn check_and_wait(&mut self, backoff: &mut Backoff) -> Result<(), EtcdError> {
-        let revision = self.check().await?;
+        let mut revision = self.check().await?;
+        let public_ip = *self.public_ip.borrow_and_update();
+        if public_ip != self.held.public_ip {
+            let from = self.held.public_ip;
+            self.held = self.store.readdress(&self.held, public_ip).await?;
+            info!("the lease on {} is under {public_ip} now, no longer under {from}", self.held.subnet);
+            self.claim_at = Instant::now();
+            revision = self.check().await?;
+        }
         let (mut watch, connection) = self.open_watch(revision + 1).await?;
         backoff.reset();
         loop {
@@ -126,6 +151,7 @@ impl Keeper {
                         }
                     };
                 }
+                () = changed(&mut self.public_ip) => return Ok(()),
                 () = sleep_until(self.claim_at), if self.held.owner.is_some() => {
                     if !self.renew_claim().await? {
                         return Ok(());

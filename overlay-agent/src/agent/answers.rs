@@ -1,0 +1,114 @@
+//! What the agent says about itself.
+
+use anyhow::{Context as _, Result};
+use tokio::time::Instant;
+use tracing::debug;
+
+use super::{Agent, Claim, Place, StoreOption, problems::Concern};
+use crate::{
+    control::Question,
+    datapath::{Datapath, PathCounters},
+    health::Health,
+    report::{self, CounterList, Device, Route, RouteList, Status},
+    store::etcd::RENEW_MARGIN,
+};
+
+impl Agent {
+    pub(super) fn answer(&self, question: Question) -> Result<serde_json::Value> {
+        debug!("asked for {question:?}");
+        Ok(match question {
+            Question::Status => serde_json::to_value(self.status()?)?,
+            Question::Routes => serde_json::to_value(RouteList {
+                routes: self
+                    .table
+                    .routes
+                    .iter()
+                    .map(|(subnet, peer)| Route { subnet: *subnet, peer: *peer })
+                    .collect(),
+                skipped: self.table.skipped.clone(),
+            })?,
+            Question::Counters => serde_json::to_value(CounterList::from(self.counters()?))?,
+        })
+    }
+
+    fn status(&self) -> Result<Status> {
+        let datapath = self.datapath()?;
+        let Place { underlay, own, port, mtu } = &self.place;
+        Ok(Status {
+            state: self.state().to_owned(),
+            problems: self.problems.list(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            network: own.network,
+            subnet: own.subnet,
+            public_ip: own.public_ip,
+            port: *port,
+            device: Device {
+                name: self.options.device.clone(),
+                ifindex: datapath.overlay_ifindex,
+                mtu: *mtu,
+            },
+            underlay: Device::from(&underlay.link),
+            egress: datapath.egress.clone(),
+            ingress: datapath.ingress.clone(),
+            routes: self.table.routes.len(),
+            store: report::Store { name: self.leasing.name(), lost: self.problems.get(Concern::Store) },
+            drops: report::errors(&self.counters()?),
+        })
+    }
+
+    fn counters(&self) -> Result<PathCounters> {
+        Ok(self.counted.plus(&self.datapath()?.counters()?))
+    }
+
+    fn datapath(&self) -> Result<&Datapath> {
+        self.datapath.as_ref().context("the datapath is down and being made again; the log says why")
+    }
+
+    fn state(&self) -> &'static str {
+        match (self.running, self.problems.is_empty()) {
+            (false, _) => "starting",
+            (true, true) => "running",
+            (true, false) => "degraded",
+        }
+    }
+
+    pub(super) fn health(&self) -> Health {
+        let problems = self.problems.list().join("; ");
+        Health {
+            ready: match (self.running, self.informed) {
+                (true, _) => Ok(()),
+                (false, true) => Err("the device or the datapath is not there yet".to_owned()),
+                (false, false) => Err("the store has not told the peers' leases yet".to_owned()),
+            },
+            healthy: self.fit(),
+            degraded: Some(problems).filter(|problems| !problems.is_empty()),
+        }
+    }
+
+    /// Whether packets move and will go on to.
+    fn fit(&self) -> Result<(), String> {
+        if self.datapath.is_none() {
+            return Err("the datapath is down and being made again; the log says why".to_owned());
+        }
+        if let Some(why) = self.problems.get(Concern::Underlay) {
+            return Err(why);
+        }
+        let why = || self.problems.get(Concern::Lease).unwrap_or_default();
+        match self.claim {
+            Claim::Firm | Claim::Doubtful(None) => Ok(()),
+            Claim::Lost => Err(why()),
+            Claim::Doubtful(Some(end)) => {
+                let left = end.saturating_duration_since(Instant::now());
+                let margin = match &self.options.store {
+                    StoreOption::Etcd(etcd) => etcd.renew_margin,
+                    StoreOption::Dir(_) | StoreOption::None => RENEW_MARGIN,
+                };
+                match left < margin {
+                    true => Err(format!("the lease is about to be lost, in {} s: {}", left.as_secs(), why())),
+                    false => Ok(()),
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! How the agent fares, told to whoever asks (`/healthz`) and to whoever started it (systemd).
+
+use std::net::SocketAddr;
+
+use anyhow::Result;
+use tokio::{
+    sync::watch,
+    time::{Interval, MissedTickBehavior, interval},
+};
+
+use crate::{
+    health::{Health, HealthServer},
+    systemd::Systemd,
+};
+
+/// What was told last, and to whom.
+pub(super) struct Outlook {
+    health: watch::Sender<Health>,
+    systemd: Systemd,
+    watchdog: Option<Interval>,
+}
+
+impl Outlook {
+    /// Begins to answer at `healthz`.
+    ///
+    /// # Errors
+    ///
+    /// When that address cannot be had.
+    pub(super) async fn start(healthz: Option<SocketAddr>) -> Result<Self> {
+        let (health, receiver) = watch::channel(Health::starting());
+        if let Some(address) = healthz {
+            tokio::spawn(HealthServer::listen(address).await?.serve(receiver));
+        }
+        let watchdog = Systemd::watchdog_period().map(|period| {
+            let mut interval = interval(period);
+            interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            interval
+        });
+        Ok(Self { health, systemd: Systemd::default(), watchdog })
+    }
+
+    /// The start waits for something outside.
+    pub(super) fn waiting(&mut self, why: &str) {
+        let ready = Err(format!("waiting: {why}"));
+        self.tell(Health { ready, ..Health::starting() });
+        self.systemd.still_starting();
+    }
+
+    /// Tells what is new.
+    pub(super) fn tell(&mut self, health: Health) {
+        self.systemd.tell(&health);
+        self.health.send_if_modified(|told| {
+            let news = *told != health;
+            *told = health;
+            news
+        });
+    }
+
+    /// Waits until systemd's watchdog wants to hear from the main loop; for ever when there is none.
+    pub(super) async fn watchdog(&mut self) {
+        match &mut self.watchdog {
+            Some(interval) => drop(interval.tick().await),
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Says that the main loop turns.
+    pub(super) fn alive(&self) {
+        self.systemd.alive();
+    }
+
+    /// Says that the agent ends because it was told to.
+    pub(super) fn stopping(&self) {
+        self.systemd.stopping();
+    }
+}
