@@ -109,6 +109,11 @@ pub(crate) fn ip(host: u8) -> Ipv4Addr {
     Ipv4Addr::new(192, 168, 77, host)
 }
 
+/// An address that stays.
+pub(crate) fn fixed(address: Ipv4Addr) -> watch::Receiver<Ipv4Addr> {
+    watch::channel(address).1
+}
+
 /// What flannel's udp backend writes, byte for byte.
 pub(crate) fn value(host: u8) -> String {
     format!(r#"{{"PublicIP":"192.168.77.{host}","PublicIPv6":null}}"#)

@@ -5,7 +5,7 @@ use std::{thread, time::Duration};
 use overlay_agent::store::{Event, LeaseEvent};
 use tokio::{sync::mpsc, time::sleep};
 
-use crate::hosts::{Events, Keeper, NETWORK, Network, PREFIX, ip, key_of, subnet_key, value};
+use crate::hosts::{Events, Keeper, NETWORK, Network, PREFIX, fixed, ip, key_of, subnet_key, value};
 
 #[tokio::test]
 async fn a_short_lease_is_renewed_again_and_again() {
@@ -117,7 +117,7 @@ impl Pausable {
                         thread::sleep(pause);
                     }
                 };
-                store.maintain(held, sender, stop).await;
+                store.maintain(held, fixed(ip(1)), sender, stop).await;
             });
         });
         Self { events: Events(events), pause, thread }
@@ -239,7 +239,7 @@ async fn keeping_ends_when_nobody_listens() {
     let store = network.store(1).await;
     let kept = tokio::spawn({
         let held = held.clone();
-        async move { store.maintain(held, sender, std::future::pending()).await }
+        async move { store.maintain(held, fixed(ip(1)), sender, std::future::pending()).await }
     });
     drop(events);
     assert_eq!(kept.await.unwrap().subnet, held.subnet);
