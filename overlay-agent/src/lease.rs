@@ -9,6 +9,9 @@ use thiserror::Error;
 
 use crate::config::field;
 
+/// Characters of a record that an error shows. Anybody may write records, and as many as fit.
+const LONGEST_SHOWN: usize = 64;
+
 /// What a lease record says about its holder.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LeaseValue {
@@ -39,7 +42,7 @@ pub enum LeaseError {
 ///
 /// [`LeaseError::Key`] for anything else, also for a subnet with host bits set.
 pub fn parse_key(key: &str) -> Result<Ipv4Net, LeaseError> {
-    let error = || LeaseError::Key(key.chars().take(64).collect());
+    let error = || LeaseError::Key(key.chars().take(LONGEST_SHOWN).collect());
     let (ipv4, ipv6) = match key.split_once('&') {
         Some((ipv4, ipv6)) => (ipv4, Some(ipv6)),
         None => (key, None),
@@ -68,19 +71,35 @@ pub fn parse_value(json: &[u8]) -> Result<LeaseValue, LeaseError> {
     let value: Value =
         serde_json::from_slice(json).map_err(|error| LeaseError::NotJson(error.to_string()))?;
     let Value::Object(record) = value else {
-        return Err(LeaseError::NotJson(format!("it is {value}")));
+        return Err(LeaseError::NotJson(format!("it is {}", shown(&value))));
     };
     let public_ip = field(&record, "PublicIP");
     let public_ip = public_ip
         .and_then(Value::as_str)
         .and_then(|text| text.parse().ok())
         .filter(|address| is_host(*address))
-        .ok_or_else(|| LeaseError::PublicIp(public_ip.unwrap_or(&Value::Null).to_string()))?;
+        .ok_or_else(|| LeaseError::PublicIp(shown(public_ip.unwrap_or(&Value::Null))))?;
     let backend_type = field(&record, "BackendType")
         .and_then(Value::as_str)
-        .map(str::to_ascii_lowercase)
+        .map(|kind| kind.chars().take(LONGEST_SHOWN).collect::<String>().to_ascii_lowercase())
         .filter(|kind| !kind.is_empty() && kind != "udp");
     Ok(LeaseValue { public_ip, backend_type })
+}
+
+/// The beginning of a value, without characters that a terminal obeys.
+fn shown(value: &Value) -> String {
+    let text = value.to_string();
+    let mut shown = String::new();
+    for character in text.chars().take(LONGEST_SHOWN) {
+        match character.is_control() {
+            true => shown.extend(character.escape_unicode()),
+            false => shown.push(character),
+        }
+    }
+    if text.chars().nth(LONGEST_SHOWN).is_some() {
+        shown.push_str("...");
+    }
+    shown
 }
 
 /// The value that a host writes, byte for byte as flannel's udp backend does.
@@ -156,5 +175,20 @@ mod tests {
         ] {
             assert!(parse_value(bad.as_bytes()).is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn an_error_shows_the_beginning_of_a_record_and_nothing_that_a_terminal_obeys() {
+        let long = "9,".repeat(5000);
+        for bad in [format!("[{long}9]"), format!(r#"{{"PublicIP":"{long}"}}"#)] {
+            let error = parse_value(bad.as_bytes()).unwrap_err().to_string();
+            assert!(error.contains("9,9,") && error.contains("...") && error.len() < 200, "{error}");
+        }
+        let backend = format!(r#"{{"PublicIP":"1.2.3.4","BackendType":"{}"}}"#, "x".repeat(5000));
+        assert!(parse_value(backend.as_bytes()).unwrap().backend_type.unwrap().len() < 100);
+        let error = parse_value("{\"PublicIP\":\"\u{9b}2J\u{7f}\"}".as_bytes()).unwrap_err().to_string();
+        assert!(error.contains("\\u{9b}2J\\u{7f}") && !error.contains(char::is_control), "{error}");
+        let whole = parse_value(br#"{"PublicIP":"host"}"#).unwrap_err().to_string();
+        assert!(whole.starts_with("PublicIP is \"host\": "), "{whole}");
     }
 }
