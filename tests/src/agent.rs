@@ -25,10 +25,12 @@ use crate::{
     session::Session,
 };
 
-/// Name of the overlay device.
+/// Name of the overlay device unless a test asks for another.
 pub const DEVICE: &str = "ovl0";
 /// How long an agent may take to start or to end.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// How long an agent may take to refuse: whether another host with its address lives shows in the time of a claim.
+const REFUSAL: Duration = Duration::from_secs(40);
 /// Lines of the log that an error shows.
 const TAIL: usize = 25;
 
@@ -84,6 +86,7 @@ pub struct Site {
     netns: Arc<Netns>,
     binary: PathBuf,
     directory: PathBuf,
+    device: String,
 }
 
 impl Site {
@@ -93,8 +96,18 @@ impl Site {
     ///
     /// When there is no agent to run, or a directory cannot be created.
     pub fn new(session: &Session, netns: &Arc<Netns>, role: &str) -> Result<Arc<Self>> {
+        Self::of_device(session, netns, role, DEVICE)
+    }
+
+    /// A site whose agent makes the overlay device `device`: there may be several in one namespace.
+    ///
+    /// # Errors
+    ///
+    /// As [`Site::new`].
+    pub fn of_device(session: &Session, netns: &Arc<Netns>, role: &str, device: &str) -> Result<Arc<Self>> {
         let directory = session.new_directory(role)?;
-        Ok(Arc::new(Self { netns: Arc::clone(netns), binary: binary()?, directory }))
+        let (netns, device) = (Arc::clone(netns), device.to_owned());
+        Ok(Arc::new(Self { netns, binary: binary()?, directory, device }))
     }
 
     /// The agent's run directory, where its control socket is.
@@ -104,7 +117,7 @@ impl Site {
 
     /// Path of the control socket.
     pub fn socket(&self) -> PathBuf {
-        self.run_directory().join(format!("{DEVICE}.sock"))
+        self.run_directory().join(format!("{}.sock", self.device))
     }
 
     /// The command that enters the namespace by hand.
@@ -117,15 +130,25 @@ impl Site {
         &self.binary
     }
 
-    fn log(&self) -> PathBuf {
+    /// The namespace.
+    pub fn netns(&self) -> &Arc<Netns> {
+        &self.netns
+    }
+
+    /// Where the agent writes its subnet for container runtimes.
+    pub fn subnet_file(&self) -> PathBuf {
+        self.directory.join("subnet.env")
+    }
+
+    fn log_file(&self) -> PathBuf {
         self.directory.join("log")
     }
 
     /// The agent's `run` with the files of this site and `arguments`.
     pub fn run_command(&self, arguments: &[String]) -> Command {
         let mut command = Command::new(&self.binary);
-        command.arg("run").arg("--run-dir").arg(self.run_directory());
-        command.arg("--subnet-file").arg(self.directory.join("subnet.env")).args(arguments);
+        command.arg("run").arg("--run-dir").arg(self.run_directory()).args(["--device", &self.device]);
+        command.arg("--subnet-file").arg(self.subnet_file()).args(arguments);
         // Programs are often asked for more words than a test wants to read.
         command.env_remove("RUST_LOG").stdin(Stdio::null());
         command
@@ -137,20 +160,27 @@ impl Site {
     ///
     /// When it ends or is not running within 20 seconds, with the end of its log.
     pub fn start(self: &Arc<Self>, arguments: &[String]) -> Result<Agent> {
-        let log = File::create(self.log()).with_context(|| format!("create {}", self.log().display()))?;
-        let mut command = self.run_command(arguments);
+        let mut agent = self.begin(self.run_command(arguments))?;
+        agent.wait_until_running()?;
+        Ok(agent)
+    }
+
+    /// Starts an agent and does not wait for it.
+    ///
+    /// # Errors
+    ///
+    /// When the command cannot be run.
+    pub fn begin(self: &Arc<Self>, command: Command) -> Result<Agent> {
+        let child = self.spawn(command)?;
+        Ok(Agent { site: Arc::clone(self), child, ended: false })
+    }
+
+    fn spawn(&self, mut command: Command) -> Result<Child> {
+        let path = self.log_file();
+        let log = File::create(&path).with_context(|| format!("create {}", path.display()))?;
         // Of its own process group: Ctrl-C is for whoever runs the tests, who then ends the agents in order.
         command.process_group(0).stdout(log.try_clone().context("share the log file")?).stderr(log);
-        let child = self.netns.spawn(&mut command)?;
-        let mut agent = Agent { site: Arc::clone(self), child, ended: false };
-        if let Err(error) = agent.wait_until_running() {
-            bail!(
-                "start an agent in {}: {error:#}; the end of its log:\n{}",
-                self.netns.name(),
-                self.log_tail()
-            );
-        }
-        Ok(agent)
+        self.netns.spawn(&mut command)
     }
 
     /// Runs an agent that should refuse to start.
@@ -158,18 +188,16 @@ impl Site {
     /// # Errors
     ///
     /// When it starts all the same, ends with success, or does not say why in one line.
-    pub fn refused(&self, mut command: Command) -> Result<String> {
-        let log = File::create(self.log()).with_context(|| format!("create {}", self.log().display()))?;
-        command.process_group(0).stdout(log.try_clone().context("share the log file")?).stderr(log);
-        let mut child = self.netns.spawn(&mut command)?;
-        let Some(status) = wait(&mut child, Duration::from_secs(10))? else {
+    pub fn refused(&self, command: Command) -> Result<String> {
+        let mut child = self.spawn(command)?;
+        let Some(status) = wait(&mut child, REFUSAL)? else {
             let _ = kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM);
             if wait(&mut child, PATIENCE)?.is_none() {
                 child.kill().context("kill an agent that does not end")?;
             }
             bail!("the agent started instead of refusing; the end of its log:\n{}", self.log_tail());
         };
-        let log = self.read_log();
+        let log = self.log();
         let errors: Vec<&str> = log.lines().filter(|line| line.starts_with("error:")).collect();
         let [error] = errors.as_slice() else {
             bail!("{} lines of the agent's output start with `error:`, not one:\n{log}", errors.len());
@@ -187,9 +215,19 @@ impl Site {
         self.ask("down", &[]).map(drop)
     }
 
+    /// What `overlay-agent QUESTION` with `arguments` prints about the agent here.
+    ///
+    /// # Errors
+    ///
+    /// When no agent answers.
+    pub fn answer(&self, question: &str, arguments: &[&str]) -> Result<String> {
+        Ok(String::from_utf8_lossy(&self.ask(question, arguments)?).into_owned())
+    }
+
     fn ask(&self, question: &str, arguments: &[&str]) -> Result<Vec<u8>> {
         let mut command = Command::new(&self.binary);
-        command.arg(question).arg("--run-dir").arg(self.run_directory()).args(arguments);
+        command.arg(question).arg("--run-dir").arg(self.run_directory()).args(["--device", &self.device]);
+        command.args(arguments);
         let output = self.netns.output(&mut command)?;
         if !output.status.success() {
             bail!(
@@ -202,13 +240,16 @@ impl Site {
         Ok(output.stdout)
     }
 
-    fn read_log(&self) -> String {
-        fs::read(self.log()).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
+    /// All that the last agent here wrote.
+    pub fn log(&self) -> String {
+        fs::read(self.log_file())
+            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+            .unwrap_or_default()
     }
 
     /// The last lines of the agent's log.
     pub fn log_tail(&self) -> String {
-        let log = self.read_log();
+        let log = self.log();
         let lines: Vec<&str> = log.lines().collect();
         let tail = lines.get(lines.len().saturating_sub(TAIL)..).unwrap_or_default();
         format!("    {}", tail.join("\n    "))
@@ -256,6 +297,15 @@ impl Agent {
         self.report("counters")
     }
 
+    /// What people read when they ask it `question`.
+    ///
+    /// # Errors
+    ///
+    /// When it does not answer.
+    pub fn text(&self, question: &str) -> Result<String> {
+        self.site.answer(question, &[])
+    }
+
     fn report<T: DeserializeOwned>(&self, question: &str) -> Result<T> {
         let bytes = self.site.ask(question, &["-o", "json"])?;
         serde_json::from_slice(&bytes).with_context(|| {
@@ -289,14 +339,41 @@ impl Agent {
         Ok(self.child.try_wait().context("read the state of an agent")?.is_none())
     }
 
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Stops the process where it is: it does nothing any more, while time goes on.
+    ///
+    /// # Errors
+    ///
+    /// When it is gone.
+    pub fn pause(&self) -> Result<()> {
+        self.signal(Signal::SIGSTOP)
+    }
+
+    /// Lets a paused process go on.
+    ///
+    /// # Errors
+    ///
+    /// When it is gone.
+    pub fn resume(&self) -> Result<()> {
+        self.signal(Signal::SIGCONT)
+    }
+
+    fn signal(&self, signal: Signal) -> Result<()> {
+        kill(Pid::from_raw(self.child.id().cast_signed()), signal)
+            .with_context(|| format!("send {signal} to an agent"))
+    }
+
     /// Sends SIGTERM and checks that the agent ends with success.
     ///
     /// # Errors
     ///
     /// When it does not end within 20 seconds or with another exit code than 0, with the end of its log.
     pub fn stop(mut self) -> Result<()> {
-        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM)
-            .context("send SIGTERM to an agent")?;
+        self.signal(Signal::SIGTERM)?;
         let Some(status) = wait(&mut self.child, PATIENCE)? else {
             bail!("an agent does not end on SIGTERM; the end of its log:\n{}", self.site.log_tail());
         };
@@ -326,7 +403,19 @@ impl Agent {
         self.ended = true;
     }
 
-    fn wait_until_running(&mut self) -> Result<()> {
+    /// Waits until the agent runs.
+    ///
+    /// # Errors
+    ///
+    /// When it ends or is not running within 20 seconds, with the end of its log.
+    pub fn wait_until_running(&mut self) -> Result<()> {
+        self.run_up().map_err(|error| {
+            let (netns, log) = (self.site.netns.name(), self.site.log_tail());
+            anyhow::anyhow!("start an agent in {netns}: {error:#}; the end of its log:\n{log}")
+        })
+    }
+
+    fn run_up(&mut self) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             if let Some(status) = self.child.try_wait().context("read the state of an agent")? {

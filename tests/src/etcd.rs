@@ -1,10 +1,11 @@
-//! One etcd server on loopback: started on free ports with a directory of its own, paused, killed, restarted, wiped.
+//! One etcd server, on loopback or in a host's namespace: started, paused, killed, restarted, wiped.
 
 use std::{
     fs::File,
-    net::{TcpListener, TcpStream},
+    net::{Ipv4Addr, TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -15,6 +16,8 @@ use nix::{
     unistd::Pid,
 };
 use tempfile::TempDir;
+
+use crate::{netns::Netns, session::Session};
 
 /// How long a server may take to listen.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -32,10 +35,60 @@ pub struct ServerTls {
     pub client_ca: Option<PathBuf>,
 }
 
-/// A server and its data. Both are gone when this is dropped.
+/// Where a server and its data are.
+#[derive(Debug)]
+enum Home {
+    /// On the machine's own loopback.
+    Loopback(TempDir),
+    /// In a host's namespace, at this address.
+    Host { netns: Arc<Netns>, address: Ipv4Addr, directory: PathBuf },
+}
+
+impl Home {
+    fn address(&self) -> Ipv4Addr {
+        match self {
+            Self::Loopback(_) => Ipv4Addr::LOCALHOST,
+            Self::Host { address, .. } => *address,
+        }
+    }
+
+    fn directory(&self) -> &Path {
+        match self {
+            Self::Loopback(directory) => directory.path(),
+            Self::Host { directory, .. } => directory,
+        }
+    }
+
+    /// Does something where the server's addresses are.
+    fn run<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        match self {
+            Self::Loopback(_) => work(),
+            Self::Host { netns, .. } => netns.run(work)?,
+        }
+    }
+
+    fn spawn(&self, arguments: &[String], log: File) -> Result<Child> {
+        let spawn = |command: &mut Command| {
+            let output = log.try_clone().context("share etcd's log")?;
+            command.args(arguments).stdin(Stdio::null()).stdout(output).stderr(log);
+            match self {
+                Self::Loopback(_) => command.spawn().context("start etcd: install etcd-server"),
+                Self::Host { netns, .. } => netns.spawn(command),
+            }
+        };
+        match self {
+            // The server goes when the thread of the test goes, however that ends.
+            Self::Loopback(_) => spawn(Command::new("setpriv").args(["--pdeathsig", "KILL", "etcd"])),
+            // The thread that starts it ends at once. The session ends what is left in its namespaces.
+            Self::Host { .. } => spawn(&mut Command::new("etcd")),
+        }
+    }
+}
+
+/// A server and its data. Both are gone when this is dropped, or with its session.
 #[derive(Debug)]
 pub struct Etcd {
-    directory: TempDir,
+    home: Home,
     tls: Option<ServerTls>,
     client_port: u16,
     /// Where clients find the server when it is not somewhere else for a while.
@@ -62,13 +115,13 @@ impl Etcd {
     pub fn start_with(tls: Option<ServerTls>) -> Result<Self> {
         let mut last = None;
         for _ in 0..ATTEMPTS {
-            let port = free_port()?;
+            let port = free_port(Ipv4Addr::LOCALHOST)?;
             let mut etcd = Self {
-                directory: tempfile::tempdir().context("make a directory for etcd")?,
+                home: Home::Loopback(tempfile::tempdir().context("make a directory for etcd")?),
                 tls: tls.clone(),
                 client_port: port,
                 known_port: port,
-                peer_port: free_port()?,
+                peer_port: free_port(Ipv4Addr::LOCALHOST)?,
                 child: None,
             };
             match etcd.restart() {
@@ -79,9 +132,26 @@ impl Etcd {
         Err(last.unwrap_or_else(|| anyhow::anyhow!("etcd was not started")))
     }
 
+    /// A server at `address` in a host's namespace, on etcd's own ports. [`Self::restart`] starts it.
+    ///
+    /// # Errors
+    ///
+    /// When its directory cannot be made.
+    pub fn prepare(session: &Session, netns: &Arc<Netns>, address: Ipv4Addr) -> Result<Self> {
+        let directory = session.new_directory("etcd")?;
+        Ok(Self {
+            home: Home::Host { netns: Arc::clone(netns), address, directory },
+            tls: None,
+            client_port: 2379,
+            known_port: 2379,
+            peer_port: 2380,
+            child: None,
+        })
+    }
+
     /// The URL for clients.
     pub fn endpoint(&self) -> String {
-        format!("{}://127.0.0.1:{}", self.scheme(), self.client_port)
+        format!("{}://{}:{}", self.scheme(), self.home.address(), self.client_port)
     }
 
     /// Starts the server again, with the data that it had.
@@ -91,40 +161,43 @@ impl Etcd {
     /// When it does not come to listen.
     pub fn restart(&mut self) -> Result<()> {
         self.kill();
-        let log = self.directory.path().join("log");
+        let log = self.home.directory().join("log");
         let output = File::create(&log).with_context(|| format!("create {}", log.display()))?;
+        let child = self.child.insert(self.home.spawn(&self.arguments(), output)?);
+        let (address, deadline) = ((self.home.address(), self.client_port), Instant::now() + PATIENCE);
+        self.home.run(|| {
+            while TcpStream::connect(address).is_err() {
+                let ended = child.try_wait()?;
+                if ended.is_some() || Instant::now() > deadline {
+                    bail!("etcd does not listen: {}", last_line(&log));
+                }
+                thread::sleep(Duration::from_millis(20));
+            }
+            Ok(())
+        })
+    }
+
+    fn arguments(&self) -> Vec<String> {
         let client = self.endpoint();
         let peer = format!("http://127.0.0.1:{}", self.peer_port);
-        // The server goes when the thread of the test goes, however that ends.
-        let mut command = Command::new("setpriv");
-        command
-            .args(["--pdeathsig", "KILL", "etcd", "--name", "one", "--logger", "zap"])
-            .args(["--data-dir".as_ref(), self.data().as_os_str()])
-            .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
-            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-            .args(["--initial-cluster", &format!("one={peer}")]);
+        let (data, cluster) = (self.data().display().to_string(), format!("one={peer}"));
+        let words = ["--name", "one", "--logger", "zap", "--data-dir", &data];
+        let clients = ["--listen-client-urls", &client, "--advertise-client-urls", &client];
+        let peers = ["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer];
+        let all = [&words[..], &clients[..], &peers[..], &["--initial-cluster", &cluster]].concat();
+        let mut arguments: Vec<String> = all.into_iter().map(str::to_owned).collect();
+        let mut file = |flag: &str, path: &Path| {
+            arguments.extend([flag.to_owned(), path.display().to_string()]);
+        };
         if let Some(tls) = &self.tls {
-            command.arg("--cert-file").arg(&tls.cert).arg("--key-file").arg(&tls.key);
+            file("--cert-file", &tls.cert);
+            file("--key-file", &tls.key);
             if let Some(ca) = &tls.client_ca {
-                command.arg("--client-cert-auth").arg("--trusted-ca-file").arg(ca);
+                file("--trusted-ca-file", ca);
+                arguments.push("--client-cert-auth".to_owned());
             }
         }
-        let child = command
-            .stdin(Stdio::null())
-            .stdout(output.try_clone()?)
-            .stderr(output)
-            .spawn()
-            .context("start etcd: install etcd-server")?;
-        let child = self.child.insert(child);
-        let deadline = Instant::now() + PATIENCE;
-        while TcpStream::connect(("127.0.0.1", self.client_port)).is_err() {
-            let ended = child.try_wait()?;
-            if ended.is_some() || Instant::now() > deadline {
-                bail!("etcd does not listen: {}", last_line(&log));
-            }
-            thread::sleep(Duration::from_millis(20));
-        }
-        Ok(())
+        arguments
     }
 
     /// Starts the server again where only [`Self::endpoint`] knows it, so that its clients still miss it.
@@ -133,7 +206,8 @@ impl Etcd {
     ///
     /// When it does not come to listen.
     pub fn restart_elsewhere(&mut self) -> Result<()> {
-        self.client_port = free_port()?;
+        let address = self.home.address();
+        self.client_port = self.home.run(|| free_port(address))?;
         self.restart()
     }
 
@@ -195,7 +269,7 @@ impl Etcd {
     }
 
     fn data(&self) -> PathBuf {
-        self.directory.path().join("data")
+        self.home.directory().join("data")
     }
 }
 
@@ -205,8 +279,8 @@ impl Drop for Etcd {
     }
 }
 
-fn free_port() -> Result<u16> {
-    let listener = TcpListener::bind(("127.0.0.1", 0)).context("look for a free port")?;
+fn free_port(address: Ipv4Addr) -> Result<u16> {
+    let listener = TcpListener::bind((address, 0)).context("look for a free port")?;
     Ok(listener.local_addr()?.port())
 }
 

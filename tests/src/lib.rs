@@ -3,7 +3,7 @@
 //! In reading order: [`session`] owns everything a run creates, [`netns`] is one namespace, [`topology`] is the reference
 //! topology (two hosts, a container behind each), [`comparison`] connects it without the overlay, [`agent`] and [`pair`]
 //! with it. [`traffic`] sends and verifies, [`verify`] is the list of checks that the demo and the tests share. [`etcd`]
-//! is a server on loopback, for the store.
+//! is a server for the store, and [`switch`] connects as many hosts as a test of the store wants.
 
 pub mod agent;
 pub mod comparison;
@@ -13,6 +13,7 @@ pub mod netns;
 pub mod pair;
 pub mod report;
 pub mod session;
+pub mod switch;
 pub mod table;
 pub mod topology;
 pub mod traffic;

@@ -3,5 +3,6 @@
 pub mod payload;
 pub mod ping;
 pub mod rate;
+pub mod steady;
 pub mod tcp;
 pub mod udp;

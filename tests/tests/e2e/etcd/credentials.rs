@@ -1,0 +1,127 @@
+//! An etcd that asks who is there: the password gets the agent in, and nobody gets to see it.
+
+use std::{fs, process::Command, sync::Arc};
+
+use anyhow::{Context, Result, ensure};
+use etcd_client::{Permission, PermissionType};
+use overlay_tests::{
+    agent::{Agent, Rung, Site},
+    session::Session,
+    switch::{HUB, Switch},
+    topology::NETWORK,
+};
+
+use super::{
+    arguments, config,
+    server::{PREFIX, Server},
+    wait_until,
+};
+use crate::{machine::Need, suite::Suite};
+
+const USER: &str = "flannel";
+const PASSWORD: &str = "correct-horse-battery";
+const WRONG: &str = "wrong-horse-battery";
+
+pub(super) fn register(suite: &mut Suite) {
+    let tun: &[Need] = &[Need::Tun];
+    suite.add("etcd::a_password_is_shown_nowhere", tun, password_is_shown_nowhere);
+}
+
+/// Users on: root, and one for the agents with the rights on their prefix only.
+fn enable_users(server: &mut Server) -> Result<()> {
+    server.ask(async |client| {
+        // Begun again after half of it, when etcd does not answer in time: what is there already is no harm.
+        let _ = client.role_add("root").await;
+        let _ = client.user_add("root", "root-secret", None).await;
+        client.user_grant_role("root", "root").await?;
+        let _ = client.role_add("overlay").await;
+        let all = Permission::new(PermissionType::Readwrite, format!("{PREFIX}/")).with_prefix();
+        client.role_grant_permission("overlay", all).await?;
+        let _ = client.user_add(USER, PASSWORD, None).await;
+        client.user_grant_role(USER, "overlay").await?;
+        client.auth_enable().await
+    })?;
+    server.log_in("root", "root-secret");
+    Ok(())
+}
+
+/// The agent on a site, with the user's password in the environment, where flanneld looks.
+fn command(site: &Site, server: &Server, password: &str) -> Command {
+    let mut command = site.run_command(&arguments(server, Rung::Tun));
+    command.env("FLANNELD_ETCD_USERNAME", USER).env("FLANNELD_ETCD_PASSWORD", password);
+    command
+}
+
+/// Asks a running agent everything that can be asked, and looks for the password in all of it.
+fn shows_no_password(agent: &Agent, in_command_line: bool) -> Result<()> {
+    let status = agent.text("status")?;
+    let json = agent.site().answer("status", &["-o", "json"])?;
+    let mut places = vec![
+        ("log", agent.site().log()),
+        ("status", status),
+        ("status -o json", json),
+        ("routes", agent.text("routes")?),
+        ("counters", agent.text("counters")?),
+    ];
+    if !in_command_line {
+        let path = format!("/proc/{}/cmdline", agent.pid());
+        let line = fs::read(&path).with_context(|| format!("read {path}"))?;
+        places.push(("command line", String::from_utf8_lossy(&line).into_owned()));
+    }
+    for (place, text) in places {
+        ensure!(!text.is_empty(), "the {place} is empty");
+        let line = text.lines().find(|line| line.contains(PASSWORD));
+        ensure!(line.is_none(), "the password is in the {place}: {line:?}");
+    }
+    Ok(())
+}
+
+fn password_is_shown_nowhere(session: &Arc<Session>) -> Result<()> {
+    let switch = Switch::build(session, 1)?;
+    let host = switch.hosts.first().context("no host")?;
+    let mut server = Server::start(session, &switch.hub, HUB)?;
+    server.write_config(&config(NETWORK))?;
+    enable_users(&mut server)?;
+    let site = Site::new(session, &host.netns, "agent")?;
+
+    // In the environment, with all that the agent and its libraries can log.
+    let mut with_trace = command(&site, &server, PASSWORD);
+    with_trace.env("RUST_LOG", "trace");
+    let mut agent = site.begin(with_trace)?;
+    agent.wait_until_running()?;
+    ensure!(site.log().contains(" TRACE "), "the log has no traces");
+    // Long enough for a connection to break and another to be made, with another login.
+    server.kill();
+    wait_until("the agent misses etcd", || Ok(agent.status()?.state == "degraded"))?;
+    server.restart()?;
+    wait_until("the agent is logged in again", || Ok(agent.status()?.state == "running"))?;
+    shows_no_password(&agent, false)?;
+    agent.stop()?;
+    ensure!(!site.log().contains(PASSWORD), "the password is in the log of the agent's end");
+
+    // On the command line, where only the list of processes has it.
+    let mut flags = arguments(&server, Rung::Tun);
+    flags.extend(["-etcd-username".to_owned(), USER.to_owned(), format!("-etcd-password={PASSWORD}")]);
+    let mut with_flag = site.run_command(&flags);
+    with_flag.env("RUST_LOG", "trace");
+    let mut agent = site.begin(with_flag)?;
+    agent.wait_until_running()?;
+    shows_no_password(&agent, true)?;
+    agent.stop()?;
+
+    // A wrong one is an error at once; waiting would not make it right.
+    let mut with_trace = command(&site, &server, WRONG);
+    with_trace.env("RUST_LOG", "trace");
+    for refused in [with_trace, command(&site, &server, WRONG)] {
+        let error = site.refused(refused)?;
+        ensure!(error.contains("etcd refuses") && error.contains("--etcd-password"), "{error}");
+        ensure!(!site.log().contains(WRONG), "the wrong password is in the log:\n{}", site.log_tail());
+    }
+    let lines = site.log().lines().count();
+    ensure!(lines == 1, "{lines} lines where one says it:\n{}", site.log_tail());
+
+    // None at all is one, too.
+    let error = site.refused(site.run_command(&arguments(&server, Rung::Tun)))?;
+    ensure!(error.contains("etcd refuses") && error.contains("--etcd-username"), "{error}");
+    Ok(())
+}

@@ -1,0 +1,79 @@
+//! The agent in flanneld's place: started by its name, with its flags and its environment.
+
+use std::{
+    fs,
+    os::unix::fs::{PermissionsExt, symlink},
+    process::{Command, Stdio},
+    sync::Arc,
+};
+
+use anyhow::{Context, Result, ensure};
+use overlay_tests::{
+    agent::{Agent, Site},
+    session::Session,
+    switch::{HUB, Host, Switch},
+    topology::UPLINK,
+    traffic::ping::ping_with_ttl,
+};
+
+use super::{server::Server, value, wait_for_route};
+use crate::{machine::Need, suite::Suite};
+
+pub(super) fn register(suite: &mut Suite) {
+    let tun: &[Need] = &[Need::Tun];
+    suite.add("etcd::runs_under_the_name_flanneld", tun, under_flannelds_name);
+}
+
+/// flanneld as a unit file starts it: some flags with one dash, the rest in the environment.
+fn flanneld(session: &Session, host: &Host, server: &Server, role: &str) -> Result<(Arc<Site>, Command)> {
+    let site = Site::new(session, &host.netns, role)?;
+    let link = session.new_directory("bin")?.join("flanneld");
+    symlink(site.binary(), &link).with_context(|| format!("link {}", link.display()))?;
+    let mut command = Command::new(link);
+    command.stdin(Stdio::null()).env_remove("RUST_LOG");
+    command.arg("-etcd-prefix=/flannel/network").args(["-iface", UPLINK, "-v", "1"]);
+    command.arg("-ip-masq=false").arg(format!("-subnet-file={}", site.subnet_file().display()));
+    command.env("FLANNELD_ETCD_ENDPOINTS", server.endpoint());
+    command.env("FLANNELD_IFACE", "nosuch0").env("FLANNELD_SUBNET_LEASE_RENEW_MARGIN", "30");
+    command.env("OVERLAY_AGENT_RUN_DIR", site.run_directory()).env("OVERLAY_AGENT_DATAPATH", "tun");
+    Ok((site, command))
+}
+
+fn under_flannelds_name(session: &Arc<Session>) -> Result<()> {
+    let switch = Switch::build(session, 2)?;
+    let server = Server::start(session, &switch.hub, HUB)?;
+    let config = r#"{"Network":"10.5.0.0/16","SubnetLen":24,"Backend":{"Type":"UDP","Port":7890}}"#;
+    server.put("/flannel/network/config", config.as_bytes(), 0)?;
+    let start = |host, role| -> Result<Agent> {
+        let (site, command) = flanneld(session, host, &server, role)?;
+        let mut agent = site.begin(command)?;
+        agent.wait_until_running()?;
+        Ok(agent)
+    };
+    let [first, second] = switch.hosts.as_slice() else { anyhow::bail!("not two hosts") };
+    let (a, b) = (start(first, "a")?, start(second, "b")?);
+
+    let subnet = b.status()?.subnet;
+    let (base, _) = subnet.split_once('/').context("a subnet without a length")?;
+    wait_for_route(&a, &subnet, second.underlay)?;
+    wait_for_route(&b, &a.status()?.subnet, first.underlay)?;
+    ping_with_ttl(&first.netns, base.parse()?, 62)?;
+    ensure!(b.status()?.port == 7890, "{}", b.text("status")?);
+    let records = server.below("/flannel/network/subnets/")?;
+    ensure!(
+        records.len() == 2 && records.iter().any(|record| record.value == value(second.underlay)),
+        "{records:?}"
+    );
+
+    let file = b.site().subnet_file();
+    let gateway = base.strip_suffix('0').context("a subnet that does not end in 0")?;
+    let expected = format!(
+        "FLANNEL_NETWORK=10.5.0.0/16\nFLANNEL_SUBNET={gateway}1/24\nFLANNEL_MTU=1472\nFLANNEL_IPMASQ=false\n"
+    );
+    let text = fs::read_to_string(&file).with_context(|| format!("read {}", file.display()))?;
+    ensure!(text == expected, "the subnet file says {text}");
+    let mode = fs::metadata(&file)?.permissions().mode() & 0o777;
+    ensure!(mode == 0o644, "the subnet file has mode {mode:o}");
+    a.stop()?;
+    b.stop()
+}

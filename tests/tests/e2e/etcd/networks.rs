@@ -1,0 +1,112 @@
+//! Two networks on the same hosts, each with its own prefix, addresses, device and port.
+
+use std::{net::Ipv4Addr, sync::Arc};
+
+use anyhow::{Context, Result, ensure};
+use overlay_tests::{
+    agent::{Agent, DEVICE, Rung, Site},
+    session::Session,
+    switch::{HUB, Host, Switch},
+    topology::Endpoint,
+    traffic::{ping::ping_with_ttl, steady::without_loss, udp::every_size},
+};
+
+use super::{arguments, server::Server, wait_until};
+use crate::{machine::Need, matrix::needs, suite::Suite};
+
+pub(super) fn register(suite: &mut Suite) {
+    let cases: [(Rung, &[Need]); 2] = [(Rung::Tun, &[Need::Tun]), (Rung::Tc, needs(Rung::Tc, Rung::Tc))];
+    for (rung, needs) in cases {
+        let name = format!("etcd::two_networks_side_by_side_on_{}", rung.name());
+        suite.add(name, needs, move |session| side_by_side(session, rung));
+    }
+}
+
+/// One network.
+struct Network {
+    prefix: &'static str,
+    config: &'static str,
+    device: &'static str,
+    /// The hosts' subnets, in order.
+    subnets: [&'static str; 2],
+    /// The hosts' overlay addresses.
+    addresses: [Ipv4Addr; 2],
+}
+
+const FIRST: Network = Network {
+    prefix: "/coreos.com/network",
+    config: r#"{"Network":"10.244.0.0/16","Backend":{"Type":"udp"}}"#,
+    device: DEVICE,
+    subnets: ["10.244.1.0/24", "10.244.2.0/24"],
+    addresses: [Ipv4Addr::new(10, 244, 1, 0), Ipv4Addr::new(10, 244, 2, 0)],
+};
+const SECOND: Network = Network {
+    prefix: "/blue/network",
+    config: r#"{"Network":"10.99.0.0/16","Backend":{"Type":"udp","Port":9285}}"#,
+    device: "blue0",
+    subnets: ["10.99.7.0/24", "10.99.8.0/24"],
+    addresses: [Ipv4Addr::new(10, 99, 7, 0), Ipv4Addr::new(10, 99, 8, 0)],
+};
+
+impl Network {
+    fn start(&self, session: &Session, server: &Server, switch: &Switch, rung: Rung) -> Result<Vec<Agent>> {
+        server.put(&format!("{}/config", self.prefix), self.config.as_bytes(), 0)?;
+        let agents = switch.hosts.iter().zip(self.subnets).map(|(host, subnet)| {
+            let site = Site::of_device(session, &host.netns, "agent", self.device)?;
+            let mut arguments = arguments(server, rung);
+            let more = ["--etcd-prefix", self.prefix, "--subnet", subnet];
+            arguments.extend(more.map(str::to_owned));
+            site.start(&arguments)
+        });
+        let agents = agents.collect::<Result<Vec<_>>>()?;
+        for agent in &agents {
+            wait_until("the other host's route and no more", || Ok(agent.routes()?.routes.len() == 1))?;
+        }
+        Ok(agents)
+    }
+
+    fn ends<'a>(&self, switch: &'a Switch) -> Result<(Endpoint<'a>, Endpoint<'a>)> {
+        let [a, b] = switch.hosts.as_slice() else { anyhow::bail!("not two hosts") };
+        let end = |host: &'a Host, address| Endpoint { netns: &host.netns, address };
+        let [of_a, of_b] = self.addresses;
+        Ok((end(a, of_a), end(b, of_b)))
+    }
+}
+
+fn side_by_side(session: &Arc<Session>, rung: Rung) -> Result<()> {
+    let switch = Switch::build(session, 2)?;
+    let server = Server::start(session, &switch.hub, HUB)?;
+    let first = FIRST.start(session, &server, &switch, rung)?;
+    let second = SECOND.start(session, &server, &switch, rung)?;
+    let ((a, b), (blue_a, blue_b)) = (FIRST.ends(&switch)?, SECOND.ends(&switch)?);
+    for agent in &second {
+        let status = agent.status()?;
+        ensure!((status.port, status.device.name.as_str()) == (9285, "blue0"), "{status:?}");
+    }
+
+    // Both at once, and then one of them ends while the other carries traffic.
+    without_loss(a, b, || {
+        without_loss(blue_a, blue_b, || every_size(blue_b, blue_a, first_mtu(&second)?))?;
+        every_size(b, a, first_mtu(&first)?)?;
+        ping_with_ttl(blue_a.netns, blue_b.address, 62)?;
+        second.into_iter().try_for_each(Agent::stop)
+    })?;
+    for host in &switch.hosts {
+        let links = host.netns.tool("ip -oneline link")?;
+        ensure!(links.contains(" ovl0: ") && !links.contains(" blue0: "), "after the end of one: {links}");
+    }
+    without_loss(a, b, || every_size(b, a, first_mtu(&first)?))?;
+    for agent in &first {
+        ensure!(agent.status()?.state == "running", "{}", agent.text("status")?);
+        ensure!(agent.status()?.ingress.rung == rung.name(), "{}", agent.text("status")?);
+        let counters = agent.counters()?;
+        ensure!(counters.wrong_drops().is_empty(), "{:?}", counters.wrong_drops());
+        let on_its_rung = if rung.is_fast() { counters.traffic.fast() } else { counters.traffic.slow() };
+        ensure!(on_its_rung > 1000, "{counters:?}");
+    }
+    first.into_iter().try_for_each(Agent::stop)
+}
+
+fn first_mtu(agents: &[Agent]) -> Result<usize> {
+    Ok(agents.first().context("no agent")?.status()?.device.mtu)
+}

@@ -1,0 +1,154 @@
+//! A host keeps its subnet: over restarts, over the loss of its lease, and only as long as it is nobody else's.
+
+use std::{fs, os::unix::fs::MetadataExt, sync::Arc, thread, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use overlay_tests::{
+    agent::{Agent, Rung, Site},
+    session::Session,
+    topology::{NETWORK, OVERLAY_MTU},
+    traffic::{ping::ping_with_ttl, steady, udp::every_size},
+};
+
+use super::{
+    Scene, arguments, config, key, peer,
+    server::{PREFIX, Server},
+    value, wait_for_log, wait_for_route, wait_until,
+};
+use crate::{machine::Need, matrix::needs, suite::Suite};
+use overlay_tests::topology::{PodOffload, Topology, Underlay};
+
+pub(super) fn register(suite: &mut Suite) {
+    let tc = needs(Rung::Tc, Rung::Tun);
+    suite.add("etcd::a_restarted_agent_keeps_its_subnet", &[Need::Tun], restart_keeps_subnet);
+    suite.add("etcd::a_paused_agent_gives_way_to_the_new_owner", tc, paused_agent_gives_way);
+    suite.add("etcd::a_revoked_lease_is_taken_back", tc, revoked_lease_is_taken_back);
+}
+
+fn restart_keeps_subnet(session: &Arc<Session>) -> Result<()> {
+    let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
+    let server = Server::start(session, &topology.a.host, topology.a.underlay)?;
+    server.write_config(&config(NETWORK))?;
+    let site = Site::new(session, &topology.a.host, "agent")?;
+    let arguments = arguments(&server, Rung::Tun);
+    let subnet_of = |agent: &Agent| anyhow::Ok(agent.status()?.subnet);
+
+    let agent = site.start(&arguments)?;
+    let subnet = subnet_of(&agent)?;
+    let record = server.record(&key(&subnet))?.context("the agent runs without a record")?;
+    agent.stop()?;
+
+    // By the record, which carries our address; the file is gone.
+    let file = site.subnet_file();
+    let text = fs::read_to_string(&file).context("read the subnet file")?;
+    fs::remove_file(&file).context("remove the subnet file")?;
+    let agent = site.start(&arguments)?;
+    ensure!(subnet_of(&agent)? == subnet, "{} is not {subnet}", subnet_of(&agent)?);
+    ensure!(server.record(&key(&subnet))?.as_ref() == Some(&record), "a record that was right was written");
+    ensure!(fs::read_to_string(&file)? == text, "the subnet file is not as it was: {text}");
+
+    // By the record after a crash, too: nobody waits for the old claim on the address to end.
+    agent.crash()?;
+    let agent = site.start(&arguments)?;
+    ensure!(subnet_of(&agent)? == subnet, "{} is not {subnet}", subnet_of(&agent)?);
+    agent.stop()?;
+
+    // By the file; the record went while the agent was down.
+    server.revoke(record.lease)?;
+    ensure!(server.records()?.is_empty(), "the record outlived its lease");
+    let agent = site.start(&arguments)?;
+    ensure!(subnet_of(&agent)? == subnet, "{} is not {subnet}", subnet_of(&agent)?);
+    let again = server.record(&key(&subnet))?.context("the agent runs without a record")?;
+    ensure!(again.value == record.value && again.lease != record.lease, "{again:?} after {record:?}");
+    agent.stop()?;
+
+    // Not by the file when somebody else has the subnet.
+    server.revoke(again.lease)?;
+    server.put_record(&key(&subnet), value(peer(99)))?;
+    let agent = site.start(&arguments)?;
+    ensure!(subnet_of(&agent)? != subnet, "{subnet} is somebody else's");
+    agent.stop()
+}
+
+/// Ends an agent's claims as their expiry does: that on its subnet and that on its address.
+fn expire(server: &Server, subnet: &str) -> Result<()> {
+    let claims =
+        [format!("{PREFIX}/subnets/{}", key(subnet)), format!("{PREFIX}/overlay-agent/owners/192.168.77.1")];
+    for claim in claims {
+        let lease = server.below(&claim)?.first().with_context(|| format!("there is no {claim}"))?.lease;
+        server.revoke(lease)?;
+    }
+    Ok(())
+}
+
+fn paused_agent_gives_way(session: &Arc<Session>) -> Result<()> {
+    let scene = Scene::start(session, Rung::Tc, Rung::Tun)?;
+    let Scene { a, b, server, topology } = &scene;
+    let (host, old) = (&topology.a.host, topology.a.subnet);
+    a.pause()?;
+    expire(server, old)?;
+    let theirs = server.grant()?;
+    server.put(&format!("{PREFIX}/subnets/{}", key(old)), value(peer(99)).as_bytes(), theirs)?;
+    let record = server.record(&key(old))?.context("the new owner has no record")?;
+    a.resume()?;
+
+    wait_for_log(a.site(), &format!("no longer {old}"))?;
+    wait_until("the agent runs with another subnet", || {
+        Ok(a.status().is_ok_and(|status| status.subnet != old && status.state == "running"))
+    })?;
+    let subnet = a.status()?.subnet;
+    let (base, _) = subnet.split_once('/').context("a subnet without a length")?;
+    let log = a.site().log();
+    ensure!(log.contains(&format!("our subnet is {subnet} now, no longer {old}")), "{log}");
+    ensure!(log.contains("192.168.77.99"), "the log does not say whose the old subnet is: {log}");
+    ensure!(server.record(&key(&subnet))?.map(|record| record.value) == Some(value(topology.a.underlay)));
+
+    let addresses = host.tool("ip -4 -oneline address show dev ovl0")?;
+    ensure!(
+        addresses.lines().count() == 1 && addresses.contains(&format!("inet {base}/32")),
+        "ovl0 has {addresses}"
+    );
+    let routes = host.tool("ip -4 route show dev ovl0")?;
+    ensure!(routes.contains(NETWORK) && routes.contains(&format!("src {base}")), "ovl0 has {routes}");
+    let gateway = base.strip_suffix('0').context("a subnet that does not end in 0")?;
+    let line = format!("FLANNEL_SUBNET={gateway}1/24");
+    wait_until(&format!("the subnet file says {line}"), || {
+        Ok(fs::read_to_string(a.site().subnet_file())?.lines().any(|found| found == line))
+    })?;
+    wait_for_route(a, old, peer(99))?;
+    wait_for_route(b, old, peer(99))?;
+    wait_for_route(b, &subnet, topology.a.underlay)?;
+    ping_with_ttl(&topology.b.host, base.parse()?, 62)?;
+
+    // Whatever was due in its sleep is done by now, and nothing of it to what is theirs.
+    thread::sleep(Duration::from_secs(1));
+    ensure!(server.record(&key(old))?.as_ref() == Some(&record), "{:?}", server.record(&key(old))?);
+    scene.stop().map(drop)
+}
+
+fn revoked_lease_is_taken_back(session: &Arc<Session>) -> Result<()> {
+    let scene = Scene::start(session, Rung::Tc, Rung::Tun)?;
+    let Scene { a, b, server, topology } = &scene;
+    let subnet = topology.a.subnet;
+    let file = fs::metadata(a.site().subnet_file()).context("look at the subnet file")?;
+    let lost = server.record(&key(subnet))?.context("the agent runs without a record")?;
+    let (from, to) = topology.pods();
+    let ((), flow) = steady::meanwhile(from, to, || {
+        server.revoke(lost.lease)?;
+        wait_for_log(a.site(), &format!("the lease of {subnet} was lost and taken again"))?;
+        wait_until("the record is back", || Ok(server.record(&key(subnet))?.is_some()))?;
+        wait_for_route(b, subnet, topology.a.underlay)
+    })?;
+    // B has no route for the moment in which the record is not there. That is no time at all for a human.
+    ensure!(flow.lost <= 2 && flow.answered > flow.lost, "{flow:?}");
+    every_size(from, to, OVERLAY_MTU)?;
+    let again = server.record(&key(subnet))?.context("the record went again")?;
+    ensure!(again.value == lost.value && again.lease != lost.lease, "{again:?} after {lost:?}");
+    let now = fs::metadata(a.site().subnet_file()).context("look at the subnet file")?;
+    ensure!(
+        (now.ino(), now.mtime_nsec()) == (file.ino(), file.mtime_nsec()),
+        "the subnet file was written again"
+    );
+    ensure!(a.status()?.state == "running", "{}", a.text("status")?);
+    scene.stop().map(drop)
+}
