@@ -17,12 +17,12 @@ const LONGEST_SHOWN: usize = 64;
 pub struct LeaseValue {
     /// Underlay address of the host that holds the subnet.
     pub public_ip: Ipv4Addr,
-    /// flannel's backend type; `None` for the udp backend, which writes none.
+    /// flannel's backend type, its first 64 characters; `None` for the udp backend, which writes none.
     pub backend_type: Option<String>,
 }
 
 /// Why a record is not a lease.
-#[derive(Debug, Error, PartialEq, Eq)]
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum LeaseError {
     /// The key is not a subnet.
     #[error("the key {0:?} is not a subnet such as 10.5.34.0-24")]
@@ -158,6 +158,20 @@ mod tests {
         }
         assert_eq!(value(host), r#"{"PublicIP":"1.2.3.4","PublicIPv6":null}"#);
         assert_eq!(parse_value(value(host).as_bytes()).unwrap().public_ip, host);
+    }
+
+    #[test]
+    fn what_is_kept_of_a_record_is_short() {
+        let long = "x".repeat(60_000);
+        for json in [
+            format!(r#"{{"PublicIP":"{long}"}}"#),
+            format!(r#"["{long}"]"#),
+            format!(r#"{{"PublicIP":"1.2.3.4","BackendType":"{long}"}}"#),
+        ] {
+            let kept = format!("{:?}", parse_value(json.as_bytes()));
+            assert!(kept.len() < 200, "{kept}");
+        }
+        assert!(format!("{:?}", parse_key(&long)).len() < 200);
     }
 
     #[test]

@@ -21,11 +21,11 @@ impl Agent {
             Question::Routes => serde_json::to_value(RouteList {
                 routes: self
                     .table
-                    .routes
+                    .routes()
                     .iter()
                     .map(|(subnet, peer)| Route { subnet: *subnet, peer: *peer })
                     .collect(),
-                skipped: self.table.skipped.clone(),
+                skipped: self.table.skipped(),
             })?,
             Question::Counters => serde_json::to_value(CounterList::from(self.counters()?))?,
         })
@@ -51,7 +51,7 @@ impl Agent {
             underlay: Device::from(&underlay.link),
             egress: datapath.egress.clone(),
             ingress: datapath.ingress.clone(),
-            routes: self.table.routes.len(),
+            routes: self.table.routes().len(),
             store: report::Store { name: self.leasing.name(), lost: self.problems.get(Concern::Store) },
             drops: report::errors(&self.counters()?),
         })

@@ -5,10 +5,7 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use super::{Agent, problems::Concern};
-use crate::{
-    lease,
-    store::{LeaseEvent, dir::DirStore},
-};
+use crate::store::{LeaseEvent, dir::DirStore};
 
 /// How sure the subnet is ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,15 +67,18 @@ impl Agent {
     /// Our own record makes peers route to us: it must be there, and be ours.
     pub(super) fn check_own_record(&mut self, store: DirStore) {
         let own = self.place.own;
-        let record = self.records.values().find(|record| lease::parse_key(&record.key) == Ok(own.subnet));
-        match record.map(|record| lease::parse_value(&record.value)) {
+        match self.table.record(own.subnet) {
             Some(Ok(value)) if value.public_ip == own.public_ip => self.confirm_claim(),
-            Some(Ok(value)) => self.doubt_claim(format!(
-                "the store says that {} holds our subnet {}: stop one of the two, remove the record and start again",
-                value.public_ip, own.subnet
-            )),
+            Some(Ok(value)) => {
+                let why = format!(
+                    "the store says that {} holds our subnet {}: stop one of the two, remove the record and start again",
+                    value.public_ip, own.subnet
+                );
+                self.doubt_claim(why);
+            }
             Some(Err(error)) => {
-                self.doubt_claim(format!("the record of our subnet {} is broken: {error}", own.subnet));
+                let why = format!("the record of our subnet {} is broken: {error}", own.subnet);
+                self.doubt_claim(why);
             }
             None => {
                 let why = format!("the record of our subnet {} was removed: writing it again", own.subnet);

@@ -8,9 +8,10 @@ mod leasing;
 mod options;
 mod outlook;
 mod problems;
+mod routes;
 mod upkeep;
 
-use std::{collections::BTreeMap, net::SocketAddrV4, os::fd::OwnedFd, time::Duration};
+use std::{net::SocketAddrV4, os::fd::OwnedFd, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 pub use options::{HostOptions, Options, StoreOption};
@@ -28,15 +29,15 @@ use tokio::{
     sync::mpsc,
     time::{Instant, MissedTickBehavior, sleep_until},
 };
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
 use crate::{
     control::{self, Asked, Control},
     datapath::{Datapath, PathCounters, Plan, tun},
     device::{self, Note, OverlayDevice},
     netlink::Netlink,
-    route_table::{Change, Own, Record, RouteTable, diff},
-    store::{Event, RecordChange},
+    route_table::{Own, RouteTable},
+    store::Event,
     subnet_env,
     underlay::{self, Underlay, UnderlayChange},
 };
@@ -143,8 +144,7 @@ struct Agent {
     /// `None` while a lost one is being made again.
     datapath: Option<Datapath>,
     retry_at: Option<Instant>,
-    /// The store's records as last heard, by key.
-    records: BTreeMap<String, Record>,
+    /// The store's records as last heard, and the routes that they give.
     table: RouteTable,
     leasing: Leasing,
     lease: Option<Lease>,
@@ -172,14 +172,14 @@ impl Agent {
         let (question_sender, questions) = mpsc::channel(8);
         let (event_sender, events) = mpsc::channel(4);
         let own = place.own;
+        let table = RouteTable::new(own, options.peers.clone());
         let mut agent = Self {
             options,
             netlink,
             place,
             datapath: None,
             retry_at: None,
-            records: BTreeMap::new(),
-            table: RouteTable::default(),
+            table,
             leasing,
             lease: None,
             claim: Claim::Firm,
@@ -227,7 +227,7 @@ impl Agent {
         }
         self.subnet_file()?;
         self.running = true;
-        info!("running: {} routes, see `overlay-agent status`", self.table.routes.len());
+        info!("running: {} routes, see `overlay-agent status`", self.table.routes().len());
         Ok(())
     }
 
@@ -262,8 +262,9 @@ impl Agent {
             underlay: &underlay.link,
         };
         let mut datapath = Datapath::start(&plan, device, socket, self.failures.0.clone())?;
-        datapath.set_routes(&self.table.routes)?;
+        let written = datapath.set_routes(self.table.routes());
         self.datapath = Some(datapath);
+        self.note_routes(written);
         Ok(())
     }
 
@@ -305,53 +306,15 @@ impl Agent {
         match event {
             Event::Snapshot(records) => self.on_snapshot(records),
             Event::Changes(changes) => {
-                for change in changes {
-                    match change {
-                        RecordChange::Put(record) => drop(self.records.insert(record.key.clone(), record)),
-                        RecordChange::Delete { key } => drop(self.records.remove(&key)),
-                    }
-                }
-                self.rebuild();
+                let outcome = self.table.apply(changes);
+                self.apply(&outcome);
             }
             Event::Lost(why) => {
-                let routes = self.table.routes.len();
+                let routes = self.table.routes().len();
                 let why = format!("the store cannot be read, {routes} routes stay as they are: {why}");
                 self.problems.set(Concern::Store, why);
             }
             Event::Lease(event) => self.on_lease(event).await,
-        }
-    }
-
-    fn on_snapshot(&mut self, records: Vec<Record>) {
-        self.problems.clear(Concern::Store);
-        self.informed = true;
-        self.records = records.into_iter().map(|record| (record.key.clone(), record)).collect();
-        if let Some(store) = self.leasing.dir().cloned() {
-            self.check_own_record(store);
-        }
-        self.rebuild();
-    }
-
-    fn rebuild(&mut self) {
-        let (own, fixed, records) = (self.place.own, &self.options.peers, self.records.values());
-        self.apply(RouteTable::build(own, fixed, records, &self.table.routes));
-    }
-
-    fn apply(&mut self, table: RouteTable) {
-        for change in diff(&self.table.routes, &table.routes) {
-            match change {
-                Change::Set(subnet, peer) => info!("route {subnet} via {peer}"),
-                Change::Remove(subnet) => info!("route {subnet} removed"),
-            }
-        }
-        for skipped in table.skipped.iter().filter(|skipped| !self.table.skipped.contains(skipped)) {
-            warn!("no route for the record {}: {}", skipped.record, skipped.why);
-        }
-        self.table = table;
-        if let Some(datapath) = &mut self.datapath
-            && let Err(error) = datapath.set_routes(&self.table.routes)
-        {
-            error!("the fast path's routes are behind, the next change tries again: {error:#}");
         }
     }
 

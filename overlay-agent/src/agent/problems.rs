@@ -15,6 +15,8 @@ pub(super) enum Concern {
     Underlay,
     /// Telling container runtimes.
     SubnetFile,
+    /// The kernel's route map.
+    Routes,
 }
 
 /// The problems of the moment.

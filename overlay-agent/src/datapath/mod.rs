@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use tracing::{info, warn};
 use tun::TunRung;
 
-use crate::{device::OverlayDevice, netlink::Link};
+use crate::{device::OverlayDevice, netlink::Link, route_table::Change};
 
 /// What `--datapath` asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -76,6 +76,8 @@ pub struct Datapath {
     _attachments: Vec<Attachment>,
     programs: Option<Programs>,
     tun: TunRung,
+    /// Whether the kernel's map may lack what the slow path has.
+    behind: bool,
 }
 
 /// Counters of both paths.
@@ -126,6 +128,7 @@ impl Datapath {
             _attachments: attachments,
             programs,
             tun,
+            behind: false,
         })
     }
 
@@ -133,13 +136,32 @@ impl Datapath {
     ///
     /// # Errors
     ///
-    /// When the kernel refuses an update of its map; the slow path has the routes then all the same.
+    /// When the kernel refuses an update of its map, or the map is full; the slow path has the routes then all the same.
     pub fn set_routes(&mut self, routes: &BTreeMap<Ipv4Net, Ipv4Addr>) -> Result<()> {
         self.tun.set_routes(routes);
-        if let Some(programs) = &mut self.programs {
-            programs.set_routes(routes)?;
+        self.update_programs(|programs| programs.set_routes(routes))
+    }
+
+    /// Makes `changes` in both paths; `routes` is what they lead to. After an error, the next call sees to all routes again.
+    ///
+    /// # Errors
+    ///
+    /// As [`Datapath::set_routes`].
+    pub fn change_routes(&mut self, changes: &[Change], routes: &BTreeMap<Ipv4Net, Ipv4Addr>) -> Result<()> {
+        if self.behind {
+            return self.set_routes(routes);
         }
-        Ok(())
+        if changes.is_empty() {
+            return Ok(());
+        }
+        self.tun.change_routes(changes);
+        self.update_programs(|programs| programs.change_routes(changes))
+    }
+
+    fn update_programs(&mut self, update: impl FnOnce(&mut Programs) -> Result<()>) -> Result<()> {
+        let updated = self.programs.as_mut().map_or(Ok(()), update);
+        self.behind = updated.is_err();
+        updated
     }
 
     /// The overlay device carries inner packets of up to `mtu` bytes now.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use ipnet::Ipv4Net;
 
-use crate::route_table::Record;
+use crate::route_table::{Record, RecordChange};
 
 pub mod dir;
 pub mod etcd;
@@ -20,18 +20,6 @@ pub enum Event {
     Lost(String),
     /// Something about our own lease.
     Lease(LeaseEvent),
-}
-
-/// One record that was written or removed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum RecordChange {
-    /// The record is new or has a new value.
-    Put(Record),
-    /// The record is gone.
-    Delete {
-        /// Its key, as in [`Record::key`].
-        key: String,
-    },
 }
 
 /// What became of this host's claim on its subnet.

@@ -1,6 +1,6 @@
 //! Records that are no leases, and records as an operator sees them.
 
-use overlay_agent::store::{Event, RecordChange};
+use overlay_agent::{route_table::RecordChange, store::Event};
 use tokio::sync::mpsc;
 
 use crate::hosts::{Events, Network, ip, key_of, subnet_key, value};

@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use overlay_agent::store::{Event, RecordChange, etcd::EtcdStore};
+use overlay_agent::{
+    route_table::RecordChange,
+    store::{Event, etcd::EtcdStore},
+};
 use tokio::{
     sync::mpsc,
     time::{sleep, timeout},

@@ -109,33 +109,68 @@ impl Programs {
         map.set(0, bytemuck::cast::<Config, ConfigBytes>(*config), 0).context("write the map CONFIG")
     }
 
-    /// Makes the route map hold exactly `desired`, step by step, and returns how many steps it took. After an error the
-    /// steps already made stay and the next call goes on from there.
+    /// Makes the route map hold exactly `desired`, step by step. After an error the steps already made stay and the next call
+    /// goes on from there.
     ///
     /// # Errors
     ///
-    /// When there are more routes than the map holds, or the kernel refuses an update.
-    pub fn set_routes(&mut self, desired: &BTreeMap<Ipv4Net, Ipv4Addr>) -> Result<usize> {
-        if desired.len() > MAX_ROUTES as usize {
-            bail!("{} routes are more than the kernel's map holds ({MAX_ROUTES})", desired.len());
-        }
+    /// When there are more routes than the map holds, or the kernel refuses an update. Those that fit are there.
+    pub fn set_routes(&mut self, desired: &BTreeMap<Ipv4Net, Ipv4Addr>) -> Result<()> {
         let changes = diff(&self.routes, desired);
-        let mut map: LpmTrie<&mut MapData, [u8; 4], RouteBytes> =
-            LpmTrie::try_from(self.ebpf.map_mut("ROUTES").context("find the map ROUTES")?)?;
-        for change in &changes {
+        self.change_routes(&changes)
+    }
+
+    /// Makes `changes` in the route map, in order.
+    ///
+    /// # Errors
+    ///
+    /// As [`Programs::set_routes`].
+    pub fn change_routes(&mut self, changes: &[Change]) -> Result<()> {
+        // New ones go first, so a full map takes the rest only when others have been removed.
+        let mut waiting = Vec::new();
+        for change in changes {
             match change {
-                Change::Set(subnet, peer) => {
-                    map.insert(&key(*subnet), peer.octets(), 0)
-                        .with_context(|| format!("write the route {subnet} via {peer}"))?;
-                    self.routes.insert(*subnet, *peer);
-                }
-                Change::Remove(subnet) => {
-                    map.remove(&key(*subnet)).with_context(|| format!("remove the route {subnet}"))?;
-                    self.routes.remove(subnet);
-                }
+                Change::Set(subnet, _) if self.is_full_for(*subnet) => waiting.push(change),
+                Change::Set(..) | Change::Remove(_) => self.change_route(change)?,
             }
         }
-        Ok(changes.len())
+        let mut left = 0;
+        for change in waiting {
+            match change {
+                Change::Set(subnet, _) if self.is_full_for(*subnet) => left += 1,
+                Change::Set(..) | Change::Remove(_) => self.change_route(change)?,
+            }
+        }
+        if left > 0 {
+            bail!(
+                "the kernel's map holds {MAX_ROUTES} routes and is full: {left} more are not in it and packets to them are \
+                 dropped; use larger subnets, or --datapath tun"
+            );
+        }
+        Ok(())
+    }
+
+    fn is_full_for(&self, subnet: Ipv4Net) -> bool {
+        self.routes.len() >= MAX_ROUTES as usize && !self.routes.contains_key(&subnet)
+    }
+
+    fn change_route(&mut self, change: &Change) -> Result<()> {
+        let mut map: LpmTrie<&mut MapData, [u8; 4], RouteBytes> =
+            LpmTrie::try_from(self.ebpf.map_mut("ROUTES").context("find the map ROUTES")?)?;
+        match change {
+            Change::Set(subnet, peer) => {
+                map.insert(&key(*subnet), peer.octets(), 0)
+                    .with_context(|| format!("write the route {subnet} via {peer}"))?;
+                self.routes.insert(*subnet, *peer);
+            }
+            Change::Remove(subnet) if self.routes.contains_key(subnet) => {
+                map.remove(&key(*subnet)).with_context(|| format!("remove the route {subnet}"))?;
+                self.routes.remove(subnet);
+            }
+            // It never fitted.
+            Change::Remove(_) => {}
+        }
+        Ok(())
     }
 
     /// The routes as the kernel's map holds them.

@@ -31,7 +31,7 @@ use tokio::sync::mpsc;
 use tracing::error;
 use tun_rs::SyncDevice;
 
-use crate::route_table::Lookup;
+use crate::route_table::{Change, Lookup};
 
 /// The running threads of the tun rung.
 pub struct TunRung {
@@ -97,6 +97,12 @@ impl TunRung {
     /// Replaces all routes at once.
     pub fn set_routes(&self, routes: &BTreeMap<Ipv4Net, Ipv4Addr>) {
         self.shared.routes.store(Arc::new(Lookup::new(routes)));
+    }
+
+    /// Changes some routes, all at once.
+    pub fn change_routes(&self, changes: &[Change]) {
+        let changed = self.shared.routes.load().changed(changes);
+        self.shared.routes.store(Arc::new(changed));
     }
 
     /// The overlay device carries inner packets of up to `mtu` bytes now.

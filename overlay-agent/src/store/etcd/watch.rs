@@ -20,8 +20,8 @@ use super::{
     session::{Backoff, Connection, REQUEST, Shared},
 };
 use crate::{
-    route_table::Record,
-    store::{Event, RecordChange},
+    route_table::{Record, RecordChange},
+    store::Event,
 };
 
 impl EtcdStore {

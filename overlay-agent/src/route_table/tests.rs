@@ -1,0 +1,224 @@
+//! The route table by example, and against its plain definition.
+
+use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
+
+use super::*;
+
+const PEER: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 2);
+
+fn net(text: &str) -> Ipv4Net {
+    text.parse().unwrap()
+}
+
+fn own() -> Own {
+    Own {
+        network: net("10.244.0.0/16"),
+        subnet: net("10.244.1.0/24"),
+        public_ip: Ipv4Addr::new(192, 168, 77, 1),
+    }
+}
+
+fn record(key: &str, value: &str) -> Record {
+    Record { key: key.to_owned(), value: value.as_bytes().to_vec() }
+}
+
+fn table(records: impl IntoIterator<Item = Record>) -> RouteTable {
+    let mut table = RouteTable::new(own(), BTreeMap::new());
+    table.replace(records);
+    table
+}
+
+#[test]
+fn a_lease_of_a_peer_is_a_route_and_our_own_is_none() {
+    let table = table([
+        record("10.244.2.0-24", &lease::value(PEER)),
+        record("10.244.1.0-24", &lease::value(own().public_ip)),
+    ]);
+    assert_eq!(table.routes(), &BTreeMap::from([(net("10.244.2.0/24"), PEER)]));
+    assert!(table.skipped().is_empty());
+    let ours = table.record(own().subnet).unwrap().as_ref().unwrap();
+    assert_eq!(ours.public_ip, own().public_ip);
+    assert!(table.record(net("10.244.9.0/24")).is_none());
+}
+
+#[test]
+fn impossible_records_are_skipped_with_a_reason_and_the_rest_stays() {
+    let table = table([
+        record("nonsense", "{}"),
+        record("10.244.9.0-24", "{"),
+        record("10.245.2.0-24", &lease::value(PEER)),
+        record("10.244.0.0-16", &lease::value(PEER)),
+        record("10.244.1.128-25", &lease::value(PEER)),
+        record("10.244.8.0-24", &lease::value(own().public_ip)),
+        record("10.244.7.0-24", r#"{"PublicIP":"10.244.3.3"}"#),
+        record("10.244.6.0-24", r#"{"PublicIP":"192.168.77.6","BackendType":"vxlan"}"#),
+        record("10.244.2.0-24", &lease::value(PEER)),
+    ]);
+    assert_eq!(table.routes(), &BTreeMap::from([(net("10.244.2.0/24"), PEER)]));
+    assert_eq!(table.skipped().len(), 8, "{:?}", table.skipped());
+}
+
+#[test]
+fn a_record_that_breaks_keeps_its_last_good_route() {
+    let mut table = table([record("10.244.2.0-24", &lease::value(PEER))]);
+    let good = table.routes().clone();
+    let broken = RecordChange::Put(record("10.244.2.0-24", r#"{"Publ"#));
+    let outcome = table.apply([broken.clone()]);
+    assert_eq!(table.routes(), &good);
+    assert_eq!((outcome.changes, outcome.skipped.len()), (vec![], 1));
+    // Said once.
+    assert_eq!(table.apply([broken.clone()]), Outcome::default());
+    assert_eq!(table.skipped().len(), 1);
+    // Removed and written again, broken, at one stroke: nobody saw it gone.
+    let key = "10.244.2.0-24".to_owned();
+    table.apply([RecordChange::Delete { key: key.clone() }, broken]);
+    assert_eq!(table.routes(), &good);
+    // Deleted, not broken: the route goes.
+    let outcome = table.apply([RecordChange::Delete { key }]);
+    assert_eq!(outcome.changes, [Change::Remove(net("10.244.2.0/24"))]);
+    assert!(table.routes().is_empty() && table.skipped().is_empty());
+}
+
+#[test]
+fn two_holders_of_one_subnet_are_told() {
+    let other = Ipv4Addr::new(192, 168, 77, 3);
+    let table = table([
+        record("10.244.2.0-24&2001:cafe::-64", &lease::value(other)),
+        record("10.244.2.0-24", &lease::value(PEER)),
+        record("\u{1b}[31mred", "{}"),
+    ]);
+    assert_eq!(table.routes(), &BTreeMap::from([(net("10.244.2.0/24"), PEER)]));
+    let skipped = table.skipped();
+    let names: Vec<_> = skipped.iter().map(|skipped| skipped.record.as_str()).collect();
+    assert_eq!(names, ["10.244.2.0-24&2001:cafe::-64", "\\u{1b}[31mred"]);
+}
+
+#[test]
+fn a_record_that_cannot_be_read_does_not_hold_back_one_that_can() {
+    let moved = Ipv4Addr::new(192, 168, 77, 3);
+    let mut table =
+        table([record("10.244.2.0-24", "{"), record("10.244.2.0-24&2001:cafe::-64", &lease::value(PEER))]);
+    let outcome =
+        table.apply([RecordChange::Put(record("10.244.2.0-24&2001:cafe::-64", &lease::value(moved)))]);
+    assert_eq!(outcome.changes, [Change::Set(net("10.244.2.0/24"), moved)]);
+    assert!(outcome.skipped.is_empty(), "{outcome:?}");
+}
+
+#[test]
+fn a_fixed_peer_is_there_from_the_start_and_wins_over_a_record() {
+    let fixed = BTreeMap::from([(net("10.244.2.0/24"), Ipv4Addr::new(192, 168, 77, 9))]);
+    let mut table = RouteTable::new(own(), fixed.clone());
+    assert_eq!(table.routes(), &fixed);
+    let outcome = table.replace([record("10.244.2.0-24", &lease::value(PEER))]);
+    assert_eq!((outcome.changes, outcome.skipped.len()), (vec![], 1));
+    assert_eq!(table.routes(), &fixed);
+    assert!(table.replace([]).changes.is_empty());
+    assert_eq!(table.routes(), &fixed);
+}
+
+#[test]
+fn diff_is_exactly_the_difference_and_adds_before_it_removes() {
+    let current = BTreeMap::from([
+        (net("10.244.2.0/24"), PEER),
+        (net("10.244.3.0/24"), PEER),
+        (net("10.244.4.0/24"), PEER),
+    ]);
+    let moved = Ipv4Addr::new(192, 168, 77, 3);
+    let desired = BTreeMap::from([
+        (net("10.244.2.0/24"), PEER),
+        (net("10.244.3.0/24"), moved),
+        (net("10.244.5.0/24"), PEER),
+    ]);
+    assert_eq!(
+        diff(&current, &desired),
+        [
+            Change::Set(net("10.244.3.0/24"), moved),
+            Change::Set(net("10.244.5.0/24"), PEER),
+            Change::Remove(net("10.244.4.0/24")),
+        ]
+    );
+    assert!(diff(&desired, &desired).is_empty());
+}
+
+/// Keys and values that meet in every way: subnets named twice, nested, ours, foreign, fixed, broken.
+const KEYS: [&str; 12] = [
+    "10.244.1.0-24",
+    "10.244.1.128-25",
+    "10.244.2.0-24",
+    "10.244.2.0-24&2001:cafe:42:1::-64",
+    "10.244.2.0-24&2001:cafe:42:2::-64",
+    "10.244.2.0-25",
+    "10.244.3.0-24",
+    "10.244.4.0-24",
+    "10.244.0.0-16",
+    "10.245.2.0-24",
+    "nonsense",
+    "10.244.5.1-24",
+];
+const VALUES: [&str; 9] = [
+    r#"{"PublicIP":"192.168.77.1","PublicIPv6":null}"#,
+    r#"{"PublicIP":"192.168.77.2","PublicIPv6":null}"#,
+    r#"{"PublicIP":"192.168.77.3","PublicIPv6":null}"#,
+    r#"{"PublicIP":"192.168.77.3","BackendType":"vxlan"}"#,
+    r#"{"PublicIP":"10.244.3.3"}"#,
+    r#"{"PublicIP":"0.0.0.0"}"#,
+    r#"{"Publ"#,
+    "[]",
+    "",
+];
+
+fn any<T: Copy>(random: &mut StdRng, choice: &[T]) -> T {
+    choice[random.random_range(0..choice.len())]
+}
+
+#[test]
+fn generated_changes_lead_to_the_table_of_all_records_at_once() {
+    for seed in 0..200 {
+        let mut random = StdRng::seed_from_u64(seed);
+        let fixed = match seed % 2 {
+            0 => BTreeMap::new(),
+            _ => BTreeMap::from([(net("10.244.4.0/24"), PEER)]),
+        };
+        let mut own = own();
+        let mut table = RouteTable::new(own, fixed.clone());
+        let mut records: BTreeMap<String, Record> = BTreeMap::new();
+        for round in 0..60 {
+            let before = (table.routes().clone(), table.skipped());
+            let outcome = match random.random_range(0..10) {
+                0 => {
+                    records.retain(|_, _| random.random_bool(0.7));
+                    table.replace(records.values().cloned())
+                }
+                1 => {
+                    own.subnet = net(any(&mut random, &["10.244.1.0/24", "10.244.3.0/24"]));
+                    own.public_ip = any(&mut random, &[own.public_ip, Ipv4Addr::new(192, 168, 77, 3)]);
+                    table.set_own(own)
+                }
+                _ => {
+                    let mut changes = Vec::new();
+                    for _ in 0..random.random_range(1..6) {
+                        let key = any(&mut random, &KEYS).to_owned();
+                        if random.random_bool(0.3) {
+                            records.remove(&key);
+                            changes.push(RecordChange::Delete { key });
+                        } else {
+                            let record = record(&key, any(&mut random, &VALUES));
+                            records.insert(key, record.clone());
+                            changes.push(RecordChange::Put(record));
+                        }
+                    }
+                    table.apply(changes)
+                }
+            };
+            let (routes, skipped) = reference::build(own, &fixed, records.values(), &before.0);
+            assert_eq!(table.routes(), &routes, "seed {seed}, round {round}: {records:?}");
+            assert_eq!(table.skipped(), skipped, "seed {seed}, round {round}: {records:?}");
+            assert_eq!(outcome.changes, diff(&before.0, &routes), "seed {seed}, round {round}: {records:?}");
+            let mut new: Vec<_> = skipped.into_iter().filter(|one| !before.1.contains(one)).collect();
+            let mut told = outcome.skipped;
+            new.sort();
+            told.sort();
+            assert_eq!(told, new, "seed {seed}, round {round}: {records:?}");
+        }
+    }
+}
