@@ -9,6 +9,24 @@ use thiserror::Error;
 /// UDP port of the network when the record names none (flannel's `Backend.Port` of type udp).
 pub const DEFAULT_PORT: u16 = 8285;
 
+/// The keys of flannel's record; those for IPv6 and nftables say nothing to this agent.
+const KEYS: [&str; 12] = [
+    "Network",
+    "SubnetLen",
+    "SubnetMin",
+    "SubnetMax",
+    "Backend",
+    "EnableIPv4",
+    "EnableIPv6",
+    "EnableNFTables",
+    "IPv6Network",
+    "IPv6SubnetLen",
+    "IPv6SubnetMin",
+    "IPv6SubnetMax",
+];
+/// Those of the udp backend.
+const BACKEND_KEYS: [&str; 2] = ["Type", "Port"];
+
 /// What all hosts of one network agree on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetworkConfig {
@@ -89,6 +107,51 @@ impl NetworkConfig {
             });
         }
         Ok(Self { network, subnet_len, subnet_min, subnet_max, port: port(&record)? })
+    }
+
+    /// Keys of flannel's record that nobody knows, and that flannel, too, ignores: most often a misspelling. Those of the
+    /// backend are named `Backend.KEY`. Empty for what is no JSON object.
+    pub fn unknown_keys(json: &str) -> Vec<String> {
+        let Ok(Value::Object(record)) = serde_json::from_str(json) else { return Vec::new() };
+        let unknown =
+            |known: &[&str], name: &str| !known.iter().any(|known| known.eq_ignore_ascii_case(name));
+        let mut names: Vec<String> = record.keys().filter(|name| unknown(&KEYS, name)).cloned().collect();
+        if let Some(Value::Object(backend)) = field(&record, "Backend") {
+            let inner = backend.keys().filter(|name| unknown(&BACKEND_KEYS, name));
+            names.extend(inner.map(|name| format!("Backend.{name}")));
+        }
+        names
+    }
+
+    /// Keys of flannel's record that `json` gives a value, in flannel's spelling: the others have their defaults.
+    pub fn named_keys(json: &str) -> Vec<&'static str> {
+        let Ok(Value::Object(record)) = serde_json::from_str(json) else { return Vec::new() };
+        let mut names: Vec<_> = KEYS.into_iter().filter(|key| field(&record, key).is_some()).collect();
+        if let Some(Value::Object(backend)) = field(&record, "Backend") {
+            names.extend(
+                [("Type", "Backend.Type"), ("Port", "Backend.Port")]
+                    .into_iter()
+                    .filter_map(|(key, name)| field(backend, key).map(|_| name)),
+            );
+        }
+        names
+    }
+
+    /// Whether `subnet` lies in the network and is not all of it.
+    pub fn is_part(&self, subnet: Ipv4Net) -> bool {
+        self.network.contains(&subnet) && subnet != self.network
+    }
+
+    /// Whether `subnet` is one of [`Self::subnets`].
+    pub fn may_be_given(&self, subnet: Ipv4Net) -> bool {
+        subnet.prefix_len() == self.subnet_len
+            && (self.subnet_min..=self.subnet_max).contains(&subnet.network())
+    }
+
+    /// Whether a host that starts keeps its record of `subnet`. An operator may reserve any part of the network, also one that
+    /// is handed out to nobody else.
+    pub fn may_be_held(&self, subnet: Ipv4Net, is_reservation: bool) -> bool {
+        if is_reservation { self.is_part(subnet) } else { self.may_be_given(subnet) }
     }
 
     /// Every subnet that may be handed out, in order.
@@ -219,6 +282,18 @@ mod tests {
         let config =
             parse(r#"{"network":"10.1.0.0/16","SUBNETLEN":20,"backend":{"TYPE":"UDP","port":4789}}"#);
         assert_eq!((config.subnet_len, config.port), (20, 4789));
+    }
+
+    #[test]
+    fn keys_that_nobody_knows_are_named_and_those_of_flannel_are_not() {
+        let json = r#"{"network":"10.1.0.0/16","Subnetlen":20,"SubnetLenght":24,"EnableIPv6":false,
+            "backend":{"TYPE":"udp","VNI":1}}"#;
+        assert_eq!(NetworkConfig::unknown_keys(json), ["SubnetLenght", "Backend.VNI"]);
+        assert_eq!(
+            NetworkConfig::named_keys(json),
+            ["Network", "SubnetLen", "Backend", "EnableIPv6", "Backend.Type"]
+        );
+        assert!(NetworkConfig::unknown_keys("{").is_empty());
     }
 
     #[test]

@@ -7,10 +7,10 @@ use ipnet::{Ipv4Net, Ipv6Net};
 use serde_json::Value;
 use thiserror::Error;
 
-use crate::config::field;
-
-/// Characters of a record that an error shows. Anybody may write records, and as many as fit.
-const LONGEST_SHOWN: usize = 64;
+use crate::{
+    config::field,
+    printable::{LONGEST_NAME, printable},
+};
 
 /// What a lease record says about its holder.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,7 +42,7 @@ pub enum LeaseError {
 ///
 /// [`LeaseError::Key`] for anything else, also for a subnet with host bits set.
 pub fn parse_key(key: &str) -> Result<Ipv4Net, LeaseError> {
-    let error = || LeaseError::Key(key.chars().take(LONGEST_SHOWN).collect());
+    let error = || LeaseError::Key(printable(key, LONGEST_NAME));
     let (ipv4, ipv6) = match key.split_once('&') {
         Some((ipv4, ipv6)) => (ipv4, Some(ipv6)),
         None => (key, None),
@@ -81,25 +81,14 @@ pub fn parse_value(json: &[u8]) -> Result<LeaseValue, LeaseError> {
         .ok_or_else(|| LeaseError::PublicIp(shown(public_ip.unwrap_or(&Value::Null))))?;
     let backend_type = field(&record, "BackendType")
         .and_then(Value::as_str)
-        .map(|kind| kind.chars().take(LONGEST_SHOWN).collect::<String>().to_ascii_lowercase())
+        .map(|kind| printable(kind, LONGEST_NAME).to_ascii_lowercase())
         .filter(|kind| !kind.is_empty() && kind != "udp");
     Ok(LeaseValue { public_ip, backend_type })
 }
 
-/// The beginning of a value, without characters that a terminal obeys.
+/// The beginning of a value, in a form that is fit to be shown.
 fn shown(value: &Value) -> String {
-    let text = value.to_string();
-    let mut shown = String::new();
-    for character in text.chars().take(LONGEST_SHOWN) {
-        match character.is_control() {
-            true => shown.extend(character.escape_unicode()),
-            false => shown.push(character),
-        }
-    }
-    if text.chars().nth(LONGEST_SHOWN).is_some() {
-        shown.push_str("...");
-    }
-    shown
+    printable(&value.to_string(), LONGEST_NAME)
 }
 
 /// The value that a host writes, byte for byte as flannel's udp backend does.

@@ -13,6 +13,7 @@ pub mod firewall;
 pub mod health;
 pub mod lease;
 pub mod netlink;
+mod printable;
 pub mod report;
 pub mod route_table;
 pub mod store;

@@ -1,11 +1,14 @@
 //! What people type.
 
+mod config;
 mod down;
 mod etcd_args;
 mod flannel_args;
 mod host_args;
+mod leases;
 mod query;
 mod run;
+mod store;
 mod store_args;
 mod underlay_args;
 
@@ -23,6 +26,7 @@ Examples:
   overlay-agent run --network 10.244.0.0/16 --subnet 10.244.1.0/24 --peer 10.244.2.0/24=192.168.77.2
   overlay-agent status
   overlay-agent counters -o json
+  overlay-agent leases --etcd-endpoints http://192.168.77.10:2379
   overlay-agent down
 
 Exit codes: 0 done, 1 refused or failed (one line on standard error says why), 2 wrong usage.";
@@ -52,6 +56,15 @@ enum Command {
     Routes(QueryArgs),
     /// Show what was carried, handed to the slow path, and discarded
     Counters(QueryArgs),
+    /// List who holds which subnet in the store, and for how long
+    #[command(args_override_self = true)]
+    Leases(leases::LeasesArgs),
+    /// Take a subnet from a host that is gone
+    #[command(subcommand)]
+    Lease(leases::LeaseCommand),
+    /// Show, write or check the network's configuration in the store
+    #[command(subcommand)]
+    Config(config::ConfigCommand),
     /// Remove everything that an agent, also a killed one, left on this host
     Down(AgentArgs),
 }
@@ -119,6 +132,9 @@ fn dispatch(command: Command) -> Result<()> {
             Command::Status(args) => query::query(&args, Question::Status).await,
             Command::Routes(args) => query::query(&args, Question::Routes).await,
             Command::Counters(args) => query::query(&args, Question::Counters).await,
+            Command::Leases(args) => leases::leases(args).await,
+            Command::Lease(leases::LeaseCommand::Release(args)) => leases::release(args).await,
+            Command::Config(command) => config::config(command).await,
             Command::Down(args) => down::down(&args).await,
         }
     });

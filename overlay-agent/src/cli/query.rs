@@ -1,8 +1,11 @@
 //! `overlay-agent status`, `routes` and `counters`.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    io::{ErrorKind, Write as _},
+};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use comfy_table::{Table, presets};
 use overlay_ebpf::verdict::{DropReason, PuntReason};
 use serde::{Serialize, de::DeserializeOwned};
@@ -27,11 +30,20 @@ async fn show<T: Serialize + DeserializeOwned>(
     text: fn(&T) -> String,
 ) -> Result<()> {
     let answer: T = control::ask(&control::path(&args.agent.run_dir, &args.agent.device), question).await?;
-    match args.output {
-        Output::Json => println!("{}", serde_json::to_string_pretty(&answer)?),
-        Output::Text => println!("{}", text(&answer)),
+    print(args.output, &answer, text)
+}
+
+/// Prints an answer in the form that was asked for.
+pub(super) fn print<T: Serialize>(output: Output, answer: &T, text: impl FnOnce(&T) -> String) -> Result<()> {
+    let text = match output {
+        Output::Json => serde_json::to_string_pretty(answer)?,
+        Output::Text => text(answer),
+    };
+    match writeln!(std::io::stdout(), "{text}") {
+        // Whoever reads has seen enough, as `head` does.
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        result => result.context("write to standard output"),
     }
-    Ok(())
 }
 
 fn status(status: &Status) -> String {
@@ -124,7 +136,7 @@ fn reasons(
     table.to_string()
 }
 
-fn table() -> Table {
+pub(super) fn table() -> Table {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
     table

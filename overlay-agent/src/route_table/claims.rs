@@ -26,11 +26,19 @@ pub(super) struct Decision {
 }
 
 /// Why a record gives no route.
-enum Refused {
+pub(super) enum Refused {
     /// Nobody knows what it says, so that what was known before may still hold.
     Unreadable(String),
     /// What it says cannot be.
     Unfit(String),
+}
+
+impl Refused {
+    pub(super) fn why(self) -> String {
+        match self {
+            Self::Unreadable(why) | Self::Unfit(why) => why,
+        }
+    }
 }
 
 impl Claims {
@@ -83,11 +91,11 @@ impl Claims {
         let mut decision = Decision { peer: fixed, skipped: Vec::new() };
         let mut unreadable = Vec::new();
         for (key, said) in &self.records {
-            let why = match peer(own, subnet, said) {
+            let why = match peer(Some(own.network), Some(own), subnet, said) {
                 Ok(None) => continue,
-                Ok(Some(peer)) => match *decision.peer.get_or_insert(peer) {
-                    other if other == peer => continue,
-                    other => format!("{other} holds {subnet} already"),
+                Ok(Some(peer)) => match check_holder(*decision.peer.get_or_insert(peer), peer, subnet) {
+                    Ok(()) => continue,
+                    Err(why) => why,
                 },
                 Err(Refused::Unreadable(why)) => {
                     unreadable.push((key, why));
@@ -95,7 +103,7 @@ impl Claims {
                 }
                 Err(Refused::Unfit(why)) => why,
             };
-            decision.skipped.push(Skipped::new(key, why));
+            decision.skipped.push(Skipped::new(key, &why));
         }
         let kept = before.filter(|_| decision.peer.is_none() && !unreadable.is_empty());
         decision.peer = decision.peer.or(kept);
@@ -103,42 +111,53 @@ impl Claims {
             if kept.is_some() {
                 why.push_str("; its last good value stays in force");
             }
-            decision.skipped.push(Skipped::new(key, why));
+            decision.skipped.push(Skipped::new(key, &why));
         }
         decision
     }
 }
 
-/// The peer that a record names; `None` when it is our own.
-fn peer(own: &Own, subnet: Ipv4Net, said: &Said) -> Result<Option<Ipv4Addr>, Refused> {
+/// Of two records for one subnet, only the first holder's counts.
+pub(super) fn check_holder(holder: Ipv4Addr, peer: Ipv4Addr, subnet: Ipv4Net) -> Result<(), String> {
+    match holder == peer {
+        true => Ok(()),
+        false => Err(format!("{holder} holds {subnet} already")),
+    }
+}
+
+/// The peer that a record names; `None` when it is `own`. An onlooker has no place of his own, and may not know the
+/// network.
+pub(super) fn peer(
+    network: Option<Ipv4Net>,
+    own: Option<&Own>,
+    subnet: Ipv4Net,
+    said: &Said,
+) -> Result<Option<Ipv4Addr>, Refused> {
     let refused = |why: String| Err(Refused::Unfit(why));
     let value = match said {
         Ok(value) => value,
         Err(error) => return Err(Refused::Unreadable(error.to_string())),
     };
-    if value.public_ip == own.public_ip {
+    let public_ip = value.public_ip;
+    if let Some(own) = own.filter(|own| own.public_ip == public_ip) {
         return match subnet == own.subnet {
             true => Ok(None),
-            false => refused(format!(
-                "it carries our own address {}, but our subnet is {}",
-                own.public_ip, own.subnet
-            )),
+            false => {
+                refused(format!("it carries our own address {public_ip}, but our subnet is {}", own.subnet))
+            }
         };
     }
     if let Some(kind) = &value.backend_type {
         return refused(format!("its holder uses the {kind:?} backend"));
     }
-    if !own.network.contains(&subnet) || subnet == own.network {
-        return refused(format!("it is not a part of the network {}", own.network));
+    if let Some(network) = network.filter(|network| !network.contains(&subnet) || subnet == *network) {
+        return refused(format!("it is not a part of the network {network}"));
     }
-    if subnet.contains(&own.subnet) || own.subnet.contains(&subnet) {
+    if let Some(own) = own.filter(|own| subnet.contains(&own.subnet) || own.subnet.contains(&subnet)) {
         return refused(format!("it overlaps our own subnet {}", own.subnet));
     }
-    if own.network.contains(&value.public_ip) {
-        return refused(format!(
-            "PublicIP {} lies inside the overlay: packets to it would loop",
-            value.public_ip
-        ));
+    if network.is_some_and(|network| network.contains(&public_ip)) {
+        return refused(format!("PublicIP {public_ip} lies inside the overlay: packets to it would loop"));
     }
-    Ok(Some(value.public_ip))
+    Ok(Some(public_ip))
 }

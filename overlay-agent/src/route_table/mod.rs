@@ -20,7 +20,10 @@ use ipnet::Ipv4Net;
 pub use lookup::Lookup;
 use serde::{Deserialize, Serialize};
 
-use crate::lease::{self, LeaseError, LeaseValue};
+use crate::{
+    lease::{self, LeaseError, LeaseValue},
+    printable::{LONGEST_NAME, LONGEST_REASON, printable},
+};
 
 /// A record as a store hands it over: `key` is the part behind `subnets/`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,8 +57,8 @@ pub struct Skipped {
 
 impl Skipped {
     /// Whoever may write records may name them as he likes: no control characters reach a terminal.
-    fn new(key: &str, why: String) -> Self {
-        Self { record: key.chars().take(64).flat_map(char::escape_debug).collect(), why }
+    fn new(key: &str, why: &str) -> Self {
+        Self { record: printable(key, LONGEST_NAME), why: printable(why, LONGEST_REASON) }
     }
 }
 
@@ -176,7 +179,7 @@ impl RouteTable {
         match lease::parse_key(&key) {
             Ok(subnet) => self.claims.entry(subnet).or_default().put(key, lease::parse_value(value)),
             Err(error) => {
-                let skipped = Skipped::new(&key, error.to_string());
+                let skipped = Skipped::new(&key, &error.to_string());
                 self.unnamed.insert(key, skipped);
             }
         }
@@ -227,6 +230,25 @@ impl RouteTable {
         outcome.changes.append(&mut removed);
         outcome
     }
+}
+
+/// For each of `records`, in their order, why hosts of `network` make no route of it; `None` for one that is a route to all
+/// but its holder. Without `network` it is not known which records lie inside.
+pub fn refusals<'a>(
+    network: Option<Ipv4Net>,
+    records: impl IntoIterator<Item = &'a Record>,
+) -> Vec<Option<String>> {
+    let mut holders = BTreeMap::new();
+    let mut refusal = |record: &Record| {
+        let subnet = lease::parse_key(&record.key).map_err(|error| error.to_string())?;
+        let said = lease::parse_value(&record.value);
+        match claims::peer(network, None, subnet, &said).map_err(claims::Refused::why)? {
+            Some(peer) => claims::check_holder(*holders.entry(subnet).or_insert(peer), peer, subnet),
+            None => Ok(()),
+        }
+    };
+    let refused = records.into_iter().map(|record| refusal(record).err());
+    refused.map(|why| why.map(|why| printable(&why, LONGEST_REASON))).collect()
 }
 
 /// The steps from `current` to `desired`: first what is new, so that no destination is unreachable in between.

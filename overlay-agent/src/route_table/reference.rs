@@ -25,12 +25,12 @@ pub(super) fn build<'a>(
             Ok(Some((subnet, peer))) => {
                 let holder = *routes.entry(subnet).or_insert(peer);
                 if holder != peer {
-                    skipped.push(Skipped::new(&record.key, format!("{holder} holds {subnet} already")));
+                    skipped.push(Skipped::new(&record.key, &format!("{holder} holds {subnet} already")));
                 }
             }
             Ok(None) => {}
             Err((Some(subnet), why)) => unreadable.push((subnet, record, why)),
-            Err((None, why)) => skipped.push(Skipped::new(&record.key, why)),
+            Err((None, why)) => skipped.push(Skipped::new(&record.key, &why)),
         }
     }
     let decided = routes.clone();
@@ -41,7 +41,7 @@ pub(super) fn build<'a>(
             routes.insert(subnet, *peer);
             why.push_str("; its last good value stays in force");
         }
-        skipped.push(Skipped::new(&record.key, why));
+        skipped.push(Skipped::new(&record.key, &why));
     }
     skipped.sort();
     (routes, skipped)

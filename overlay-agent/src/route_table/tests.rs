@@ -222,3 +222,28 @@ fn generated_changes_lead_to_the_table_of_all_records_at_once() {
         }
     }
 }
+
+#[test]
+fn an_onlooker_is_told_the_same_reasons_and_sees_every_holder() {
+    let records = [
+        record("10.244.1.0-24", &lease::value(own().public_ip)),
+        record("10.244.2.0-24", &lease::value(PEER)),
+        record("10.244.6.0-24", r#"{"PublicIP":"192.168.77.6","BackendType":"vxlan"}"#),
+        record("10.244.9.0-24", "{"),
+        record("10.245.2.0-24", &lease::value(PEER)),
+    ];
+    let reasons = refusals(Some(own().network), &records);
+    assert_eq!(reasons[..2], [None, None]);
+    let whys: Vec<_> =
+        table(records.clone()).skipped().into_iter().map(|skipped| Some(skipped.why)).collect();
+    assert_eq!(reasons[2..], whys);
+    // Without a network nothing lies outside of it.
+    assert_eq!(refusals(None, &records)[4], None);
+}
+
+#[test]
+fn a_reason_that_quotes_a_record_is_short_and_harmless() {
+    let long = format!("[\"\u{9b}31m{}\"]", "x".repeat(5000));
+    let why = refusals(None, &[record("10.244.2.0-24", &long)])[0].clone().unwrap();
+    assert!(why.len() < 300 && why.contains("\\u{9b}31m") && why.ends_with("..."), "{why}");
+}

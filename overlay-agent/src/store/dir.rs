@@ -25,6 +25,8 @@ use tokio::sync::mpsc;
 
 use crate::{config::NetworkConfig, lease, route_table::Record, store::Event};
 
+mod operator;
+
 /// A record longer than this is not a lease: etcd's own limit for a request is 1.5 MiB, flannel's values are 100 bytes.
 const LONGEST_RECORD: u64 = 64 * 1024;
 

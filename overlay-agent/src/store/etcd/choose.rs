@@ -47,7 +47,7 @@ pub(super) fn choose(
     if let Some((entry, _)) = ours.iter().find(|(entry, _)| !entry.is_reservation()) {
         return Ok(Choice::Discard((*entry).clone()));
     }
-    if let Some(earlier) = earlier.filter(|subnet| may_be_given(config, *subnet) && is_free(&held, *subnet)) {
+    if let Some(earlier) = earlier.filter(|subnet| config.may_be_given(*subnet) && is_free(&held, *subnet)) {
         return Ok(Choice::Take(earlier));
     }
     let taken = Taken::new(&held);
@@ -62,7 +62,7 @@ fn choose_wanted(
     public_ip: Ipv4Addr,
     wanted: Ipv4Net,
 ) -> Result<Choice, EtcdError> {
-    if !is_part(config, wanted) {
+    if !config.is_part(wanted) {
         return Err(EtcdError::Wanted(format!(
             "the subnet {wanted} is not a part of the network {}: choose another --subnet",
             config.network
@@ -100,18 +100,8 @@ fn holder(entry: &Entry) -> Option<Ipv4Addr> {
     entry.parsed().map(|value| value.public_ip)
 }
 
-/// An operator may reserve any part of the network, also one that is handed out to nobody else.
 fn fits(config: &NetworkConfig, entry: &Entry, subnet: Ipv4Net) -> bool {
-    if entry.is_reservation() { is_part(config, subnet) } else { may_be_given(config, subnet) }
-}
-
-fn is_part(config: &NetworkConfig, subnet: Ipv4Net) -> bool {
-    config.network.contains(&subnet) && subnet != config.network
-}
-
-fn may_be_given(config: &NetworkConfig, subnet: Ipv4Net) -> bool {
-    subnet.prefix_len() == config.subnet_len
-        && (config.subnet_min..=config.subnet_max).contains(&subnet.network())
+    config.may_be_held(subnet, entry.is_reservation())
 }
 
 fn is_free(held: &[(&Entry, Ipv4Net)], subnet: Ipv4Net) -> bool {

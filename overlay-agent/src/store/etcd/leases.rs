@@ -1,6 +1,10 @@
 //! The records as an operator wants to see them: who holds what, and for how long.
 
-use std::{net::Ipv4Addr, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::Ipv4Addr,
+    time::Duration,
+};
 
 use etcd_client::{Compare, CompareOp, Txn, TxnOp};
 use ipnet::Ipv4Net;
@@ -10,12 +14,14 @@ use super::{
     EtcdStore,
     error::{self, EtcdError},
     records::Entry,
-    session::Shared,
+    session::Session,
 };
 use crate::route_table::Record;
 
 /// Requests for times to live that are under way at once.
 const AT_ONCE: usize = 32;
+/// What these requests are called in errors.
+const READ: &str = "read a lease in etcd";
 
 /// One record, with what etcd says about it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,7 +36,7 @@ pub struct ListedLease {
     pub backend_type: Option<String>,
     /// Number of the etcd lease; `None` for a reservation.
     pub etcd_lease: Option<i64>,
-    /// How long the etcd lease still lasts; `None` for a reservation.
+    /// How long the etcd lease still lasts; `None` for a reservation, and where it was not asked for.
     pub expires_in: Option<Duration>,
     mod_revision: i64,
 }
@@ -43,27 +49,65 @@ impl EtcdStore {
     ///
     /// When etcd does not answer or refuses.
     pub async fn leases(&self) -> Result<Vec<ListedLease>, EtcdError> {
+        let mut leases = self.records().await?;
+        self.ask_times(&mut leases).await?;
+        Ok(leases)
+    }
+
+    /// All records in order of their keys, in few requests, because it does not ask how long their etcd leases still last.
+    ///
+    /// # Errors
+    ///
+    /// When etcd does not answer or refuses.
+    pub async fn records(&self) -> Result<Vec<ListedLease>, EtcdError> {
         let listing = self.session.list().await?;
-        let mut waiting = listing.entries.into_iter();
+        Ok(listing.entries.into_iter().map(ListedLease::from).collect())
+    }
+
+    /// Asks how long the etcd leases of these records still last, once per etcd lease. Records whose lease has ended are left
+    /// out.
+    ///
+    /// # Errors
+    ///
+    /// When etcd does not answer or refuses.
+    pub async fn ask_times(&self, leases: &mut Vec<ListedLease>) -> Result<(), EtcdError> {
+        let distinct: BTreeSet<i64> = leases.iter().filter_map(|lease| lease.etcd_lease).collect();
+        let mut waiting = distinct.into_iter();
         let mut asked = JoinSet::new();
-        let mut leases = Vec::new();
+        let mut times = BTreeMap::new();
         loop {
             while asked.len() < AT_ONCE
-                && let Some(entry) = waiting.next()
+                && let Some(number) = waiting.next()
             {
-                asked.spawn(listed(self.session.clone(), entry));
+                let session = self.session.clone();
+                asked.spawn(async move { (number, time_left(&session, number).await) });
             }
             match asked.join_next().await {
-                Some(Ok(lease)) => leases.extend(lease?),
+                Some(Ok((number, left))) => times.insert(number, left?),
                 Some(Err(error)) => {
-                    let operation = "read a lease in etcd".to_owned();
-                    return Err(EtcdError::Failed { operation, why: error.to_string() });
+                    return Err(EtcdError::Failed { operation: READ.to_owned(), why: error.to_string() });
                 }
                 None => break,
-            }
+            };
         }
-        leases.sort_by(|a, b| a.record.key.cmp(&b.record.key));
-        Ok(leases)
+        leases.retain_mut(|lease| match lease.etcd_lease {
+            None => true,
+            Some(number) => {
+                lease.expires_in = times.get(&number).copied().flatten();
+                lease.expires_in.is_some()
+            }
+        });
+        Ok(())
+    }
+
+    /// Whose running agent speaks for a public address, in words; `None` when no agent does. Hosts that run flannel are not
+    /// seen by this.
+    ///
+    /// # Errors
+    ///
+    /// When etcd does not answer or refuses.
+    pub async fn owner(&self, public_ip: Ipv4Addr) -> Result<Option<String>, EtcdError> {
+        self.session.owner(public_ip).await
     }
 
     /// Removes a record of any host, if it is still what was listed. `false` when it changed meanwhile.
@@ -87,30 +131,30 @@ impl EtcdStore {
     }
 }
 
-/// `None` when the record ended since it was listed.
-async fn listed(session: Shared, entry: Entry) -> Result<Option<ListedLease>, EtcdError> {
-    let mut expires_in = None;
-    if !entry.is_reservation() {
-        let (operation, lease) = ("read a lease in etcd", entry.lease);
-        let answer = session
-            .try_request(operation, |mut client| async move { client.lease_time_to_live(lease, None).await })
-            .await?;
-        let ttl = match answer {
-            Ok(answer) => answer.ttl(),
-            Err(error) if error::is_no_lease(&error) => -1,
-            Err(error) => return Err(EtcdError::of(operation, &error)),
-        };
-        let Ok(seconds) = u64::try_from(ttl) else { return Ok(None) };
-        expires_in = Some(Duration::from_secs(seconds));
+impl From<Entry> for ListedLease {
+    fn from(entry: Entry) -> Self {
+        let value = entry.parsed();
+        Self {
+            subnet: entry.subnet(),
+            public_ip: value.as_ref().map(|value| value.public_ip),
+            backend_type: value.and_then(|value| value.backend_type),
+            etcd_lease: Some(entry.lease).filter(|_| !entry.is_reservation()),
+            expires_in: None,
+            mod_revision: entry.mod_revision,
+            record: Record { key: entry.key, value: entry.value },
+        }
     }
-    let value = entry.parsed();
-    Ok(Some(ListedLease {
-        subnet: entry.subnet(),
-        public_ip: value.as_ref().map(|value| value.public_ip),
-        backend_type: value.and_then(|value| value.backend_type),
-        etcd_lease: Some(entry.lease).filter(|_| !entry.is_reservation()),
-        expires_in,
-        mod_revision: entry.mod_revision,
-        record: entry.record(),
-    }))
+}
+
+/// `None` when the etcd lease has ended.
+async fn time_left(session: &Session, lease: i64) -> Result<Option<Duration>, EtcdError> {
+    let answer = session
+        .try_request(READ, |mut client| async move { client.lease_time_to_live(lease, None).await })
+        .await?;
+    match answer {
+        // -1 says that it has ended.
+        Ok(answer) => Ok(u64::try_from(answer.ttl()).ok().map(Duration::from_secs)),
+        Err(error) if error::is_no_lease(&error) => Ok(None),
+        Err(error) => Err(EtcdError::of(READ, &error)),
+    }
 }

@@ -116,6 +116,15 @@ impl Session {
         }
     }
 
+    /// Who has claimed the address, in words; nobody when no agent does.
+    pub(super) async fn owner(&self, public_ip: Ipv4Addr) -> Result<Option<String>, EtcdError> {
+        let key = self.keys.owner(public_ip);
+        let operation = format!("read {key} in etcd");
+        let mut answer =
+            self.request(&operation, |mut client| async move { client.get(key, None).await }).await?;
+        Ok(answer.take_kvs().pop().map(|kv| name(&kv)))
+    }
+
     /// Gives the address up.
     pub(super) async fn disclaim(&self, owner: Option<i64>) {
         if let Some(lease) = owner {

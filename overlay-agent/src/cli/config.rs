@@ -1,0 +1,449 @@
+//! `overlay-agent config`: the network's configuration in the store, shown, written and checked.
+
+use std::{
+    fs::File,
+    io::Read as _,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result, bail};
+use clap::{Args, Subcommand};
+use ipnet::Ipv4Net;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::{
+    Output,
+    query::{print, table},
+    store::{Claim, Store},
+    store_args::StoreArgs,
+};
+use crate::{config::NetworkConfig, printable::printable};
+
+/// No configuration is longer: flannel's have 100 bytes.
+const LONGEST: u64 = 64 * 1024;
+
+const SHOW_AFTER_HELP: &str = "\
+Examples:
+  overlay-agent config show --etcd-endpoints http://192.168.77.10:2379
+  overlay-agent config show --store dir:/var/lib/overlay -o json";
+
+const SET_AFTER_HELP: &str = "\
+Examples:
+  overlay-agent config set '{\"Network\":\"10.244.0.0/16\",\"Backend\":{\"Type\":\"udp\"}}'
+  overlay-agent config set network.json --etcd-endpoints http://192.168.77.10:2379
+  overlay-agent config set - --store dir:/var/lib/overlay < network.json
+
+Agents read it when they start. A host whose lease does not fit any more then takes another subnet, so such a change is made \
+only with --force.";
+
+const CHECK_AFTER_HELP: &str = "\
+Examples:
+  overlay-agent config check network.json
+  overlay-agent config check '{\"Network\":\"10.244.0.0/16\"}' -o json
+  overlay-agent config check --etcd-endpoints http://192.168.77.10:2379
+
+The exit code is 1 when agents could not use it.";
+
+#[derive(Debug, Subcommand)]
+pub(super) enum ConfigCommand {
+    /// Print it as stored, and what it means with its defaults
+    #[command(args_override_self = true, after_help = SHOW_AFTER_HELP)]
+    Show(ShowArgs),
+    /// Write it, when agents can use it and no host would lose its subnet
+    #[command(args_override_self = true, after_help = SET_AFTER_HELP)]
+    Set(SetArgs),
+    /// Say what is wrong with it, in the store or before it gets there
+    #[command(args_override_self = true, after_help = CHECK_AFTER_HELP)]
+    Check(CheckArgs),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ShowArgs {
+    /// Output format
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Output,
+    #[command(flatten)]
+    store: StoreArgs,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct SetArgs {
+    /// The configuration: a file, - for standard input, or JSON
+    #[arg(value_name = "FILE|-|JSON", value_parser = parse_input)]
+    input: Input,
+    /// Also when leases would not fit any more
+    #[arg(long)]
+    force: bool,
+    /// Output format
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Output,
+    #[command(flatten)]
+    store: StoreArgs,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct CheckArgs {
+    /// The configuration: a file, - for standard input, or JSON [default: the one in the store]
+    #[arg(value_name = "FILE|-|JSON", value_parser = parse_input)]
+    input: Option<Input>,
+    /// Output format
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Output,
+    #[command(flatten)]
+    store: StoreArgs,
+}
+
+/// Where a configuration comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Input {
+    Standard,
+    Json(String),
+    File(PathBuf),
+}
+
+/// A configuration and what agents make of it.
+#[derive(Debug, Serialize)]
+struct Verdict {
+    /// Where it stands, or came from.
+    source: String,
+    /// As it is there.
+    text: String,
+    usable: bool,
+    /// Why agents cannot use it.
+    problem: Option<String>,
+    /// Keys that neither flannel nor we know.
+    unknown_keys: Vec<String>,
+    /// In flannel's words, complete; `null` when it cannot be used.
+    effective: Option<Value>,
+}
+
+/// A configuration that was written.
+#[derive(Debug, Serialize)]
+struct Written {
+    location: String,
+    /// What stood there.
+    before: Option<String>,
+    /// What has another value now than before, with defaults.
+    changes: Vec<Change>,
+    unknown_keys: Vec<String>,
+    /// Records that do not fit it.
+    misfits: usize,
+}
+
+/// One value that changed.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Change {
+    key: &'static str,
+    /// `None` where there was nothing that could be used.
+    before: Option<String>,
+    after: String,
+}
+
+pub(super) async fn config(command: ConfigCommand) -> Result<()> {
+    match command {
+        ConfigCommand::Show(args) => show(args).await,
+        ConfigCommand::Set(args) => set(args).await,
+        ConfigCommand::Check(args) => check(args).await,
+    }
+}
+
+async fn show(args: ShowArgs) -> Result<()> {
+    let verdict = stored(args.store).await?;
+    print(args.output, &verdict, |verdict| {
+        let text = verdict.text.trim_end().lines().map(|line| printable(line, usize::MAX));
+        let text = text.collect::<Vec<_>>().join("\n");
+        match effective(&verdict.text) {
+            Some(table) => format!("{}:\n{text}\n\n{table}", verdict.source),
+            None => format!("{}:\n{text}", verdict.source),
+        }
+    })?;
+    verdict.judge()
+}
+
+async fn check(args: CheckArgs) -> Result<()> {
+    let verdict = match args.input {
+        Some(input) => Verdict::of(input.to_string(), input.read()?),
+        None => stored(args.store).await?,
+    };
+    match (&verdict.problem, args.output) {
+        // The error says it all.
+        (Some(_), Output::Text) => {}
+        (_, output) => print(output, &verdict, |verdict| {
+            let table = effective(&verdict.text).unwrap_or_default();
+            format!("{} can be used:\n{table}", verdict.source)
+        })?,
+    }
+    verdict.judge()
+}
+
+async fn set(args: SetArgs) -> Result<()> {
+    let text = args.input.read()?;
+    let config = NetworkConfig::parse(&text).with_context(|| args.input.to_string())?;
+    let store = Store::open(args.store).await?;
+    let before = store.config_text().await?.and_then(|text| NetworkConfig::parse(&text).ok());
+    // Where the subnets stay the same, hosts keep what they have.
+    let same = before.is_some_and(|before| NetworkConfig { port: config.port, ..before } == config);
+    let misfits = if same { Vec::new() } else { misfits(&config, &claims(&store).await?) };
+    if let (Some(first), false) = (misfits.first(), args.force) {
+        bail!(
+            "not written: {} of the leases would not fit any more, the first is {first}: {config}; --force writes it all the \
+             same, and those hosts take other subnets when they start again",
+            misfits.len(),
+            config = within(&config),
+        );
+    }
+    let before = store.set_config(&text).await?;
+    let written = Written {
+        location: store.config_location(),
+        changes: changes(before.as_deref(), &config),
+        before,
+        unknown_keys: NetworkConfig::unknown_keys(&text),
+        misfits: misfits.len(),
+    };
+    warn_of(&written.unknown_keys);
+    print(args.output, &written, written_text)
+}
+
+/// A directory that is not there yet holds no records.
+async fn claims(store: &Store) -> Result<Vec<Claim>> {
+    match store {
+        Store::Dir(directory) if !directory.root().exists() => Ok(Vec::new()),
+        Store::Dir(_) | Store::Etcd(_) => store.claims().await,
+    }
+}
+
+async fn stored(args: StoreArgs) -> Result<Verdict> {
+    let store = Store::open(args).await?;
+    let location = store.config_location();
+    match store.config_text().await? {
+        Some(text) => Ok(Verdict::of(location, text)),
+        None => bail!(
+            "there is no network config at {location}: write one with `overlay-agent config set`, for example \
+             '{{\"Network\":\"10.244.0.0/16\"}}'"
+        ),
+    }
+}
+
+impl Verdict {
+    fn of(source: String, text: String) -> Self {
+        let parsed = NetworkConfig::parse(&text);
+        Self {
+            source,
+            usable: parsed.is_ok(),
+            problem: parsed.as_ref().err().map(ToString::to_string),
+            unknown_keys: NetworkConfig::unknown_keys(&text),
+            effective: parsed.ok().map(|config| in_flannels_words(&config)),
+            text,
+        }
+    }
+
+    /// Says what is wrong; an error when agents cannot use it.
+    fn judge(&self) -> Result<()> {
+        warn_of(&self.unknown_keys);
+        match &self.problem {
+            None => Ok(()),
+            Some(problem) => bail!("{} cannot be used: {problem}", self.source),
+        }
+    }
+}
+
+fn warn_of(unknown_keys: &[String]) {
+    for key in unknown_keys {
+        eprintln!("warning: the key {:?} is ignored: neither flannel nor overlay-agent knows it", key);
+    }
+}
+
+impl Input {
+    fn read(&self) -> Result<String> {
+        let limited = |from: &mut dyn std::io::Read| -> Result<String> {
+            let mut text = String::new();
+            from.take(LONGEST + 1).read_to_string(&mut text)?;
+            if text.len() as u64 > LONGEST {
+                bail!("it is longer than {} KiB", LONGEST / 1024);
+            }
+            Ok(text)
+        };
+        match self {
+            Self::Json(text) => Ok(text.clone()),
+            Self::Standard => limited(&mut std::io::stdin()).context("read the config on standard input"),
+            Self::File(path) => File::open(path)
+                .map_err(Into::into)
+                .and_then(|mut file| limited(&mut file))
+                .with_context(|| format!("read the config {}", path.display())),
+        }
+    }
+}
+
+impl std::fmt::Display for Input {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Standard => f.write_str("the config on standard input"),
+            Self::Json(_) => f.write_str("the config on the command line"),
+            Self::File(path) => write!(f, "the config {}", path.display()),
+        }
+    }
+}
+
+fn parse_input(text: &str) -> Result<Input, String> {
+    match text.trim_start().as_bytes() {
+        [] => Err("expected a file, - for standard input, or JSON".to_owned()),
+        b"-" => Ok(Input::Standard),
+        [b'{' | b'[', ..] => Ok(Input::Json(text.to_owned())),
+        _ => Ok(Input::File(Path::new(text).to_owned())),
+    }
+}
+
+/// Subnets of records that hosts could not keep under `config`, in words. Records of other backends are none of its hosts'.
+fn misfits(config: &NetworkConfig, claims: &[Claim]) -> Vec<String> {
+    let misfit = |claim: &Claim| {
+        let value = claim.value().filter(|value| value.backend_type.is_none())?;
+        let subnet = claim.subnet()?;
+        let fits = config.may_be_held(subnet, claim.is_reservation());
+        (!fits).then(|| format!("{subnet} of {}", value.public_ip))
+    };
+    claims.iter().filter_map(misfit).collect()
+}
+
+/// What subnets must be, in words.
+fn within(config: &NetworkConfig) -> String {
+    let first = Ipv4Net::new(config.subnet_min, config.subnet_len).map(|net| net.to_string());
+    let last = Ipv4Net::new(config.subnet_max, config.subnet_len).map(|net| net.to_string());
+    format!("subnets would go from {} to {}", first.unwrap_or_default(), last.unwrap_or_default())
+}
+
+/// The record that says all of it.
+fn in_flannels_words(config: &NetworkConfig) -> Value {
+    json!({
+        "Network": config.network,
+        "SubnetLen": config.subnet_len,
+        "SubnetMin": config.subnet_min,
+        "SubnetMax": config.subnet_max,
+        "Backend": { "Type": "udp", "Port": config.port },
+    })
+}
+
+/// Every value by its key.
+fn values(config: &NetworkConfig) -> [(&'static str, String); 6] {
+    [
+        ("Network", config.network.to_string()),
+        ("SubnetLen", config.subnet_len.to_string()),
+        ("SubnetMin", config.subnet_min.to_string()),
+        ("SubnetMax", config.subnet_max.to_string()),
+        ("Backend.Type", "udp".to_owned()),
+        ("Backend.Port", config.port.to_string()),
+    ]
+}
+
+/// The values that `text` means, and which are defaults.
+fn effective(text: &str) -> Option<String> {
+    let config = NetworkConfig::parse(text).ok()?;
+    let named = NetworkConfig::named_keys(text);
+    let mut table = table();
+    for (key, value) in values(&config) {
+        let note = if named.contains(&key) { "" } else { "(default)" };
+        table.add_row([key, &value, note]);
+    }
+    Some(table.to_string())
+}
+
+fn changes(before: Option<&str>, after: &NetworkConfig) -> Vec<Change> {
+    let before = before.and_then(|text| NetworkConfig::parse(text).ok());
+    let before = before.as_ref().map(values);
+    values(after)
+        .into_iter()
+        .enumerate()
+        .filter_map(|(position, (key, after))| {
+            let old = before.as_ref().and_then(|values| values.get(position)).map(|(_, value)| value.clone());
+            (old.as_ref() != Some(&after)).then_some(Change { key, before: old, after })
+        })
+        .collect()
+}
+
+fn written_text(written: &Written) -> String {
+    let mut text = format!("wrote {}", written.location);
+    match (&written.before, written.changes.is_empty()) {
+        (None, _) => text.push_str(", where there was none:"),
+        (Some(_), true) => text.push_str("; it means the same as before"),
+        (Some(_), false) => text.push(':'),
+    }
+    if !written.changes.is_empty() {
+        let mut table = table();
+        for change in &written.changes {
+            let after = match &change.before {
+                Some(before) => format!("{before} -> {}", change.after),
+                None => change.after.clone(),
+            };
+            table.add_row([change.key, &after]);
+        }
+        text.push_str(&format!("\n{table}"));
+    }
+    if !written.changes.is_empty() && written.before.is_some() {
+        text.push_str("\nAgents go by it when they start again.");
+    }
+    if written.misfits > 0 {
+        text.push_str(&format!(" {} of the leases do not fit it.", written.misfits));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::route_table::Record;
+
+    const BEFORE: &str = r#"{"Network":"10.5.0.0/16"}"#;
+
+    fn parse(text: &str) -> NetworkConfig {
+        NetworkConfig::parse(text).unwrap()
+    }
+
+    #[test]
+    fn an_input_is_a_file_standard_input_or_json() {
+        assert_eq!(parse_input("-"), Ok(Input::Standard));
+        assert_eq!(parse_input("net.json"), Ok(Input::File("net.json".into())));
+        assert_eq!(parse_input(" {}"), Ok(Input::Json(" {}".to_owned())));
+        assert!(parse_input("").is_err());
+        let error = format!("{:#}", parse_input("/does/not/exist").unwrap().read().unwrap_err());
+        assert!(error.contains("/does/not/exist"), "{error}");
+        let error = format!("{:#}", parse_input("/dev/zero").unwrap().read().unwrap_err());
+        assert!(error.contains("64 KiB"), "{error}");
+    }
+
+    #[test]
+    fn a_change_is_told_by_what_it_means() {
+        assert_eq!(changes(Some(BEFORE), &parse(r#"{"network":"10.5.0.0/16","SubnetLen":24}"#)), []);
+        let port = parse(r#"{"Network":"10.5.0.0/16","Backend":{"Port":4789}}"#);
+        let change =
+            Change { key: "Backend.Port", before: Some("8285".to_owned()), after: "4789".to_owned() };
+        assert_eq!(changes(Some(BEFORE), &port), [change]);
+        assert_eq!(changes(Some("junk"), &port).len(), 6);
+        assert_eq!(changes(None, &port).len(), 6);
+    }
+
+    #[test]
+    fn records_that_would_not_fit_are_found() {
+        let claims = ["10.5.1.0-24", "10.5.200.0-24", "10.5.3.0-25", "junk"]
+            .map(|key| Record { key: key.to_owned(), value: br#"{"PublicIP":"192.168.77.2"}"#.to_vec() })
+            .map(Claim::Dir);
+        assert_eq!(misfits(&parse(BEFORE), &claims), ["10.5.3.0/25 of 192.168.77.2"]);
+        let smaller = parse(r#"{"Network":"10.5.0.0/17"}"#);
+        assert_eq!(
+            misfits(&smaller, &claims),
+            ["10.5.200.0/24 of 192.168.77.2", "10.5.3.0/25 of 192.168.77.2"]
+        );
+    }
+
+    #[test]
+    fn defaults_are_marked() {
+        let text = effective(r#"{"Network":"10.5.0.0/16","backend":{"port":4789}}"#).unwrap();
+        let marked = |key: &str| {
+            let line = text.lines().find(|line| line.contains(key)).unwrap();
+            line.contains("(default)")
+        };
+        assert!(
+            marked("SubnetLen") && marked("Backend.Type") && !marked("Network") && !marked("Backend.Port")
+        );
+        assert_eq!(effective("{}"), None);
+    }
+}
