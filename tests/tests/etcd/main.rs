@@ -10,6 +10,7 @@
 )]
 
 mod acquire;
+mod commands;
 mod hosts;
 mod keeping;
 mod owners;

@@ -96,8 +96,12 @@ async fn a_client_certificate_is_shown_to_a_server_that_asks_for_one() {
     assert!(EtcdStore::connect(with_ca).await.is_err());
 }
 
+/// The user of [`with_users`], and the password.
+pub(crate) const USER: &str = "flannel";
+pub(crate) const PASSWORD: &str = "hunter2";
+
 /// Users on: root, and `flannel` with the rights on the prefix only.
-async fn with_users(network: &mut Network) {
+pub(crate) async fn with_users(network: &mut Network) {
     let raw = &mut network.raw;
     raw.role_add("root").await.unwrap();
     raw.user_add("root", "root-secret", None).await.unwrap();
@@ -105,8 +109,8 @@ async fn with_users(network: &mut Network) {
     raw.role_add("overlay").await.unwrap();
     let all = Permission::new(PermissionType::Readwrite, format!("{PREFIX}/")).with_prefix();
     raw.role_grant_permission("overlay", all).await.unwrap();
-    raw.user_add("flannel", "hunter2", None).await.unwrap();
-    raw.user_grant_role("flannel", "overlay").await.unwrap();
+    raw.user_add(USER, PASSWORD, None).await.unwrap();
+    raw.user_grant_role(USER, "overlay").await.unwrap();
     raw.auth_enable().await.unwrap();
 }
 
