@@ -72,7 +72,7 @@ pub(super) struct SetArgs {
     /// The configuration: a file, - for standard input, or JSON
     #[arg(value_name = "FILE|-|JSON", value_parser = parse_input)]
     input: Input,
-    /// Also when leases would not fit any more
+    /// Also when leases would not fit it
     #[arg(long)]
     force: bool,
     /// Output format
@@ -187,7 +187,7 @@ async fn set(args: SetArgs) -> Result<()> {
     let misfits = if same { Vec::new() } else { misfits(&config, &claims(&store).await?) };
     if let (Some(first), false) = (misfits.first(), args.force) {
         bail!(
-            "not written: {} of the leases would not fit any more, the first is {first}: {config}; --force writes it all the \
+            "not written: {} of the leases would not fit, the first is {first}: {config}; --force writes it all the \
              same, and those hosts take other subnets when they start again",
             misfits.len(),
             config = within(&config),
@@ -382,7 +382,7 @@ fn written_text(written: &Written) -> String {
         text.push_str("\nAgents go by it when they start again.");
     }
     if written.misfits > 0 {
-        text.push_str(&format!(" {} of the leases do not fit it.", written.misfits));
+        text.push_str(&format!("\n{} of the leases do not fit it.", written.misfits));
     }
     text
 }

@@ -27,6 +27,7 @@ Examples:
   overlay-agent status
   overlay-agent counters -o json
   overlay-agent leases --etcd-endpoints http://192.168.77.10:2379
+  overlay-agent config set network.json --store dir:/var/lib/overlay
   overlay-agent down
 
 Exit codes: 0 done, 1 refused or failed (one line on standard error says why), 2 wrong usage.";
