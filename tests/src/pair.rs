@@ -60,6 +60,16 @@ impl Store {
         self.write(&format!("subnets/{subnet}"), &format!(r#"{{"PublicIP":"{public_ip}"}}"#))
     }
 
+    /// What a record says.
+    ///
+    /// # Errors
+    ///
+    /// When it is not there.
+    pub fn read(&self, record: &str) -> Result<String> {
+        let path = self.directory.join(record);
+        fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))
+    }
+
     /// Removes a record.
     ///
     /// # Errors

@@ -9,6 +9,8 @@ use serde::Deserialize;
 pub struct Status {
     /// `running` once everything is in place.
     pub state: String,
+    /// What is wrong.
+    pub problems: Vec<String>,
     /// The agent's subnet, in CIDR notation.
     pub subnet: String,
     /// The underlay address that peers send to.

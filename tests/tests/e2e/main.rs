@@ -11,6 +11,8 @@ mod frames;
 mod lifecycle;
 mod machine;
 mod matrix;
+mod node;
+mod patience;
 mod refusals;
 mod snapshot;
 mod suite;
@@ -39,6 +41,7 @@ fn main() -> ExitCode {
     etcd::register(&mut suite);
     faults::register(&mut suite);
     refusals::register(&mut suite);
+    node::register(&mut suite);
     underlay::register(&mut suite);
     firewall::register(&mut suite);
     run(&arguments, suite.into_trials()).exit_code()

@@ -3,6 +3,7 @@
 mod credentials;
 mod crowd;
 mod flanneld;
+mod health;
 mod networks;
 mod outage;
 mod records;
@@ -10,21 +11,16 @@ mod server;
 mod subnets;
 mod waiting;
 
-use std::{
-    net::Ipv4Addr,
-    sync::Arc,
-    thread,
-    time::{Duration, Instant},
-};
+use std::{net::Ipv4Addr, sync::Arc};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use overlay_tests::{
     agent::{Agent, Rung, Site},
     session::Session,
     topology::{NETWORK, PodOffload, Side, Topology, UPLINK, Underlay},
 };
 
-use crate::suite::Suite;
+use crate::{patience::wait_until, suite::Suite};
 use server::Server;
 
 pub(crate) fn register(suite: &mut Suite) {
@@ -36,6 +32,7 @@ pub(crate) fn register(suite: &mut Suite) {
     networks::register(suite);
     credentials::register(suite);
     flanneld::register(suite);
+    health::register(suite);
 }
 
 /// The reference topology with etcd on host A and an agent on each host, both with a subnet of their pods. They end before
@@ -99,15 +96,6 @@ fn start(session: &Session, side: &Side, server: &Server, rung: Rung) -> Result<
     let mut arguments = arguments(server, rung);
     arguments.extend(["--subnet".to_owned(), side.subnet.to_owned()]);
     site.start(&arguments)
-}
-
-fn wait_until(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while !done()? {
-        ensure!(Instant::now() < deadline, "not so after 30 seconds: {what}");
-        thread::sleep(Duration::from_millis(50));
-    }
-    Ok(())
 }
 
 fn wait_for_route(agent: &Agent, subnet: &str, peer: Ipv4Addr) -> Result<()> {

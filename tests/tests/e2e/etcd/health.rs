@@ -1,0 +1,139 @@
+//! What an agent says of itself: to `/healthz`, to systemd, to the store when its host's address changes.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{Ipv4Addr, SocketAddr, TcpStream},
+    os::unix::net::UnixDatagram,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use overlay_tests::{
+    agent::{Rung, Site},
+    netns::Netns,
+    session::Session,
+    topology::{NETWORK, OVERLAY_MTU, PodOffload, Topology, UPLINK, Underlay},
+    traffic::{ping::ping_with_ttl, udp::every_size},
+};
+
+use super::{Scene, arguments, config, key, server::Server, value};
+use crate::{machine::Need, matrix::needs, patience::wait_until, suite::Suite};
+
+const HEALTHZ: u16 = 8471;
+
+pub(crate) fn register(suite: &mut Suite) {
+    suite.add("etcd::health_tells_the_truth", &[Need::Tun], health);
+    suite.add("etcd::systemd_hears_of_start_state_and_end", &[Need::Tun], systemd);
+    suite.add("etcd::lease_follows_the_hosts_address", needs(Rung::Tc, Rung::Tc), follows_address);
+}
+
+/// Status code and body of an answer over HTTP.
+fn get(netns: &Netns, path: &str) -> Result<(u16, String)> {
+    netns.run(|| {
+        let mut stream = TcpStream::connect(SocketAddr::from((Ipv4Addr::LOCALHOST, HEALTHZ)))?;
+        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+        stream.write_all(format!("GET {path} HTTP/1.1\r\nhost: x\r\n\r\n").as_bytes())?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let (head, body) = answer.split_once("\r\n\r\n").context("an answer without a body")?;
+        let code = head.split(' ').nth(1).context("an answer without a code")?;
+        Ok((code.parse()?, body.trim_end().to_owned()))
+    })?
+}
+
+fn health(session: &Arc<Session>) -> Result<()> {
+    let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
+    let host = &topology.a.host;
+    let mut server = Server::prepare(session, &topology.b.host, topology.b.underlay)?;
+    let site = Site::new(session, host, "agent-a")?;
+    let mut words = arguments(&server, Rung::Tun);
+    words.extend(["--healthz-ip=127.0.0.1".to_owned(), format!("--healthz-port={HEALTHZ}")]);
+    let mut agent = site.begin(site.run_command(&words))?;
+    let expect = |code: (u16, u16), words: &str| {
+        wait_until(&format!("/healthz and /readyz answer {code:?} with `{words}`"), || {
+            let Ok((health, ready)) =
+                get(host, "/healthz").and_then(|health| Ok((health, get(host, "/readyz")?)))
+            else {
+                return Ok(false);
+            };
+            Ok((health.0, ready.0) == code && health.1.contains(words) && ready.1.contains(words))
+        })
+        .with_context(|| format!("they say {:?} and {:?}", get(host, "/healthz"), get(host, "/readyz")))
+    };
+    expect((200, 503), "waiting: ")?;
+    ensure!(!site.subnet_file().exists(), "there is a subnet.env before there is a subnet");
+    server.restart()?;
+    expect((200, 503), "there is no /coreos.com/network/config")?;
+    server.write_config(&config(NETWORK))?;
+    expect((200, 200), "ok")?;
+    agent.wait_until_running()?;
+    ensure!(site.subnet_file().exists(), "it is ready, and there is no subnet.env");
+
+    server.kill();
+    expect((200, 200), "degraded: ")?;
+    server.restart()?;
+    expect((200, 200), "ok")?;
+
+    // Peers are out of reach.
+    host.tool(&format!("ip address delete {}/24 dev {UPLINK}", topology.a.underlay))?;
+    expect((503, 503), "unhealthy: the device eth0 has no IPv4 address")?;
+    host.tool(&format!("ip address add {}/24 dev {UPLINK}", topology.a.underlay))?;
+    expect((200, 200), "ok")?;
+    agent.stop()
+}
+
+fn systemd(session: &Arc<Session>) -> Result<()> {
+    let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
+    let mut server = Server::prepare(session, &topology.b.host, topology.b.underlay)?;
+    let site = Site::new(session, &topology.a.host, "agent-a")?;
+    let path = session.new_directory("systemd")?.join("notify");
+    let socket = UnixDatagram::bind(&path).context("listen as systemd does")?;
+    socket.set_read_timeout(Some(Duration::from_secs(20)))?;
+    let mut command = site.run_command(&arguments(&server, Rung::Tun));
+    command.env("NOTIFY_SOCKET", &path).env("WATCHDOG_USEC", "1000000").env_remove("WATCHDOG_PID");
+    let mut agent = site.begin(command)?;
+    let heard = |words: &str| -> Result<String> {
+        let mut buffer = [0; 1024];
+        loop {
+            let length =
+                socket.recv(&mut buffer).with_context(|| format!("systemd does not hear `{words}`"))?;
+            let text = String::from_utf8_lossy(buffer.get(..length).unwrap_or_default()).into_owned();
+            ensure!(words == "READY=1" || !text.contains("READY=1"), "ready too early: {text}");
+            if text.contains(words) {
+                return Ok(text);
+            }
+        }
+    };
+    heard("STATUS=not ready: waiting: ")?;
+    heard("EXTEND_TIMEOUT_USEC=")?;
+    server.restart()?;
+    server.write_config(&config(NETWORK))?;
+    let ready = heard("READY=1")?;
+    ensure!(ready.contains("STATUS=ok"), "{ready}");
+    agent.wait_until_running()?;
+    heard("WATCHDOG=1")?;
+    server.kill();
+    heard("STATUS=degraded: ")?;
+    heard("WATCHDOG=1")?;
+    agent.stop()?;
+    heard("STOPPING=1").map(drop)
+}
+
+fn follows_address(session: &Arc<Session>) -> Result<()> {
+    let scene = Scene::start(session, Rung::Tc, Rung::Tc)?;
+    let b = &scene.topology.b;
+    let moved = Ipv4Addr::new(192, 168, 77, 12);
+    let before = scene.server.record(&key(b.subnet))?.context("B has no record")?;
+    b.host.tool(&format!("ip address delete {}/24 dev {UPLINK}", b.underlay))?;
+    b.host.tool(&format!("ip address add {moved}/24 dev {UPLINK}"))?;
+    super::wait_for_route(&scene.a, b.subnet, moved)?;
+    let after = scene.server.record(&key(b.subnet))?.context("B's record is gone")?;
+    ensure!(after.value == value(moved) && after.lease == before.lease, "{before:?} became {after:?}");
+    let (from, to) = scene.topology.pods();
+    wait_until("containers reach each other", || Ok(ping_with_ttl(from.netns, to.address, 60).is_ok()))?;
+    every_size(from, to, OVERLAY_MTU)?;
+    wait_until("B is well", || Ok(scene.b.status()?.state == "running"))?;
+    ensure!(scene.b.status()?.public_ip == moved, "{:?}", scene.b.status()?);
+    scene.stop().map(drop)
+}

@@ -1,0 +1,198 @@
+//! What an agent does on its host beside carrying packets: it follows the underlay, and keeps rules and a route.
+
+use std::{fs, net::Ipv4Addr, sync::Arc, thread, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use overlay_tests::{
+    agent::{Agent, DEVICE, Rung, Site},
+    pair::{Pair, Store},
+    session::Session,
+    topology::{NETWORK, OVERLAY_MTU, PodOffload, Side, Topology, UPLINK, Underlay},
+    traffic::{ping::ping_with_ttl, steady::without_loss, udp::every_size},
+};
+
+use crate::{machine::Need, matrix::needs, patience::wait_until, suite::Suite};
+
+/// The MTU that the underlay gets, and what is left of it for inner packets.
+const SMALL: (usize, usize) = (1400, 1372);
+
+pub(crate) fn register(suite: &mut Suite) {
+    for rung in [Rung::Xdp, Rung::Tc, Rung::Tun] {
+        let word = rung.name();
+        suite.add(
+            format!("node::mtu_is_followed_without_loss_on_{word}"),
+            needs(rung, rung),
+            move |session| follows_mtu(session, rung),
+        );
+        suite.add(format!("node::address_is_followed_on_{word}"), needs(rung, rung), move |session| {
+            follows_address(session, rung)
+        });
+    }
+    suite.add("node::underlay_that_cannot_be_used_is_said", &[Need::Tun], unusable_underlay);
+    suite.add(
+        "node::rules_and_blackhole_come_and_go_with_the_agent",
+        &[Need::Tun, Need::Nftables],
+        rules_come_and_go,
+    );
+    suite.add("node::masquerading_needs_nft", &[Need::Tun], no_nft);
+}
+
+fn pair(session: &Arc<Session>, rung: Rung) -> Result<Pair> {
+    Pair::start(session, Topology::build(session, Underlay::Virtual, PodOffload::On)?, rung, rung)
+}
+
+fn subnet_file(agent: &Agent) -> Result<String> {
+    let path = agent.site().subnet_file();
+    fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))
+}
+
+fn has_mtu(side: &Side, mtu: usize) -> Result<bool> {
+    Ok(side.host.tool(&format!("ip link show {DEVICE}"))?.contains(&format!(" mtu {mtu} ")))
+}
+
+fn follows_mtu(session: &Arc<Session>, rung: Rung) -> Result<()> {
+    let pair = pair(session, rung)?;
+    let (a, b) = (&pair.topology.a, &pair.topology.b);
+    let (from, to) = pair.topology.pods();
+    let pid = pair.a.status()?.pid;
+    let file = |mtu: usize| {
+        format!(
+            "FLANNEL_NETWORK={NETWORK}\nFLANNEL_SUBNET=10.244.1.1/24\nFLANNEL_MTU={mtu}\nFLANNEL_IPMASQ=false\n"
+        )
+    };
+    ensure!(subnet_file(&pair.a)? == file(OVERLAY_MTU), "at first: {}", subnet_file(&pair.a)?);
+    for (underlay, overlay) in [SMALL, (1500, OVERLAY_MTU)] {
+        without_loss(from, to, || {
+            for side in [a, b] {
+                side.host.tool(&format!("ip link set {UPLINK} mtu {underlay}"))?;
+            }
+            wait_until("both devices have the MTU", || Ok(has_mtu(a, overlay)? && has_mtu(b, overlay)?))?;
+            wait_until("subnet.env has the MTU", || Ok(subnet_file(&pair.a)? == file(overlay)))?;
+            // A moment of traffic with the new one.
+            thread::sleep(Duration::from_millis(300));
+            Ok(())
+        })?;
+        ensure!(pair.a.status()?.device.mtu == overlay, "status has another MTU");
+        every_size(from, to, overlay)?;
+    }
+    ensure!(
+        pair.a.status()?.pid == pid && pair.a.status()?.state == "running",
+        "the agent was started again"
+    );
+    pair.a.stop()?;
+    pair.b.stop()
+}
+
+fn follows_address(session: &Arc<Session>, rung: Rung) -> Result<()> {
+    let pair = pair(session, rung)?;
+    let (a, moved) = (&pair.topology.a, Ipv4Addr::new(192, 168, 77, 11));
+    let (from, to) = pair.topology.pods();
+    let pid = pair.a.status()?.pid;
+    a.host.tool(&format!("ip address add {moved}/24 dev {UPLINK}"))?;
+    // Of the same network: without this, the second address would go with the first.
+    a.host.tool(&format!("sysctl -q -w net.ipv4.conf.{UPLINK}.promote_secondaries=1"))?;
+    a.host.tool(&format!("ip address delete {}/24 dev {UPLINK}", a.underlay))?;
+    wait_until("B routes to the new address", || {
+        Ok(pair.b.routes()?.routes.iter().any(|route| route.subnet == a.subnet && route.peer == moved))
+    })?;
+    ensure!(
+        pair.store.read("subnets/10.244.1.0-24")? == format!(r#"{{"PublicIP":"{moved}","PublicIPv6":null}}"#)
+    );
+    wait_until("containers reach each other", || Ok(ping_with_ttl(from.netns, to.address, 60).is_ok()))?;
+    every_size(from, to, OVERLAY_MTU)?;
+    let status = pair.a.status()?;
+    ensure!(status.public_ip == moved && status.pid == pid && status.state == "running", "{status:?}");
+    ensure!(status.egress.rung == if rung.is_fast() { "tc" } else { "tun" }, "{status:?}");
+    pair.a.stop()?;
+    pair.b.stop()
+}
+
+fn unusable_underlay(session: &Arc<Session>) -> Result<()> {
+    let pair = pair(session, Rung::Tun)?;
+    let (a, address) = (&pair.topology.a, pair.topology.a.underlay);
+    let (from, to) = pair.topology.pods();
+    let degraded = |words: &str| {
+        wait_until(&format!("status says `{words}`"), || {
+            let status = pair.a.status()?;
+            Ok(status.state == "degraded" && status.problems.iter().any(|problem| problem.contains(words)))
+        })
+    };
+    a.host.tool(&format!("ip link set {UPLINK} mtu 500"))?;
+    degraded("too small")?;
+    a.host.tool(&format!("ip link set {UPLINK} mtu 1500"))?;
+    wait_until("it is well again", || Ok(pair.a.status()?.state == "running"))?;
+    a.host.tool(&format!("ip address delete {address}/24 dev {UPLINK}"))?;
+    degraded("has no IPv4 address")?;
+    // An address of the overlay itself would send its packets round in circles.
+    a.host.tool(&format!("ip address add 10.244.7.7/32 dev {UPLINK}"))?;
+    degraded("lies inside the network")?;
+    a.host.tool(&format!("ip address delete 10.244.7.7/32 dev {UPLINK}"))?;
+    a.host.tool(&format!("ip address add {address}/24 dev {UPLINK}"))?;
+    wait_until("containers reach each other", || Ok(ping_with_ttl(from.netns, to.address, 60).is_ok()))?;
+    wait_until("it is well at last", || Ok(pair.a.status()?.state == "running"))
+}
+
+fn rules_come_and_go(session: &Arc<Session>) -> Result<()> {
+    let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
+    let store = Store::create(session)?;
+    let a = &topology.a;
+    let site = Site::new(session, &a.host, "agent-a")?;
+    let arguments = [
+        store.arguments(a, Rung::Tun),
+        ["--ip-masq", "--ip-blackhole-route", "--iptables-resync=1"].map(str::to_owned).into(),
+    ]
+    .concat();
+    let rules = || a.host.tool("nft --stateless list ruleset");
+    let blackhole =
+        || Ok::<_, anyhow::Error>(a.host.tool("ip route show type blackhole")?.contains("10.244.1.0/24"));
+    a.host.tool("nft add table ip filter")?;
+    a.host.tool("nft add chain ip filter FORWARD { type filter hook forward priority 0 ; policy drop ; }")?;
+    let before = rules()?;
+    let agent = site.start(&arguments)?;
+    let applied = rules()?;
+    ensure!(
+        applied.contains("masquerade fully-random") && applied.matches("accept comment").count() == 2,
+        "{applied}"
+    );
+    ensure!(blackhole()?, "there is no blackhole route");
+    ensure!(subnet_file(&agent)?.ends_with("FLANNEL_IPMASQ=true\n"), "{}", subnet_file(&agent)?);
+    a.host.tool("nft flush ruleset")?;
+    a.host.tool("nft add table ip filter")?;
+    a.host.tool("nft add chain ip filter FORWARD { type filter hook forward priority 0 ; policy drop ; }")?;
+    wait_until("the rules are back", || Ok(rules()? == applied))?;
+    agent.stop()?;
+    ensure!(rules()? == before && !blackhole()?, "left behind: {}", rules()?);
+
+    // What a killed agent leaves is removed by `down`; what it left is replaced by the next one, with other flags.
+    let site = site.start(&arguments)?.crash()?;
+    ensure!(rules()? == applied && blackhole()?, "a killed agent's rules went with it: {}", rules()?);
+    let plain = [store.arguments(a, Rung::Tun), vec!["--iptables-forward-rules=false".to_owned()]].concat();
+    let agent = site.start(&plain)?;
+    ensure!(rules()? == before, "an earlier agent's rules are still there: {}", rules()?);
+    agent.stop()?;
+    let site = site.start(&arguments)?.crash()?;
+    site.down()?;
+    ensure!(rules()? == before && !blackhole()?, "left by down: {}", rules()?);
+    Ok(())
+}
+
+fn no_nft(session: &Arc<Session>) -> Result<()> {
+    let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
+    let store = Store::create(session)?;
+    let site = Site::new(session, &topology.a.host, "agent-a")?;
+    let empty = session.new_directory("empty-path")?;
+    let arguments = store.arguments(&topology.a, Rung::Tun);
+    let mut masquerading = site.run_command(&[arguments.clone(), vec!["--ip-masq".to_owned()]].concat());
+    masquerading.env("PATH", &empty);
+    let error = site.refused(masquerading)?;
+    ensure!(error.contains("--ip-masq") && error.contains("nftables"), "{error}");
+    let links = topology.a.host.tool("ip link show")?;
+    ensure!(!links.contains(DEVICE), "a refused agent left its device: {links}");
+    // Without masquerading, the lack is only said.
+    let mut plain = site.run_command(&arguments);
+    plain.env("PATH", &empty);
+    let mut agent = site.begin(plain)?;
+    agent.wait_until_running()?;
+    ensure!(site.log().contains("install the package nftables"), "{}", site.log());
+    agent.stop()
+}
