@@ -6,11 +6,7 @@ pub mod options;
 pub mod rates;
 pub mod result;
 
-use std::{
-    process::ExitCode,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::Result;
 
@@ -24,6 +20,7 @@ use crate::{
         options::RungPair,
         rates::Rates,
     },
+    progress::Progress,
     session::{Kind, Session, remove_kept},
     verify::CHECKS,
 };
@@ -41,7 +38,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let agent = agent::binary()?;
     Session::remove_on_signals()?;
     let session = Session::start(Kind::Demo)?;
-    let progress = Progress { started: Instant::now() };
+    let progress = Progress::start();
     progress.line(&format!(
         "two hosts, a container behind each; underlay: {}; agent: {}",
         options.underlay.name(),
@@ -68,7 +65,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         kept::leave_up(options)?;
     }
     if failures.is_empty() {
-        println!("\neverything verified in {:.0} s", progress.started.elapsed().as_secs_f64());
+        println!("\neverything verified in {:.0} s", progress.seconds());
         return Ok(ExitCode::SUCCESS);
     }
     for failure in &failures {
@@ -133,21 +130,6 @@ fn measure(lanes: &mut [Lane], options: &Options, progress: &Progress) {
                 }
             }
         }
-    }
-}
-
-/// Tells whoever waits what has just been done.
-struct Progress {
-    started: Instant,
-}
-
-impl Progress {
-    fn line(&self, text: &str) {
-        eprintln!("[{:>5.1} s] {text}", self.started.elapsed().as_secs_f64());
-    }
-
-    fn step(&self, lane: &str, step: &str, seen: &str) {
-        self.line(&format!("{lane:<8} {step:<52} {seen}"));
     }
 }
 

@@ -3,14 +3,17 @@
 //! In reading order: [`session`] owns everything a run creates, [`netns`] is one namespace, [`topology`] is the reference
 //! topology (two hosts, a container behind each), [`comparison`] connects it without the overlay, [`agent`] and [`pair`]
 //! with it. [`traffic`] sends and verifies, [`verify`] is the list of checks that the demo and the tests share. [`etcd`]
-//! is a server for the store, and [`switch`] connects as many hosts as a test of the store wants.
+//! is a server for the store, and [`switch`] connects as many hosts as a test of the store wants. [`demo`] and [`bench`] are
+//! programs of their own.
 
 pub mod agent;
+pub mod bench;
 pub mod comparison;
 pub mod demo;
 pub mod etcd;
 pub mod netns;
 pub mod pair;
+mod progress;
 pub mod report;
 pub mod session;
 pub mod switch;

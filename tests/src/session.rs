@@ -39,6 +39,8 @@ pub enum Kind {
     Test,
     /// The demo.
     Demo,
+    /// A benchmark.
+    Bench,
     /// What `demo --keep` leaves up: never removed because its process is gone, only on request.
     Kept,
 }
@@ -48,6 +50,7 @@ impl Kind {
         match self {
             Self::Test => "ovltest",
             Self::Demo => "ovldemo",
+            Self::Bench => "ovlbench",
             Self::Kept => "ovlkeep",
         }
     }
@@ -170,7 +173,8 @@ impl<'a> Owner<'a> {
     fn parse(name: &'a str) -> Option<Self> {
         let mut parts = name.split('-');
         let kind = parts.next()?;
-        let known = [Kind::Test, Kind::Demo, Kind::Kept].iter().any(|known| known.prefix() == kind);
+        let known =
+            [Kind::Test, Kind::Demo, Kind::Bench, Kind::Kept].iter().any(|known| known.prefix() == kind);
         let pid = parts.next()?.parse().ok()?;
         known.then_some(Self { kind, pid })
     }

@@ -26,21 +26,26 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     if !workspace::is_root() {
         bail!("the demo creates network namespaces: run it as root");
     }
+    become_program("demo", &options.arguments)
+}
+
+/// Sets up, builds the agent and one program of the package `tests`, and becomes that program. Returns only if it cannot.
+pub(crate) fn become_program(name: &str, arguments: &[OsString]) -> Result<ExitCode> {
     let toolchain = setup::ensure(Scope::Everything, false)?;
     let built = build::build(&toolchain)?;
-    step::headline("build: the demo program (release)");
+    step::headline(format_args!("build: the {name} program (release)"));
     step::stream(workspace::cargo()?.args([
         "build",
         "--release",
         "--package",
         "overlay-tests",
         "--bin",
-        "demo",
+        name,
     ]))?;
 
     step::flush();
-    let demo = workspace::target_dir()?.join("release/demo");
-    // In place of xtask, so that Ctrl-C and the exit code are the demo's own.
-    let error = Command::new(&demo).args(&options.arguments).env("OVERLAY_AGENT", &built.agent).exec();
-    Err(error).with_context(|| format!("cannot start {}", demo.display()))
+    let program = workspace::target_dir()?.join("release").join(name);
+    // In place of xtask, so that Ctrl-C and the exit code are the program's own.
+    let error = Command::new(&program).args(arguments).env("OVERLAY_AGENT", &built.agent).exec();
+    Err(error).with_context(|| format!("cannot start {}", program.display()))
 }

@@ -1,5 +1,6 @@
 //! `cargo xtask`: every development command of this repository. This file only wires.
 
+mod bench;
 mod build;
 mod ci;
 mod demo;
@@ -29,6 +30,7 @@ enum Command {
     Setup(setup::Options),
     Build(build::Options),
     Demo(demo::Options),
+    Bench(bench::Options),
     Test(test::Options),
     /// Check the rules of this repository that the compiler does not check
     Tidy,
@@ -53,6 +55,7 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Setup(options) => setup::run(&options),
         Command::Build(options) => build::run(&options),
         Command::Demo(options) => demo::run(&options),
+        Command::Bench(options) => bench::run(&options),
         Command::Test(options) => test::run(&options),
         Command::Tidy => tidy::run(),
         Command::Ci => ci::run(),

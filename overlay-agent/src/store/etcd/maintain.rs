@@ -151,7 +151,10 @@ impl Keeper {
                         }
                     };
                 }
-                () = changed(&mut self.public_ip) => return Ok(()),
+                () = changed(&mut self.public_ip) => {
+                    self.session.forget_connection().await;
+                    return Ok(());
+                }
                 () = sleep_until(self.claim_at), if self.held.owner.is_some() => {
                     if !self.renew_claim().await? {
                         return Ok(());

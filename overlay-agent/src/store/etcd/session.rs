@@ -103,6 +103,12 @@ impl Session {
         }
     }
 
+    /// The next request makes a new connection. For when this host has another address: what was sent from the old one
+    /// is not answered any more, and only a long silence would tell.
+    pub(super) async fn forget_connection(&self) {
+        self.current.lock().await.client = None;
+    }
+
     /// One request. An error that another connection may not give ends this one.
     pub(super) async fn request<T, F, Answer>(&self, operation: &str, request: F) -> Result<T, EtcdError>
     where
