@@ -67,7 +67,7 @@ fn inside<T: Send>(netns: &Netns, work: impl Future<Output = T> + Send) -> Resul
 }
 
 fn apply(side: &Side, rules: Rules) -> Result<()> {
-    Ok(inside(&side.host, async { Firewall::new(rules)?.apply().await.map_err(anyhow::Error::from) })??)
+    inside(&side.host, async { Firewall::new(rules)?.apply().await.map_err(anyhow::Error::from) })?
 }
 
 /// Two hosts without agents. The underlay address of host B is the world outside too: from there, packets for A's pods go
