@@ -187,7 +187,7 @@ impl Site {
     ///
     /// # Errors
     ///
-    /// When it starts all the same, ends with success, or does not say why in one line.
+    /// When it starts all the same, ends with another exit code than 1, or does not say why in one line.
     pub fn refused(&self, command: Command) -> Result<String> {
         let mut child = self.spawn(command)?;
         let Some(status) = wait(&mut child, REFUSAL)? else {
@@ -202,7 +202,10 @@ impl Site {
         let [error] = errors.as_slice() else {
             bail!("{} lines of the agent's output start with `error:`, not one:\n{log}", errors.len());
         };
-        ensure!(!status.success(), "the agent refused with `{error}` but its exit code says success");
+        ensure!(
+            status.code() == Some(1),
+            "the agent refused with `{error}` and ended with {status}, not with 1"
+        );
         Ok((*error).to_owned())
     }
 

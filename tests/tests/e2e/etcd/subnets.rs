@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use overlay_tests::{
     agent::{Agent, Rung, Site},
     session::Session,
-    topology::{NETWORK, OVERLAY_MTU},
+    topology::{NETWORK, OVERLAY_MTU, PodOffload, Topology, Underlay},
     traffic::{ping::ping_with_ttl, steady, udp::every_size},
 };
 
@@ -16,7 +16,6 @@ use super::{
     value, wait_for_log, wait_for_route, wait_until,
 };
 use crate::{machine::Need, matrix::needs, suite::Suite};
-use overlay_tests::topology::{PodOffload, Topology, Underlay};
 
 pub(super) fn register(suite: &mut Suite) {
     let tc = needs(Rung::Tc, Rung::Tun);
@@ -134,13 +133,17 @@ fn revoked_lease_is_taken_back(session: &Arc<Session>) -> Result<()> {
     let lost = server.record(&key(subnet))?.context("the agent runs without a record")?;
     let (from, to) = topology.pods();
     let ((), flow) = steady::meanwhile(from, to, || {
+        thread::sleep(Duration::from_millis(300));
         server.revoke(lost.lease)?;
         wait_for_log(a.site(), &format!("the lease of {subnet} was lost and taken again"))?;
         wait_until("the record is back", || Ok(server.record(&key(subnet))?.is_some()))?;
-        wait_for_route(b, subnet, topology.a.underlay)
+        wait_for_route(b, subnet, topology.a.underlay)?;
+        thread::sleep(Duration::from_secs(1));
+        Ok(())
     })?;
-    // B has no route for the moment in which the record is not there. That is no time at all for a human.
-    ensure!(flow.lost <= 2 && flow.answered > flow.lost, "{flow:?}");
+    // B has no route for the moment between the end of the old record and the new one. One packet may be under way then, or
+    // two, and not a stream of them.
+    ensure!(flow.lost <= 2 && flow.answered > 20, "{flow:?}");
     every_size(from, to, OVERLAY_MTU)?;
     let again = server.record(&key(subnet))?.context("the record went again")?;
     ensure!(again.value == lost.value && again.lease != lost.lease, "{again:?} after {lost:?}");
