@@ -1,5 +1,6 @@
 //! The demo: every rung carries verified traffic, beside routing and VXLAN, and a table says how fast.
 
+mod flanneld;
 pub mod kept;
 pub mod lane;
 pub mod options;
@@ -53,12 +54,17 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         lanes.push(verified(&session, Connection::Overlay(a, b), options, &progress));
     }
     measure(&mut lanes, options, &progress);
+    let in_flannelds_place = flanneld::run(&session, options, &progress);
+    if let Err(error) = &in_flannelds_place {
+        progress.step("flanneld", "FAILED", &format!("{error:#}"));
+    }
 
-    result::print(&lanes, options);
+    result::print(&lanes, options, in_flannelds_place.as_deref().unwrap_or_default());
     if let Some(path) = &options.json {
         result::write_json(path, &lanes, options)?;
     }
-    let failures: Vec<String> = lanes.iter().flat_map(Lane::failures).collect();
+    let mut failures: Vec<String> = lanes.iter().flat_map(Lane::failures).collect();
+    failures.extend(in_flannelds_place.err().map(|error| format!("flanneld: {error:#}")));
     drop(lanes);
     drop(session);
     if options.keep {

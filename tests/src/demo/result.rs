@@ -29,8 +29,8 @@ const TITLES: [&str; 11] = [
     "verified",
 ];
 
-/// Prints the table and what to look at next.
-pub fn print(lanes: &[Lane], options: &Options) {
+/// Prints the table, what the part on etcd has to show, and what to look at next.
+pub fn print(lanes: &[Lane], options: &Options, on_etcd: &str) {
     let vxlan = vxlan_rates(lanes);
     let rows: Vec<Row> = lanes.iter().map(|lane| row(lane, vxlan.as_ref())).collect();
     println!("\n{}", render(&TITLES, &rows));
@@ -43,7 +43,7 @@ pub fn print(lanes: &[Lane], options: &Options) {
         options.rounds(),
         options.tcp_bytes() >> 20,
     );
-    println!("{NEXT}");
+    println!("\n{on_etcd}\n{NEXT}");
 }
 
 const NEXT: &str = "

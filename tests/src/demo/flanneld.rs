@@ -1,0 +1,112 @@
+//! The demo's last part: the agent in flanneld's place, by its name and with its flags, on a real etcd that goes away.
+
+use std::{
+    fs,
+    os::unix::fs::symlink,
+    path::Path,
+    process::{Command, Stdio},
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{
+    agent::{Agent, Site},
+    demo::Options,
+    etcd::Etcd,
+    netns::Netns,
+    progress::Progress,
+    session::Session,
+    topology::{NETWORK, PodOffload, Side, Topology, UPLINK},
+    traffic::{ping::ping_with_ttl, steady::without_loss, tcp},
+    verify::transfer_limit,
+};
+
+/// The name in the lines of progress.
+const NAME: &str = "flanneld";
+/// Bytes of the transfer.
+const TCP_BYTES: u64 = 16 << 20;
+
+/// Runs this part. What it has to show at the end, or why it failed.
+///
+/// # Errors
+///
+/// When something is not as it must be, with the step.
+pub(super) fn run(session: &Arc<Session>, options: &Options, progress: &Progress) -> Result<String> {
+    let topology = Topology::build(session, options.underlay, PodOffload::On)?;
+    let (a, b) = (&topology.a, &topology.b);
+    let mut etcd = Etcd::prepare(session, &a.host, a.underlay)?;
+    etcd.restart().context("start etcd")?;
+    let endpoint = etcd.endpoint();
+    let config = format!(r#"{{"Network":"{NETWORK}","Backend":{{"Type":"udp"}}}}"#);
+    tell(&a.host, &["config", "set", &config, "--etcd-endpoints", &endpoint]).context("write the config")?;
+    progress.step(NAME, "etcd on host A, config written", &config);
+
+    let bin = session.new_directory("bin")?;
+    let [first, second] = [a, b].map(|side| start(session, side, &bin, &endpoint));
+    let (first, second) = (first.context("start on host A")?, second.context("start on host B")?);
+    for (agent, peer) in [(&first, b), (&second, a)] {
+        agent.wait_for_routes(&format!("a route to {}", peer.subnet), |routes| routes.routes.len() == 1)?;
+    }
+    let rung = first.status()?.egress.rung;
+    progress.step(NAME, "both hosts have a lease and a route", &format!("datapath auto: {rung}"));
+
+    let (from, to) = topology.pods();
+    ping_with_ttl(from.netns, to.address, 60).context("ping container to container")?;
+    tcp::transfer(from, to, TCP_BYTES, transfer_limit(TCP_BYTES)).context("TCP container to container")?;
+    progress.step(NAME, "ping and TCP container to container", "ttl=60, digests equal");
+
+    without_loss(from, to, || {
+        etcd.kill();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while second.status()?.state != "degraded" {
+            ensure!(Instant::now() < deadline, "status does not say that etcd is away");
+            thread::sleep(Duration::from_millis(100));
+        }
+        etcd.restart()
+    })
+    .context("etcd killed under traffic")?;
+    progress.step(NAME, "etcd killed and started again under traffic", "no datagram lost");
+
+    let leases = tell(&a.host, &["leases", "--etcd-endpoints", &endpoint])?;
+    let subnet_file = fs::read_to_string(first.site().subnet_file()).context("read host A's subnet file")?;
+    first.stop()?;
+    second.stop()?;
+    Ok(format!(
+        "In flanneld's place, on etcd: `overlay-agent leases` says\n{}\nand host A's subnet.env\n{}",
+        indented(&leases),
+        indented(&subnet_file)
+    ))
+}
+
+/// An agent as a unit file that was written for flanneld starts it.
+fn start(session: &Session, side: &Side, bin: &Path, endpoint: &str) -> Result<Agent> {
+    let site = Site::new(session, &side.host, &format!("flanneld-{}", side.name))?;
+    let link = bin.join("flanneld");
+    if !link.exists() {
+        symlink(site.binary(), &link).with_context(|| format!("link {}", link.display()))?;
+    }
+    let mut command = Command::new(link);
+    command.arg(format!("-etcd-endpoints={endpoint}")).args(["-iface", UPLINK, "-ip-masq=false"]);
+    command.arg(format!("-subnet-file={}", site.subnet_file().display()));
+    // The containers are there already.
+    command.env("OVERLAY_AGENT_SUBNET", side.subnet).env("OVERLAY_AGENT_RUN_DIR", site.run_directory());
+    command.env_remove("RUST_LOG").stdin(Stdio::null());
+    let mut agent = site.begin(command)?;
+    agent.wait_until_running()?;
+    Ok(agent)
+}
+
+/// Calls the agent's binary in a host's namespace.
+fn tell(host: &Netns, words: &[&str]) -> Result<String> {
+    let output = host.output(Command::new(crate::agent::binary()?).args(words))?;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end().to_owned();
+    ensure!(output.status.success(), "overlay-agent {}: {}", words.join(" "), text(&output.stderr));
+    Ok(text(&output.stdout))
+}
+
+fn indented(text: &str) -> String {
+    text.trim_end().lines().map(|line| format!("    {line}")).collect::<Vec<_>>().join("\n")
+}
