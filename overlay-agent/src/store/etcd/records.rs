@@ -14,8 +14,11 @@ use crate::{
 };
 
 /// A value is cut after this much, as in the directory store: no lease is that long, and what is cut is no JSON any more, so
-/// that it is reported as such. Thousands of long ones must not fill the agent's memory.
-pub(super) const LONGEST_VALUE: usize = 64 * 1024;
+/// that it is reported as such.
+const LONGEST_VALUE: usize = 64 * 1024;
+/// Values up to this length are kept as they are, of longer ones only what they say: thousands of them must not fill the
+/// agent's memory.
+const USUAL_VALUE: usize = 512;
 /// The longest answer that is accepted. It holds any single record: etcd's own limit for one is 1.5 MiB unless raised.
 pub(super) const LONGEST_ANSWER: usize = 16 * 1024 * 1024;
 /// Records per request. 10,000 usual ones are 1.3 MB.
@@ -28,7 +31,7 @@ const ATTEMPTS: usize = 5;
 pub(super) struct Entry {
     /// The part of the key behind `subnets/`.
     pub(super) key: String,
-    /// At most [`LONGEST_VALUE`] bytes of the value.
+    /// The value, or one that is at most [`USUAL_VALUE`] bytes long and says the same.
     pub(super) value: Vec<u8>,
     /// The etcd lease that it ends with, 0 for a reservation.
     pub(super) lease: i64,
@@ -38,10 +41,9 @@ pub(super) struct Entry {
 
 impl Entry {
     pub(super) fn new(keys: &Keys, kv: &KeyValue) -> Self {
-        let value = kv.value();
         Self {
             key: keys.relative(kv.key()),
-            value: value.get(..LONGEST_VALUE).unwrap_or(value).to_vec(),
+            value: kept(kv.value()),
             lease: kv.lease(),
             mod_revision: kv.mod_revision(),
         }
@@ -61,6 +63,23 @@ impl Entry {
 
     pub(super) fn record(&self) -> Record {
         Record { key: self.key.clone(), value: self.value.clone() }
+    }
+}
+
+/// A value, or a short one that says the same.
+fn kept(value: &[u8]) -> Vec<u8> {
+    if value.len() <= USUAL_VALUE {
+        return value.to_vec();
+    }
+    match lease::parse_value(value.get(..LONGEST_VALUE).unwrap_or(value)) {
+        Ok(said) => serde_json::json!({ "PublicIP": said.public_ip, "BackendType": said.backend_type })
+            .to_string()
+            .into_bytes(),
+        // Nor may what is left of it be a lease.
+        Err(_) => {
+            let beginning = value.get(..USUAL_VALUE).unwrap_or(value);
+            if lease::parse_value(beginning).is_ok() { Vec::new() } else { beginning.to_vec() }
+        }
     }
 }
 
@@ -143,6 +162,26 @@ fn range_end(prefix: &[u8]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_kept_of_a_long_value_is_short_and_says_the_same() {
+        let padding = "x".repeat(1000);
+        let spaces = " ".repeat(1000);
+        for value in [
+            r#"{"PublicIP":"1.2.3.4","PublicIPv6":null}"#.to_owned(),
+            format!(r#"{{"PublicIP":"1.2.3.4","Padding":"{padding}"}}"#),
+            format!(r#"{{"PublicIP":"1.2.3.4","BackendType":"vxlan","BackendData":"{padding}"}}"#),
+            format!(r#"{{"PublicIP":"{padding}"}}"#),
+            format!(r#"{{"PublicIP":"1.2.3.4"}}{spaces}"#),
+            format!(r#"{{"PublicIP":"1.2.3.4"}}{spaces}x"#),
+        ] {
+            let kept = kept(value.as_bytes());
+            assert!(kept.len() <= USUAL_VALUE);
+            assert_eq!(lease::parse_value(&kept).ok(), lease::parse_value(value.as_bytes()).ok(), "{value}");
+        }
+        let too_long = format!(r#"{{"PublicIP":"1.2.3.4","Padding":"{}"}}"#, "x".repeat(LONGEST_VALUE));
+        assert!(lease::parse_value(&kept(too_long.as_bytes())).is_err());
+    }
 
     #[test]
     fn a_range_ends_behind_its_prefix() {
