@@ -10,6 +10,7 @@
     reason = "a test fails by panicking"
 )]
 
+mod capacity;
 mod generated;
 mod golden;
 mod rungs;
