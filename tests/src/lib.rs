@@ -3,7 +3,7 @@
 //! In reading order: [`session`] owns everything a run creates, [`netns`] is one namespace, [`topology`] is the reference
 //! topology (two hosts, a container behind each), [`comparison`] connects it without the overlay, [`agent`] and [`pair`]
 //! with it. [`traffic`] sends and verifies, [`verify`] is the list of checks that the demo and the tests share. [`etcd`]
-//! is a server for the store, and [`switch`] connects as many hosts as a test of the store wants. [`demo`] and [`bench`] are
+//! is a server for the store, and [`switch`] connects as many hosts as a test of the store wants. [`demo`] and [`mod@bench`] are
 //! programs of their own.
 
 pub mod agent;

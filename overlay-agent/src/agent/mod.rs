@@ -112,11 +112,13 @@ struct Prepared {
 impl Prepared {
     /// Looks at everything that can be refused, and takes the lease last.
     async fn new(options: Options, netlink: &Netlink, outlook: &mut Outlook) -> Result<Self> {
-        let underlay = Underlay::find(netlink, &options.underlay).await?;
+        // Looked for now to refuse at once what cannot work, and again when etcd, perhaps hours later, has answered.
+        Underlay::find(netlink, &options.underlay).await?;
         if let Some(file) = &options.subnet_file {
             subnet_env::check(file)?;
         }
         let (leasing, config) = Leasing::open(&options, outlook).await?;
+        let underlay = Underlay::find(netlink, &options.underlay).await?;
         check_addresses(&options, &config, &underlay)?;
         device::preflight(netlink, &options.device, config.network).await?;
         let mtu = inner_mtu(&underlay.link)?;

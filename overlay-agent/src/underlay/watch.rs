@@ -45,7 +45,7 @@ pub fn watch(current: Underlay, public_ip: Option<Ipv4Addr>) -> Result<mpsc::Rec
     let (connection, handle, mut messages) =
         rtnetlink::new_multicast_connection(&groups).context("subscribe to changes of network devices")?;
     tokio::spawn(connection);
-    let netlink = Netlink::from(handle);
+    let mut netlink = Netlink::from(handle);
     let (sender, receiver) = mpsc::channel(4);
     tokio::spawn(async move {
         let mut state = State { last: current, lost: false, public_ip };
@@ -56,11 +56,17 @@ pub fn watch(current: Underlay, public_ip: Option<Ipv4Addr>) -> Result<mpsc::Rec
                 // At once the first time: the watch begins after the underlay was chosen.
                 _ = tick.tick() => {}
                 message = messages.next() => {
-                    if message.is_none() {
-                        warn!("the watch over the underlay ended: the kernel closed its socket");
-                        return;
-                    }
                     sleep(SETTLE).await;
+                    if message.is_none() {
+                        // The socket broke.
+                        match rtnetlink::new_multicast_connection(&groups) {
+                            Ok((connection, handle, another)) => {
+                                tokio::spawn(connection);
+                                (netlink, messages) = (Netlink::from(handle), another);
+                            }
+                            Err(error) => warn!("subscribe to changes of network devices: {error}"),
+                        }
+                    }
                     while let Ok(message) = messages.try_recv() {
                         drop(message);
                     }
