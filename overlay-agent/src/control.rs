@@ -8,7 +8,14 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::{
+    errno::Errno,
+    sys::{
+        signal::kill,
+        socket::{getsockopt, sockopt::PeerCredentials},
+    },
+    unistd::Pid,
+};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
@@ -56,24 +63,25 @@ impl Control {
     /// # Errors
     ///
     /// When another agent answers there, or the directory cannot be made.
-    pub async fn listen(path: PathBuf) -> Result<Self> {
+    pub fn listen(path: PathBuf) -> Result<Self> {
         let directory = path.parent().context("the control socket has no directory")?;
         std::fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(directory)
             .with_context(|| format!("create {}", directory.display()))?;
-        match UnixStream::connect(&path).await {
-            Ok(_) => bail!(
-                "an agent answers at {} already: stop it first, or choose another --run-dir",
+        if let Some(pid) = listener(&path)? {
+            bail!(
+                "an agent (process {pid}) answers at {} already: stop it first, or choose another --run-dir",
                 path.display()
-            ),
+            );
+        }
+        match std::fs::remove_file(&path) {
+            Ok(()) => {}
             Err(error) if error.kind() == ErrorKind::NotFound => {}
-            Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-                std::fs::remove_file(&path)
-                    .with_context(|| format!("remove the stale socket {}", path.display()))?;
+            Err(error) => {
+                return Err(error).with_context(|| format!("remove the stale socket {}", path.display()));
             }
-            Err(error) => return Err(error).with_context(|| format!("look at {}", path.display())),
         }
         let listener = UnixListener::bind(&path).with_context(|| format!("listen at {}", path.display()))?;
         let control = Self { listener, path };
@@ -149,6 +157,8 @@ pub fn listener(path: &Path) -> Result<Option<i32>> {
         .with_context(|| format!("ask who listens at {}", path.display()))?;
     match peer.pid() {
         0 => bail!("the agent at {} runs in another PID namespace: end it there", path.display()),
+        // A child that an agent was about to start when it was killed holds the socket for another moment.
+        pid if kill(Pid::from_raw(pid), None) == Err(Errno::ESRCH) => Ok(None),
         pid => Ok(Some(pid)),
     }
 }
@@ -192,7 +202,7 @@ mod tests {
 
     async fn server(directory: &Path) -> (PathBuf, mpsc::Receiver<Asked>) {
         let path = path(directory, "ovl0");
-        let control = Control::listen(path.clone()).await.unwrap();
+        let control = Control::listen(path.clone()).unwrap();
         let (sender, receiver) = mpsc::channel(1);
         tokio::spawn(control.serve(sender));
         (path, receiver)
@@ -222,7 +232,7 @@ mod tests {
         let path = path(directory.path(), "ovl0");
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         let (_, _questions) = server(directory.path()).await;
-        let error = Control::listen(path).await.err().unwrap().to_string();
+        let error = Control::listen(path).err().unwrap().to_string();
         assert!(error.contains("already"), "{error}");
     }
 

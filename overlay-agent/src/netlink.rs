@@ -12,7 +12,7 @@ use rtnetlink::{
         AddressFamily,
         address::AddressAttribute,
         link::{LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
-        route::{RouteAddress, RouteAttribute, RouteMessage, RouteScope, RouteType},
+        route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType},
     },
 };
 
@@ -282,18 +282,19 @@ impl Netlink {
         request.await.with_context(|| format!("discard packets for {subnet} that no container takes"))
     }
 
-    /// Subnets of `network` for which [`Netlink::add_blackhole`] was called.
+    /// Subnets for which [`Netlink::add_blackhole`] was called.
     ///
     /// # Errors
     ///
     /// When the kernel refuses.
-    pub async fn blackholes(&self, network: Ipv4Net) -> Result<Vec<Ipv4Net>> {
+    pub async fn blackholes(&self) -> Result<Vec<Ipv4Net>> {
         let request = RouteMessageBuilder::<Ipv4Addr>::new().build();
         let messages: Vec<_> =
             self.handle.route().get(request).execute().try_collect().await.context("list routes")?;
-        let discards = messages.iter().filter(|message| message.header.kind == RouteType::BlackHole);
-        Ok(discards
-            .filter(|message| message.attributes.contains(&RouteAttribute::Priority(u32::MAX)))
+        let ours = messages.iter().filter(|message| {
+            message.header.kind == RouteType::BlackHole && message.header.protocol == BLACKHOLE_MARK
+        });
+        Ok(ours
             .filter_map(|message| {
                 message.attributes.iter().find_map(|attribute| match attribute {
                     RouteAttribute::Destination(RouteAddress::Inet(address)) => {
@@ -302,7 +303,6 @@ impl Netlink {
                     _ => None,
                 })
             })
-            .filter(|subnet| network.contains(subnet))
             .collect())
     }
 
@@ -324,11 +324,15 @@ impl Netlink {
     }
 }
 
+/// Tells our blackhole routes from an administrator's: a number that iproute2 gives to no program.
+const BLACKHOLE_MARK: RouteProtocol = RouteProtocol::Other(0x6f);
+
 /// Of the least preference that there is: the containers' bridge may have a route for the same subnet.
 fn blackhole(subnet: Ipv4Net) -> RouteMessage {
     RouteMessageBuilder::<Ipv4Addr>::new()
         .destination_prefix(subnet.network(), subnet.prefix_len())
         .kind(RouteType::BlackHole)
+        .protocol(BLACKHOLE_MARK)
         .priority(u32::MAX)
         .build()
 }

@@ -9,8 +9,8 @@ use tracing::debug;
 
 use crate::health::Health;
 
-/// How much longer a start that waits may take until the next word; more than the longest pause between two.
-const STARTING: Duration = Duration::from_secs(60);
+/// How much longer a start that waits may take until the next word: more than asking every member of a large cluster takes.
+const STARTING: Duration = Duration::from_secs(180);
 
 /// What systemd was told so far.
 #[derive(Debug, Default)]
@@ -103,7 +103,7 @@ mod tests {
             heard,
             [
                 "STATUS=not ready: starting",
-                "EXTEND_TIMEOUT_USEC=60000000",
+                "EXTEND_TIMEOUT_USEC=180000000",
                 "READY=1\nSTATUS=ok",
                 "WATCHDOG=1",
                 "STATUS=degraded: etcd is away",

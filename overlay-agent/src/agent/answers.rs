@@ -4,13 +4,12 @@ use anyhow::{Context as _, Result};
 use tokio::time::Instant;
 use tracing::debug;
 
-use super::{Agent, Claim, Place, StoreOption, problems::Concern};
+use super::{Agent, Claim, Place, problems::Concern};
 use crate::{
     control::Question,
     datapath::{Datapath, PathCounters},
     health::Health,
     report::{self, CounterList, Device, Route, RouteList, Status},
-    store::etcd::RENEW_MARGIN,
 };
 
 impl Agent {
@@ -78,7 +77,10 @@ impl Agent {
         Health {
             ready: match (self.running, self.informed) {
                 (true, _) => Ok(()),
-                (false, true) => Err("the device or the datapath is not there yet".to_owned()),
+                (false, true) => {
+                    let why = self.problems.get(Concern::SubnetFile);
+                    Err(why.unwrap_or_else(|| "the device or the datapath is not there yet".to_owned()))
+                }
                 (false, false) => Err("the store has not told the peers' leases yet".to_owned()),
             },
             healthy: self.fit(),
@@ -88,11 +90,12 @@ impl Agent {
 
     /// Whether packets move and will go on to.
     fn fit(&self) -> Result<(), String> {
+        let grave = [Concern::Datapath, Concern::Underlay, Concern::Address, Concern::Routes];
+        if let Some(why) = grave.into_iter().find_map(|concern| self.problems.get(concern)) {
+            return Err(why);
+        }
         if self.datapath.is_none() {
             return Err("the datapath is down and being made again; the log says why".to_owned());
-        }
-        if let Some(why) = self.problems.get(Concern::Underlay) {
-            return Err(why);
         }
         let why = || self.problems.get(Concern::Lease).unwrap_or_default();
         match self.claim {
@@ -100,11 +103,7 @@ impl Agent {
             Claim::Lost => Err(why()),
             Claim::Doubtful(Some(end)) => {
                 let left = end.saturating_duration_since(Instant::now());
-                let margin = match &self.options.store {
-                    StoreOption::Etcd(etcd) => etcd.renew_margin,
-                    StoreOption::Dir(_) | StoreOption::None => RENEW_MARGIN,
-                };
-                match left < margin {
+                match left < self.options.lease_margin() {
                     true => Err(format!("the lease is about to be lost, in {} s: {}", left.as_secs(), why())),
                     false => Ok(()),
                 }

@@ -33,6 +33,11 @@ impl Agent {
                 self.confirm_claim();
                 warn!("the lease of {subnet} was lost and taken again: {why}");
             }
+            LeaseEvent::Readdressed { public_ip } => {
+                self.recorded_ip = public_ip;
+                self.confirm_claim();
+                self.note_address();
+            }
             LeaseEvent::Moved { from, to, why } => {
                 self.confirm_claim();
                 warn!("our subnet is {to} now, no longer {from}: {why}");
@@ -45,6 +50,18 @@ impl Agent {
     fn confirm_claim(&mut self) {
         self.claim = Claim::Firm;
         self.problems.clear(Concern::Lease);
+    }
+
+    /// Peers send to the address in our record, and accept packets from no other.
+    pub(super) fn note_address(&mut self) {
+        let (public_ip, recorded) = (self.place.own.public_ip, self.recorded_ip);
+        match public_ip == recorded {
+            true => self.problems.clear(Concern::Address),
+            false => self.problems.set(
+                Concern::Address,
+                format!("our address is {public_ip}, and the store still says {recorded}: peers are out of reach until it follows"),
+            ),
+        }
     }
 
     fn doubt_claim(&mut self, why: String) {
@@ -68,7 +85,9 @@ impl Agent {
     pub(super) fn check_own_record(&mut self, store: DirStore) {
         let own = self.place.own;
         match self.table.record(own.subnet) {
-            Some(Ok(value)) if value.public_ip == own.public_ip => self.confirm_claim(),
+            Some(Ok(value)) if [own.public_ip, self.recorded_ip].contains(&value.public_ip) => {
+                self.confirm_claim()
+            }
             Some(Ok(value)) => {
                 let why = format!(
                     "the store says that {} holds our subnet {}: stop one of the two, remove the record and start again",

@@ -48,6 +48,12 @@ impl Host {
                 netlink.add_blackhole(subnet).await?;
                 host.blackhole = Some(subnet);
             }
+            // An earlier agent, which was killed, may have had another subnet or other flags.
+            for stale in netlink.blackholes().await? {
+                if network.contains(&stale) && host.blackhole != Some(stale) {
+                    netlink.remove_blackhole(stale).await?;
+                }
+            }
             host.keeper = keep_rules(options, network, subnet).await?;
             anyhow::Ok(())
         };

@@ -17,7 +17,7 @@ use crate::{
     config::NetworkConfig,
     route_table::Record,
     store::{
-        Event,
+        Event, LeaseEvent,
         dir::{Acquired, DirStore},
         etcd::{EtcdStore, Held},
     },
@@ -175,28 +175,23 @@ impl Leasing {
         }
     }
 
-    /// Puts our record under another public address of this host. With etcd that may take until it answers.
-    pub(super) async fn readdress(
+    /// Puts our record under another public address of this host, however long that takes.
+    /// [`LeaseEvent::Readdressed`] says that it is there.
+    pub(super) fn readdress(
         &self,
         lease: Option<&Lease>,
         subnet: Ipv4Net,
         from: Ipv4Addr,
         to: Ipv4Addr,
+        events: mpsc::Sender<Event>,
     ) {
         match (self, lease) {
             (Self::Fixed, _) => {
-                warn!("peers know this host by {from}: give them another --peer {subnet}={to}")
+                warn!("peers know this host by {from}: give them another --peer {subnet}={to}");
+                tokio::spawn(said(events, to));
             }
             (Self::Dir(store), _) => {
-                let store = store.clone();
-                // It waits for a lock.
-                let done = tokio::task::spawn_blocking(move || store.readdress(subnet, from, to)).await;
-                match done {
-                    Ok(Ok(true)) => {}
-                    Ok(Ok(false)) => warn!("the record of {subnet} is not under {from}, and stays as it is"),
-                    Ok(Err(error)) => warn!("put {subnet} under {to}: {error:#}"),
-                    Err(error) => warn!("put {subnet} under {to}: {error}"),
-                }
+                drop(tokio::spawn(readdress_file(store.clone(), subnet, from, to, events)))
             }
             (Self::Etcd(_), Some(Lease::Kept(keeper))) => {
                 // Without a receiver the agent is about to end.
@@ -267,6 +262,36 @@ impl Lease {
             Self::Standing(acquired) => Some(acquired.subnet),
             Self::Held(held) => Some(held.subnet),
             Self::Kept(_) => None,
+        }
+    }
+}
+
+async fn said(events: mpsc::Sender<Event>, public_ip: Ipv4Addr) {
+    // Nobody listens to the end of an agent.
+    let _ = events.send(Event::Lease(LeaseEvent::Readdressed { public_ip })).await;
+}
+
+/// Tries until it is done. A record that is not ours is for whoever looks at the next listing.
+async fn readdress_file(
+    store: DirStore,
+    subnet: Ipv4Net,
+    from: Ipv4Addr,
+    to: Ipv4Addr,
+    events: mpsc::Sender<Event>,
+) {
+    loop {
+        let again = store.clone();
+        // It waits for a lock.
+        let done = tokio::task::spawn_blocking(move || again.readdress(subnet, from, to)).await;
+        let error = match done {
+            Ok(Ok(true | false)) => return said(events, to).await,
+            Ok(Err(error)) => error,
+            Err(error) => error.into(),
+        };
+        warn!("put {subnet} under {to}, trying again: {error:#}");
+        tokio::select! {
+            () = sleep(LONGEST_PAUSE) => {}
+            () = events.closed() => return,
         }
     }
 }

@@ -11,7 +11,12 @@ mod problems;
 mod routes;
 mod upkeep;
 
-use std::{net::SocketAddrV4, os::fd::OwnedFd, time::Duration};
+use std::{
+    net::{Ipv4Addr, SocketAddrV4},
+    os::fd::OwnedFd,
+    pin::pin,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, bail};
 pub use options::{HostOptions, Options, StoreOption};
@@ -42,9 +47,6 @@ use crate::{
     underlay::{self, Underlay, UnderlayChange},
 };
 
-/// Pause before a lost datapath is made again.
-const RETRY: Duration = Duration::from_secs(1);
-
 /// How often to see whether the device still has its address, MTU and route.
 const CARE: Duration = Duration::from_secs(5);
 
@@ -59,13 +61,28 @@ pub async fn run(options: Options) -> Result<()> {
     }
     let mut stop = StopSignals::new()?;
     let netlink = Netlink::connect()?;
+    // From the first moment, so that `down` and a second agent find this one also while it waits for etcd.
+    let control = Control::listen(control::path(&options.run_dir, &options.device))?;
+    let (question_sender, mut questions) = mpsc::channel(8);
+    tokio::spawn(control.serve(question_sender));
     let mut outlook = Outlook::start(options.host.healthz).await?;
-    let prepared = tokio::select! {
-        prepared = Prepared::new(options, &netlink, &mut outlook) => prepared?,
-        () = stop.wait() => return Ok(()),
+    let health = outlook.subscribe();
+    let prepared = {
+        let mut preparing = pin!(Prepared::new(options, &netlink, &mut outlook));
+        loop {
+            tokio::select! {
+                prepared = &mut preparing => break prepared?,
+                () = stop.wait() => return Ok(()),
+                Some((_, back)) = questions.recv() => {
+                    let why = health.borrow().to_string();
+                    // Whoever asked may be gone.
+                    let _ = back.send(Err(format!("the agent is starting, {why}")));
+                }
+            }
+        }
     };
     // Not interrupted: what is half-made would stay. It takes a moment; a signal meanwhile ends `follow` at once.
-    let mut agent = Agent::start(prepared, netlink, outlook).await?;
+    let mut agent = Agent::start(prepared, netlink, outlook, questions).await?;
     agent.follow(&mut stop).await;
     agent.stop().await
 }
@@ -105,7 +122,6 @@ struct Prepared {
     leasing: Leasing,
     lease: Lease,
     place: Place,
-    control: Control,
     socket: OwnedFd,
 }
 
@@ -122,20 +138,12 @@ impl Prepared {
         check_addresses(&options, &config, &underlay)?;
         device::preflight(netlink, &options.device, config.network).await?;
         let mtu = inner_mtu(&underlay.link)?;
-        let control = Control::listen(control::path(&options.run_dir, &options.device)).await?;
         let socket = tun::bind(SocketAddrV4::new(underlay.local_ip, config.port), &underlay.link.name)?;
         let lease = leasing.acquire(&options, &config, underlay.public_ip, outlook).await?;
         let subnet = lease.subnet().context("the lease has no subnet")?;
         let own = Own { network: config.network, subnet, public_ip: underlay.public_ip };
         info!("{} is {} in {}, MTU {mtu}, port {}", own.public_ip, own.subnet, own.network, config.port);
-        Ok(Self {
-            options,
-            leasing,
-            lease,
-            place: Place { underlay, own, port: config.port, mtu },
-            control,
-            socket,
-        })
+        Ok(Self { options, leasing, lease, place: Place { underlay, own, port: config.port, mtu }, socket })
     }
 }
 
@@ -146,11 +154,15 @@ struct Agent {
     /// `None` while a lost one is being made again.
     datapath: Option<Datapath>,
     retry_at: Option<Instant>,
+    retries: u32,
+    made_at: Option<Instant>,
     /// The store's records as last heard, and the routes that they give.
     table: RouteTable,
     leasing: Leasing,
     lease: Option<Lease>,
     claim: Claim,
+    /// Our address as the store has it.
+    recorded_ip: Ipv4Addr,
     problems: Problems,
     outlook: Outlook,
     /// Whether all records were heard once: from then on, no route is missing.
@@ -163,15 +175,20 @@ struct Agent {
     /// What datapaths counted that are gone.
     counted: PathCounters,
     events: mpsc::Receiver<Event>,
+    event_sender: mpsc::Sender<Event>,
     underlay_changes: mpsc::Receiver<UnderlayChange>,
     questions: mpsc::Receiver<Asked>,
     failures: (mpsc::Sender<String>, mpsc::Receiver<String>),
 }
 
 impl Agent {
-    async fn start(prepared: Prepared, netlink: Netlink, outlook: Outlook) -> Result<Self> {
-        let Prepared { options, leasing, lease, place, control, socket } = prepared;
-        let (question_sender, questions) = mpsc::channel(8);
+    async fn start(
+        prepared: Prepared,
+        netlink: Netlink,
+        outlook: Outlook,
+        questions: mpsc::Receiver<Asked>,
+    ) -> Result<Self> {
+        let Prepared { options, leasing, lease, place, socket } = prepared;
         let (event_sender, events) = mpsc::channel(4);
         let own = place.own;
         let table = RouteTable::new(own, options.peers.clone());
@@ -181,10 +198,13 @@ impl Agent {
             place,
             datapath: None,
             retry_at: None,
+            retries: 0,
+            made_at: None,
             table,
             leasing,
             lease: None,
             claim: Claim::Firm,
+            recorded_ip: own.public_ip,
             problems: Problems::default(),
             outlook,
             informed: false,
@@ -193,6 +213,7 @@ impl Agent {
             host: None,
             counted: PathCounters::ZERO,
             events,
+            event_sender,
             underlay_changes: mpsc::channel(1).1,
             questions,
             failures: mpsc::channel(2),
@@ -200,11 +221,11 @@ impl Agent {
         let finish = async {
             agent.start_datapath(socket).await?;
             agent.host = Some(Host::prepare(&agent.options, &agent.netlink, own.network, own.subnet).await?);
-            agent.underlay_changes =
-                underlay::watch(agent.place.underlay.clone(), agent.options.underlay.public_ip)?;
+            agent.underlay_changes = underlay::watch(agent.place.underlay.clone(), &agent.options.underlay)?;
             if let Some(records) = agent.leasing.list()? {
                 agent.on_snapshot(records);
-                agent.run_if_ready()?;
+                agent.subnet_file()?;
+                agent.run_if_ready();
             }
             anyhow::Ok(())
         };
@@ -216,21 +237,21 @@ impl Agent {
             return Err(error);
         }
         // Watches before it lists, so nothing that happened meanwhile is missed.
-        agent.lease = Some(agent.leasing.follow(lease, own.public_ip, event_sender));
-        tokio::spawn(control.serve(question_sender));
+        agent.lease = Some(agent.leasing.follow(lease, own.public_ip, agent.event_sender.clone()));
         warn_about_forwarding();
         Ok(agent)
     }
 
     /// The agent says that it runs, and container runtimes learn the subnet, once everything is there.
-    fn run_if_ready(&mut self) -> Result<()> {
+    fn run_if_ready(&mut self) {
         if self.running || !self.informed || self.datapath.is_none() {
-            return Ok(());
+            return;
         }
-        self.subnet_file()?;
-        self.running = true;
-        info!("running: {} routes, see `overlay-agent status`", self.table.routes().len());
-        Ok(())
+        self.write_subnet_file();
+        if self.problems.get(Concern::SubnetFile).is_none() {
+            self.running = true;
+            info!("running: {} routes, see `overlay-agent status`", self.table.routes().len());
+        }
     }
 
     fn subnet_file(&self) -> Result<()> {
@@ -266,6 +287,7 @@ impl Agent {
         let mut datapath = Datapath::start(&plan, device, socket, self.failures.0.clone())?;
         let written = datapath.set_routes(self.table.routes());
         self.datapath = Some(datapath);
+        self.made_at = Some(Instant::now());
         self.note_routes(written);
         Ok(())
     }
@@ -295,10 +317,7 @@ impl Agent {
                 _ = care.tick() => self.care().await,
                 () = self.outlook.watchdog() => self.outlook.alive(),
             }
-            match self.run_if_ready() {
-                Ok(()) => {}
-                Err(error) => self.problems.set(Concern::SubnetFile, format!("{error:#}")),
-            }
+            self.run_if_ready();
             let health = self.health();
             self.outlook.tell(health);
         }

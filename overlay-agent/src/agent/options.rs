@@ -11,7 +11,7 @@ use ipnet::Ipv4Net;
 
 use crate::{
     datapath::{Request, ebpf::TcAttach},
-    store::etcd::EtcdOptions,
+    store::etcd::{EtcdOptions, RENEW_MARGIN},
     underlay,
 };
 
@@ -70,4 +70,15 @@ pub struct HostOptions {
     pub blackhole_route: bool,
     /// Where to answer questions after the agent's health.
     pub healthz: Option<SocketAddr>,
+}
+
+impl Options {
+    /// With less than this left, a lease that cannot be renewed is about to be lost. Not more than flannel's usual margin:
+    /// who renews early is not in danger early.
+    pub(super) fn lease_margin(&self) -> Duration {
+        match &self.store {
+            StoreOption::Etcd(etcd) => etcd.renew_margin.min(RENEW_MARGIN),
+            StoreOption::Dir(_) | StoreOption::None => RENEW_MARGIN,
+        }
+    }
 }

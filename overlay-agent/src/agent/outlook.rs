@@ -46,6 +46,16 @@ impl Outlook {
         self.systemd.still_starting();
     }
 
+    /// The start takes longer and is not stuck.
+    pub(super) fn still_starting(&self) {
+        self.systemd.still_starting();
+    }
+
+    /// What is told, as it changes.
+    pub(super) fn subscribe(&self) -> watch::Receiver<Health> {
+        self.health.subscribe()
+    }
+
     /// Tells what is new.
     pub(super) fn tell(&mut self, health: Health) {
         self.systemd.tell(&health);

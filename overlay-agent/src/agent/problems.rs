@@ -13,6 +13,10 @@ pub(super) enum Concern {
     Lease,
     /// The device that carries outer packets.
     Underlay,
+    /// Making the datapath.
+    Datapath,
+    /// The address under which peers know this host.
+    Address,
     /// Telling container runtimes.
     SubnetFile,
     /// The kernel's route map.

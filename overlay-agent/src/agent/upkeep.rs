@@ -1,12 +1,12 @@
 //! Keeping the host as it should be: a datapath that failed, a device that someone changed, an underlay that moved.
 
-use std::net::SocketAddrV4;
+use std::{net::SocketAddrV4, time::Duration};
 
 use tokio::time::Instant;
 use tracing::{error, info, warn};
 
 use super::{
-    Agent, RETRY,
+    Agent,
     checks::{check_underlay, inner_mtu},
     problems::Concern,
 };
@@ -17,15 +17,21 @@ use crate::{
     underlay::{Underlay, UnderlayChange},
 };
 
+/// First pause before a lost datapath is made again.
+const RETRY: Duration = Duration::from_secs(1);
+/// Longest pause.
+const LONGEST_RETRY: Duration = Duration::from_secs(30);
+/// A datapath that lived longer than this was a good one.
+const STABLE: Duration = Duration::from_secs(10);
+
 impl Agent {
     /// Drops the datapath and schedules a new one.
     pub(super) fn on_failure(&mut self, failure: &str) {
         if self.datapath.is_some() {
             error!("the datapath failed and is made again: {failure}");
             self.drop_datapath();
+            self.retry_at = Some(self.next_retry());
         }
-        // The other thread's word on the same loss.
-        while self.failures.1.try_recv().is_ok() {}
     }
 
     /// Makes the datapath anew where it has to be another one.
@@ -44,7 +50,21 @@ impl Agent {
                 Err(error) => warn!("the lost datapath's counters are lost too: {error:#}"),
             }
         }
-        self.retry_at = Some(Instant::now());
+        // Its threads have ended: what they still said is about what is gone.
+        while self.failures.1.try_recv().is_ok() {}
+    }
+
+    /// At once after a long life, later and later after short ones.
+    fn next_retry(&mut self) -> Instant {
+        if self.made_at.is_none_or(|made| made.elapsed() > STABLE) {
+            self.retries = 0;
+        }
+        let pause = match self.retries {
+            0 => Duration::ZERO,
+            count => (RETRY * 2_u32.saturating_pow(count - 1)).min(LONGEST_RETRY),
+        };
+        self.retries = self.retries.saturating_add(1);
+        Instant::now() + pause
     }
 
     pub(super) async fn restart_datapath(&mut self) {
@@ -57,21 +77,38 @@ impl Agent {
         };
         self.retry_at = match attempt.await {
             Ok(()) => {
+                self.problems.clear(Concern::Datapath);
                 info!("the datapath is back");
                 None
             }
             Err(error) => {
-                error!("the datapath cannot be made, trying again: {error:#}");
-                Some(Instant::now() + RETRY)
+                let why = format!("the datapath cannot be made, trying again: {error:#}");
+                self.problems.set(Concern::Datapath, why);
+                // Not at once, however long the last one lived.
+                self.made_at = Some(Instant::now());
+                self.retries = self.retries.max(1);
+                Some(self.next_retry())
             }
         };
     }
 
-    /// Puts right what someone changed under us.
+    /// Puts right what someone changed under us, and tries again what did not work.
     pub(super) async fn care(&mut self) {
         let restored = self.put_device_right().await;
         if !restored.is_empty() {
             warn!("someone changed {}: restored its {}", self.options.device, restored.join(", "));
+        }
+        if self.problems.get(Concern::Routes).is_some()
+            && let Some(datapath) = &mut self.datapath
+        {
+            let written = datapath.set_routes(self.table.routes());
+            self.note_routes(written);
+        }
+        if self.running && self.problems.get(Concern::SubnetFile).is_some() {
+            self.write_subnet_file();
+        }
+        if !self.running {
+            self.outlook.still_starting();
         }
     }
 
@@ -115,8 +152,10 @@ impl Agent {
             self.put_device_right().await;
         }
         if public_ip != own.public_ip {
-            self.leasing.readdress(self.lease.as_ref(), own.subnet, own.public_ip, public_ip).await;
             self.place.own.public_ip = public_ip;
+            let events = self.event_sender.clone();
+            self.leasing.readdress(self.lease.as_ref(), own.subnet, self.recorded_ip, public_ip, events);
+            self.note_address();
             self.rebuild();
         }
         if resized && self.running {

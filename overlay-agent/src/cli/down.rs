@@ -39,13 +39,17 @@ pub(super) async fn down(args: &AgentArgs) -> Result<()> {
     if firewall::remove(&args.device).await.with_context(context)? {
         removed.push(format!("the firewall's rules of {}", args.device));
     }
+    // Those of networks that other agents run on this host stay.
+    let others: Vec<_> =
+        netlink.links().await?.into_iter().filter_map(|link| Note::parse(&link.alias?)).collect();
+    for subnet in netlink.blackholes().await? {
+        let anothers = others.iter().any(|other| other.network.contains(&subnet));
+        if !anothers && netlink.remove_blackhole(subnet).await? {
+            removed.push(format!("the blackhole route for {subnet}"));
+        }
+    }
     // tcx and XDP links go with their agent; filters of a clsact qdisc, which older kernels need, do not.
     if let Some(note) = note {
-        for subnet in netlink.blackholes(note.network).await? {
-            if netlink.remove_blackhole(subnet).await? {
-                removed.push(format!("the blackhole route for {subnet}"));
-            }
-        }
         detach_filter(&note.underlay, TcAttachType::Ingress, note.port);
     }
     match std::fs::remove_file(&socket) {

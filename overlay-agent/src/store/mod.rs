@@ -1,6 +1,6 @@
 //! Where lease records live, and what a store has to say to whoever follows it.
 
-use std::time::Duration;
+use std::{net::Ipv4Addr, time::Duration};
 
 use ipnet::Ipv4Net;
 
@@ -43,6 +43,11 @@ pub enum LeaseEvent {
         subnet: Ipv4Net,
         /// How it was lost.
         why: String,
+    },
+    /// The record stands under this host's new public address.
+    Readdressed {
+        /// The address.
+        public_ip: Ipv4Addr,
     },
     /// The claim was lost, and the subnet is somebody else's by now: this host has another one.
     Moved {

@@ -7,6 +7,7 @@ use std::{net::Ipv4Addr, time::Duration};
 
 use anyhow::{Context as _, Result};
 use futures_util::StreamExt as _;
+use ipnet::Ipv4Net;
 use rtnetlink::MulticastGroup;
 use tokio::{
     sync::mpsc,
@@ -14,8 +15,11 @@ use tokio::{
 };
 use tracing::warn;
 
-use super::{Underlay, choose::best_address};
-use crate::netlink::Netlink;
+use super::{Iface, Underlay, Wish, choose::best_address};
+use crate::{
+    device, lease,
+    netlink::{Link, Netlink},
+};
 
 /// An address that is replaced is removed first: wait a moment for the other half of the change.
 const SETTLE: Duration = Duration::from_millis(100);
@@ -32,23 +36,23 @@ pub enum UnderlayChange {
     Lost(String),
 }
 
-/// Watches the device of `current` in a task of its own, which ends when the receiver is dropped. `public_ip` is the
-/// operator's word; without it, the public address follows the device's.
+/// Watches `current`, which was found by `wish`, in a task of its own that ends when the receiver is dropped.
 ///
-/// An address that the device still has stays the one in use, also when others come before it.
+/// An address that the operator named is the only one, on whatever device it is. Else the device stays the same, and so does
+/// the address as long as the device has it; when it comes back after another one had to do, it is the one again.
 ///
 /// # Errors
 ///
 /// When the kernel refuses a socket.
-pub fn watch(current: Underlay, public_ip: Option<Ipv4Addr>) -> Result<mpsc::Receiver<UnderlayChange>> {
+pub fn watch(current: Underlay, wish: &Wish) -> Result<mpsc::Receiver<UnderlayChange>> {
     let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr];
     let (connection, handle, mut messages) =
         rtnetlink::new_multicast_connection(&groups).context("subscribe to changes of network devices")?;
     tokio::spawn(connection);
     let mut netlink = Netlink::from(handle);
     let (sender, receiver) = mpsc::channel(4);
+    let mut state = State::new(current, wish);
     tokio::spawn(async move {
-        let mut state = State { last: current, lost: false, public_ip };
         let mut tick = interval(LOOK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -88,28 +92,28 @@ pub fn watch(current: Underlay, public_ip: Option<Ipv4Addr>) -> Result<mpsc::Rec
 }
 
 struct State {
+    /// What was chosen first.
+    home: Ipv4Addr,
     last: Underlay,
     lost: bool,
+    /// The operator's word on the public address; without it, it follows the device's.
     public_ip: Option<Ipv4Addr>,
+    /// Whether the operator named the address.
+    pinned: bool,
 }
 
 impl State {
+    fn new(current: Underlay, wish: &Wish) -> Self {
+        let home = current.local_ip;
+        let pinned = wish.public_ip == Some(home) || wish.ifaces.contains(&Iface::Address(home));
+        Self { home, last: current, lost: false, public_ip: wish.public_ip, pinned }
+    }
+
     async fn look(&mut self, netlink: &Netlink) -> Result<Option<UnderlayChange>> {
-        let name = &self.last.link.name;
-        let Some(link) = netlink.link(name).await? else {
-            let why = format!("the device {name} is gone");
-            return Ok(self.lose(why));
-        };
-        let addresses = netlink.addresses().await?;
-        let keeps =
-            |(index, net): &(u32, ipnet::Ipv4Net)| *index == link.index && net.addr() == self.last.local_ip;
-        let local_ip = match addresses.iter().any(keeps) {
-            true => Some(self.last.local_ip),
-            false => best_address(&addresses, link.index),
-        };
-        let Some(local_ip) = local_ip else {
-            let why = format!("the device {name} has no IPv4 address");
-            return Ok(self.lose(why));
+        let (links, addresses) = (netlink.links().await?, netlink.addresses().await?);
+        let (link, local_ip) = match self.find(&links, &addresses) {
+            Ok(found) => found,
+            Err(why) => return Ok(self.lose(why)),
         };
         let now = Underlay { link, local_ip, public_ip: self.public_ip.unwrap_or(local_ip) };
         let same = !self.lost
@@ -120,8 +124,93 @@ impl State {
         Ok((!same).then(|| UnderlayChange::Changed(self.last.clone())))
     }
 
+    /// The device and its address, or what is missing.
+    fn find(&self, links: &[Link], addresses: &[(u32, Ipv4Net)]) -> Result<(Link, Ipv4Addr), String> {
+        let holds = |link: &Link, address: Ipv4Addr| {
+            addresses.iter().any(|(index, net)| *index == link.index && net.addr() == address)
+        };
+        if self.pinned {
+            let holder = links.iter().find(|link| !device::is_ours(link) && holds(link, self.home));
+            let holder =
+                holder.ok_or_else(|| format!("no device holds the address {} any more", self.home))?;
+            return Ok((holder.clone(), self.home));
+        }
+        let name = &self.last.link.name;
+        let link = links.iter().find(|link| link.name == *name);
+        let link = link.ok_or_else(|| format!("the device {name} is gone"))?;
+        let kept = [self.home, self.last.local_ip].into_iter().find(|address| holds(link, *address));
+        let Some(address) = kept.or_else(|| best_address(addresses, link.index)) else {
+            return Err(format!("the device {name} has no IPv4 address"));
+        };
+        // What a host gives itself while it waits for a better one is nothing to tell peers.
+        let makeshift = address.is_link_local() && !self.home.is_link_local();
+        match makeshift || !lease::is_host(address) {
+            true => {
+                Err(format!("the device {name} has no address but {address}, at which no peer can reach it"))
+            }
+            false => Ok((link.clone(), address)),
+        }
+    }
+
     /// Says it once.
     fn lose(&mut self, why: String) -> Option<UnderlayChange> {
         (!std::mem::replace(&mut self.lost, true)).then_some(UnderlayChange::Lost(why))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn link(index: u32, name: &str) -> Link {
+        Link { name: name.to_owned(), index, mtu: 1500, up: true, ethernet: true, kind: None, alias: None }
+    }
+
+    /// What the watch sees, as `eth0 10.0.0.1`, when eth0 and eth1 have these addresses.
+    fn found(state: &State, eth0: &[&str], eth1: &[&str]) -> String {
+        let of = |index: u32, addresses: &[&str]| {
+            addresses
+                .iter()
+                .map(|address| (index, format!("{address}/24").parse().unwrap()))
+                .collect::<Vec<_>>()
+        };
+        match state.find(&[link(1, "eth0"), link(2, "eth1")], &[of(1, eth0), of(2, eth1)].concat()) {
+            Ok((link, address)) => format!("{} {address}", link.name),
+            Err(why) => why,
+        }
+    }
+
+    fn state(wish: &Wish) -> State {
+        let home = Ipv4Addr::new(10, 0, 0, 1);
+        State::new(Underlay { link: link(1, "eth0"), local_ip: home, public_ip: home }, wish)
+    }
+
+    #[test]
+    fn the_first_address_is_preferred_whenever_it_is_there() {
+        let mut state = state(&Wish::default());
+        assert_eq!(found(&state, &["10.0.0.5", "10.0.0.1"], &[]), "eth0 10.0.0.1");
+        assert_eq!(found(&state, &["10.0.0.5"], &["10.0.0.1"]), "eth0 10.0.0.5");
+        state.last.local_ip = Ipv4Addr::new(10, 0, 0, 6);
+        assert_eq!(found(&state, &["10.0.0.5", "10.0.0.6"], &[]), "eth0 10.0.0.6");
+        assert_eq!(found(&state, &["10.0.0.6", "10.0.0.1"], &[]), "eth0 10.0.0.1");
+        assert!(found(&state, &[], &["10.0.0.1"]).contains("no IPv4 address"));
+        assert!(found(&state, &["169.254.3.4"], &[]).contains("no peer can reach"));
+    }
+
+    #[test]
+    fn a_named_address_is_the_only_one() {
+        let home = Ipv4Addr::new(10, 0, 0, 1);
+        for wish in [
+            Wish { public_ip: Some(home), ..Wish::default() },
+            Wish { ifaces: vec![Iface::Address(home)], ..Wish::default() },
+        ] {
+            let state = state(&wish);
+            assert!(found(&state, &["10.0.0.5"], &[]).contains("no device holds"));
+            assert_eq!(found(&state, &["10.0.0.5", "10.0.0.1"], &[]), "eth0 10.0.0.1");
+            assert_eq!(found(&state, &["10.0.0.5"], &["10.0.0.1"]), "eth1 10.0.0.1");
+        }
+        // Behind address translation the device's own address is its own affair.
+        let translated = Wish { public_ip: Some(Ipv4Addr::new(203, 0, 113, 1)), ..Wish::default() };
+        assert_eq!(found(&state(&translated), &["10.0.0.5"], &[]), "eth0 10.0.0.5");
     }
 }

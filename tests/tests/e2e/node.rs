@@ -29,6 +29,8 @@ pub(crate) fn register(suite: &mut Suite) {
         });
     }
     suite.add("node::underlay_that_cannot_be_used_is_said", &[Need::Tun], unusable_underlay);
+    suite.add("node::address_that_is_away_for_a_while_is_the_one_again", &[Need::Tun], address_flaps);
+    suite.add("node::subnet_file_that_cannot_be_written_is_tried_again", &[Need::Tun], subnet_file_blocked);
     suite.add(
         "node::rules_and_blackhole_come_and_go_with_the_agent",
         &[Need::Tun, Need::Nftables],
@@ -132,6 +134,64 @@ fn unusable_underlay(session: &Arc<Session>) -> Result<()> {
     wait_until("it is well at last", || Ok(pair.a.status()?.state == "running"))
 }
 
+/// Another address of the device must do for a while, unless the operator named the one that is away.
+fn address_flaps(session: &Arc<Session>) -> Result<()> {
+    for named in [false, true] {
+        let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
+        let store = Store::create(session)?;
+        let (a, b) = (&topology.a, &topology.b);
+        let other = Ipv4Addr::new(192, 168, 77, 21);
+        a.host.tool(&format!("ip address add {other}/32 dev {UPLINK}"))?;
+        let mut arguments = store.arguments(a, Rung::Tun);
+        if named {
+            arguments.push(format!("--public-ip={}", a.underlay));
+        }
+        let agent = Site::new(session, &a.host, "agent-a")?.start(&arguments)?;
+        let peer = Site::new(session, &b.host, "agent-b")?.start(&store.arguments(b, Rung::Tun))?;
+        let recorded = || store.read("subnets/10.244.1.0-24");
+        let (from, to) = topology.pods();
+        a.host.tool(&format!("ip address delete {}/24 dev {UPLINK}", a.underlay))?;
+        match named {
+            true => wait_until("status says that the address is away", || {
+                Ok(agent
+                    .status()?
+                    .problems
+                    .iter()
+                    .any(|problem| problem.contains("no device holds the address")))
+            })?,
+            false => {
+                wait_until("the other address is taken", || Ok(recorded()?.contains(&other.to_string())))?
+            }
+        }
+        a.host.tool(&format!("ip address add {}/24 dev {UPLINK}", a.underlay))?;
+        wait_until("the address is the one again", || {
+            Ok(recorded()?.contains(&format!("\"{}\"", a.underlay)) && agent.status()?.state == "running")
+        })?;
+        wait_until("containers reach each other", || Ok(ping_with_ttl(from.netns, to.address, 60).is_ok()))?;
+        ensure!(agent.status()?.public_ip == a.underlay, "{:?}", agent.status()?);
+        agent.stop()?;
+        peer.stop()?;
+    }
+    Ok(())
+}
+
+fn subnet_file_blocked(session: &Arc<Session>) -> Result<()> {
+    let pair = pair(session, Rung::Tun)?;
+    let file = pair.a.site().subnet_file();
+    // A directory in its place cannot be replaced by a file.
+    fs::remove_file(&file)?;
+    fs::create_dir(&file)?;
+    pair.topology.a.host.tool(&format!("ip link set {UPLINK} mtu 1400"))?;
+    wait_until("status says that the file cannot be written", || {
+        Ok(pair.a.status()?.problems.iter().any(|problem| problem.contains("subnet.env")))
+    })?;
+    fs::remove_dir(&file)?;
+    wait_until("the file is written", || {
+        Ok(subnet_file(&pair.a).is_ok_and(|text| text.contains("MTU=1372")))
+    })?;
+    wait_until("it is well again", || Ok(pair.a.status()?.state == "running"))
+}
+
 fn rules_come_and_go(session: &Arc<Session>) -> Result<()> {
     let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
     let store = Store::create(session)?;
@@ -168,9 +228,10 @@ fn rules_come_and_go(session: &Arc<Session>) -> Result<()> {
     ensure!(rules()? == applied && blackhole()?, "a killed agent's rules went with it: {}", rules()?);
     let plain = [store.arguments(a, Rung::Tun), vec!["--iptables-forward-rules=false".to_owned()]].concat();
     let agent = site.start(&plain)?;
-    ensure!(rules()? == before, "an earlier agent's rules are still there: {}", rules()?);
+    ensure!(rules()? == before && !blackhole()?, "an earlier agent's rules are still there: {}", rules()?);
     agent.stop()?;
     let site = site.start(&arguments)?.crash()?;
+    a.host.tool(&format!("ip link delete {DEVICE}"))?;
     site.down()?;
     ensure!(rules()? == before && !blackhole()?, "left by down: {}", rules()?);
     Ok(())

@@ -85,8 +85,8 @@ impl TunRung {
             let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
                 if let Err(failure) = direction(&shared) {
                     error!("the slow path stopped: {failure:#}");
-                    // Nobody listens any more while the agent shuts down.
-                    let _ = failures.blocking_send(format!("{failure:#}"));
+                    // Nobody listens any more while the agent shuts down, and one word of a loss is enough.
+                    let _ = failures.try_send(format!("{failure:#}"));
                 }
             });
             rung.threads.push(thread.with_context(|| format!("start the thread {name}"))?);

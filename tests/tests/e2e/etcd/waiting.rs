@@ -10,7 +10,7 @@ use overlay_tests::{
 };
 
 use super::{arguments, config, key, server::Server, value, wait_for_log};
-use crate::{machine::Need, snapshot::Snapshot, suite::Suite};
+use crate::{machine::Need, patience::wait_until, snapshot::Snapshot, suite::Suite};
 
 const NO_CONFIG: &str = "waiting: there is no /coreos.com/network/config in etcd yet";
 
@@ -75,6 +75,14 @@ fn waiting_agent_ends(session: &Arc<Session>) -> Result<()> {
     let agent = stage.site.begin(stage.command())?;
     wait_for_log(&stage.site, NO_CONFIG)?;
     ends_without_trace(&stage, agent, &before)?;
+    // `status` and `down` find one that waits, too.
+    let mut agent = stage.site.begin(stage.command())?;
+    wait_for_log(&stage.site, NO_CONFIG)?;
+    let answer = agent.status().err().map(|error| format!("{error:#}")).unwrap_or_default();
+    ensure!(answer.contains("there is no /coreos.com/network/config"), "status says {answer}");
+    stage.site.down()?;
+    wait_until("the agent has ended", || Ok(!agent.is_running()?))?;
+    before.is_unchanged(&stage.topology.a.host)?;
     let left = stage.server.below("/")?;
     ensure!(left.is_empty(), "it left {left:?} in etcd");
     Ok(())
