@@ -320,15 +320,15 @@ impl Agent {
     ///
     /// # Errors
     ///
-    /// When they still are not after 5 seconds.
+    /// When they still are not after 20 seconds.
     pub fn wait_for_routes(&self, what: &str, expected: impl Fn(&Routes) -> bool) -> Result<()> {
-        let deadline = Instant::now() + Duration::from_secs(5);
+        let deadline = Instant::now() + PATIENCE;
         loop {
             let routes = self.routes()?;
             if expected(&routes) {
                 return Ok(());
             }
-            ensure!(Instant::now() < deadline, "{what}: not so after 5 seconds, the agent has {routes:?}");
+            ensure!(Instant::now() < deadline, "{what}: not so after 20 seconds, the agent has {routes:?}");
             thread::sleep(Duration::from_millis(20));
         }
     }

@@ -154,7 +154,7 @@ impl Pair {
     ///
     /// # Errors
     ///
-    /// When that is not so after 5 seconds.
+    /// When that is not so after 20 seconds.
     pub fn wait_for_peers(&self) -> Result<()> {
         for (agent, peer) in [(&self.a, &self.topology.b), (&self.b, &self.topology.a)] {
             agent.wait_for_routes(&format!("a route to {} only", peer.subnet), |routes| {
