@@ -6,6 +6,8 @@ use ipnet::Ipv4Net;
 use serde_json::{Map, Value};
 use thiserror::Error;
 
+use crate::record::{self, field};
+
 /// UDP port of the network when the record names none (flannel's `Backend.Port` of type udp).
 pub const DEFAULT_PORT: u16 = 8285;
 
@@ -64,6 +66,11 @@ pub enum ConfigError {
     /// The network uses another backend.
     #[error("the network config's Backend.Type is {0:?}: overlay-agent carries only \"udp\"")]
     OtherBackend(String),
+    /// The network is to carry no IPv4.
+    #[error(
+        "the network config's EnableIPv4 is false: overlay-agent carries only IPv4, remove the key or make it true"
+    )]
+    NoIpv4,
 }
 
 impl NetworkConfig {
@@ -76,17 +83,18 @@ impl NetworkConfig {
         Self::parse(&serde_json::json!({ "Network": network.to_string() }).to_string())
     }
 
-    /// Parses flannel's record. Keys match whatever their case, as in Go; unknown keys are ignored.
+    /// Parses flannel's record. Keys match whatever their case, and the last of several goes, as in Go; unknown keys are
+    /// ignored.
     ///
     /// # Errors
     ///
     /// [`ConfigError`] names the key and what it should be.
     pub fn parse(json: &str) -> Result<Self, ConfigError> {
-        let value: Value =
-            serde_json::from_str(json).map_err(|error| ConfigError::NotJson(error.to_string()))?;
+        let value = record::read(json.as_bytes()).map_err(|error| ConfigError::NotJson(error.to_string()))?;
         let Value::Object(record) = value else {
             return Err(ConfigError::NotJson(format!("it is {value}")));
         };
+        carries_ipv4(&record)?;
         let network = network(&record)?;
         let subnet_len = subnet_len(&record, network)?;
         let subnet_size = 1u32 << (32 - u32::from(subnet_len));
@@ -112,11 +120,13 @@ impl NetworkConfig {
     /// Keys of flannel's record that nobody knows, and that flannel, too, ignores: most often a misspelling. Those of the
     /// backend are named `Backend.KEY`. Empty for what is no JSON object.
     pub fn unknown_keys(json: &str) -> Vec<String> {
+        // With the spelling of the one who wrote them.
         let Ok(Value::Object(record)) = serde_json::from_str(json) else { return Vec::new() };
         let unknown =
             |known: &[&str], name: &str| !known.iter().any(|known| known.eq_ignore_ascii_case(name));
         let mut names: Vec<String> = record.keys().filter(|name| unknown(&KEYS, name)).cloned().collect();
-        if let Some(Value::Object(backend)) = field(&record, "Backend") {
+        let backends = record.iter().filter(|(name, _)| name.eq_ignore_ascii_case("Backend"));
+        for backend in backends.filter_map(|(_, backend)| backend.as_object()) {
             let inner = backend.keys().filter(|name| unknown(&BACKEND_KEYS, name));
             names.extend(inner.map(|name| format!("Backend.{name}")));
         }
@@ -125,8 +135,8 @@ impl NetworkConfig {
 
     /// Keys of flannel's record that `json` gives a value, in flannel's spelling: the others have their defaults.
     pub fn named_keys(json: &str) -> Vec<&'static str> {
-        let Ok(Value::Object(record)) = serde_json::from_str(json) else { return Vec::new() };
-        let mut names: Vec<_> = KEYS.into_iter().filter(|key| field(&record, key).is_some()).collect();
+        let Ok(Value::Object(record)) = record::read(json.as_bytes()) else { return Vec::new() };
+        let mut names: Vec<_> = KEYS.into_iter().filter(|key| given(&record, key).is_some()).collect();
         if let Some(Value::Object(backend)) = field(&record, "Backend") {
             names.extend(
                 [("Type", "Backend.Type"), ("Port", "Backend.Port")]
@@ -165,12 +175,26 @@ impl NetworkConfig {
     }
 }
 
-/// The value of a key whatever its case; an exact match goes first (Go's encoding/json).
-pub(crate) fn field<'a>(record: &'a Map<String, Value>, key: &str) -> Option<&'a Value> {
-    let value = record
-        .get(key)
-        .or_else(|| record.iter().find(|(name, _)| name.eq_ignore_ascii_case(key)).map(|(_, value)| value));
-    value.filter(|value| !value.is_null())
+/// The value of a key, unless it is the one by which flannel knows that none is given.
+fn given<'a>(record: &'a Map<String, Value>, key: &str) -> Option<&'a Value> {
+    let unset = |value: &Value| match key {
+        "SubnetLen" => value.as_u64() == Some(0),
+        "SubnetMin" | "SubnetMax" => value.as_str() == Some("0.0.0.0"),
+        _ => false,
+    };
+    field(record, key).filter(|value| !unset(value))
+}
+
+fn carries_ipv4(record: &Map<String, Value>) -> Result<(), ConfigError> {
+    match field(record, "EnableIPv4") {
+        None | Some(Value::Bool(true)) => Ok(()),
+        Some(Value::Bool(false)) => Err(ConfigError::NoIpv4),
+        Some(value) => Err(ConfigError::Invalid {
+            key: "EnableIPv4",
+            value: value.to_string(),
+            expected: "true".to_owned(),
+        }),
+    }
 }
 
 fn network(record: &Map<String, Value>) -> Result<Ipv4Net, ConfigError> {
@@ -192,7 +216,7 @@ fn network(record: &Map<String, Value>) -> Result<Ipv4Net, ConfigError> {
 
 fn subnet_len(record: &Map<String, Value>, network: Ipv4Net) -> Result<u8, ConfigError> {
     let shortest = network.prefix_len() + 2;
-    let Some(value) = field(record, "SubnetLen").filter(|value| value.as_u64() != Some(0)) else {
+    let Some(value) = given(record, "SubnetLen") else {
         return Ok(if network.prefix_len() <= 22 { 24 } else { shortest });
     };
     match value.as_u64().and_then(|length| u8::try_from(length).ok()) {
@@ -212,7 +236,7 @@ fn bound(
     subnet_size: u32,
     default: u32,
 ) -> Result<Ipv4Addr, ConfigError> {
-    let Some(value) = field(record, key) else {
+    let Some(value) = given(record, key) else {
         return Ok(Ipv4Addr::from(default));
     };
     value
@@ -282,6 +306,38 @@ mod tests {
         let config =
             parse(r#"{"network":"10.1.0.0/16","SUBNETLEN":20,"backend":{"TYPE":"UDP","port":4789}}"#);
         assert_eq!((config.subnet_len, config.port), (20, 4789));
+    }
+
+    #[test]
+    fn the_last_of_keys_that_differ_only_in_case_goes() {
+        for (json, network, port) in [
+            (r#"{"Network":"10.1.0.0/16","network":"10.2.0.0/16"}"#, "10.2.0.0/16", 8285),
+            (r#"{"network":"10.2.0.0/16","Network":"10.1.0.0/16"}"#, "10.1.0.0/16", 8285),
+            (
+                r#"{"Network":"10.1.0.0/16","Backend":{"PORT":1,"port":2},"backend":{"port":3,"PORT":4}}"#,
+                "10.1.0.0/16",
+                4,
+            ),
+            (r#"{"Network":"10.1.0.0/16","network":null}"#, "10.1.0.0/16", 8285),
+        ] {
+            let config = parse(json);
+            assert_eq!((config.network.to_string().as_str(), config.port), (network, port), "{json}");
+        }
+    }
+
+    #[test]
+    fn bounds_of_zeros_are_none() {
+        let json = r#"{"Network":"10.1.0.0/16","SubnetMin":"0.0.0.0","SubnetMax":"0.0.0.0","SubnetLen":0}"#;
+        assert_eq!(parse(json), parse(r#"{"Network":"10.1.0.0/16"}"#));
+        assert_eq!(NetworkConfig::named_keys(json), ["Network"]);
+    }
+
+    #[test]
+    fn a_network_without_ipv4_is_refused() {
+        parse(r#"{"Network":"10.1.0.0/16","EnableIPv4":true}"#);
+        let refused = |value| refused(&format!(r#"{{"Network":"10.1.0.0/16","enableipv4":{value}}}"#));
+        assert!(refused("false").contains("carries only IPv4"), "{}", refused("false"));
+        assert!(refused("\"no\"").contains("EnableIPv4"), "{}", refused("\"no\""));
     }
 
     #[test]

@@ -8,8 +8,8 @@ use serde_json::Value;
 use thiserror::Error;
 
 use crate::{
-    config::field,
     printable::{LONGEST_NAME, printable},
+    record::{self, field},
 };
 
 /// What a lease record says about its holder.
@@ -62,14 +62,13 @@ pub fn key(subnet: Ipv4Net) -> String {
     format!("{}-{}", subnet.network(), subnet.prefix_len())
 }
 
-/// Parses a record's value. Keys match whatever their case; unknown keys are ignored.
+/// Parses a record's value. Keys match whatever their case, and the last of several goes; unknown keys are ignored.
 ///
 /// # Errors
 ///
 /// [`LeaseError`] says what is wrong with it.
 pub fn parse_value(json: &[u8]) -> Result<LeaseValue, LeaseError> {
-    let value: Value =
-        serde_json::from_slice(json).map_err(|error| LeaseError::NotJson(error.to_string()))?;
+    let value = record::read(json).map_err(|error| LeaseError::NotJson(error.to_string()))?;
     let Value::Object(record) = value else {
         return Err(LeaseError::NotJson(format!("it is {}", shown(&value))));
     };
@@ -137,6 +136,7 @@ mod tests {
             (r#"{"PublicIP":"1.2.3.4","PublicIPv6":null}"#, None),
             (r#"{"PublicIP":"1.2.3.4"}"#, None),
             (r#"{"publicip":"1.2.3.4","BackendType":"UDP","Unknown":[1]}"#, None),
+            (r#"{"PublicIP":"5.6.7.8","publicip":"1.2.3.4"}"#, None),
             (
                 r#"{"PublicIP":"1.2.3.4","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1}}"#,
                 Some("vxlan"),

@@ -14,6 +14,7 @@ pub mod health;
 pub mod lease;
 pub mod netlink;
 mod printable;
+mod record;
 pub mod report;
 pub mod route_table;
 pub mod store;

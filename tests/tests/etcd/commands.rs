@@ -216,6 +216,7 @@ async fn a_config_is_checked_before_it_gets_into_the_store() {
         (r#"{"Network":"10.5.0.0/16""#, "not a JSON object"),
         (r#"{"NETWORK":"10.5.0.0/16","subnetlen":17}"#, "SubnetLen"),
         (r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}"#, "vxlan"),
+        (r#"{"Network":"10.5.0.0/16","EnableIPv4":false}"#, "carries only IPv4"),
         ("/does/not/exist", "/does/not/exist"),
     ] {
         let error = run(&["config", "check", input], &[], "").refused();
