@@ -6,8 +6,9 @@ use anyhow::{Context as _, Result, bail};
 use aya::programs::TcAttachType;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use serde::Serialize;
 
-use super::AgentArgs;
+use super::{QueryArgs, query::print};
 use crate::{
     control,
     datapath::ebpf::detach_filter,
@@ -19,7 +20,14 @@ use crate::{
 /// How long a running agent gets to shut down.
 const PATIENCE: Duration = Duration::from_secs(15);
 
-pub(super) async fn down(args: &AgentArgs) -> Result<()> {
+/// What `down` did.
+#[derive(Debug, Serialize)]
+struct Outcome {
+    /// What was there and is gone, in words.
+    removed: Vec<String>,
+}
+
+pub(super) async fn down(QueryArgs { agent: args, output }: &QueryArgs) -> Result<()> {
     if !nix::unistd::geteuid().is_root() {
         bail!("overlay-agent down needs root");
     }
@@ -59,11 +67,10 @@ pub(super) async fn down(args: &AgentArgs) -> Result<()> {
             return Err(error).with_context(|| format!("remove the stale socket {}", socket.display()));
         }
     }
-    match removed.is_empty() {
-        true => println!("nothing of overlay-agent's on {} here", args.device),
-        false => println!("removed {}", removed.join(", ")),
-    }
-    Ok(())
+    print(*output, &Outcome { removed }, |outcome| match outcome.removed.is_empty() {
+        true => format!("nothing of overlay-agent's on {} here", args.device),
+        false => format!("removed {}", outcome.removed.join(", ")),
+    })
 }
 
 /// Ends a process through a descriptor, which cannot come to mean another one, and waits until it is gone.

@@ -67,7 +67,7 @@ enum Command {
     #[command(subcommand)]
     Config(config::ConfigCommand),
     /// Remove everything that an agent, also a killed one, left on this host
-    Down(AgentArgs),
+    Down(QueryArgs),
 }
 
 /// Which agent.

@@ -232,7 +232,15 @@ fn rules_come_and_go(session: &Arc<Session>) -> Result<()> {
     agent.stop()?;
     let site = site.start(&arguments)?.crash()?;
     a.host.tool(&format!("ip link delete {DEVICE}"))?;
-    site.down()?;
+    let removed = || -> Result<Vec<String>> {
+        let answer: serde_json::Value = serde_json::from_str(&site.answer("down", &["-o", "json"])?)?;
+        Ok(serde_json::from_value(answer.get("removed").context("down names nothing removed")?.clone())?)
+    };
+    let gone = removed()?;
+    for word in ["the blackhole route for 10.244.1.0/24", "the firewall's rules of ovl0"] {
+        ensure!(gone.iter().any(|line| line == word), "removed, says down: {gone:?}");
+    }
+    ensure!(removed()?.is_empty(), "there was more to remove");
     ensure!(rules()? == before && !blackhole()?, "left by down: {}", rules()?);
     Ok(())
 }
