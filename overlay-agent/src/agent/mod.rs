@@ -66,7 +66,7 @@ pub async fn run(options: Options) -> Result<()> {
     let (question_sender, mut questions) = mpsc::channel(8);
     tokio::spawn(control.serve(question_sender));
     let mut outlook = Outlook::start(options.host.healthz).await?;
-    let health = outlook.subscribe();
+    let report = outlook.subscribe();
     let prepared = {
         let mut preparing = pin!(Prepared::new(options, &netlink, &mut outlook));
         loop {
@@ -74,7 +74,7 @@ pub async fn run(options: Options) -> Result<()> {
                 prepared = &mut preparing => break prepared?,
                 () = stop.wait() => return Ok(()),
                 Some((_, back)) = questions.recv() => {
-                    let why = health.borrow().to_string();
+                    let why = report.borrow().health().to_string();
                     // Whoever asked may be gone.
                     let _ = back.send(Err(format!("the agent is starting, {why}")));
                 }

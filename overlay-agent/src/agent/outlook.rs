@@ -9,13 +9,13 @@ use tokio::{
 };
 
 use crate::{
-    health::{Health, HealthServer},
+    health::{Health, HealthServer, Report},
     systemd::Systemd,
 };
 
 /// What was told last, and to whom.
 pub(super) struct Outlook {
-    health: watch::Sender<Health>,
+    report: watch::Sender<Report>,
     systemd: Systemd,
     watchdog: Option<Interval>,
 }
@@ -27,7 +27,7 @@ impl Outlook {
     ///
     /// When that address cannot be had.
     pub(super) async fn start(healthz: Option<SocketAddr>) -> Result<Self> {
-        let (health, receiver) = watch::channel(Health::starting());
+        let (report, receiver) = watch::channel(Report::now(Health::starting()));
         if let Some(address) = healthz {
             tokio::spawn(HealthServer::listen(address).await?.serve(receiver));
         }
@@ -36,7 +36,7 @@ impl Outlook {
             interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
             interval
         });
-        Ok(Self { health, systemd: Systemd::default(), watchdog })
+        Ok(Self { report, systemd: Systemd::default(), watchdog })
     }
 
     /// The start waits for something outside.
@@ -52,18 +52,15 @@ impl Outlook {
     }
 
     /// What is told, as it changes.
-    pub(super) fn subscribe(&self) -> watch::Receiver<Health> {
-        self.health.subscribe()
+    pub(super) fn subscribe(&self) -> watch::Receiver<Report> {
+        self.report.subscribe()
     }
 
-    /// Tells what is new.
+    /// Tells what is new, and that the main loop turns. To be called every 5 s at least once the agent is ready.
     pub(super) fn tell(&mut self, health: Health) {
         self.systemd.tell(&health);
-        self.health.send_if_modified(|told| {
-            let news = *told != health;
-            *told = health;
-            news
-        });
+        // The time travels also where nothing is new: nobody needs to be woken for it.
+        self.report.send_if_modified(|report| report.renew(health));
     }
 
     /// Waits until systemd's watchdog wants to hear from the main loop; for ever when there is none.
