@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use ipnet::Ipv4Net;
-use tokio::{sync::watch, task::JoinHandle};
+use tokio::{sync::watch, task::JoinHandle, time::timeout};
 use tracing::{debug, warn};
 
 use super::Options;
@@ -13,7 +13,8 @@ use crate::{
     netlink::Netlink,
 };
 
-/// How long the end of the agent waits for a change of the firewall that is under way.
+/// How long the end of the agent waits for a change of the firewall that is under way, and again for the rules' removal: the
+/// device has to go also where `nft` hangs.
 const FAREWELL: Duration = Duration::from_secs(5);
 
 /// What was done, and what keeps it so.
@@ -21,11 +22,14 @@ pub(super) struct Host {
     device: String,
     /// The subnet that packets are discarded for when no container takes them.
     blackhole: Option<Ipv4Net>,
+    /// Why that is not this host's subnet.
+    misplaced: Option<String>,
     keeper: Option<RuleKeeper>,
 }
 
 struct RuleKeeper {
     subnet: watch::Sender<Ipv4Net>,
+    trouble: watch::Receiver<Option<String>>,
     task: JoinHandle<()>,
 }
 
@@ -42,7 +46,8 @@ impl Host {
         network: Ipv4Net,
         subnet: Ipv4Net,
     ) -> Result<Self> {
-        let mut host = Self { device: options.device.clone(), blackhole: None, keeper: None };
+        let mut host =
+            Self { device: options.device.clone(), blackhole: None, misplaced: None, keeper: None };
         let done = async {
             if options.host.blackhole_route {
                 netlink.add_blackhole(subnet).await?;
@@ -68,14 +73,11 @@ impl Host {
 
     /// Follows this host to another subnet.
     pub(super) async fn follow(&mut self, netlink: &Netlink, subnet: Ipv4Net) {
-        if let Some(before) = self.blackhole.replace(subnet).filter(|before| *before != subnet) {
-            let moved = async {
-                netlink.add_blackhole(subnet).await?;
-                netlink.remove_blackhole(before).await
-            };
-            if let Err(error) = moved.await {
-                warn!("{error:#}");
-            }
+        if let Some(before) = self.blackhole.filter(|before| *before != subnet) {
+            let moved = self.move_blackhole(netlink, before, subnet).await;
+            self.misplaced = moved.err().map(|error| {
+                format!("the blackhole route is not for {subnet} alone: {error:#}; start the agent again")
+            });
         }
         if let Some(keeper) = &self.keeper {
             // The task ends only with the agent.
@@ -83,22 +85,49 @@ impl Host {
         }
     }
 
+    async fn move_blackhole(&mut self, netlink: &Netlink, from: Ipv4Net, to: Ipv4Net) -> Result<()> {
+        netlink.add_blackhole(to).await?;
+        self.blackhole = Some(to);
+        netlink.remove_blackhole(from).await?;
+        Ok(())
+    }
+
+    /// What is not as the operator asked for, if anything.
+    pub(super) fn trouble(&self) -> Option<String> {
+        let rules = self.keeper.as_ref().and_then(|keeper| keeper.trouble.borrow().clone());
+        let troubles: Vec<String> = rules.into_iter().chain(self.misplaced.clone()).collect();
+        (!troubles.is_empty()).then(|| troubles.join("; "))
+    }
+
     /// Undoes everything.
     pub(super) async fn clear(self, netlink: &Netlink) {
-        if let Some(RuleKeeper { subnet, task }) = self.keeper {
-            drop(subnet);
-            // Two changes at once would leave the rules of the one that ends last.
-            if tokio::time::timeout(FAREWELL, task).await.is_err() {
-                warn!("nft does not end");
-            }
-            if let Err(error) = firewall::remove(&self.device).await {
-                warn!("remove the firewall's rules of {}: {error}", self.device);
+        if let Some(keeper) = self.keeper {
+            keeper.end().await;
+            match timeout(FAREWELL, firewall::remove(&self.device)).await {
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => warn!("remove the firewall's rules of {}: {error}", self.device),
+                Err(_) => warn!(
+                    "nft does not answer: the firewall's rules of {} stay, `overlay-agent down` removes them",
+                    self.device
+                ),
             }
         }
         if let Some(subnet) = self.blackhole
             && let Err(error) = netlink.remove_blackhole(subnet).await
         {
             warn!("{error:#}");
+        }
+    }
+}
+
+impl RuleKeeper {
+    /// Two changes at once would leave the rules of the one that ends last: when this returns, the keeper makes none.
+    async fn end(mut self) {
+        drop(self.subnet);
+        if timeout(FAREWELL, &mut self.task).await.is_err() {
+            self.task.abort();
+            // Only that it was aborted.
+            let _ = self.task.await;
         }
     }
 }
@@ -137,7 +166,8 @@ async fn keep_rules(options: &Options, network: Ipv4Net, subnet: Ipv4Net) -> Res
     if !wanted {
         return Ok(None);
     }
-    let (sender, receiver) = watch::channel(subnet);
-    let task = tokio::spawn(firewall.keep(wish.resync, receiver));
-    Ok(Some(RuleKeeper { subnet: sender, task }))
+    let (subnet, subnet_receiver) = watch::channel(subnet);
+    let (trouble_sender, trouble) = watch::channel(None);
+    let task = tokio::spawn(firewall.keep(wish.resync, subnet_receiver, trouble_sender));
+    Ok(Some(RuleKeeper { subnet, trouble, task }))
 }

@@ -21,6 +21,8 @@ pub(super) enum Concern {
     SubnetFile,
     /// The kernel's route map.
     Routes,
+    /// What else the agent does on the host: the firewall's rules, the blackhole route.
+    Firewall,
 }
 
 /// The problems of the moment.

@@ -8,6 +8,7 @@ use tracing::{error, info, warn};
 use super::{
     Agent,
     checks::{check_underlay, inner_mtu},
+    host::Host,
     problems::Concern,
 };
 use crate::{
@@ -109,6 +110,10 @@ impl Agent {
         }
         if !self.running {
             self.outlook.still_starting();
+        }
+        match self.host.as_ref().and_then(Host::trouble) {
+            Some(why) => self.problems.set(Concern::Firewall, why),
+            None => self.problems.clear(Concern::Firewall),
         }
     }
 

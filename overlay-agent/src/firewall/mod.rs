@@ -16,7 +16,7 @@ use tokio::{
     sync::watch,
     time::{MissedTickBehavior, interval},
 };
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
 pub use nft::NftError;
 pub use ruleset::{BadName, Rules};
@@ -100,11 +100,16 @@ impl Firewall {
     }
 
     /// Looks every `period` whether the rules are still there, puts them back where they are not, and follows this host's
-    /// subnet. Ends when the sender of the subnet is gone; the rules stay then.
-    pub async fn keep(mut self, period: Duration, mut subnet: watch::Receiver<Ipv4Net>) {
+    /// subnet. `trouble` says why they may not be in force; `None` while all is well. Ends when the sender of the subnet is
+    /// gone; the rules stay then.
+    pub async fn keep(
+        mut self,
+        period: Duration,
+        mut subnet: watch::Receiver<Ipv4Net>,
+        trouble: watch::Sender<Option<String>>,
+    ) {
         let mut tick = interval(period);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut failing = false;
         loop {
             let restored = tokio::select! {
                 _ = tick.tick() => self.restore().await,
@@ -117,19 +122,13 @@ impl Firewall {
                 }
             };
             let device = &self.rules.device;
-            match restored {
-                Ok(restored) => {
-                    if restored {
-                        info!("the firewall's rules of {device} were changed or missing, and are back");
-                    }
-                    failing = false;
-                }
-                Err(error) => {
-                    if !std::mem::replace(&mut failing, true) {
-                        error!("the firewall's rules of {device} may be missing, trying again: {error}");
-                    }
-                }
+            if let Ok(true) = restored {
+                info!("the firewall's rules of {device} were changed or missing, and are back");
             }
+            let failed = restored
+                .err()
+                .map(|error| format!("the firewall's rules of {device} may be missing: {error}"));
+            trouble.send_replace(failed);
         }
     }
 

@@ -3,11 +3,15 @@
 use std::{
     io::{self, ErrorKind},
     process::{Output, Stdio},
+    time::Duration,
 };
 
 use serde_json::Value;
 use thiserror::Error;
-use tokio::{io::AsyncWriteExt as _, process::Command};
+use tokio::{io::AsyncWriteExt as _, process::Command, time::timeout};
+
+/// How long `nft` may take. It needs milliseconds, more where rules are counted in tens of thousands.
+const LIMIT: Duration = Duration::from_secs(10);
 
 /// Why `nft` did not do what it was asked for.
 #[derive(Debug, Error)]
@@ -24,6 +28,16 @@ pub enum NftError {
         task: String,
         /// What the system says.
         source: io::Error,
+    },
+    /// The program does not end. It was killed.
+    #[error(
+        "nft does not answer: it did not {task} within {} s; try `nft list ruleset`, and look for a process that holds the \
+         kernel's ruleset",
+        LIMIT.as_secs()
+    )]
+    Silent {
+        /// What it was to do.
+        task: String,
     },
     /// The program, or the kernel, refuses.
     #[error("nft refused to {task}: {says}")]
@@ -86,7 +100,11 @@ async fn execute(words: &[&str], input: &str, task: &str) -> Result<Output, NftE
         }
         child.wait_with_output().await
     };
-    attempt.await.map_err(|source| match source.kind() == ErrorKind::NotFound {
+    // Dropped, an attempt kills its child.
+    let Ok(outcome) = timeout(LIMIT, attempt).await else {
+        return Err(NftError::Silent { task: task.to_owned() });
+    };
+    outcome.map_err(|source| match source.kind() == ErrorKind::NotFound {
         true => NftError::Missing,
         false => NftError::Run { task: task.to_owned(), source },
     })

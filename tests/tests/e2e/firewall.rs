@@ -182,11 +182,12 @@ fn restoring(session: &Arc<Session>) -> Result<()> {
     }
     let mut firewall = Firewall::new(rules(a)?)?;
     let (sender, receiver) = watch::channel(a.subnet.parse()?);
+    let (trouble, _) = watch::channel(None);
     thread::scope(|scope| {
         let keeper = scope.spawn(|| {
             inside(&a.host, async {
                 firewall.apply().await?;
-                firewall.keep(Duration::from_millis(200), receiver).await;
+                firewall.keep(Duration::from_millis(200), receiver, trouble).await;
                 anyhow::Ok(())
             })?
         });

@@ -1,6 +1,15 @@
 //! What an agent does on its host beside carrying packets: it follows the underlay, and keeps rules and a route.
 
-use std::{fs, net::Ipv4Addr, sync::Arc, thread, time::Duration};
+use std::{
+    env, fs,
+    net::Ipv4Addr,
+    os::unix::fs::{PermissionsExt as _, symlink},
+    path::{Path, PathBuf},
+    process::Command,
+    sync::Arc,
+    thread,
+    time::Duration,
+};
 
 use anyhow::{Context, Result, ensure};
 use overlay_tests::{
@@ -37,6 +46,9 @@ pub(crate) fn register(suite: &mut Suite) {
         rules_come_and_go,
     );
     suite.add("node::masquerading_needs_nft", &[Need::Tun], no_nft);
+    let nft = &[Need::Tun, Need::Nftables];
+    suite.add("node::nft_that_hangs_holds_up_neither_start_nor_end", nft, hanging_nft);
+    suite.add("node::nft_that_fails_is_said_until_it_works", nft, failing_nft);
 }
 
 fn pair(session: &Arc<Session>, rung: Rung) -> Result<Pair> {
@@ -263,5 +275,115 @@ fn no_nft(session: &Arc<Session>) -> Result<()> {
     let mut agent = site.begin(plain)?;
     agent.wait_until_running()?;
     ensure!(site.log().contains("install the package nftables"), "{}", site.log());
+    agent.stop()
+}
+
+/// A directory for PATH with nothing but `nft`, which can become another one while an agent runs.
+struct Tools {
+    directory: PathBuf,
+}
+
+impl Tools {
+    fn new(session: &Arc<Session>) -> Result<Self> {
+        let tools = Self { directory: session.new_directory("tools")? };
+        tools.work()?;
+        Ok(tools)
+    }
+
+    /// It works.
+    fn work(&self) -> Result<()> {
+        let path = env::var_os("PATH").unwrap_or_default();
+        let nft = env::split_paths(&path).map(|directory| directory.join("nft")).find(|nft| nft.is_file());
+        self.become_link_to(&nft.context("find nft")?)
+    }
+
+    /// It does not end.
+    fn hang(&self) -> Result<()> {
+        self.become_script("hang", &format!(": > {}; exec /bin/sleep 3600", self.asked().display()))
+    }
+
+    /// It fails with a message.
+    fn fail(&self) -> Result<()> {
+        self.become_script("fail", "echo 'Error: the kernel is on holiday' >&2; exit 1")
+    }
+
+    /// There once somebody has asked the one that hangs.
+    fn asked(&self) -> PathBuf {
+        self.directory.join("asked")
+    }
+
+    fn become_script(&self, name: &str, text: &str) -> Result<()> {
+        let script = self.directory.join(name);
+        fs::write(&script, format!("#!/bin/sh\n{text}\n"))?;
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+        self.become_link_to(&script)
+    }
+
+    /// At once, so that at every moment there is one.
+    fn become_link_to(&self, program: &Path) -> Result<()> {
+        let link = self.directory.join("new");
+        symlink(program, &link)?;
+        fs::rename(link, self.directory.join("nft")).context("exchange nft")
+    }
+
+    fn run(&self, site: &Site, arguments: &[String]) -> Command {
+        let mut command = site.run_command(arguments);
+        command.env("PATH", &self.directory);
+        command
+    }
+}
+
+fn hanging_nft(session: &Arc<Session>) -> Result<()> {
+    let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
+    let (store, tools) = (Store::create(session)?, Tools::new(session)?);
+    let host = &topology.a.host;
+    let site = Site::new(session, host, "agent-a")?;
+    let mut arguments = store.arguments(&topology.a, Rung::Tun);
+    arguments.extend(["--ip-masq", "--iptables-resync=1"].map(str::to_owned));
+    let no_device = || -> Result<()> {
+        let links = host.tool("ip link show")?;
+        ensure!(!links.contains(DEVICE), "the device is still there: {links}");
+        Ok(())
+    };
+    tools.hang()?;
+    let error = site.refused(tools.run(&site, &arguments))?;
+    ensure!(error.contains("--ip-masq") && error.contains("nft does not answer"), "{error}");
+    no_device()?;
+
+    tools.work()?;
+    fs::remove_file(tools.asked())?;
+    let mut agent = site.begin(tools.run(&site, &arguments))?;
+    agent.wait_until_running()?;
+    tools.hang()?;
+    wait_until("the agent waits for nft", || Ok(tools.asked().exists()))?;
+    agent.stop()?;
+    no_device()?;
+    let rules = format!("the firewall's rules of {DEVICE}");
+    ensure!(site.log().contains(&format!("{rules} stay")), "{}", site.log());
+    // They wait for one that works.
+    let removed = site.answer("down", &[])?;
+    ensure!(removed.contains(&rules), "down says: {removed}");
+    Ok(())
+}
+
+fn failing_nft(session: &Arc<Session>) -> Result<()> {
+    let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
+    let (store, tools) = (Store::create(session)?, Tools::new(session)?);
+    let site = Site::new(session, &topology.a.host, "agent-a")?;
+    let mut arguments = store.arguments(&topology.a, Rung::Tun);
+    arguments.extend(["--ip-masq", "--iptables-resync=1"].map(str::to_owned));
+    let mut agent = site.begin(tools.run(&site, &arguments))?;
+    agent.wait_until_running()?;
+    tools.fail()?;
+    wait_until("status says that the rules may be missing, and why", || {
+        let status = agent.status()?;
+        let said = |problem: &String| {
+            problem.contains(&format!("the firewall's rules of {DEVICE} may be missing"))
+                && problem.contains("the kernel is on holiday")
+        };
+        Ok(status.state == "degraded" && status.problems.iter().any(said))
+    })?;
+    tools.work()?;
+    wait_until("it is well again", || Ok(agent.status()?.state == "running"))?;
     agent.stop()
 }
