@@ -159,6 +159,9 @@ async fn keep_rules(options: &Options, network: Ipv4Net, subnet: Ipv4Net) -> Res
         Err(error) if wish.masquerade => return Err(error).context("--ip-masq"),
         Err(error) if wanted => {
             warn!("forwarded packets of the overlay are not accepted explicitly: {error}");
+            if let Some(why) = firewall::out_of_reach(network) {
+                warn!("{why}");
+            }
             return Ok(None);
         }
         Err(error) => debug!("no rules are wanted, and none can be looked for: {error}"),

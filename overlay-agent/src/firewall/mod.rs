@@ -5,6 +5,7 @@
 //! policy of iptables' FORWARD chain, set by Docker, and that is where flannel appends its rules. So do we, marked with a
 //! comment, where that chain exists. `nft` makes all changes: its text is what an administrator reads, too.
 
+mod legacy;
 mod nft;
 mod ruleset;
 
@@ -18,6 +19,7 @@ use tokio::{
 };
 use tracing::{info, warn};
 
+pub use legacy::out_of_reach;
 pub use nft::NftError;
 pub use ruleset::{BadName, Rules};
 
@@ -128,7 +130,8 @@ impl Firewall {
             let failed = restored
                 .err()
                 .map(|error| format!("the firewall's rules of {device} may be missing: {error}"));
-            trouble.send_replace(failed);
+            let forward = self.rules.forward.then_some(self.rules.network);
+            trouble.send_replace(failed.or_else(|| out_of_reach(forward?)));
         }
     }
 
