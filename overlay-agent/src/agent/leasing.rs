@@ -19,7 +19,7 @@ use crate::{
     store::{
         Event, LeaseEvent,
         dir::{Acquired, DirStore},
-        etcd::{EtcdStore, Held},
+        etcd::{EtcdOptions, EtcdStore, Held},
     },
     subnet_env,
 };
@@ -81,7 +81,11 @@ impl Leasing {
                 (Self::Dir(store), config)
             }
             StoreOption::Etcd(etcd) => {
-                let store = patiently(outlook, || EtcdStore::connect((**etcd).clone())).await?;
+                let store = {
+                    let fixed = options.peers.keys().copied().collect();
+                    let etcd = EtcdOptions { fixed, ..(**etcd).clone() };
+                    patiently(outlook, || EtcdStore::connect(etcd.clone())).await?
+                };
                 let config = etcd_config(&store, options, outlook).await?;
                 (Self::Etcd(store), config)
             }
@@ -123,14 +127,6 @@ impl Leasing {
             }
             (Self::Etcd(store), wanted) => {
                 let held = patiently(outlook, || store.acquire(config, public_ip, wanted, earlier)).await?;
-                if options.peers.keys().any(|peer| peer.contains(&held.subnet) || held.subnet.contains(peer))
-                {
-                    let subnet = held.subnet;
-                    store.release(&held).await?;
-                    bail!(
-                        "etcd gave us {subnet}, which a --peer has: drop the --peer, or choose with --subnet"
-                    );
-                }
                 Ok(Lease::Held(held))
             }
         }

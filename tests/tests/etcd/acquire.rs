@@ -158,3 +158,43 @@ async fn a_dead_endpoint_is_passed_over() {
     assert!(error.is_transient(), "{error}");
     assert!(error.to_string().contains("127.0.0.1:1") && error.to_string().contains("refused"), "{error}");
 }
+
+#[tokio::test]
+async fn a_wanted_subnet_takes_the_place_of_the_lease_that_this_host_had() {
+    let mut network = Network::start().await;
+    let before = network.take(1, "10.5.7.0/24").await;
+    // Held by another host: what we have stays.
+    network.put("10.5.8.0-24", value(50), 0).await;
+    let wanted = Some("10.5.8.0/24".parse().unwrap());
+    let error = network.store(1).await.acquire(&network.config, ip(1), wanted, None).await.unwrap_err();
+    assert!(error.to_string().contains("192.168.77.50"), "{error}");
+    assert_eq!(network.get("10.5.7.0-24").await.unwrap().lease(), before.etcd_lease().unwrap());
+    let held = network.take(1, "10.5.9.0/24").await;
+    assert!(held.created && network.get("10.5.7.0-24").await.is_none());
+    assert_eq!(network.get("10.5.9.0-24").await.unwrap().value_str().unwrap(), value(1));
+    // A reservation is the operator's.
+    network.put("10.5.9.0-24", value(1), 0).await;
+    let wanted = Some("10.5.10.0/24".parse().unwrap());
+    let error = network.store(1).await.acquire(&network.config, ip(1), wanted, None).await.unwrap_err();
+    assert!(error.to_string().contains("reserved"), "{error}");
+    assert!(network.get("10.5.9.0-24").await.is_some() && network.get("10.5.10.0-24").await.is_none());
+}
+
+#[tokio::test]
+async fn what_a_fixed_peer_has_is_not_taken_and_our_own_lease_is_not_given_up_for_it() {
+    let mut network = Network::of(
+        r#"{"Network":"10.5.0.0/16","SubnetLen":24,"SubnetMin":"10.5.16.0","SubnetMax":"10.5.17.0"}"#,
+    )
+    .await;
+    let options = |fixed: &str| EtcdOptions { fixed: vec![fixed.parse().unwrap()], ..network.options(1) };
+    let store = EtcdStore::connect(options("10.5.16.0/24")).await.unwrap();
+    let earlier = Some("10.5.16.0/24".parse().unwrap());
+    let held = store.acquire(&network.config, ip(1), None, earlier).await.unwrap();
+    assert_eq!(held.subnet, "10.5.17.0/24".parse().unwrap());
+    // The next start names it as another's.
+    let store = EtcdStore::connect(options("10.5.17.0/24")).await.unwrap();
+    let error = store.acquire(&network.config, ip(1), None, None).await.unwrap_err();
+    assert!(error.to_string().contains("--peer") && !error.is_transient(), "{error}");
+    let record = network.get("10.5.17.0-24").await.unwrap();
+    assert_eq!((record.version(), Some(record.lease())), (1, held.etcd_lease()));
+}

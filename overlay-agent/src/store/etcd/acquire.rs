@@ -8,7 +8,7 @@ use tracing::{info, warn};
 
 use super::{
     ATTEMPTS, EtcdStore,
-    choose::{Choice, choose, is_overlapped},
+    choose::{Choice, Wish, choose, is_overlapped},
     error::{self, EtcdError},
     records::Entry,
     session::Session,
@@ -30,6 +30,8 @@ pub struct Held {
     pub(super) lease: Option<i64>,
     /// The etcd lease of our claim on the public address; `None` when we may not make one.
     pub(super) owner: Option<i64>,
+    /// The subnet that the operator asked for: it is this one or none.
+    pub(super) wanted: Option<Ipv4Net>,
     /// The network in which another subnet would be looked for.
     pub(super) config: NetworkConfig,
 }
@@ -48,7 +50,8 @@ impl Held {
 
 impl EtcdStore {
     /// Takes a subnet for the host at `public_ip`: `wanted` if given, else the one that carries its address, else `earlier`
-    /// (of a previous run) if it is free, else any free one.
+    /// (of a previous run) if it is free, else any free one. A lease on another subnet makes room for `wanted`. What
+    /// [`super::EtcdOptions::fixed`] names is not taken.
     ///
     /// When another agent claims the same address, this waits for its claim to end, which takes up to
     /// [`super::EtcdOptions::owner_ttl`] after it has died.
@@ -183,11 +186,13 @@ impl Session {
             key: key.to_owned(),
             lease,
             owner: place.owner,
+            wanted,
             config: place.config.clone(),
         };
         for _ in 0..ATTEMPTS {
             let listing = self.list().await?;
-            match choose(&listing.entries, place.config, place.public_ip, wanted, earlier)? {
+            let wish = Wish { wanted, earlier, fixed: &self.options.fixed };
+            match choose(&listing.entries, place.config, place.public_ip, wish)? {
                 Choice::Keep(entry, subnet) => {
                     if self.keep(place, &entry).await? {
                         let lease = Some(entry.lease).filter(|_| !entry.is_reservation());
@@ -195,7 +200,15 @@ impl Session {
                     }
                 }
                 Choice::Discard(entry) => {
-                    info!("the lease on {} no longer fits the network config and is removed", entry.key);
+                    match wanted {
+                        Some(wanted) => info!("our lease {} makes room for --subnet {wanted}", entry.key),
+                        None => {
+                            info!(
+                                "the lease on {} no longer fits the network config and is removed",
+                                entry.key
+                            );
+                        }
+                    }
                     let key = self.keys.record(&entry.key);
                     self.replace(place, &entry, TxnOp::delete(key, None)).await?;
                 }

@@ -6,6 +6,7 @@ use std::{
 };
 
 use etcd_client::{Certificate, Identity, TlsOptions};
+use ipnet::Ipv4Net;
 use secrecy::{ExposeSecret as _, SecretString};
 
 use super::error::EtcdError;
@@ -44,6 +45,8 @@ pub struct EtcdOptions {
     /// What tells this host from another one with the same address; `None` takes the machine's boot and the network
     /// namespace, which a restarted agent shares and no other host does.
     pub instance: Option<String>,
+    /// Subnets that others hold though no record says so: they are not taken.
+    pub fixed: Vec<Ipv4Net>,
 }
 
 impl Default for EtcdOptions {
@@ -60,6 +63,7 @@ impl Default for EtcdOptions {
             renew_margin: RENEW_MARGIN,
             owner_ttl: OWNER_TTL,
             instance: None,
+            fixed: Vec::new(),
         }
     }
 }
