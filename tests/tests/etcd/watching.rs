@@ -7,6 +7,8 @@ use overlay_agent::{
     store::{Event, etcd::EtcdStore},
 };
 use tokio::{
+    io::copy_bidirectional,
+    net::{TcpListener, TcpStream},
     sync::mpsc,
     time::{sleep, timeout},
 };
@@ -234,4 +236,34 @@ async fn pages_of_records_and_many_changes_at_once_all_arrive() {
         follower.step().await;
     }
     assert_eq!(follower.snapshots, 1);
+}
+
+#[tokio::test]
+async fn a_member_whose_streams_break_at_once_is_not_asked_for_everything_without_end() {
+    let network = Network::start().await;
+    // In front of etcd, something that lets every connection live just long enough for a list and a watch.
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut options = network.options(9);
+    let server = options.endpoints[0].strip_prefix("http://").unwrap().to_owned();
+    options.endpoints = vec![format!("http://{}", listener.local_addr().unwrap())];
+    let breaking = tokio::spawn(async move {
+        loop {
+            let (mut client, _) = listener.accept().await.unwrap();
+            let mut server = TcpStream::connect(&server).await.unwrap();
+            tokio::spawn(async move {
+                let _ =
+                    timeout(Duration::from_millis(300), copy_bidirectional(&mut client, &mut server)).await;
+            });
+        }
+    });
+    let mut follower = Follower::start(EtcdStore::connect(options).await.unwrap());
+    let _ = timeout(Duration::from_secs(8), async {
+        loop {
+            follower.step().await;
+        }
+    })
+    .await;
+    breaking.abort();
+    // With the shortest pause every time there would be 20.
+    assert!((1..=10).contains(&follower.snapshots), "{} lists in 8 s", follower.snapshots);
 }

@@ -21,6 +21,9 @@ const PING: Duration = Duration::from_secs(10);
 /// A connection that does not answer a try for this long is dead.
 const PONG: Duration = Duration::from_secs(5);
 
+/// A stream that has lasted this long is one that works: the next failure is a first one again.
+pub(super) const STEADY: Duration = Duration::from_secs(5);
+
 /// What all parts of one store share.
 #[derive(Debug)]
 pub(super) struct Session {

@@ -17,7 +17,7 @@ use super::{
     EtcdStore,
     error::{self, EtcdError},
     records::{Entry, LONGEST_ANSWER, Listing},
-    session::{Backoff, Connection, REQUEST, Shared},
+    session::{Backoff, Connection, REQUEST, STEADY, Shared},
 };
 use crate::{
     route_table::{Record, RecordChange},
@@ -119,11 +119,18 @@ impl Follower {
         self.learn(listing);
         // Opened before anybody is told: a failure now would be said as a snapshot and a loss in one breath.
         let (mut watch, connection) = self.open_watch(revision + 1).await?;
-        backoff.reset();
+        let steady = sleep(STEADY);
+        tokio::pin!(steady);
+        let mut is_steady = false;
         self.lost = false;
         self.send(self.snapshot()).await?;
         loop {
             tokio::select! {
+                // Not before: a member that opens streams and breaks them would be asked for everything without end.
+                () = &mut steady, if !is_steady => {
+                    is_steady = true;
+                    backoff.reset();
+                }
                 message = watch.message() => match message {
                     Ok(Some(answer)) if answer.compact_revision() > 0 => return Ok(End::Doubt),
                     Ok(Some(answer)) if !answer.canceled() => {
