@@ -58,6 +58,11 @@ pub enum LeaseEvent {
         /// How it was lost.
         why: String,
     },
+    /// The record stands under another public address of this host.
+    Readdressed {
+        /// The address.
+        public_ip: Ipv4Addr,
+    },
     /// The claim was lost and nothing could be taken instead so far; more attempts follow.
     Unheld {
         /// How it was lost, and why there is no other.

@@ -109,8 +109,8 @@ impl Pausable {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async move {
                 let store = overlay_agent::store::etcd::EtcdStore::connect(options).await.unwrap();
-                let held =
-                    store.acquire(&config, ip(1), Some("10.5.9.0/24".parse().unwrap()), None).await.unwrap();
+                let earlier = Some("10.5.9.0/24".parse().unwrap());
+                let held = store.acquire(&config, ip(1), None, earlier).await.unwrap();
                 let stop = async {
                     while let Some(pause) = pauses.recv().await {
                         // Blocks the only thread of this runtime.

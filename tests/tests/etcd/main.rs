@@ -13,6 +13,8 @@ mod acquire;
 mod commands;
 mod hosts;
 mod keeping;
+mod losing;
+mod moving;
 mod owners;
 mod records;
 mod reservations;

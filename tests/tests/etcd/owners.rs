@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use etcd_client::GetOptions;
 use overlay_agent::store::{LeaseEvent, etcd::EtcdError};
 
-use crate::hosts::{Keeper, Network, PREFIX, ip, key_of, value};
+use crate::hosts::{Keeper, Network, PREFIX, ip, key_of};
 
 #[tokio::test]
 async fn a_second_host_with_a_live_ones_address_refuses() {
@@ -77,50 +77,4 @@ async fn a_host_that_was_replaced_while_it_was_away_stays_off_the_subnet() {
         matches!(old_keeper.events.news().await, LeaseEvent::Retaken { subnet, .. } if subnet == new.subnet)
     );
     old_keeper.stop().await;
-}
-
-#[tokio::test]
-async fn a_subnet_follows_its_host_to_another_address() {
-    let mut network = Network::start().await;
-    let store = network.store(1).await;
-    let held = network.acquire(1).await;
-    let moved = store.readdress(&held, ip(9)).await.unwrap();
-    assert_eq!((moved.subnet, moved.public_ip), (held.subnet, ip(9)));
-    let record = network.get(&key_of(&held)).await.unwrap();
-    assert_eq!(record.value_str().unwrap(), value(9));
-    assert_eq!(Some(record.lease()), held.etcd_lease());
-    // The old address is free for another host at once.
-    let start = Instant::now();
-    assert_ne!(
-        network.store(3).await.acquire(&network.config, ip(1), None, None).await.unwrap().subnet,
-        held.subnet
-    );
-    assert!(start.elapsed() < Duration::from_secs(2));
-    // Moving what is no longer ours moves nothing.
-    assert!(store.readdress(&held, ip(10)).await.is_err());
-    assert_eq!(network.get(&key_of(&held)).await.unwrap().value_str().unwrap(), value(9));
-}
-
-#[tokio::test]
-async fn a_kept_lease_follows_this_host_to_another_address() {
-    let mut network = Network::start().await;
-    let held = network.take(1, "10.5.1.0/24").await;
-    let (lease, key) = (held.etcd_lease().unwrap(), key_of(&held));
-    let mut keeper = Keeper::start(network.store(1).await, held);
-    keeper.events.confirmed().await;
-    keeper.public_ip.send(ip(9)).unwrap();
-    network.wait_for(&key, |record| record.is_some_and(|kv| kv.value_str().unwrap() == value(9))).await;
-    assert_eq!(network.get(&key).await.unwrap().lease(), lease, "its time goes on");
-    // The old address is free for another host, the new one is not.
-    let other = network.store(3).await.acquire(&network.config, ip(1), None, None).await.unwrap();
-    let other = Keeper::start(network.store(3).await, other);
-    let refused = network.store(2).await.acquire(&network.config, ip(9), None, None).await.unwrap_err();
-    assert!(matches!(refused, EtcdError::SamePublicIp { .. }), "{refused}");
-    // An address that another live host has is not taken from it; ours stays as it was, and is taken when it is free.
-    keeper.public_ip.send(ip(1)).unwrap();
-    assert!(matches!(keeper.events.news().await, LeaseEvent::Superseded { .. }));
-    assert_eq!(network.get(&key).await.unwrap().value_str().unwrap(), value(9));
-    network.store(3).await.release(&other.stop().await).await.unwrap();
-    network.wait_for(&key, |record| record.is_some_and(|kv| kv.value_str().unwrap() == value(1))).await;
-    assert_eq!(keeper.stop().await.public_ip, ip(1));
 }

@@ -1,4 +1,4 @@
-//! Taking a subnet, giving it back, and moving it to another public address.
+//! Taking a subnet and giving it back.
 
 use std::net::Ipv4Addr;
 
@@ -28,6 +28,8 @@ pub struct Held {
     pub(super) key: String,
     /// The etcd lease that the record ends with; `None` for a reservation.
     pub(super) lease: Option<i64>,
+    /// etcd's revision at which the record came to be: it stays while others overwrite the record. 0 where it is not known.
+    pub(super) born: i64,
     /// The etcd lease of our claim on the public address; `None` when we may not make one.
     pub(super) owner: Option<i64>,
     /// The subnet that the operator asked for: it is this one or none.
@@ -107,43 +109,6 @@ impl EtcdStore {
     pub async fn leave(&self, held: &Held) {
         self.session.disclaim(held.owner).await;
     }
-
-    /// Puts the subnet under another public address of this host.
-    ///
-    /// # Errors
-    ///
-    /// When etcd does not answer or refuses, another live agent has the new address, or the record is no longer ours. The
-    /// old claim then stands as it was.
-    pub async fn readdress(&self, held: &Held, public_ip: Ipv4Addr) -> Result<Held, EtcdError> {
-        if public_ip == held.public_ip {
-            return Ok(held.clone());
-        }
-        let owner = self.session.claim(public_ip).await?;
-        let key = self.session.keys.record(&held.key);
-        let conditions = [
-            Compare::version(key.clone(), CompareOp::Greater, 0),
-            Compare::lease(key.clone(), CompareOp::Equal, held.lease.unwrap_or(0)),
-        ]
-        .into_iter()
-        .chain(self.session.still_owner(held.public_ip, held.owner))
-        .chain(self.session.still_owner(public_ip, owner))
-        .collect::<Vec<_>>();
-        let transaction =
-            Txn::new().when(conditions).and_then([put(key, lease::value(public_ip), held.lease)]);
-        let operation = format!("put {} under {public_ip} in etcd", held.subnet);
-        let answer =
-            self.session.request(&operation, |mut client| async move { client.txn(transaction).await }).await;
-        let why = match answer {
-            Ok(answer) if answer.succeeded() => {
-                self.session.disclaim(held.owner).await;
-                return Ok(Held { public_ip, owner, ..held.clone() });
-            }
-            Ok(_) => EtcdError::Failed { operation, why: "the record is no longer ours".to_owned() },
-            Err(error) => error,
-        };
-        self.session.disclaim(owner).await;
-        Err(why)
-    }
 }
 
 /// Who takes a subnet, and where.
@@ -179,12 +144,13 @@ impl Session {
         earlier: Option<Ipv4Net>,
         granted: &mut Option<i64>,
     ) -> Result<Held, EtcdError> {
-        let held = |key: &str, subnet, lease, created| Held {
+        let held = |key: &str, subnet, lease, created, born| Held {
             subnet,
             public_ip: place.public_ip,
             created,
             key: key.to_owned(),
             lease,
+            born,
             owner: place.owner,
             wanted,
             config: place.config.clone(),
@@ -196,7 +162,7 @@ impl Session {
                 Choice::Keep(entry, subnet) => {
                     if self.keep(place, &entry).await? {
                         let lease = Some(entry.lease).filter(|_| !entry.is_reservation());
-                        return Ok(held(&entry.key, subnet, lease, false));
+                        return Ok(held(&entry.key, subnet, lease, false, entry.create_revision));
                     }
                 }
                 Choice::Discard(entry) => {
@@ -217,8 +183,8 @@ impl Session {
                         Some(lease) => lease,
                         None => *granted.insert(self.grant(self.options.lease_ttl).await?),
                     };
-                    if self.create(place, subnet, lease).await? {
-                        return Ok(held(&lease::key(subnet), subnet, Some(lease), true));
+                    if let Some(born) = self.create(place, subnet, lease).await? {
+                        return Ok(held(&lease::key(subnet), subnet, Some(lease), true, born));
                     }
                 }
             }
@@ -248,7 +214,12 @@ impl Session {
     }
 
     /// Does `operation` to a record if nobody has written it since it was read.
-    async fn replace(&self, place: &Place<'_>, entry: &Entry, operation: TxnOp) -> Result<bool, EtcdError> {
+    pub(super) async fn replace(
+        &self,
+        place: &Place<'_>,
+        entry: &Entry,
+        operation: TxnOp,
+    ) -> Result<bool, EtcdError> {
         let key = self.keys.record(&entry.key);
         let conditions = [
             Compare::mod_revision(key.clone(), CompareOp::Equal, entry.mod_revision),
@@ -263,14 +234,14 @@ impl Session {
         Ok(answer.succeeded())
     }
 
-    /// Writes a record that must not exist yet. `false` when it exists, or when a record of another length overlaps it: the
+    /// Writes a record that must not exist yet, and returns the revision of it. `None` when it exists, or when a record of another length overlaps it: the
     /// transaction sees all that was there before it, so of two such records exactly the later one is taken back.
     pub(super) async fn create(
         &self,
         place: &Place<'_>,
         subnet: Ipv4Net,
         lease: i64,
-    ) -> Result<bool, EtcdError> {
+    ) -> Result<Option<i64>, EtcdError> {
         let key = self.keys.subnet(subnet);
         let conditions = [Compare::version(key.clone(), CompareOp::Equal, 0)]
             .into_iter()
@@ -291,15 +262,16 @@ impl Session {
             })
             .await?;
         if !answer.succeeded() {
-            return Ok(false);
+            return Ok(None);
         }
+        let born = answer.header().map_or(0, |header| header.revision());
         if !is_overlapped(&self.listed_keys(answer.op_responses()), &lease::key(subnet), subnet) {
-            return Ok(true);
+            return Ok(Some(born));
         }
         let ours = Compare::lease(key.clone(), CompareOp::Equal, lease);
         let take_back = Txn::new().when([ours]).and_then([TxnOp::delete(key, None)]);
         self.request(&what, |mut client| async move { client.txn(take_back).await }).await?;
-        Ok(false)
+        Ok(None)
     }
 
     fn listed_keys(&self, answers: Vec<TxnOpResponse>) -> Vec<String> {
@@ -355,6 +327,6 @@ impl Session {
     }
 }
 
-fn put(key: String, value: String, lease: Option<i64>) -> TxnOp {
+pub(super) fn put(key: String, value: String, lease: Option<i64>) -> TxnOp {
     TxnOp::put(key, value, lease.map(|lease| PutOptions::new().with_lease(lease)))
 }

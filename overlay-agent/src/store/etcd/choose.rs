@@ -178,7 +178,7 @@ mod tests {
 
     fn entry(key: &str, public_ip: Ipv4Addr, lease: i64) -> Entry {
         let value = lease::value(public_ip).into_bytes();
-        Entry { key: key.to_owned(), value, lease, mod_revision: 1 }
+        Entry { key: key.to_owned(), value, lease, create_revision: 1, mod_revision: 1 }
     }
 
     fn config() -> NetworkConfig {

@@ -12,15 +12,15 @@ use tokio::{
     sync::{mpsc, watch},
     time::{Instant, sleep, sleep_until, timeout},
 };
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
 use super::{
     EtcdStore,
-    acquire::{Held, Place},
+    acquire::Held,
     error::EtcdError,
     owner::Claim,
     records::Entry,
-    session::{Backoff, Connection, REQUEST, Shared},
+    session::{Backoff, Connection, REQUEST, STEADY, Shared},
 };
 use crate::store::{Event, LeaseEvent};
 
@@ -34,7 +34,7 @@ impl EtcdStore {
         events: mpsc::Sender<Event>,
         stop: impl Future<Output = ()>,
     ) -> Held {
-        let mut keeper = Keeper::new(self.clone(), held, public_ip, events.clone());
+        let mut keeper = Keeper::new(self.session.clone(), held, public_ip, events.clone());
         tokio::select! {
             () = keeper.run() => {}
             () = stop => {}
@@ -44,16 +44,25 @@ impl EtcdStore {
     }
 }
 
+/// How long etcd takes to do what it has said already.
+const SETTLING: Duration = Duration::from_millis(200);
+
 /// What stands in etcd where our claim should be.
 enum Found {
-    /// Our record.
-    Ours,
+    /// Our record, and the revision at which it came to be.
+    Ours(i64),
     /// A record with our address, but not the one that we wrote: an operator made it a reservation, or a flanneld wrote it.
     Adopted(Entry),
+    /// Our record under the address to which this host moves: that it was written was never answered.
+    Arrived,
+    /// Our record, overwritten with something that cannot be read.
+    Spoilt(Entry),
+    /// A new record that cannot be read, so that nobody knows whose it is.
+    Unreadable(Entry),
     /// Nothing.
     Missing,
-    /// A record of somebody else, or one that nobody can read.
-    Theirs(String),
+    /// A record of somebody else.
+    Theirs(Entry, Ipv4Addr),
 }
 
 /// Waits for another value, for ever when there will be none.
@@ -63,32 +72,47 @@ async fn changed(public_ip: &mut watch::Receiver<Ipv4Addr>) {
     }
 }
 
-struct Keeper {
-    store: EtcdStore,
-    session: Shared,
-    held: Held,
+pub(super) struct Keeper {
+    pub(super) session: Shared,
+    pub(super) held: Held,
     /// This host's address as it should stand in the record.
-    public_ip: watch::Receiver<Ipv4Addr>,
+    pub(super) public_ip: watch::Receiver<Ipv4Addr>,
+    /// The address under which the record stood when that was said last.
+    said_under: Ipv4Addr,
+    /// Why what stands in etcd is not our record, while that is so.
+    pub(super) lost: Option<String>,
+    /// Whoever overwrites our record again and again is answered at this pace.
+    pub(super) put_back_at: Instant,
     events: mpsc::Sender<Event>,
     /// When the claim ends if nothing is heard from etcd any more, counted from before the last renewal was asked for.
     expires: Option<Instant>,
     renew_at: Instant,
-    claim_at: Instant,
+    pub(super) claim_at: Instant,
     /// The last event of trouble, so that each is said once.
-    trouble: Option<LeaseEvent>,
+    pub(super) trouble: Option<LeaseEvent>,
 }
 
 impl Keeper {
     fn new(
-        store: EtcdStore,
+        session: Shared,
         held: Held,
         public_ip: watch::Receiver<Ipv4Addr>,
         events: mpsc::Sender<Event>,
     ) -> Self {
-        let (now, session) = (Instant::now(), store.session.clone());
-        let expires = held.lease.map(|_| now + session.options.lease_ttl);
-        let (renew_at, claim_at) = (now, now);
-        Self { store, session, held, public_ip, events, expires, renew_at, claim_at, trouble: None }
+        let now = Instant::now();
+        Self {
+            expires: held.lease.map(|_| now + session.options.lease_ttl),
+            said_under: held.public_ip,
+            session,
+            held,
+            public_ip,
+            events,
+            lost: None,
+            trouble: None,
+            put_back_at: now,
+            renew_at: now,
+            claim_at: now,
+        }
     }
 
     /// Never ends by itself.
@@ -101,39 +125,42 @@ impl Keeper {
                     let why = EtcdError::SamePublicIp { public_ip, holder, key }.to_string();
                     self.report(LeaseEvent::Superseded { why }).await;
                     // The other one may go; asking costs one request.
-                    sleep(self.session.options.owner_ttl / 3).await;
+                    self.pause(self.session.options.owner_ttl / 3).await;
                 }
                 Err(error) => {
                     debug!("{error}");
-                    // A claim that is known to be lost stays in the last word about it.
-                    if !matches!(
-                        self.trouble,
-                        Some(LeaseEvent::Unheld { .. } | LeaseEvent::Superseded { .. })
-                    ) {
-                        let expires_in =
-                            self.expires.map(|expires| expires.saturating_duration_since(Instant::now()));
-                        self.report(LeaseEvent::Unconfirmed { why: error.to_string(), expires_in }).await;
-                    }
-                    sleep(backoff.next()).await;
+                    self.report_failure(&error).await;
+                    self.pause(backoff.next()).await;
                 }
             }
         }
     }
 
     async fn check_and_wait(&mut self, backoff: &mut Backoff) -> Result<(), EtcdError> {
-        let mut revision = self.check().await?;
-        let public_ip = *self.public_ip.borrow_and_update();
-        if public_ip != self.held.public_ip {
-            let from = self.held.public_ip;
-            self.held = self.store.readdress(&self.held, public_ip).await?;
-            info!("the lease on {} is under {public_ip} now, no longer under {from}", self.held.subnet);
-            self.claim_at = Instant::now();
-            revision = self.check().await?;
-        }
+        let revision = match self.check().await {
+            Ok(revision) if !self.is_moving() => revision,
+            // What is wrong under the old address may be right under the new one.
+            Err(error) if error.is_transient() || !self.is_moving() => return Err(error),
+            checked => {
+                self.follow_address(checked.is_err()).await?;
+                let revision = self.check().await?;
+                if self.is_moving() && self.lost.is_none() {
+                    sleep(SETTLING).await;
+                    return Ok(());
+                }
+                revision
+            }
+        };
         let (mut watch, connection) = self.open_watch(revision + 1).await?;
-        backoff.reset();
+        let steady = sleep(STEADY);
+        tokio::pin!(steady);
+        let mut is_steady = false;
         loop {
             tokio::select! {
+                () = &mut steady, if !is_steady => {
+                    is_steady = true;
+                    backoff.reset();
+                }
                 message = watch.message() => {
                     return match message {
                         // The answer to the request for a watch, or a sign of life.
@@ -160,7 +187,7 @@ impl Keeper {
                         return Ok(());
                     }
                 }
-                () = sleep_until(self.renew_at), if self.held.lease.is_some() => {
+                () = sleep_until(self.renew_at), if self.held.lease.is_some() && self.lost.is_none() => {
                     if !self.renew().await? {
                         return Ok(());
                     }
@@ -183,8 +210,28 @@ impl Keeper {
                 }
                 continue;
             }
+            // What follows may fail for a long time, in which nobody waits for the time of the next renewal.
+            if Instant::now() >= self.claim_at && !self.renew_claim().await? {
+                sleep(SETTLING).await;
+                continue;
+            }
             let done = match self.found(record) {
-                Found::Ours => self.confirm().await?,
+                Found::Ours(born) => {
+                    self.held.born = born;
+                    self.confirm().await?
+                }
+                Found::Arrived => {
+                    self.arrive().await?;
+                    false
+                }
+                Found::Spoilt(entry) => {
+                    self.put_back(&entry).await?;
+                    false
+                }
+                Found::Unreadable(entry) => {
+                    self.say_unreadable(&entry).await;
+                    true
+                }
                 Found::Adopted(entry) => {
                     self.adopt(&entry).await;
                     false
@@ -193,8 +240,12 @@ impl Keeper {
                     self.retake("its record was removed, or its time ran out").await?;
                     false
                 }
-                Found::Theirs(who) => {
-                    self.move_away(&format!("its record is {who} now")).await?;
+                Found::Theirs(entry, who) => {
+                    if self.held.lease == Some(entry.lease) {
+                        // It is theirs with the record: to end it would remove what they wrote.
+                        self.held.lease = None;
+                    }
+                    self.move_away(&format!("its record is that of {who} now")).await?;
                     false
                 }
             };
@@ -205,7 +256,7 @@ impl Keeper {
     }
 
     /// Our record and our claim on the address, of one revision.
-    async fn read(&self) -> Result<(i64, Option<KeyValue>, Option<KeyValue>), EtcdError> {
+    pub(super) async fn read(&self) -> Result<(i64, Option<KeyValue>, Option<KeyValue>), EtcdError> {
         let keys = &self.session.keys;
         let gets = [
             TxnOp::get(keys.record(&self.held.key), None),
@@ -231,29 +282,54 @@ impl Keeper {
     fn found(&self, record: Option<KeyValue>) -> Found {
         let Some(record) = record else { return Found::Missing };
         let entry = Entry::new(&self.session.keys, &record);
-        match entry.parsed() {
-            None => Found::Theirs("one that cannot be read".to_owned()),
-            Some(value) if value.public_ip != self.held.public_ip => {
-                Found::Theirs(format!("that of {}", value.public_ip))
+        let is_still_ours = self.held.lease == Some(entry.lease) || entry.create_revision == self.held.born;
+        match entry.parsed().map(|value| value.public_ip) {
+            None if is_still_ours => Found::Spoilt(entry),
+            None => Found::Unreadable(entry),
+            Some(holder) if holder == self.held.public_ip => {
+                match entry.lease == self.held.lease.unwrap_or(0) {
+                    true => Found::Ours(entry.create_revision),
+                    false => Found::Adopted(entry),
+                }
             }
-            Some(_) if entry.lease == self.held.lease.unwrap_or(0) => Found::Ours,
-            Some(_) => Found::Adopted(entry),
+            Some(holder) if is_still_ours && holder == *self.public_ip.borrow() => Found::Arrived,
+            Some(holder) => Found::Theirs(entry, holder),
         }
     }
 
     /// The record is ours: renew it and say so.
     async fn confirm(&mut self) -> Result<bool, EtcdError> {
+        self.lost = None;
         if self.held.lease.is_some() {
             if self.renew().await? {
                 return Ok(true);
             }
             // The etcd lease has ended and etcd is about to remove the record.
-            sleep(Duration::from_millis(200)).await;
+            sleep(SETTLING).await;
             return Ok(false);
         }
-        self.trouble = None;
-        self.send(LeaseEvent::Confirmed { expires_in: None }).await;
+        self.say_confirmed(None).await;
         Ok(true)
+    }
+
+    /// Says that the claim holds, and under which address if that is another one than was said before. Nothing is said while
+    /// there is more to put right than the claim: the record has yet to follow this host, or is not ours.
+    async fn say_confirmed(&mut self, expires_in: Option<Duration>) {
+        if self.is_moving() || self.lost.is_some() {
+            return;
+        }
+        self.trouble = None;
+        let public_ip = self.held.public_ip;
+        if self.said_under != public_ip {
+            self.said_under = public_ip;
+            self.send(LeaseEvent::Readdressed { public_ip }).await;
+        }
+        self.send(LeaseEvent::Confirmed { expires_in }).await;
+    }
+
+    /// Whether this host has another address than its record.
+    pub(super) fn is_moving(&self) -> bool {
+        *self.public_ip.borrow() != self.held.public_ip
     }
 
     /// Another etcd lease holds our record. The one that we had holds nothing any more.
@@ -273,65 +349,6 @@ impl Keeper {
         }
     }
 
-    /// Writes the lost record again, if the subnet is still free.
-    async fn retake(&mut self, why: &str) -> Result<(), EtcdError> {
-        let lease = self.session.grant(self.session.options.lease_ttl).await?;
-        let place =
-            Place { config: &self.held.config, public_ip: self.held.public_ip, owner: self.held.owner };
-        match self.session.create(&place, self.held.subnet, lease).await {
-            Ok(true) => {
-                self.held.key = crate::lease::key(self.held.subnet);
-                self.held.lease = Some(lease);
-                self.trouble = None;
-                self.send(LeaseEvent::Retaken { subnet: self.held.subnet, why: why.to_owned() }).await;
-                Ok(())
-            }
-            Ok(false) => {
-                self.session.revoke(lease).await;
-                // Either the record is there again, which the next look shows, or one that overlaps it is.
-                let (_, record, _) = self.read().await?;
-                match record {
-                    Some(_) => Ok(()),
-                    None => self.move_away(&format!("{why}, and a part of it is somebody else's now")).await,
-                }
-            }
-            // If the record was written and only the answer lost, the next look finds it with this lease and adopts it.
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Takes another subnet, because ours is somebody else's.
-    async fn move_away(&mut self, why: &str) -> Result<(), EtcdError> {
-        let place =
-            Place { config: &self.held.config, public_ip: self.held.public_ip, owner: self.held.owner };
-        let from = self.held.subnet;
-        match self.session.take_subnet(&place, None, None).await {
-            Ok(held) => {
-                // Nothing of ours hangs on the old etcd lease.
-                if let Some(old) = self.held.lease.filter(|old| Some(*old) != held.lease) {
-                    self.session.revoke(old).await;
-                }
-                let to = held.subnet;
-                self.held = held;
-                self.trouble = None;
-                let why = why.to_owned();
-                self.send(if from == to {
-                    LeaseEvent::Retaken { subnet: to, why }
-                } else {
-                    LeaseEvent::Moved { from, to, why }
-                })
-                .await;
-                Ok(())
-            }
-            Err(error) => {
-                if !error.is_transient() && !matches!(error, EtcdError::SamePublicIp { .. }) {
-                    self.report(LeaseEvent::Unheld { why: format!("{why}: {error}") }).await;
-                }
-                Err(error)
-            }
-        }
-    }
-
     /// Renews the etcd lease of the record. `false` when it has ended.
     async fn renew(&mut self) -> Result<bool, EtcdError> {
         let Some(lease) = self.held.lease else { return Ok(true) };
@@ -339,8 +356,7 @@ impl Keeper {
         let Some(ttl) = self.session.keep_alive(lease).await? else { return Ok(false) };
         self.expires = Some(asked + ttl);
         self.renew_at = asked + self.session.options.renew_after(ttl);
-        self.trouble = None;
-        self.send(LeaseEvent::Confirmed { expires_in: Some(ttl) }).await;
+        self.say_confirmed(Some(ttl)).await;
         Ok(true)
     }
 
@@ -381,16 +397,44 @@ impl Keeper {
         Err(why)
     }
 
-    /// Says what is wrong, once.
-    async fn report(&mut self, trouble: LeaseEvent) {
-        let said = self.trouble.as_ref().map(std::mem::discriminant);
-        if said != Some(std::mem::discriminant(&trouble)) {
+    /// What a failure means for the claim: without a record it is lost, with one it is in doubt.
+    async fn report_failure(&mut self, error: &EtcdError) {
+        if let Some(why) = &self.lost {
+            // The first says by itself whose the subnet is.
+            let why = if matches!(error, EtcdError::Wanted(_)) {
+                error.to_string()
+            } else {
+                format!("{why}: {error}")
+            };
+            self.report(LeaseEvent::Unheld { why }).await;
+        } else if !matches!(self.trouble, Some(LeaseEvent::Superseded { .. })) {
+            let expires_in = self.expires.map(|expires| expires.saturating_duration_since(Instant::now()));
+            self.report(LeaseEvent::Unconfirmed { why: error.to_string(), expires_in }).await;
+        }
+    }
+
+    /// Says what is wrong, once, and of a lost claim whenever the reason is another one.
+    pub(super) async fn report(&mut self, trouble: LeaseEvent) {
+        let is_said = match (&self.trouble, &trouble) {
+            (Some(said @ LeaseEvent::Unheld { .. }), LeaseEvent::Unheld { .. }) => *said == trouble,
+            (Some(said), _) => std::mem::discriminant(said) == std::mem::discriminant(&trouble),
+            (None, _) => false,
+        };
+        if !is_said {
             self.trouble = Some(trouble.clone());
             self.send(trouble).await;
         }
     }
 
-    async fn send(&self, event: LeaseEvent) {
+    /// Waits, but not when this host has another address meanwhile.
+    async fn pause(&mut self, time: Duration) {
+        tokio::select! {
+            () = sleep(time) => {}
+            () = changed(&mut self.public_ip) => self.session.forget_connection().await,
+        }
+    }
+
+    pub(super) async fn send(&self, event: LeaseEvent) {
         // Whoever no longer listens has no use for it, and `maintain` ends.
         let _ = self.events.send(Event::Lease(event)).await;
     }

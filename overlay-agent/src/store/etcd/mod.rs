@@ -2,7 +2,8 @@
 //!
 //! In reading order: `options` is what the operator says, `keys` flannel's schema, `session` the connection, `records`
 //! reads the records, `choose` decides which subnet a host should have, `owner` keeps two hosts with one address apart,
-//! `acquire` takes a subnet, `maintain` keeps it, `watch` follows everybody's, `leases` is for operators.
+//! `acquire` takes a subnet, `readdress` moves it to another
+//! address, `maintain` keeps it and `regain` gets it back, `watch` follows everybody's, `leases` is for operators.
 //!
 //! What is written here is written by transactions that name what they replace: nothing of anybody else is ever overwritten.
 
@@ -18,7 +19,9 @@ mod leases;
 mod maintain;
 mod options;
 mod owner;
+mod readdress;
 mod records;
+mod regain;
 mod session;
 mod watch;
 

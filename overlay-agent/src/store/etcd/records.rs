@@ -35,6 +35,8 @@ pub(super) struct Entry {
     pub(super) value: Vec<u8>,
     /// The etcd lease that it ends with, 0 for a reservation.
     pub(super) lease: i64,
+    /// Stays the same while the record is overwritten, and is another once it was removed.
+    pub(super) create_revision: i64,
     /// Changes whenever the record is written.
     pub(super) mod_revision: i64,
 }
@@ -45,6 +47,7 @@ impl Entry {
             key: keys.relative(kv.key()),
             value: kept(kv.value()),
             lease: kv.lease(),
+            create_revision: kv.create_revision(),
             mod_revision: kv.mod_revision(),
         }
     }

@@ -13,7 +13,7 @@ use overlay_tests::{
 use super::{
     Scene, arguments, config, key, peer,
     server::{PREFIX, Server},
-    value, wait_for_log, wait_for_route, wait_until,
+    start, value, wait_for_log, wait_for_route, wait_until,
 };
 use crate::{machine::Need, matrix::needs, suite::Suite};
 
@@ -80,8 +80,22 @@ fn expire(server: &Server, subnet: &str) -> Result<()> {
     Ok(())
 }
 
+/// A scene in which nobody asked for A's subnet: it has the one of its record. An agent waits for one that was asked for.
+fn without_wishes(session: &Arc<Session>) -> Result<Scene> {
+    let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
+    let server = Server::start(session, &topology.a.host, topology.a.underlay)?;
+    server.write_config(&config(NETWORK))?;
+    let (subnet, lease) = (key(topology.a.subnet), server.grant()?);
+    server.put(&format!("{PREFIX}/subnets/{subnet}"), value(topology.a.underlay).as_bytes(), lease)?;
+    let site = Site::new(session, &topology.a.host, "agent-a")?;
+    let a = site.start(&arguments(&server, Rung::Tc))?;
+    let b = start(session, &topology.b, &server, Rung::Tun)?;
+    wait_for_route(&a, topology.b.subnet, topology.b.underlay)?;
+    Ok(Scene { a, b, server, topology })
+}
+
 fn paused_agent_gives_way(session: &Arc<Session>) -> Result<()> {
-    let scene = Scene::start(session, Rung::Tc, Rung::Tun)?;
+    let scene = without_wishes(session)?;
     let Scene { a, b, server, topology } = &scene;
     let (host, old) = (&topology.a.host, topology.a.subnet);
     a.pause()?;
