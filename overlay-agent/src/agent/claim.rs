@@ -23,7 +23,6 @@ impl Agent {
     pub(super) async fn on_lease(&mut self, event: LeaseEvent) {
         match event {
             LeaseEvent::Confirmed { .. } => self.confirm_claim(),
-            LeaseEvent::Readdressed { .. } => self.confirm_claim(),
             LeaseEvent::Unconfirmed { why, expires_in } => {
                 self.claim = Claim::Doubtful(expires_in.map(|left| Instant::now() + left));
                 let left =

@@ -44,11 +44,6 @@ pub enum LeaseEvent {
         /// How it was lost.
         why: String,
     },
-    /// The record stands under this host's new public address.
-    Readdressed {
-        /// The address.
-        public_ip: Ipv4Addr,
-    },
     /// The claim was lost, and the subnet is somebody else's by now: this host has another one.
     Moved {
         /// The subnet that was ours.
