@@ -130,8 +130,19 @@ impl Firewall {
             let failed = restored
                 .err()
                 .map(|error| format!("the firewall's rules of {device} may be missing: {error}"));
-            let forward = self.rules.forward.then_some(self.rules.network);
-            trouble.send_replace(failed.or_else(|| out_of_reach(forward?)));
+            trouble.send_replace(failed);
+            self.warn_about_legacy();
+        }
+    }
+
+    /// Where a packet may be dropped out of our sight. Said once, and no trouble: the policy there is nearly always to accept.
+    fn warn_about_legacy(&mut self) {
+        let forward = self.rules.forward.then_some(self.rules.network);
+        if let Some(why) = forward.and_then(out_of_reach)
+            && !self.warned.contains(&why)
+        {
+            warn!("{why}");
+            self.warned.push(why);
         }
     }
 

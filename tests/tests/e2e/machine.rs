@@ -7,11 +7,6 @@ use nix::unistd::Uid;
 /// The commands that the harness runs.
 const TOOLS: [&str; 7] = ["ip", "bridge", "tc", "ethtool", "ping", "iperf3", "sysctl"];
 
-/// A Perl program that makes iptables-legacy's table `filter`, empty and accepting, in its network namespace: adding to the
-/// counters of a table that is not there yet makes it, and then fails, because it has more rules than one.
-pub(crate) const LEGACY_FILTER: &str =
-    r#"socket(S, 2, 3, 255) or die $!; setsockopt(S, 0, 65, pack("a32 L x4 Q Q", "filter", 1, 0, 0));"#;
-
 /// Something that not every machine has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Need {
@@ -23,8 +18,6 @@ pub(crate) enum Need {
     Tun,
     /// nftables with network address translation, and its tool.
     Nftables,
-    /// The tables of iptables-legacy in the kernel, and perl to make one.
-    LegacyTables,
 }
 
 impl Need {
@@ -50,11 +43,6 @@ impl Need {
             // Present exactly when the kernel has the bpf system call (Documentation/admin-guide/sysctl/kernel.rst).
             Self::Ebpf => Path::new("/proc/sys/kernel/unprivileged_bpf_disabled").exists(),
             Self::Tun => Path::new("/dev/net/tun").exists(),
-            Self::LegacyTables => Command::new("unshare")
-                .args(["--net", "perl", "-e"])
-                .arg(format!("{LEGACY_FILTER} open F, '/proc/thread-self/net/ip_tables_names'; print <F>;"))
-                .output()
-                .is_ok_and(|output| output.stdout.starts_with(b"filter")),
             Self::Nftables => Command::new("unshare")
                 .args([
                     "--net",
@@ -71,7 +59,6 @@ impl Need {
             Self::Vxlan => "needs a kernel with vxlan",
             Self::Ebpf => "needs a kernel with eBPF",
             Self::Tun => "needs /dev/net/tun",
-            Self::LegacyTables => "needs a kernel with the tables of iptables-legacy loaded, and perl",
             Self::Nftables => "needs a kernel with nftables and the command nft: run `cargo xtask setup`",
         }
     }

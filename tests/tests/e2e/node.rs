@@ -20,12 +20,7 @@ use overlay_tests::{
     traffic::{ping::ping_with_ttl, steady::without_loss, udp::every_size},
 };
 
-use crate::{
-    machine::{LEGACY_FILTER, Need},
-    matrix::needs,
-    patience::wait_until,
-    suite::Suite,
-};
+use crate::{machine::Need, matrix::needs, patience::wait_until, suite::Suite};
 
 /// The MTU that the underlay gets, and what is left of it for inner packets.
 const SMALL: (usize, usize) = (1400, 1372);
@@ -54,11 +49,6 @@ pub(crate) fn register(suite: &mut Suite) {
     let nft = &[Need::Tun, Need::Nftables];
     suite.add("node::nft_that_hangs_holds_up_neither_start_nor_end", nft, hanging_nft);
     suite.add("node::nft_that_fails_is_said_until_it_works", nft, failing_nft);
-    suite.add(
-        "node::iptables_legacy_is_said",
-        &[Need::Tun, Need::Nftables, Need::LegacyTables],
-        iptables_legacy,
-    );
 }
 
 fn pair(session: &Arc<Session>, rung: Rung) -> Result<Pair> {
@@ -395,30 +385,5 @@ fn failing_nft(session: &Arc<Session>) -> Result<()> {
     })?;
     tools.work()?;
     wait_until("it is well again", || Ok(agent.status()?.state == "running"))?;
-    agent.stop()
-}
-
-fn iptables_legacy(session: &Arc<Session>) -> Result<()> {
-    let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
-    let store = Store::create(session)?;
-    let a = &topology.a;
-    let site = Site::new(session, &a.host, "agent-a")?;
-    let mut arguments = store.arguments(a, Rung::Tun);
-    arguments.push("--iptables-resync=1".to_owned());
-    let agent = site.start(&arguments)?;
-    let made = a.host.output(Command::new("perl").args(["-e", LEGACY_FILTER]))?;
-    ensure!(made.status.success(), "{made:?}");
-    wait_until("status says what to type", || {
-        let status = agent.status()?;
-        let command = format!("iptables-legacy -A FORWARD -s {NETWORK} -j ACCEPT");
-        Ok(status.state == "degraded" && status.problems.iter().any(|problem| problem.contains(&command)))
-    })?;
-    agent.stop()?;
-    // Whoever typed it says so.
-    arguments.push("--iptables-forward-rules=false".to_owned());
-    let agent = site.start(&arguments)?;
-    // Longer than the agent needs to look at its host.
-    thread::sleep(Duration::from_secs(6));
-    ensure!(agent.status()?.state == "running", "{:?}", agent.status()?);
     agent.stop()
 }
