@@ -9,7 +9,7 @@ use super::{
     session::Session,
 };
 use crate::{
-    lease::{self, LeaseValue},
+    lease::{self, LeaseError, LeaseValue},
     route_table::Record,
 };
 
@@ -78,8 +78,10 @@ fn kept(value: &[u8]) -> Vec<u8> {
         Ok(said) => serde_json::json!({ "PublicIP": said.public_ip, "BackendType": said.backend_type })
             .to_string()
             .into_bytes(),
+        // What is wrong is said from what is kept.
+        Err(LeaseError::PublicIp(shown)) => serde_json::json!({ "PublicIP": shown }).to_string().into_bytes(),
         // Nor may what is left of it be a lease.
-        Err(_) => {
+        Err(LeaseError::Key(_) | LeaseError::NotJson(_)) => {
             let beginning = value.get(..USUAL_VALUE).unwrap_or(value);
             if lease::parse_value(beginning).is_ok() { Vec::new() } else { beginning.to_vec() }
         }
