@@ -2,7 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use overlay_agent::store::{Event, LeaseEvent, etcd::EtcdError};
+use overlay_agent::store::{
+    Event, LeaseEvent,
+    etcd::{EtcdError, EtcdOptions, EtcdStore},
+};
 use tokio::time::sleep;
 
 use crate::hosts::{Keeper, Network, ip, key_of, value};
@@ -71,10 +74,13 @@ async fn a_kept_lease_follows_this_host_to_another_address() {
 #[tokio::test]
 async fn what_somebody_writes_while_we_wait_for_our_new_address_stays() {
     let mut network = Network::start().await;
-    let held = network.take(1, "10.5.1.0/24").await;
+    // Our claim on the old address outlives the wait.
+    let options = EtcdOptions { owner_ttl: Duration::from_secs(60), ..network.options(1) };
+    let store = EtcdStore::connect(options).await.unwrap();
+    let wanted = Some("10.5.1.0/24".parse().unwrap());
+    let held = store.acquire(&network.config, ip(1), wanted, None).await.unwrap();
     // Nothing renews this claim: the new address is free in a while.
     network.take(3, "10.5.3.0/24").await;
-    let store = network.store(1).await;
     let moving = tokio::spawn({
         let held = held.clone();
         async move { store.readdress(&held, ip(3)).await }
