@@ -129,22 +129,38 @@ mod tests {
         }
     }
 
+    /// A record, and what it says.
+    #[derive(serde::Deserialize)]
+    struct Vector {
+        what: String,
+        key: String,
+        value: String,
+        lease: Option<Said>,
+    }
+
+    #[derive(Debug, PartialEq, serde::Deserialize)]
+    struct Said {
+        subnet: Ipv4Net,
+        public_ip: Ipv4Addr,
+        backend_type: Option<String>,
+    }
+
     #[test]
-    fn values_of_flannel_are_read() {
-        let host = Ipv4Addr::new(1, 2, 3, 4);
-        for (json, backend_type) in [
-            (r#"{"PublicIP":"1.2.3.4","PublicIPv6":null}"#, None),
-            (r#"{"PublicIP":"1.2.3.4"}"#, None),
-            (r#"{"publicip":"1.2.3.4","BackendType":"UDP","Unknown":[1]}"#, None),
-            (r#"{"PublicIP":"5.6.7.8","publicip":"1.2.3.4"}"#, None),
-            (
-                r#"{"PublicIP":"1.2.3.4","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1}}"#,
-                Some("vxlan"),
-            ),
-        ] {
-            let value = parse_value(json.as_bytes()).unwrap();
-            assert_eq!(value, LeaseValue { public_ip: host, backend_type: backend_type.map(str::to_owned) });
+    fn records_in_every_form_of_flannels_are_read() {
+        let vectors: Vec<Vector> =
+            serde_json::from_str(include_str!("../../tests/vectors/leases.json")).unwrap();
+        for Vector { what, key, value, lease } in vectors {
+            let subnet = parse_key(&key).unwrap();
+            let said = parse_value(value.as_bytes()).ok();
+            let said =
+                said.map(|LeaseValue { public_ip, backend_type }| Said { subnet, public_ip, backend_type });
+            assert_eq!(said, lease, "{what}");
         }
+    }
+
+    #[test]
+    fn a_value_of_ours_is_flannels_byte_for_byte() {
+        let host = Ipv4Addr::new(1, 2, 3, 4);
         assert_eq!(value(host), r#"{"PublicIP":"1.2.3.4","PublicIPv6":null}"#);
         assert_eq!(parse_value(value(host).as_bytes()).unwrap().public_ip, host);
     }

@@ -342,11 +342,11 @@ impl Agent {
     /// The lease stays: a restart keeps it.
     async fn stop(mut self) -> Result<()> {
         self.outlook.stopping();
-        self.remove_from_host().await?;
+        let removed = self.remove_from_host().await;
         if let Some(lease) = self.lease.take() {
             self.leasing.leave(lease).await;
         }
-        Ok(())
+        removed
     }
 
     /// Programs first, then the device: nothing may redirect into what is gone.

@@ -75,6 +75,10 @@ pub(super) fn run(part: Part, filter: Option<&str>, built: Option<&Built>) -> Re
         cargo.args(["test", "--workspace", "--no-fail-fast"]).args(*call).args(filter);
         // A colour code in front of a result line would hide it from the count.
         cargo.env("CARGO_TERM_COLOR", "never");
+        if part == Part::Etcd {
+            // Most of the time they wait, for leases to end and connections to be given up.
+            cargo.env("RUST_TEST_THREADS", "4");
+        }
         if let Some(built) = built {
             cargo.env("OVERLAY_AGENT", &built.agent).env(OBJECT_VARIABLE, &built.ebpf_object);
         }
