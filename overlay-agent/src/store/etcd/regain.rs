@@ -12,12 +12,14 @@ use super::{
     maintain::Keeper,
     records::Entry,
 };
-use crate::{lease, store::LeaseEvent};
+use crate::{
+    lease,
+    printable::{LONGEST_NAME, printable},
+    store::LeaseEvent,
+};
 
 /// Our record is put back at most this often.
 const PUT_BACK: Duration = Duration::from_secs(1);
-/// Characters of a foreign value in a message.
-const SHOWN: usize = 60;
 
 impl Keeper {
     /// Writes the lost record again, if the subnet is still free.
@@ -164,11 +166,7 @@ impl Keeper {
 
 /// The beginning of a value, without what a terminal would obey.
 fn shown(value: &[u8]) -> String {
-    let text: String = String::from_utf8_lossy(value).escape_debug().take(SHOWN + 1).collect();
-    match text.char_indices().nth(SHOWN) {
-        None => format!("`{text}`"),
-        Some((end, _)) => format!("`{}...`", text.get(..end).unwrap_or_default()),
-    }
+    format!("`{}`", printable(&String::from_utf8_lossy(value), LONGEST_NAME))
 }
 
 #[cfg(test)]
@@ -180,6 +178,6 @@ mod tests {
         assert_eq!(shown(b"{\x1b[2J"), "`{\\u{1b}[2J`");
         assert_eq!(shown(b""), "``");
         let long = shown(&[b'x'; 1000]);
-        assert!(long.len() < SHOWN + 10 && long.ends_with("...`"), "{long}");
+        assert!(long.len() < LONGEST_NAME + 10 && long.ends_with("...`"), "{long}");
     }
 }
