@@ -58,7 +58,7 @@ fn rules(side: &Side) -> Result<Rules> {
 }
 
 /// Runs asynchronous work in the namespace.
-fn inside<T: Send>(netns: &Netns, work: impl Future<Output = T> + Send) -> Result<T> {
+pub(crate) fn inside<T: Send>(netns: &Netns, work: impl Future<Output = T> + Send) -> Result<T> {
     netns.run(|| {
         let runtime =
             runtime::Builder::new_current_thread().enable_all().build().context("start a runtime")?;

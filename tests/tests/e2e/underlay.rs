@@ -8,9 +8,9 @@ use overlay_agent::{
     underlay::{Iface, Underlay, UnderlayChange, Wish, watch},
 };
 use overlay_tests::{netns::Netns, session::Session};
-use tokio::{runtime, sync::mpsc::Receiver, time::timeout};
+use tokio::{sync::mpsc::Receiver, time::timeout};
 
-use crate::suite::Suite;
+use crate::{firewall::inside, suite::Suite};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -34,15 +34,6 @@ fn host(session: &Arc<Session>) -> Result<Arc<Netns>> {
     host.tool("ip route add 10.7.0.0/16 via 172.16.0.254 src 172.16.0.1")?;
     host.tool("ip route add unreachable 10.8.0.0/16")?;
     Ok(host)
-}
-
-/// Runs asynchronous work in the namespace.
-fn inside<T: Send>(netns: &Netns, work: impl Future<Output = Result<T>> + Send) -> Result<T> {
-    netns.run(|| {
-        let runtime =
-            runtime::Builder::new_current_thread().enable_all().build().context("start a runtime")?;
-        runtime.block_on(work)
-    })?
 }
 
 fn choices(session: &Arc<Session>) -> Result<()> {
@@ -70,7 +61,7 @@ fn choices(session: &Arc<Session>) -> Result<()> {
         ),
     ];
     for (what, wish, expected) in cases {
-        let found = inside(&host, async { Underlay::find(&Netlink::connect()?, &wish).await });
+        let found = inside(&host, async { Underlay::find(&Netlink::connect()?, &wish).await })?;
         let found = found.ok().map(|underlay| format!("{} {}", underlay.link.name, underlay.local_ip));
         ensure!(found.as_deref() == expected, "{what}: expected {expected:?}, found {found:?}");
     }
@@ -97,7 +88,7 @@ fn blackhole(session: &Arc<Session>) -> Result<()> {
         host.tool("ip address delete 10.244.1.1/24 dev eth1")?;
         ensure!(route("10.244.1.9")?.contains("eth0"), "still discarded");
         Ok(())
-    })
+    })?
 }
 
 fn changes(session: &Arc<Session>) -> Result<()> {
@@ -130,7 +121,7 @@ fn changes(session: &Arc<Session>) -> Result<()> {
         host.tool("ip link add eth0 type veth peer name eth0p")?;
         host.tool("ip address add 10.0.0.3/24 dev eth0")?;
         expect(&mut watched, "a new device", "10.0.0.3", 1500).await
-    })
+    })?
 }
 
 async fn next(watched: &mut Receiver<UnderlayChange>, what: &str) -> Result<UnderlayChange> {
