@@ -16,6 +16,7 @@ pub mod netlink;
 mod printable;
 mod record;
 pub mod report;
+pub mod route;
 pub mod route_table;
 pub mod store;
 pub mod subnet_env;
