@@ -1,4 +1,8 @@
-//! The agent's control socket: one question per connection, one line of JSON each way.
+//! The agent's control socket, for root only.
+//!
+//! A client sends one request, `{"version":1,"query":"status"}`, and reads responses, `{"version":1,"data":...}` or
+//! `{"version":1,"error":"..."}`, until the server closes the connection: one response, or with `"watch":true` one now and one
+//! for every change. Each message is one line of JSON.
 
 use std::{
     io::ErrorKind,
@@ -17,41 +21,77 @@ use nix::{
     unistd::Pid,
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_json::Value;
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
-    net::{UnixListener, UnixStream},
+    net::{UnixListener, UnixStream, unix::OwnedWriteHalf},
     sync::{mpsc, oneshot},
-    time::timeout,
+    time::{sleep, timeout},
 };
 use tracing::warn;
 
-/// Longest question. Longer ones are not ours.
-const LONGEST_QUESTION: u64 = 1024;
+/// Version of the protocol. A change that an older client or agent would misread increments it.
+pub const VERSION: u32 = 1;
 
-/// How long either side waits for the other.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// Size limit of a request in bytes.
+const MAX_REQUEST: u64 = 1024;
 
-/// What can be asked.
+/// How long either side waits for a message that is due.
+const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How often a watched query is answered again, to see whether the answer changed.
+const WATCH_INTERVAL: Duration = Duration::from_millis(if cfg!(test) { 10 } else { 1000 });
+
+/// A query that the agent answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Question {
-    /// Who the agent is and how it fares: [`crate::report::Status`].
+pub enum Query {
+    /// State of the agent: [`crate::report::Status`].
     Status,
-    /// Where packets go: [`crate::report::RouteList`].
+    /// Routes and skipped records: [`crate::report::RouteList`].
     Routes,
-    /// What was counted: [`crate::report::CounterList`].
+    /// Packet counters: [`crate::report::CounterList`].
     Counters,
 }
 
-/// A question with the way back for its answer, a JSON value or an error text.
-pub type Asked = (Question, oneshot::Sender<Result<serde_json::Value, String>>);
+/// The answer to a query, or an error text.
+pub type Answer<T = Value> = Result<T, String>;
+
+/// A query for the agent's main loop, with the channel for its answer.
+pub type QueryRequest = (Query, oneshot::Sender<Answer>);
+
+/// What a client sends.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Request {
+    version: u32,
+    query: Query,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    watch: bool,
+}
+
+/// What the agent sends. Without `error`, `data` holds the answer.
+#[derive(Debug, Serialize, Deserialize)]
+struct Response {
+    version: u32,
+    #[serde(default, skip_serializing_if = "Value::is_null")]
+    data: Value,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+}
+
+/// The part of every message that all versions share.
+#[derive(Debug, Deserialize)]
+struct Versioned {
+    version: u32,
+}
 
 /// The socket of the agent that runs the overlay device `device`.
 pub fn path(run_dir: &Path, device: &str) -> PathBuf {
     run_dir.join(format!("{device}.sock"))
 }
 
-/// The listening socket; its file goes when it is dropped.
+/// The listening socket; dropping it removes its file.
 pub struct Control {
     listener: UnixListener,
     path: PathBuf,
@@ -90,24 +130,22 @@ impl Control {
         Ok(control)
     }
 
-    /// Passes questions on and answers back, until `questions` is closed.
-    pub async fn serve(self, questions: mpsc::Sender<Asked>) {
+    /// Serves clients until the receiver of `queries`, the main loop, is gone.
+    pub async fn serve(self, queries: mpsc::Sender<QueryRequest>) {
         loop {
             let stream = tokio::select! {
                 stream = self.listener.accept() => stream,
-                () = questions.closed() => return,
+                () = queries.closed() => return,
             };
             match stream {
                 Ok((stream, _)) => {
-                    let questions = questions.clone();
-                    tokio::spawn(async move {
-                        // A client that talks nonsense or goes away harms only itself.
-                        let _ = timeout(PATIENCE, answer(stream, questions)).await;
-                    });
+                    let queries = queries.clone();
+                    // A failed connection concerns only its client.
+                    tokio::spawn(async move { drop(serve_client(stream, queries).await) });
                 }
                 Err(error) => {
                     warn!("accept on the control socket: {error}");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    sleep(Duration::from_millis(100)).await;
                 }
             }
         }
@@ -121,28 +159,76 @@ impl Drop for Control {
     }
 }
 
-async fn answer(stream: UnixStream, questions: mpsc::Sender<Asked>) -> Result<()> {
+async fn serve_client(stream: UnixStream, queries: mpsc::Sender<QueryRequest>) -> Result<()> {
     let (reader, mut writer) = stream.into_split();
+    let mut reader = BufReader::new(reader.take(MAX_REQUEST));
     let mut line = Vec::new();
-    BufReader::new(reader.take(LONGEST_QUESTION)).read_until(b'\n', &mut line).await?;
-    let answer = match serde_json::from_slice::<Question>(&line) {
-        Ok(question) => {
-            let (sender, receiver) = oneshot::channel();
-            questions.send((question, sender)).await?;
-            receiver.await?
-        }
-        Err(error) => Err(format!("not a question: {error}")),
+    timeout(TIMEOUT, reader.read_until(b'\n', &mut line)).await??;
+    let request = match parse_request(&line) {
+        Ok(request) => request,
+        Err(error) => return send(&mut writer, Err(error)).await,
     };
-    let mut answer = serde_json::to_vec(&answer)?;
-    answer.push(b'\n');
-    Ok(writer.write_all(&answer).await?)
+    let mut sent = None;
+    loop {
+        let answer = ask_main_loop(&queries, request.query).await?;
+        if sent.as_ref() != Some(&answer) {
+            send(&mut writer, answer.clone()).await?;
+            sent = Some(answer);
+        }
+        if !request.watch {
+            return Ok(());
+        }
+        tokio::select! {
+            () = sleep(WATCH_INTERVAL) => {}
+            // The client closed the connection; it has nothing more to send.
+            _ = reader.read_u8() => return Ok(()),
+            () = queries.closed() => return Ok(()),
+        }
+    }
+}
+
+fn parse_request(line: &[u8]) -> Result<Request, String> {
+    match serde_json::from_slice::<Versioned>(line) {
+        Ok(Versioned { version }) if version != VERSION => Err(format!(
+            "unsupported version {version} of the control protocol: this agent ({}) speaks version {VERSION}",
+            env!("CARGO_PKG_VERSION")
+        )),
+        _ => serde_json::from_slice(line).map_err(|error| format!("invalid request: {error}")),
+    }
+}
+
+/// An error of the main loop is an answer; a main loop that is gone ends the connection.
+async fn ask_main_loop(queries: &mpsc::Sender<QueryRequest>, query: Query) -> Result<Answer> {
+    let (sender, receiver) = oneshot::channel();
+    let exchange = async {
+        queries.send((query, sender)).await?;
+        anyhow::Ok(receiver.await?)
+    };
+    timeout(TIMEOUT, exchange)
+        .await
+        .unwrap_or_else(|_| Ok(Err(format!("the main loop does not answer within {TIMEOUT:?}"))))
+}
+
+async fn send(writer: &mut OwnedWriteHalf, answer: Answer) -> Result<()> {
+    let (data, error) = match answer {
+        Ok(data) => (data, None),
+        Err(error) => (Value::Null, Some(error)),
+    };
+    let line = line(&Response { version: VERSION, data, error })?;
+    Ok(timeout(TIMEOUT, writer.write_all(&line)).await??)
+}
+
+fn line(message: &impl Serialize) -> Result<Vec<u8>> {
+    let mut line = serde_json::to_vec(message)?;
+    line.push(b'\n');
+    Ok(line)
 }
 
 /// The process that listens at `path`, as the kernel knows it; `None` when there is none.
 ///
 /// # Errors
 ///
-/// When it cannot be found out.
+/// When the kernel does not identify it, or it runs in another PID namespace.
 pub fn listener(path: &Path) -> Result<Option<i32>> {
     let stream = match std::os::unix::net::UnixStream::connect(path) {
         Ok(stream) => stream,
@@ -154,7 +240,7 @@ pub fn listener(path: &Path) -> Result<Option<i32>> {
         }
     };
     let peer = getsockopt(&stream, PeerCredentials)
-        .with_context(|| format!("ask who listens at {}", path.display()))?;
+        .with_context(|| format!("identify the process at {}", path.display()))?;
     match peer.pid() {
         0 => bail!("the agent at {} runs in another PID namespace: end it there", path.display()),
         // A child that an agent was about to start when it was killed holds the socket for another moment.
@@ -163,13 +249,39 @@ pub fn listener(path: &Path) -> Result<Option<i32>> {
     }
 }
 
-/// Asks the agent at `path`.
+/// Queries the agent at `path` once.
 ///
 /// # Errors
 ///
 /// When no agent answers there, or it answers with an error.
-pub async fn ask<T: DeserializeOwned>(path: &Path, question: Question) -> Result<T> {
+pub async fn query<T: DeserializeOwned>(path: &Path, query: Query) -> Result<T> {
     let attempt = async {
+        let mut responses = Responses::open(path, query, false).await?;
+        let answer = responses.next().await?.context("the agent closed the connection without an answer")?;
+        answer.map_err(|error| anyhow::anyhow!("the agent reports: {error}"))
+    };
+    timeout(TIMEOUT, attempt)
+        .await
+        .with_context(|| format!("the agent at {} does not answer", path.display()))?
+}
+
+/// Queries the agent at `path` and follows the answer: the responses are the answer now and each change of it.
+///
+/// # Errors
+///
+/// When no agent answers there.
+pub async fn watch(path: &Path, query: Query) -> Result<Responses> {
+    Responses::open(path, query, true).await
+}
+
+/// The responses to one request, in the order in which the agent sends them.
+#[derive(Debug)]
+pub struct Responses {
+    stream: BufReader<UnixStream>,
+}
+
+impl Responses {
+    async fn open(path: &Path, query: Query, watch: bool) -> Result<Self> {
         let mut stream = match UnixStream::connect(path).await {
             Ok(stream) => stream,
             Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
@@ -182,25 +294,44 @@ pub async fn ask<T: DeserializeOwned>(path: &Path, question: Question) -> Result
                 return Err(error).with_context(|| format!("connect to the agent at {}", path.display()));
             }
         };
-        let mut line = serde_json::to_vec(&question)?;
-        line.push(b'\n');
-        stream.write_all(&line).await?;
-        let mut answer = Vec::new();
-        stream.read_to_end(&mut answer).await?;
-        let answer: Result<T, String> =
-            serde_json::from_slice(&answer).context("the agent closed the connection without an answer")?;
-        answer.map_err(|error| anyhow::anyhow!("the agent says: {error}"))
-    };
-    timeout(PATIENCE, attempt)
-        .await
-        .with_context(|| format!("the agent at {} does not answer", path.display()))?
+        stream.write_all(&line(&Request { version: VERSION, query, watch })?).await?;
+        Ok(Self { stream: BufReader::new(stream) })
+    }
+
+    /// Waits for the next response; `None` once the agent has closed the connection.
+    ///
+    /// # Errors
+    ///
+    /// When the connection fails, or carries something else than responses of this version of the protocol.
+    pub async fn next<T: DeserializeOwned>(&mut self) -> Result<Option<Answer<T>>> {
+        let mut line = Vec::new();
+        if self.stream.read_until(b'\n', &mut line).await.context("read from the agent")? == 0 {
+            return Ok(None);
+        }
+        match serde_json::from_slice::<Versioned>(&line) {
+            Ok(Versioned { version: VERSION }) => {}
+            Ok(Versioned { version }) => bail!(
+                "the agent speaks version {version} of the control protocol, this program ({}) version {VERSION}: use the \
+                 agent's own binary",
+                env!("CARGO_PKG_VERSION")
+            ),
+            Err(_) => bail!(
+                "the agent does not speak version {VERSION} of the control protocol: use its own binary"
+            ),
+        }
+        let response: Response = serde_json::from_slice(&line).context("read the agent's response")?;
+        match response.error {
+            Some(error) => Ok(Some(Err(error))),
+            None => Ok(Some(Ok(serde_json::from_value(response.data).context("read the agent's response")?))),
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    async fn server(directory: &Path) -> (PathBuf, mpsc::Receiver<Asked>) {
+    async fn server(directory: &Path) -> (PathBuf, mpsc::Receiver<QueryRequest>) {
         let path = path(directory, "ovl0");
         let control = Control::listen(path.clone()).unwrap();
         let (sender, receiver) = mpsc::channel(1);
@@ -208,22 +339,109 @@ mod tests {
         (path, receiver)
     }
 
+    /// Sends `request` as it is and reads until the server closes the connection.
+    async fn raw(path: &Path, request: &[u8]) -> String {
+        let mut stream = UnixStream::connect(path).await.unwrap();
+        stream.write_all(request).await.unwrap();
+        let mut responses = String::new();
+        stream.read_to_string(&mut responses).await.unwrap();
+        responses
+    }
+
+    /// Reports `state` from a main loop until `answers` of the answers were collected.
+    async fn report(queries: &mut mpsc::Receiver<QueryRequest>, state: Answer, answers: usize) {
+        for _ in 0..answers {
+            let (_, sender) = queries.recv().await.unwrap();
+            drop(sender.send(state.clone()));
+        }
+    }
+
     #[tokio::test]
-    async fn a_question_gets_its_answer_and_nonsense_an_error() {
+    async fn a_query_gets_one_answer_and_an_invalid_request_an_error() {
         let directory = tempfile::tempdir().unwrap();
-        let (path, mut questions) = server(directory.path()).await;
+        let (path, mut queries) = server(directory.path()).await;
         tokio::spawn(async move {
-            while let Some((question, back)) = questions.recv().await {
-                let _ = back.send(Ok(serde_json::json!(format!("{question:?}"))));
+            while let Some((query, sender)) = queries.recv().await {
+                drop(sender.send(Ok(serde_json::json!(format!("{query:?}")))));
             }
         });
-        assert_eq!(ask::<String>(&path, Question::Routes).await.unwrap(), "Routes");
-        let mut stream = UnixStream::connect(&path).await.unwrap();
-        stream.write_all(b"\xff{{{\n").await.unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).await.unwrap();
-        assert!(answer.contains("not a question"), "{answer}");
-        assert_eq!(ask::<String>(&path, Question::Status).await.unwrap(), "Status");
+        assert_eq!(query::<String>(&path, Query::Routes).await.unwrap(), "Routes");
+        assert_eq!(
+            raw(&path, b"{\"version\":1,\"query\":\"status\"}\n").await,
+            "{\"version\":1,\"data\":\"Status\"}\n"
+        );
+        // Without the limit, the server would wait for the end of this line.
+        let long = [b'x'; MAX_REQUEST as usize];
+        for invalid in [&b"\xff{{{\n"[..], b"\"status\"\n", b"{\"version\":1,\"query\":\"x\"}\n", &long] {
+            let response = raw(&path, invalid).await;
+            assert!(response.starts_with("{\"version\":1,\"error\":\"invalid request: "), "{response}");
+        }
+    }
+
+    #[tokio::test]
+    async fn another_version_is_refused_by_either_side_with_both_versions() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, _queries) = server(directory.path()).await;
+        let response = raw(&path, b"{\"version\":7,\"request\":{\"kind\":\"status\"}}\n").await;
+        assert!(response.contains("version 7") && response.contains("version 1"), "{response}");
+
+        let path = directory.path().join("other.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        tokio::spawn(async move {
+            for response in ["{\"version\":2,\"body\":{}}\n", "{\"Ok\":{}}\n"] {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                stream.write_all(response.as_bytes()).await.unwrap();
+            }
+        });
+        let error = query::<Value>(&path, Query::Status).await.unwrap_err().to_string();
+        assert!(error.contains("version 2") && error.contains("version 1"), "{error}");
+        let error = query::<Value>(&path, Query::Status).await.unwrap_err().to_string();
+        assert!(error.contains("does not speak version 1"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_watch_carries_every_change_and_ends_with_the_agent() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, mut queries) = server(directory.path()).await;
+        let mut responses = watch(&path, Query::Status).await.unwrap();
+        for (state, answers) in [
+            (Err("starting".to_owned()), 1),
+            (Ok(Value::from("running")), 3),
+            (Ok(Value::from("degraded")), 1),
+        ] {
+            report(&mut queries, state.clone(), answers).await;
+            assert_eq!(responses.next::<Value>().await.unwrap(), Some(state));
+        }
+        drop(queries);
+        assert_eq!(responses.next::<Value>().await.unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn a_client_that_disconnects_ends_its_watch_and_no_other() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, mut queries) = server(directory.path()).await;
+        let leaving = watch(&path, Query::Status).await.unwrap();
+        report(&mut queries, Ok(Value::from(1)), 1).await;
+        let mut staying = watch(&path, Query::Routes).await.unwrap();
+        drop(leaving);
+        let mut seen = Vec::new();
+        for count in 0..5 {
+            let (query, sender) = queries.recv().await.unwrap();
+            seen.push(query);
+            drop(sender.send(Ok(Value::from(count))));
+        }
+        // At most one query of the first client was under way.
+        assert!(seen.iter().filter(|query| **query == Query::Status).count() <= 1, "{seen:?}");
+        assert!(staying.next::<Value>().await.unwrap().is_some());
+    }
+
+    #[tokio::test]
+    async fn a_main_loop_that_hangs_is_an_error() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, _queries) = server(directory.path()).await;
+        let mut responses = watch(&path, Query::Status).await.unwrap();
+        let error = responses.next::<Value>().await.unwrap().unwrap().unwrap_err();
+        assert!(error.contains("main loop"), "{error}");
     }
 
     #[tokio::test]
@@ -231,16 +449,16 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = path(directory.path(), "ovl0");
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
-        let (_, _questions) = server(directory.path()).await;
+        let (_, _queries) = server(directory.path()).await;
         let error = Control::listen(path).err().unwrap().to_string();
         assert!(error.contains("already"), "{error}");
     }
 
     #[tokio::test]
-    async fn without_an_agent_the_error_says_where_it_was_looked_for() {
+    async fn without_an_agent_the_error_names_the_socket() {
         let directory = tempfile::tempdir().unwrap();
         let error =
-            ask::<String>(&path(directory.path(), "ovl7"), Question::Status).await.unwrap_err().to_string();
+            query::<String>(&path(directory.path(), "ovl7"), Query::Status).await.unwrap_err().to_string();
         assert!(error.contains("ovl7.sock"), "{error}");
     }
 }

@@ -6,18 +6,18 @@ use tracing::debug;
 
 use super::{Agent, Claim, Place, problems::Concern};
 use crate::{
-    control::Question,
+    control::Query,
     datapath::{Datapath, PathCounters},
     health::Health,
     report::{self, CounterList, Device, Route, RouteList, Status},
 };
 
 impl Agent {
-    pub(super) fn answer(&self, question: Question) -> Result<serde_json::Value> {
+    pub(super) fn answer(&self, question: Query) -> Result<serde_json::Value> {
         debug!("asked for {question:?}");
         Ok(match question {
-            Question::Status => serde_json::to_value(self.status()?)?,
-            Question::Routes => serde_json::to_value(RouteList {
+            Query::Status => serde_json::to_value(self.status()?)?,
+            Query::Routes => serde_json::to_value(RouteList {
                 routes: self
                     .table
                     .routes()
@@ -26,7 +26,7 @@ impl Agent {
                     .collect(),
                 skipped: self.table.skipped(),
             })?,
-            Question::Counters => serde_json::to_value(CounterList::from(self.counters()?))?,
+            Query::Counters => serde_json::to_value(CounterList::from(self.counters()?))?,
         })
     }
 

@@ -37,7 +37,7 @@ use tokio::{
 use tracing::{info, warn};
 
 use crate::{
-    control::{self, Asked, Control},
+    control::{self, Control, QueryRequest},
     datapath::{Datapath, PathCounters, Plan, tun},
     device::{self, Note, OverlayDevice},
     netlink::Netlink,
@@ -177,7 +177,7 @@ struct Agent {
     events: mpsc::Receiver<Event>,
     event_sender: mpsc::Sender<Event>,
     underlay_changes: mpsc::Receiver<UnderlayChange>,
-    questions: mpsc::Receiver<Asked>,
+    questions: mpsc::Receiver<QueryRequest>,
     failures: (mpsc::Sender<String>, mpsc::Receiver<String>),
 }
 
@@ -186,7 +186,7 @@ impl Agent {
         prepared: Prepared,
         netlink: Netlink,
         outlook: Outlook,
-        questions: mpsc::Receiver<Asked>,
+        questions: mpsc::Receiver<QueryRequest>,
     ) -> Result<Self> {
         let Prepared { options, leasing, lease, place, socket } = prepared;
         let (event_sender, events) = mpsc::channel(4);

@@ -32,7 +32,7 @@ pub(super) async fn down(QueryArgs { agent: args, output }: &QueryArgs) -> Resul
         bail!("overlay-agent down needs root");
     }
     let mut removed = Vec::new();
-    let socket = control::path(&args.run_dir, &args.device);
+    let socket = args.socket();
     let netlink = Netlink::connect()?;
     // What a killed agent noted on its device must be read before the device goes.
     let note = netlink.link(&args.device).await?.and_then(|link| Note::parse(&link.alias?));

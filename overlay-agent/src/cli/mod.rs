@@ -1,4 +1,4 @@
-//! What people type.
+//! The command line.
 
 mod config;
 mod down;
@@ -17,26 +17,29 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::{control::Question, datapath::ebpf};
+use crate::{
+    control::{self, Query},
+    datapath::ebpf,
+};
 
 const AFTER_HELP: &str = "\
 Examples:
   overlay-agent run --etcd-endpoints http://192.168.77.10:2379 --ip-masq
   overlay-agent run --store dir:/var/lib/overlay --network 10.244.0.0/16
   overlay-agent run --network 10.244.0.0/16 --subnet 10.244.1.0/24 --peer 10.244.2.0/24=192.168.77.2
-  overlay-agent status
+  overlay-agent status --watch
   overlay-agent counters -o json
   overlay-agent leases --etcd-endpoints http://192.168.77.10:2379
   overlay-agent config set network.json --store dir:/var/lib/overlay
   overlay-agent down
 
-Exit codes: 0 done, 1 refused or failed (one line on standard error says why), 2 wrong usage.";
+Exit codes: 0 success, 1 refused or failed (one line on standard error gives the reason), 2 wrong usage.";
 
 // One line per paragraph: the parser fits it to the terminal.
 const RUN_AFTER_HELP: &str = "\
-Every flag of flanneld's can be written as flanneld takes it, with one dash or two, and set as a variable: FLANNELD_IP_MASQ \
-for --ip-masq. The command line goes first, then OVERLAY_AGENT_*, then FLANNELD_*. Called by the name flanneld, this \
-program is `overlay-agent run`.";
+flanneld's flags are accepted in flanneld's syntax, with one dash or two, and as environment variables: FLANNELD_IP_MASQ for \
+--ip-masq. The command line takes precedence over OVERLAY_AGENT_* variables, and these over FLANNELD_* variables. Invoked as \
+`flanneld`, this program runs `overlay-agent run`.";
 
 /// Joins the containers of many Linux hosts into one network, over plain UDP.
 #[derive(Debug, Parser)]
@@ -48,29 +51,29 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Take a subnet, make the overlay device and carry packets until SIGTERM
+    /// Acquire a subnet, create the overlay device and forward packets until SIGTERM
     #[command(args_override_self = true, after_help = RUN_AFTER_HELP)]
     Run(Box<run::RunArgs>),
-    /// Show how the running agent fares
-    Status(QueryArgs),
-    /// Show where packets go, and which records are no routes
+    /// Show the state of the running agent
+    Status(StatusArgs),
+    /// Show the routes, and the records that were skipped
     Routes(QueryArgs),
-    /// Show what was carried, handed to the slow path, and discarded
+    /// Show the packets that were forwarded, punted to the slow path and dropped
     Counters(QueryArgs),
-    /// List who holds which subnet in the store, and for how long
+    /// List the leases in the store: subnet, host and remaining time
     #[command(args_override_self = true)]
     Leases(leases::LeasesArgs),
-    /// Take a subnet from a host that is gone
+    /// Release the lease of a host that is gone
     #[command(subcommand)]
     Lease(leases::LeaseCommand),
-    /// Show, write or check the network's configuration in the store
+    /// Show, write or check the network config in the store
     #[command(subcommand)]
     Config(config::ConfigCommand),
-    /// Remove everything that an agent, also a killed one, left on this host
+    /// Stop the agent, if one runs, and remove everything that an agent left on this host
     Down(QueryArgs),
 }
 
-/// Which agent.
+/// Selects one of the agents on this host.
 #[derive(Clone, Debug, Args)]
 struct AgentArgs {
     /// Name of the overlay device
@@ -79,6 +82,12 @@ struct AgentArgs {
     /// Directory of the control socket
     #[arg(long, env = "OVERLAY_AGENT_RUN_DIR", default_value = "/run/overlay-agent", value_name = "DIR")]
     run_dir: PathBuf,
+}
+
+impl AgentArgs {
+    fn socket(&self) -> PathBuf {
+        control::path(&self.run_dir, &self.device)
+    }
 }
 
 #[derive(Clone, Debug, Args)]
@@ -90,24 +99,33 @@ struct QueryArgs {
     output: Output,
 }
 
+#[derive(Clone, Debug, Args)]
+struct StatusArgs {
+    #[command(flatten)]
+    query: QueryArgs,
+    /// Print the state again whenever it changes, until interrupted; JSON is one object per line
+    #[arg(short, long)]
+    watch: bool,
+}
+
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
 enum Output {
-    /// For people
+    /// Tables
     #[default]
     Text,
-    /// For scripts
+    /// JSON with stable names
     Json,
 }
 
-/// What the parser, too, exits with.
+/// Exit code of the parser for wrong usage.
 const WRONG_USAGE: u8 = 2;
 
-/// Parses the command line and does what it says.
+/// Parses and runs the command line.
 pub fn main() -> ExitCode {
     let words = match flannel_args::command_line(std::env::args_os(), |name| std::env::var_os(name)) {
         Ok(words) => words,
-        Err(refusal) => {
-            eprintln!("error: {refusal}");
+        Err(error) => {
+            eprintln!("error: {error}");
             return ExitCode::from(WRONG_USAGE);
         }
     };
@@ -130,21 +148,22 @@ fn dispatch(command: Command) -> Result<()> {
     let result = runtime.block_on(async {
         match command {
             Command::Run(args) => run::run(*args).await,
-            Command::Status(args) => query::query(&args, Question::Status).await,
-            Command::Routes(args) => query::query(&args, Question::Routes).await,
-            Command::Counters(args) => query::query(&args, Question::Counters).await,
+            Command::Status(StatusArgs { query, watch: true }) => query::watch_status(&query).await,
+            Command::Status(StatusArgs { query, watch: false }) => query::query(&query, Query::Status).await,
+            Command::Routes(args) => query::query(&args, Query::Routes).await,
+            Command::Counters(args) => query::query(&args, Query::Counters).await,
             Command::Leases(args) => leases::leases(args).await,
             Command::Lease(leases::LeaseCommand::Release(args)) => leases::release(args).await,
             Command::Config(command) => config::config(command).await,
             Command::Down(args) => down::down(&args).await,
         }
     });
-    // A store on a network that hangs must not keep a finished agent.
+    // A connection to a store that hangs must not keep the process alive.
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
 }
 
-/// The version, and what this binary can do.
+/// The version and the datapaths of this binary.
 fn version() -> &'static str {
     match ebpf::OBJECT {
         Some(_) => concat!(env!("CARGO_PKG_VERSION"), " (datapaths: xdp, tc, tun)"),

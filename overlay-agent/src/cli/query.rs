@@ -5,44 +5,68 @@ use std::{
     io::{ErrorKind, Write as _},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use comfy_table::{Table, presets};
 use overlay_ebpf::verdict::{DropReason, PuntReason};
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::{Output, QueryArgs};
 use crate::{
-    control::{self, Question},
+    control::{self, Query},
     report::{CounterList, RouteList, Status},
 };
 
-pub(super) async fn query(args: &QueryArgs, question: Question) -> Result<()> {
-    match question {
-        Question::Status => show(args, question, status).await,
-        Question::Routes => show(args, question, routes).await,
-        Question::Counters => show(args, question, counters).await,
+pub(super) async fn query(args: &QueryArgs, query: Query) -> Result<()> {
+    match query {
+        Query::Status => show(args, query, status).await,
+        Query::Routes => show(args, query, routes).await,
+        Query::Counters => show(args, query, counters).await,
     }
 }
 
 async fn show<T: Serialize + DeserializeOwned>(
     args: &QueryArgs,
-    question: Question,
+    query: Query,
     text: fn(&T) -> String,
 ) -> Result<()> {
-    let answer: T = control::ask(&control::path(&args.agent.run_dir, &args.agent.device), question).await?;
+    let answer: T = control::query(&args.agent.socket(), query).await?;
     print(args.output, &answer, text)
 }
 
-/// Prints an answer in the form that was asked for.
+/// Prints the state whenever it changes, until the agent ends or the reader of the output does.
+pub(super) async fn watch_status(args: &QueryArgs) -> Result<()> {
+    let mut responses = control::watch(&args.agent.socket(), Query::Status).await?;
+    while let Some(answer) = responses.next::<Status>().await? {
+        let open = match (answer, args.output) {
+            (Ok(state), Output::Json) => write_line(&serde_json::to_string(&state)?)?,
+            (Ok(state), Output::Text) => write_line(&format!("{}\n", status(&state)))?,
+            (Err(error), _) => {
+                eprintln!("warning: the agent reports: {error}");
+                true
+            }
+        };
+        if !open {
+            return Ok(());
+        }
+    }
+    bail!("the agent ended")
+}
+
+/// Prints an answer in the selected format.
 pub(super) fn print<T: Serialize>(output: Output, answer: &T, text: impl FnOnce(&T) -> String) -> Result<()> {
     let text = match output {
         Output::Json => serde_json::to_string_pretty(answer)?,
         Output::Text => text(answer),
     };
+    write_line(&text).map(drop)
+}
+
+/// `false` when the reader has closed its end, as `head` does; that is no error.
+fn write_line(text: &str) -> Result<bool> {
     match writeln!(std::io::stdout(), "{text}") {
-        // Whoever reads has seen enough, as `head` does.
-        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
-        result => result.context("write to standard output"),
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(error).context("write to standard output"),
     }
 }
 
@@ -85,7 +109,7 @@ fn routes(list: &RouteList) -> String {
     let mut text = table.to_string();
     if !list.skipped.is_empty() {
         let mut skipped = self::table();
-        skipped.set_header(["RECORD", "WHY IT IS NO ROUTE"]);
+        skipped.set_header(["RECORD", "SKIPPED BECAUSE"]);
         for record in &list.skipped {
             skipped.add_row([&record.record, &record.why]);
         }
@@ -110,12 +134,12 @@ fn counters(list: &CounterList) -> String {
     let drops = DropReason::ALL.iter().map(|reason| (reason.name(), reason.describe()));
     format!(
         "{traffic}\n\n{}\n\n{}",
-        reasons("HANDED TO THE SLOW PATH", &list.punts, punts),
+        reasons("PUNTED TO THE SLOW PATH", &list.punts, punts),
         reasons("DROPPED", &list.drops, drops)
     )
 }
 
-/// Only what happened: a long list of zeros hides the one that matters.
+/// Lists the reasons that were counted; zeros would hide the counts that matter.
 fn reasons(
     title: &str,
     counts: &BTreeMap<String, u64>,
@@ -123,14 +147,14 @@ fn reasons(
 ) -> String {
     let mut table = table();
     table.set_header([title, "PACKETS", ""]);
-    let mut nothing = true;
+    let mut is_empty = true;
     for (name, text) in known {
         if let Some(count) = counts.get(name).filter(|count| **count > 0) {
-            nothing = false;
+            is_empty = false;
             table.add_row([name, &count.to_string(), text]);
         }
     }
-    if nothing {
+    if is_empty {
         table.add_row(["none"]);
     }
     table.to_string()
