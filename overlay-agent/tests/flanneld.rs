@@ -1,4 +1,4 @@
-//! The binary under the name `flanneld`, as a unit file that was written for flannel starts it.
+//! The binary invoked as `flanneld`, as by a unit file written for flannel.
 
 use std::{
     io,
@@ -6,7 +6,7 @@ use std::{
     process::{Command, Output},
 };
 
-/// What the program does, called `flanneld`, with these arguments and variables.
+/// Runs the program as `flanneld` with these arguments and variables.
 fn flanneld(arguments: &[&str], variables: &[(&str, &str)]) -> io::Result<Output> {
     let directory = tempfile::tempdir()?;
     let link = directory.path().join("flanneld");
@@ -19,14 +19,14 @@ fn stderr(output: &Output) -> String {
 }
 
 #[test]
-fn version_is_printed_and_nothing_started() {
+fn version_is_printed_and_no_agent_is_started() {
     let output = flanneld(&["-version", "-etcd-prefix", "/x"], &[("FLANNELD_ETCD_USERNAME", "")]).unwrap();
     assert!(output.status.success(), "{}", stderr(&output));
     assert!(String::from_utf8_lossy(&output.stdout).contains(env!("CARGO_PKG_VERSION")));
 }
 
 #[test]
-fn what_cannot_apply_is_wrong_usage() {
+fn unsupported_flags_are_wrong_usage() {
     for (arguments, variables, named) in [
         (&["-kube-subnet-mgr"][..], &[][..], "--kube-subnet-mgr"),
         (&[], &[("FLANNELD_PUBLIC_IPV6", "fd00::1")], "FLANNELD_PUBLIC_IPV6"),
@@ -44,7 +44,7 @@ fn what_cannot_apply_is_wrong_usage() {
 fn the_password_is_never_shown() {
     let password = "correct-horse";
     for arguments in [
-        // Refused for reasons of its own, for those of another flag, and only explained.
+        // The flag itself is refused, another flag is, and the help is printed.
         &["-etcd-password", password][..],
         &["-etcd-password", password, "-etcd-username=u", "-healthz-port=many"],
         &["-etcd-password", password, "-etcd-username=u", "-help"],

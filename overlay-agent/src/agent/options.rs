@@ -38,7 +38,7 @@ pub struct Options {
     /// Peers that need no record.
     pub peers: BTreeMap<Ipv4Net, Ipv4Addr>,
     /// Which device carries the outer packets, and the address by which peers reach this host.
-    pub underlay: underlay::Wish,
+    pub underlay: underlay::Selector,
     /// Name of the overlay device.
     pub device: String,
     /// UDP port, when the store need not say it.

@@ -1,4 +1,4 @@
-//! `overlay-agent config`: the network's configuration in the store, shown, written and checked.
+//! `overlay-agent config`: shows, writes and checks the network config in the store.
 
 use std::{
     fs::File,
@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{config::NetworkConfig, printable::printable};
 
-/// No configuration is longer: flannel's have 100 bytes.
+/// Size limit of a config in bytes; flannel's have about 100.
 const LONGEST: u64 = 64 * 1024;
 
 const SHOW_AFTER_HELP: &str = "\
@@ -34,8 +34,8 @@ Examples:
   overlay-agent config set network.json --etcd-endpoints http://192.168.77.10:2379
   overlay-agent config set - --store dir:/var/lib/overlay < network.json
 
-Agents read it when they start. A host whose lease does not fit any more then takes another subnet, so such a change is made \
-only with --force.";
+Agents read the config when they start. A host whose lease no longer fits then acquires another subnet, so such a change \
+needs --force.";
 
 const CHECK_AFTER_HELP: &str = "\
 Examples:
@@ -43,17 +43,17 @@ Examples:
   overlay-agent config check '{\"Network\":\"10.244.0.0/16\"}' -o json
   overlay-agent config check --etcd-endpoints http://192.168.77.10:2379
 
-The exit code is 1 when agents could not use it.";
+The exit code is 1 when agents cannot use the config.";
 
 #[derive(Debug, Subcommand)]
 pub(super) enum ConfigCommand {
-    /// Print it as stored, and what it means with its defaults
+    /// Print the stored config, and the effective values with defaults
     #[command(args_override_self = true, after_help = SHOW_AFTER_HELP)]
     Show(ShowArgs),
-    /// Write it, when agents can use it and no host would lose its subnet
+    /// Write the config, unless agents cannot use it or a host would lose its subnet
     #[command(args_override_self = true, after_help = SET_AFTER_HELP)]
     Set(SetArgs),
-    /// Say what is wrong with it, in the store or before it gets there
+    /// Check a config before it is written, or the stored one
     #[command(args_override_self = true, after_help = CHECK_AFTER_HELP)]
     Check(CheckArgs),
 }
@@ -69,10 +69,10 @@ pub(super) struct ShowArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct SetArgs {
-    /// The configuration: a file, - for standard input, or JSON
+    /// Config: a file, - for standard input, or JSON
     #[arg(value_name = "FILE|-|JSON", value_parser = parse_input)]
     input: Input,
-    /// Also when leases would not fit it
+    /// Write the config even if leases do not fit it
     #[arg(long)]
     force: bool,
     /// Output format
@@ -84,7 +84,7 @@ pub(super) struct SetArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct CheckArgs {
-    /// The configuration: a file, - for standard input, or JSON [default: the one in the store]
+    /// Config: a file, - for standard input, or JSON [default: the stored one]
     #[arg(value_name = "FILE|-|JSON", value_parser = parse_input)]
     input: Option<Input>,
     /// Output format
@@ -102,19 +102,18 @@ enum Input {
     File(PathBuf),
 }
 
-/// A configuration and what agents make of it.
+/// A config and how agents read it.
 #[derive(Debug, Serialize)]
 struct Verdict {
-    /// Where it stands, or came from.
+    /// Store location, or input.
     source: String,
-    /// As it is there.
     text: String,
     usable: bool,
     /// Why agents cannot use it.
     problem: Option<String>,
-    /// Keys that neither flannel nor we know.
+    /// Keys unknown to flannel and to this agent.
     unknown_keys: Vec<String>,
-    /// In flannel's words, complete; `null` when it cannot be used.
+    /// All of flannel's keys with their values; `null` when the config cannot be used.
     effective: Option<Value>,
 }
 
@@ -122,9 +121,9 @@ struct Verdict {
 #[derive(Debug, Serialize)]
 struct Written {
     location: String,
-    /// What stood there.
+    /// The replaced text.
     before: Option<String>,
-    /// What has another value now than before, with defaults.
+    /// Effective values that changed.
     changes: Vec<Change>,
     unknown_keys: Vec<String>,
     /// Records that do not fit it.
@@ -167,7 +166,7 @@ async fn check(args: CheckArgs) -> Result<()> {
         None => stored(args.store).await?,
     };
     match (&verdict.problem, args.output) {
-        // The error says it all.
+        // The error is the answer.
         (Some(_), Output::Text) => {}
         (_, output) => print(output, &verdict, |verdict| {
             let table = effective(&verdict.text).unwrap_or_default();
@@ -187,8 +186,8 @@ async fn set(args: SetArgs) -> Result<()> {
     let misfits = if same { Vec::new() } else { misfits(&config, &claims(&store).await?) };
     if let (Some(first), false) = (misfits.first(), args.force) {
         bail!(
-            "not written: {} of the leases would not fit, the first is {first}: {config}; --force writes it all the \
-             same, and those hosts take other subnets when they start again",
+            "not written: {} of the leases would not fit, the first is {first}: {config}; --force writes it \
+             anyway, and those hosts acquire other subnets when they restart",
             misfits.len(),
             config = within(&config),
         );
@@ -205,7 +204,7 @@ async fn set(args: SetArgs) -> Result<()> {
     print(args.output, &written, written_text)
 }
 
-/// A directory that is not there yet holds no records.
+/// A missing directory holds no records.
 async fn claims(store: &Store) -> Result<Vec<Claim>> {
     match store {
         Store::Dir(directory) if !directory.root().exists() => Ok(Vec::new()),
@@ -233,12 +232,12 @@ impl Verdict {
             usable: parsed.is_ok(),
             problem: parsed.as_ref().err().map(ToString::to_string),
             unknown_keys: NetworkConfig::unknown_keys(&text),
-            effective: parsed.ok().map(|config| in_flannels_words(&config)),
+            effective: parsed.ok().map(|config| complete_record(&config)),
             text,
         }
     }
 
-    /// Says what is wrong; an error when agents cannot use it.
+    /// Prints warnings; an error when agents cannot use the config.
     fn judge(&self) -> Result<()> {
         warn_of(&self.unknown_keys);
         match &self.problem {
@@ -250,7 +249,7 @@ impl Verdict {
 
 fn warn_of(unknown_keys: &[String]) {
     for key in unknown_keys {
-        eprintln!("warning: the key {:?} is ignored: neither flannel nor overlay-agent knows it", key);
+        eprintln!("warning: the key {:?} is ignored: it is unknown to flannel and to overlay-agent", key);
     }
 }
 
@@ -294,7 +293,7 @@ fn parse_input(text: &str) -> Result<Input, String> {
     }
 }
 
-/// Subnets of records that hosts could not keep under `config`, in words. Records of other backends are none of its hosts'.
+/// Descriptions of leases that hosts could not keep under `config`, except those of other backends.
 fn misfits(config: &NetworkConfig, claims: &[Claim]) -> Vec<String> {
     let misfit = |claim: &Claim| {
         let value = claim.value().filter(|value| value.backend_type.is_none())?;
@@ -305,15 +304,15 @@ fn misfits(config: &NetworkConfig, claims: &[Claim]) -> Vec<String> {
     claims.iter().filter_map(misfit).collect()
 }
 
-/// What subnets must be, in words.
+/// The range of the subnets, as text.
 fn within(config: &NetworkConfig) -> String {
     let first = Ipv4Net::new(config.subnet_min, config.subnet_len).map(|net| net.to_string());
     let last = Ipv4Net::new(config.subnet_max, config.subnet_len).map(|net| net.to_string());
-    format!("subnets would go from {} to {}", first.unwrap_or_default(), last.unwrap_or_default())
+    format!("subnets would range from {} to {}", first.unwrap_or_default(), last.unwrap_or_default())
 }
 
-/// The record that says all of it.
-fn in_flannels_words(config: &NetworkConfig) -> Value {
+/// flannel's record with every key.
+fn complete_record(config: &NetworkConfig) -> Value {
     json!({
         "Network": config.network,
         "SubnetLen": config.subnet_len,
@@ -323,7 +322,7 @@ fn in_flannels_words(config: &NetworkConfig) -> Value {
     })
 }
 
-/// Every value by its key.
+/// All values by key.
 fn values(config: &NetworkConfig) -> [(&'static str, String); 6] {
     [
         ("Network", config.network.to_string()),
@@ -335,7 +334,7 @@ fn values(config: &NetworkConfig) -> [(&'static str, String); 6] {
     ]
 }
 
-/// The values that `text` means, and which are defaults.
+/// The effective values of `text`, with defaults marked.
 fn effective(text: &str) -> Option<String> {
     let config = NetworkConfig::parse(text).ok()?;
     let named = NetworkConfig::named_keys(text);

@@ -1,4 +1,4 @@
-//! `overlay-agent down`: the way back from anything, also from a killed agent.
+//! `overlay-agent down`: removes everything that an agent, even a killed one, left on the host.
 
 use std::{io::ErrorKind, time::Duration};
 
@@ -17,13 +17,13 @@ use crate::{
     netlink::Netlink,
 };
 
-/// How long a running agent gets to shut down.
-const PATIENCE: Duration = Duration::from_secs(15);
+/// How long a running agent may take to shut down.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// What `down` did.
+/// The result of `down`.
 #[derive(Debug, Serialize)]
 struct Outcome {
-    /// What was there and is gone, in words.
+    /// Descriptions of what was removed.
     removed: Vec<String>,
 }
 
@@ -34,7 +34,7 @@ pub(super) async fn down(QueryArgs { agent: args, output }: &QueryArgs) -> Resul
     let mut removed = Vec::new();
     let socket = args.socket();
     let netlink = Netlink::connect()?;
-    // What a killed agent noted on its device must be read before the device goes.
+    // The note on a killed agent's device must be read before the device is removed.
     let note = netlink.link(&args.device).await?.and_then(|link| Note::parse(&link.alias?));
     if let Some(pid) = control::listener(&socket)? {
         tokio::task::spawn_blocking(move || stop(pid)).await.context("wait for the agent")??;
@@ -47,16 +47,16 @@ pub(super) async fn down(QueryArgs { agent: args, output }: &QueryArgs) -> Resul
     if firewall::remove(&args.device).await.with_context(context)? {
         removed.push(format!("the firewall's rules of {}", args.device));
     }
-    // Those of networks that other agents run on this host stay.
+    // Blackhole routes in the networks of other agents on this host stay.
     let others: Vec<_> =
         netlink.links().await?.into_iter().filter_map(|link| Note::parse(&link.alias?)).collect();
     for subnet in netlink.blackholes().await? {
-        let anothers = others.iter().any(|other| other.network.contains(&subnet));
-        if !anothers && netlink.remove_blackhole(subnet).await? {
+        let foreign = others.iter().any(|other| other.network.contains(&subnet));
+        if !foreign && netlink.remove_blackhole(subnet).await? {
             removed.push(format!("the blackhole route for {subnet}"));
         }
     }
-    // tcx and XDP links go with their agent; filters of a clsact qdisc, which older kernels need, do not.
+    // The kernel removes tcx and XDP links with their agent, but not filters of a clsact qdisc, which older kernels need.
     if let Some(note) = note {
         detach_filter(&note.underlay, TcAttachType::Ingress, note.port);
     }
@@ -68,21 +68,21 @@ pub(super) async fn down(QueryArgs { agent: args, output }: &QueryArgs) -> Resul
         }
     }
     print(*output, &Outcome { removed }, |outcome| match outcome.removed.is_empty() {
-        true => format!("nothing of overlay-agent's on {} here", args.device),
+        true => format!("nothing to remove for {}", args.device),
         false => format!("removed {}", outcome.removed.join(", ")),
     })
 }
 
-/// Ends a process through a descriptor, which cannot come to mean another one, and waits until it is gone.
+/// Terminates a process through a pidfd, which cannot refer to a reused process id, and waits for its end.
 fn stop(pid: i32) -> Result<()> {
-    let context = || format!("end the agent (process {pid})");
+    let context = || format!("stop the agent (process {pid})");
     let process =
         pidfd_open(Pid::from_raw(pid).with_context(context)?, PidfdFlags::empty()).with_context(context)?;
     pidfd_send_signal(&process, Signal::TERM).with_context(context)?;
     let mut ended = [PollFd::new(std::os::fd::AsFd::as_fd(&process), PollFlags::POLLIN)];
-    let patience = PollTimeout::try_from(PATIENCE).unwrap_or(PollTimeout::MAX);
-    match poll(&mut ended, patience).with_context(context)? {
-        0 => bail!("the agent (process {pid}) does not end: kill it (kill -9 {pid}) and call down again"),
+    let timeout = PollTimeout::try_from(SHUTDOWN_TIMEOUT).unwrap_or(PollTimeout::MAX);
+    match poll(&mut ended, timeout).with_context(context)? {
+        0 => bail!("the agent (process {pid}) does not stop: kill it (kill -9 {pid}) and run down again"),
         _ => Ok(()),
     }
 }

@@ -1,4 +1,4 @@
-//! How to reach etcd, as flanneld's flags say it.
+//! flanneld's flags for etcd.
 
 use std::path::PathBuf;
 
@@ -7,14 +7,14 @@ use secrecy::SecretString;
 
 use crate::store::etcd::EtcdOptions;
 
-/// How to reach etcd, and where in it the network is. `Debug` does not show the password.
+/// Connection to etcd and prefix of the network's keys. `Debug` does not show the password.
 #[derive(Clone, Debug, Args)]
-#[command(next_help_heading = "Leases in etcd (the default store)")]
+#[command(next_help_heading = "etcd (the default store)")]
 pub(super) struct EtcdArgs {
-    /// Members of the etcd cluster, separated by commas [default: http://127.0.0.1:4001,http://127.0.0.1:2379]
+    /// Endpoints of the etcd cluster, separated by commas [default: http://127.0.0.1:4001,http://127.0.0.1:2379]
     #[arg(long, value_name = "URL,...", value_delimiter = ',')]
     etcd_endpoints: Option<Vec<String>>,
-    /// Key under which the network's config and leases are; one per network [default: /coreos.com/network]
+    /// Prefix of the keys of the network's config and leases; one per network [default: /coreos.com/network]
     #[arg(long, value_name = "KEY")]
     etcd_prefix: Option<String>,
     /// Private key of the client certificate, PEM
@@ -23,19 +23,19 @@ pub(super) struct EtcdArgs {
     /// Client certificate, PEM
     #[arg(long, value_name = "PATH", requires = "etcd_keyfile")]
     etcd_certfile: Option<PathBuf>,
-    /// Certificates of the authorities that etcd's certificate may come from, PEM
+    /// Certificate authorities for etcd's certificate, PEM
     #[arg(long, value_name = "PATH")]
     etcd_cafile: Option<PathBuf>,
-    /// User of etcd's own authentication
+    /// User name for etcd's authentication
     #[arg(long, value_name = "NAME", requires = "etcd_password")]
     etcd_username: Option<String>,
-    /// Their password; FLANNELD_ETCD_PASSWORD keeps it out of the process list
+    /// Password; FLANNELD_ETCD_PASSWORD keeps it out of the process list
     #[arg(long, value_name = "PASSWORD", requires = "etcd_username", hide_env_values = true)]
     etcd_password: Option<SecretString>,
 }
 
 impl EtcdArgs {
-    /// A flag that is set, by its name.
+    /// The name of one flag that is set.
     pub(super) fn any(&self) -> Option<&'static str> {
         [
             ("--etcd-endpoints", self.etcd_endpoints.is_some()),

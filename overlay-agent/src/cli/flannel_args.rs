@@ -1,9 +1,8 @@
-//! flanneld's command line and environment, brought into the form that this program's own parser reads.
+//! Translates flanneld's command line and environment into arguments for this program's parser.
 //!
-//! flanneld is written in Go, whose flags take one dash or two, `-x=value` or `-x value`, and `-x` or `-x=false` for
-//! switches. Every flag is also an environment variable, `FLANNELD_` and its name; the command line goes first. What only
-//! makes sense in another flannel (Kubernetes, IPv6) is refused by name: silence would leave an operator with a network that
-//! is not the one they asked for.
+//! flanneld uses Go's flags: one dash or two, `-x=value` or `-x value`, and `-x` or `-x=false` for switches. Every flag is also
+//! an environment variable, `FLANNELD_` and its name; the command line takes precedence. Flags for Kubernetes and IPv6 are
+//! rejected by name: ignoring them would set up another network than the one that the operator configured.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -12,26 +11,26 @@ use std::{
 
 use thiserror::Error;
 
-/// Why a flag of flanneld's is refused.
+/// An error in flanneld's flags or variables.
 #[derive(Debug, Error, PartialEq, Eq)]
-pub(super) enum Refusal {
-    /// The flag has no meaning for this program.
-    #[error("{flag} cannot apply here: {why}")]
-    NotHere {
+pub(super) enum FlagError {
+    /// This program does not support the flag.
+    #[error("{flag} is not supported: {reason}")]
+    Unsupported {
         /// The flag or variable.
         flag: String,
-        /// What to do instead.
-        why: &'static str,
+        /// Why, and an alternative.
+        reason: &'static str,
     },
-    /// A switch has a value that Go does not read as a boolean.
-    #[error("{flag} is a switch: set it to true or false, not to {value:?}")]
+    /// Go does not parse the value as a boolean.
+    #[error("{flag} is a boolean: set it to true or false, not to {value:?}")]
     NotBoolean {
         /// The flag or variable.
         flag: String,
-        /// What was given.
+        /// The value.
         value: String,
     },
-    /// A flag at the end of the command line has no value.
+    /// The last flag of the command line has no value.
     #[error("{flag} needs a value: write {flag}=VALUE")]
     NoValue {
         /// The flag.
@@ -39,31 +38,31 @@ pub(super) enum Refusal {
     },
 }
 
-/// What a flag takes, and what becomes of it.
+/// The kind of a flag's value, and its treatment.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
-    /// A value. An empty one is as good as none, as for flanneld.
+    /// A value. As for flanneld, an empty one selects the default.
     Value,
-    /// A value that says how to reach etcd.
+    /// A value for the connection to etcd.
     Etcd,
-    /// A value that says how to keep a lease in etcd.
+    /// A value for leases in etcd.
     Lease,
     /// A boolean.
     Switch,
-    /// Prints the version; flanneld looks at it before the environment.
+    /// Prints the version; flanneld does not read it from the environment.
     Version,
-    /// A value that has no meaning here.
-    NoSuchValue(&'static str),
-    /// A boolean that has no meaning here, unless it is false.
-    NoSuchSwitch(&'static str),
+    /// A value of an unsupported flag.
+    UnsupportedValue(&'static str),
+    /// A boolean that may only be false.
+    UnsupportedSwitch(&'static str),
 }
 
 const KUBERNETES: &str =
-    "it is for flannel's Kubernetes subnet manager; leases live in etcd or in a directory here";
-const IPV4_ONLY: &str = "the overlay carries IPv4 over IPv4 only; leave it out";
-const GO_FILES: &str = "it names Go source files; RUST_LOG filters this program's log";
+    "only flannel's Kubernetes subnet manager uses it; keep leases in etcd or in a directory";
+const IPV4_ONLY: &str = "the overlay carries IPv4 over IPv4 only; remove it";
+const GO_FILES: &str = "it filters by Go source files; set RUST_LOG instead";
 
-/// Every flag of flanneld's.
+/// All of flanneld's flags.
 const FLAGS: [(&str, Kind); 33] = [
     ("etcd-endpoints", Kind::Etcd),
     ("etcd-prefix", Kind::Etcd),
@@ -87,28 +86,28 @@ const FLAGS: [(&str, Kind); 33] = [
     ("iptables-forward-rules", Kind::Switch),
     ("ip-blackhole-route", Kind::Switch),
     ("version", Kind::Version),
-    ("kube-subnet-mgr", Kind::NoSuchSwitch(KUBERNETES)),
-    ("kube-api-url", Kind::NoSuchValue(KUBERNETES)),
-    ("kube-annotation-prefix", Kind::NoSuchValue(KUBERNETES)),
-    ("kubeconfig-file", Kind::NoSuchValue(KUBERNETES)),
-    ("net-config-path", Kind::NoSuchValue(KUBERNETES)),
-    ("set-node-network-unavailable", Kind::NoSuchSwitch(KUBERNETES)),
-    ("use-multi-cluster-cidr", Kind::NoSuchSwitch(KUBERNETES)),
-    ("public-ipv6", Kind::NoSuchValue(IPV4_ONLY)),
-    ("persistent-mac", Kind::NoSuchSwitch("the overlay device has no hardware address; leave it out")),
-    ("vmodule", Kind::NoSuchValue(GO_FILES)),
-    ("log_backtrace_at", Kind::NoSuchValue(GO_FILES)),
+    ("kube-subnet-mgr", Kind::UnsupportedSwitch(KUBERNETES)),
+    ("kube-api-url", Kind::UnsupportedValue(KUBERNETES)),
+    ("kube-annotation-prefix", Kind::UnsupportedValue(KUBERNETES)),
+    ("kubeconfig-file", Kind::UnsupportedValue(KUBERNETES)),
+    ("net-config-path", Kind::UnsupportedValue(KUBERNETES)),
+    ("set-node-network-unavailable", Kind::UnsupportedSwitch(KUBERNETES)),
+    ("use-multi-cluster-cidr", Kind::UnsupportedSwitch(KUBERNETES)),
+    ("public-ipv6", Kind::UnsupportedValue(IPV4_ONLY)),
+    ("persistent-mac", Kind::UnsupportedSwitch("the overlay device has no hardware address; remove it")),
+    ("vmodule", Kind::UnsupportedValue(GO_FILES)),
+    ("log_backtrace_at", Kind::UnsupportedValue(GO_FILES)),
 ];
 
-/// Commands beside `run` that read or write what is in etcd, and so take flanneld's flags for it.
+/// Commands other than `run` that access the store, and so take flanneld's flags for etcd.
 const STORE_COMMANDS: [&str; 3] = ["leases", "lease", "config"];
 
-/// The command line that this program's parser reads: unchanged unless it starts an agent, by `run` or by the name
-/// `flanneld`, or asks for what is in etcd.
+/// The arguments for this program's parser. Only the arguments of `run`, of a program invoked as `flanneld` and of commands
+/// that access the store are translated.
 pub(super) fn command_line(
     arguments: impl IntoIterator<Item = OsString>,
     environment: impl Fn(&str) -> Option<OsString>,
-) -> Result<Vec<OsString>, Refusal> {
+) -> Result<Vec<OsString>, FlagError> {
     let mut arguments = arguments.into_iter().peekable();
     let Some(program) = arguments.next() else { return Ok(Vec::new()) };
     let is_flanneld = Path::new(&program).file_name() == Some(OsStr::new("flanneld"));
@@ -134,15 +133,15 @@ pub(super) fn command_line(
         };
         let name = name.strip_prefix("--").or_else(|| name.strip_prefix('-'));
         match name.and_then(find).filter(|(_, kind)| line.knows(*kind)) {
-            Some((name, Kind::Value | Kind::Etcd | Kind::Lease | Kind::NoSuchValue(_)))
+            Some((name, Kind::Value | Kind::Etcd | Kind::Lease | Kind::UnsupportedValue(_)))
                 if value.is_none() =>
             {
                 let flag = format!("--{name}");
-                let value = arguments.next().ok_or(Refusal::NoValue { flag })?;
+                let value = arguments.next().ok_or(FlagError::NoValue { flag })?;
                 line.flag(name, value)?;
             }
             Some((name, _)) => line.flag(name, value.unwrap_or_else(|| "true".into()))?,
-            None => line.own(argument),
+            None => line.native(argument),
         }
     }
     line.environment(&environment)?;
@@ -153,12 +152,12 @@ fn find(name: &str) -> Option<(&'static str, Kind)> {
     FLAGS.into_iter().find(|(known, _)| *known == name)
 }
 
-/// The command line as it grows.
+/// The translated arguments.
 struct Line {
     words: Vec<OsString>,
-    /// Flags of flanneld's that the command line names.
+    /// flanneld's flags on the command line.
     seen: Vec<&'static str>,
-    /// The command is `run`; others know only the flags for etcd.
+    /// Whether the command is `run`; others know only the flags for etcd.
     runs: bool,
 }
 
@@ -167,7 +166,7 @@ impl Line {
         self.runs || kind == Kind::Etcd
     }
 
-    /// Whether leases live elsewhere than in etcd.
+    /// Whether the store is not etcd.
     fn has_other_store(&self, environment: &impl Fn(&str) -> Option<OsString>) -> bool {
         let value_of = |flag: &str| {
             self.words.iter().enumerate().rev().find_map(|(position, word)| {
@@ -186,17 +185,17 @@ impl Line {
         }
     }
 
-    /// Adds a flag of flanneld's from the command line.
-    fn flag(&mut self, name: &'static str, value: OsString) -> Result<(), Refusal> {
+    /// Adds one of flanneld's flags from the command line.
+    fn flag(&mut self, name: &'static str, value: OsString) -> Result<(), FlagError> {
         self.seen.push(name);
         self.add(name, &format!("--{name}"), value)
     }
 
-    /// Adds an argument that flanneld does not know. None of ours has a one-letter name of its own, so one dash before a
-    /// longer name means two there, too.
-    fn own(&mut self, argument: OsString) {
+    /// Adds an argument that flanneld does not know. `run` has no one-letter options, so one dash before a longer name means
+    /// two, as for Go.
+    fn native(&mut self, argument: OsString) {
         let text = argument.to_str().unwrap_or_default();
-        // `-ojson` is a way to write `-o json`.
+        // Except `-ojson`, which means `-o json`.
         let single = text.strip_prefix('-').filter(|rest| rest.len() > 1 && !rest.starts_with('-'));
         match single.filter(|_| self.runs || !text.starts_with("-o")) {
             Some(rest) => self.words.push(format!("--{rest}").into()),
@@ -204,14 +203,14 @@ impl Line {
         }
     }
 
-    /// Adds what the command line does not say and `FLANNELD_*` does.
-    fn environment(&mut self, environment: &impl Fn(&str) -> Option<OsString>) -> Result<(), Refusal> {
+    /// Adds flags that only `FLANNELD_*` variables set.
+    fn environment(&mut self, environment: &impl Fn(&str) -> Option<OsString>) -> Result<(), FlagError> {
         let other_store = self.has_other_store(environment);
         let set = |name: &str| environment(name).filter(|value| !value.is_empty());
         for (name, kind) in FLAGS {
             let upper = name.to_uppercase().replace('-', "_");
             let variable = format!("FLANNELD_{upper}");
-            // Our own variable is the more deliberate word.
+            // OVERLAY_AGENT_* variables take precedence.
             let skip = kind == Kind::Version
                 || !self.knows(kind)
                 || (matches!(kind, Kind::Etcd | Kind::Lease) && other_store)
@@ -224,18 +223,18 @@ impl Line {
         Ok(())
     }
 
-    /// Adds a flag of flanneld's; `spelled` is what an error calls it.
-    fn add(&mut self, name: &str, spelled: &str, value: OsString) -> Result<(), Refusal> {
-        let refusal = |why| Err(Refusal::NotHere { flag: spelled.to_owned(), why });
+    /// Adds one of flanneld's flags; `spelled` is its name in errors.
+    fn add(&mut self, name: &str, spelled: &str, value: OsString) -> Result<(), FlagError> {
+        let unsupported = |reason| Err(FlagError::Unsupported { flag: spelled.to_owned(), reason });
         let Some((_, kind)) = find(name) else { return Ok(()) };
         match kind {
             Kind::Value | Kind::Etcd | Kind::Lease if value.is_empty() => {}
             Kind::Value | Kind::Etcd | Kind::Lease => self.push(name, &value),
             Kind::Switch => self.push(name, boolean(spelled, &value)?.to_string().as_ref()),
             Kind::Version if boolean(spelled, &value)? => self.words.push("--version".into()),
-            Kind::NoSuchValue(why) if !value.is_empty() => return refusal(why),
-            Kind::NoSuchSwitch(why) if boolean(spelled, &value)? => return refusal(why),
-            Kind::Version | Kind::NoSuchValue(_) | Kind::NoSuchSwitch(_) => {}
+            Kind::UnsupportedValue(reason) if !value.is_empty() => return unsupported(reason),
+            Kind::UnsupportedSwitch(reason) if boolean(spelled, &value)? => return unsupported(reason),
+            Kind::Version | Kind::UnsupportedValue(_) | Kind::UnsupportedSwitch(_) => {}
         }
         Ok(())
     }
@@ -248,11 +247,13 @@ impl Line {
 }
 
 /// Go's strconv.ParseBool.
-fn boolean(flag: &str, value: &OsStr) -> Result<bool, Refusal> {
+fn boolean(flag: &str, value: &OsStr) -> Result<bool, FlagError> {
     match value.to_str() {
         Some("1" | "t" | "T" | "true" | "TRUE" | "True") => Ok(true),
         Some("0" | "f" | "F" | "false" | "FALSE" | "False") => Ok(false),
-        _ => Err(Refusal::NotBoolean { flag: flag.to_owned(), value: value.to_string_lossy().into_owned() }),
+        _ => {
+            Err(FlagError::NotBoolean { flag: flag.to_owned(), value: value.to_string_lossy().into_owned() })
+        }
     }
 }
 
@@ -260,8 +261,8 @@ fn boolean(flag: &str, value: &OsStr) -> Result<bool, Refusal> {
 mod tests {
     use super::*;
 
-    /// The command line that `line`, split at spaces, becomes with these variables set.
-    fn read(line: &str, variables: &[(&str, &str)]) -> Result<Vec<String>, Refusal> {
+    /// Translates `line`, split at spaces, with these variables set.
+    fn read(line: &str, variables: &[(&str, &str)]) -> Result<Vec<String>, FlagError> {
         let environment = |name: &str| {
             let found = variables.iter().find(|(known, _)| *known == name);
             found.map(|(_, value)| OsString::from(value))
@@ -275,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn every_spelling_of_gos_flags_is_read() {
+    fn every_spelling_of_go_flags_is_read() {
         let expected = Ok(words("overlay-agent run --iface=eth1 --etcd-prefix=/a --ip-masq=true"));
         for line in [
             "overlay-agent run -iface eth1 -etcd-prefix=/a -ip-masq",
@@ -285,14 +286,14 @@ mod tests {
             assert_eq!(read(line, &[]), expected, "{line}");
         }
         assert_eq!(read("x run -ip-masq=F", &[]), Ok(words("x run --ip-masq=false")));
-        // A switch takes no word of its own: Go does not read `false` here either.
+        // As in Go, a switch does not take the next argument as its value.
         assert_eq!(read("x run -ip-masq false", &[]), Ok(words("x run --ip-masq=true false")));
         assert_eq!(read("x run -iface -odd", &[]), Ok(words("x run --iface=-odd")));
         assert_eq!(read("x run -v 2 -iface a -iface b", &[]), Ok(words("x run --v=2 --iface=a --iface=b")));
     }
 
     #[test]
-    fn under_the_name_flanneld_it_runs() {
+    fn invoked_as_flanneld_it_runs() {
         assert_eq!(
             read("/opt/bin/flanneld -healthz-port 9 -version", &[]),
             Ok(words("/opt/bin/flanneld run --healthz-port=9 --version"))
@@ -301,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn other_commands_and_our_own_flags_are_left_alone() {
+    fn other_commands_and_native_flags_are_unchanged() {
         let variables = [("FLANNELD_IFACE", "eth9")];
         assert_eq!(
             read("overlay-agent status -o json", &variables),
@@ -315,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn commands_about_the_store_take_the_flags_for_etcd() {
+    fn commands_that_access_the_store_take_the_flags_for_etcd() {
         let variables = [("FLANNELD_IFACE", "eth9"), ("FLANNELD_ETCD_PREFIX", "/env")];
         assert_eq!(
             read("x lease release -etcd-endpoints=a:1 10.5.1.0/24 -ojson", &variables),
@@ -326,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn variables_count_where_the_command_line_is_silent() {
+    fn the_command_line_takes_precedence_over_variables() {
         let variables = [
             ("FLANNELD_ETCD_ENDPOINTS", "http://a:1"),
             ("FLANNELD_ETCD_PREFIX", "/env"),
@@ -340,7 +341,7 @@ mod tests {
             read("flanneld -etcd-prefix=/line", &variables),
             Ok(words("flanneld run --etcd-prefix=/line --etcd-endpoints=http://a:1 --ip-masq=true"))
         );
-        // An empty value on the command line means the default, whatever the environment says.
+        // An empty value on the command line selects the default and overrides the variable.
         assert_eq!(
             read("flanneld -etcd-prefix= -etcd-endpoints= -ip-masq=0", &variables),
             Ok(words("flanneld run --ip-masq=false"))
@@ -348,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn variables_about_etcd_mean_nothing_to_another_store() {
+    fn variables_for_etcd_are_ignored_with_another_store() {
         let variables = [("FLANNELD_ETCD_PREFIX", "/env"), ("FLANNELD_IFACE", "eth1")];
         for line in ["x run --store dir:/a", "x run -peer=10.1.2.0/24=1.2.3.4"] {
             let read = read(line, &variables).unwrap().join(" ");
@@ -362,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_apply_is_refused_by_name() {
+    fn unsupported_flags_are_rejected_by_name() {
         let error = |line: &str, variables: &[_]| read(line, variables).unwrap_err().to_string();
         for flag in ["kube-subnet-mgr", "kube-api-url=http://x", "kubeconfig-file x", "net-config-path=/x"] {
             let error = error(&format!("flanneld -{flag}"), &[]);
@@ -374,7 +375,7 @@ mod tests {
         assert!(error("x run -vmodule=a=2", &[]).contains("RUST_LOG"));
         assert!(error("x run -ip-masq=yes", &[]).contains("\"yes\""));
         assert!(error("x run -iface", &[]).contains("--iface=VALUE"));
-        // What asks for nothing is granted.
+        // Values that request nothing are accepted.
         assert_eq!(read("x run -kube-subnet-mgr=false -public-ipv6=", &[]), Ok(words("x run")));
     }
 

@@ -1,4 +1,4 @@
-//! What an agent does on its host beside carrying packets, as flanneld's flags say it.
+//! flanneld's flags for the firewall, the health checks and the log.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -9,43 +9,43 @@ use clap::{ArgAction, Args};
 
 use crate::agent::HostOptions;
 
+/// Declares Go's boolean flags: `--flag`, `--flag=true` and `--flag=false`.
+macro_rules! switches {
+    ($($(#[$doc:meta])* $name:ident = $default:literal,)*) => {
+        #[derive(Debug, Args)]
+        struct Switches {$(
+            $(#[$doc])*
+            #[arg(
+                long,
+                value_name = "BOOL",
+                num_args = 0..=1,
+                require_equals = true,
+                default_value_t = $default,
+                default_missing_value = "true",
+                action = ArgAction::Set
+            )]
+            $name: bool,
+        )*}
+    };
+}
+
+switches! {
+    /// Masquerade packets that leave the overlay with an address of this host
+    ip_masq = false,
+    /// Do not randomize the source ports of masqueraded packets
+    ip_masq_fully_random_disable = false,
+    /// Accept forwarded packets of the overlay in the FORWARD chain of iptables
+    iptables_forward_rules = true,
+    /// Drop packets for unassigned addresses of this host's subnet, with a blackhole route
+    ip_blackhole_route = false,
+}
+
 #[derive(Debug, Args)]
-#[command(next_help_heading = "The host")]
+#[command(next_help_heading = "Host")]
 pub(super) struct HostArgs {
-    /// Give packets that leave the overlay an address of this host
-    #[arg(
-        long,
-        value_name = "BOOL",
-        num_args = 0..=1,
-        require_equals = true,
-        default_value_t = false,
-        default_missing_value = "true",
-        action = ArgAction::Set
-    )]
-    ip_masq: bool,
-    /// Do not choose the ports of such packets at random
-    #[arg(
-        long,
-        value_name = "BOOL",
-        num_args = 0..=1,
-        require_equals = true,
-        default_value_t = false,
-        default_missing_value = "true",
-        action = ArgAction::Set
-    )]
-    ip_masq_fully_random_disable: bool,
-    /// Accept forwarded packets of the overlay where the host's FORWARD policy drops them
-    #[arg(
-        long,
-        value_name = "BOOL",
-        num_args = 0..=1,
-        require_equals = true,
-        default_value_t = true,
-        default_missing_value = "true",
-        action = ArgAction::Set
-    )]
-    iptables_forward_rules: bool,
-    /// Look this often whether the firewall's rules are still there
+    #[command(flatten)]
+    switches: Switches,
+    /// Interval between checks that restore missing firewall rules
     #[arg(
         long,
         value_name = "SECONDS",
@@ -53,24 +53,13 @@ pub(super) struct HostArgs {
         value_parser = clap::value_parser!(u32).range(1..)
     )]
     iptables_resync: u32,
-    /// Drop packets for addresses of this host's subnet that no container has, rather than route them on
-    #[arg(
-        long,
-        value_name = "BOOL",
-        num_args = 0..=1,
-        require_equals = true,
-        default_value_t = false,
-        default_missing_value = "true",
-        action = ArgAction::Set
-    )]
-    ip_blackhole_route: bool,
-    /// Address that /healthz and /readyz answer at
+    /// Address on which to serve /healthz and /readyz
     #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0")]
     healthz_ip: IpAddr,
-    /// Port that /healthz and /readyz answer at; 0 for none
+    /// Port on which to serve /healthz and /readyz; 0 disables them
     #[arg(long, value_name = "PORT", default_value_t = 0)]
     healthz_port: u16,
-    /// How much to log: 0 what an operator needs, 1 to 4 what a developer needs, 5 and more everything
+    /// Log level: 0 for operators, 1 to 4 for developers, 5 and higher includes libraries
     #[arg(long, value_name = "LEVEL", default_value_t = 0)]
     v: u8,
 }
@@ -84,11 +73,11 @@ impl HostArgs {
 impl From<HostArgs> for HostOptions {
     fn from(args: HostArgs) -> Self {
         Self {
-            masquerade: args.ip_masq,
-            fully_random: !args.ip_masq_fully_random_disable,
-            forward_rules: args.iptables_forward_rules,
+            masquerade: args.switches.ip_masq,
+            fully_random: !args.switches.ip_masq_fully_random_disable,
+            forward_rules: args.switches.iptables_forward_rules,
             resync: Duration::from_secs(args.iptables_resync.into()),
-            blackhole_route: args.ip_blackhole_route,
+            blackhole_route: args.switches.ip_blackhole_route,
             healthz: (args.healthz_port != 0).then(|| SocketAddr::new(args.healthz_ip, args.healthz_port)),
         }
     }

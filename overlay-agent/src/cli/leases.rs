@@ -1,4 +1,4 @@
-//! `overlay-agent leases` and `overlay-agent lease release`: who holds which subnet, and how to take one away.
+//! `overlay-agent leases` and `overlay-agent lease release`: lists the leases in the store and releases one.
 
 use std::{net::Ipv4Addr, time::Duration};
 
@@ -24,8 +24,8 @@ Examples:
   overlay-agent leases --etcd-endpoints http://192.168.77.10:2379
   overlay-agent leases --store dir:/var/lib/overlay -o json
 
-STATE is `lease` for a record that ends when its host is not heard of, `reservation` for one that an operator wrote and that \
-does not end, and `not routed` with the reason for one of which agents make no route. Records in a directory never end.";
+STATE is `lease` for a record that expires unless its host renews it, `reservation` for a record without expiry, written by \
+an operator, and `not routed` with the reason for a record that agents skip. Records in a directory do not expire.";
 
 const RELEASE_AFTER_HELP: &str = "\
 Examples:
@@ -33,9 +33,8 @@ Examples:
   overlay-agent lease release 10.244.7.0/24 --force --etcd-endpoints http://192.168.77.10:2379
   overlay-agent lease release not-a-subnet --store dir:/var/lib/overlay
 
-A host whose agent is alive takes its subnet back at once, so its lease is released only with --force; so is a reservation, \
-which an operator wrote. In etcd a living agent is known by a key of its own. Hosts that run flannel have none, and a \
-directory does not tell: there, stop the host first.";
+A running agent acquires its subnet again at once, so releasing its lease needs --force, as does releasing a reservation. In \
+etcd, a running agent holds an owner key. flanneld has none, and a directory has no owner keys: there, stop the host first.";
 
 #[derive(Debug, Args)]
 #[command(after_help = LIST_AFTER_HELP)]
@@ -49,7 +48,7 @@ pub(super) struct LeasesArgs {
 
 #[derive(Debug, Subcommand)]
 pub(super) enum LeaseCommand {
-    /// Remove the record of a subnet whose host is gone
+    /// Remove the lease of a host that is gone
     #[command(args_override_self = true)]
     Release(ReleaseArgs),
 }
@@ -57,10 +56,10 @@ pub(super) enum LeaseCommand {
 #[derive(Debug, Args)]
 #[command(after_help = RELEASE_AFTER_HELP)]
 pub(super) struct ReleaseArgs {
-    /// The subnet, or the key of a record as `leases -o json` shows it
+    /// Subnet, or key of a record as in `leases -o json`
     #[arg(value_name = "SUBNET", value_parser = parse_target)]
     target: Target,
-    /// Also when its host is alive, or when it is a reservation
+    /// Release the lease even if its agent runs or it is a reservation
     #[arg(long)]
     force: bool,
     /// Output format
@@ -70,24 +69,24 @@ pub(super) struct ReleaseArgs {
     store: StoreArgs,
 }
 
-/// Which record.
+/// Selects a record.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Target {
     Subnet(Ipv4Net),
     Key(String),
 }
 
-/// All records, as they are listed.
+/// All records.
 #[derive(Debug, Serialize)]
 struct LeaseList {
-    /// The whole overlay, when the store says it.
+    /// Network of the overlay, if the store has a valid config.
     network: Option<Ipv4Net>,
-    /// Why the store does not say it.
+    /// Why the network is unknown.
     config_problem: Option<String>,
     leases: Vec<Row>,
 }
 
-/// One record, as it is listed.
+/// One record.
 #[derive(Debug, PartialEq, Eq, Serialize)]
 struct Row {
     key: String,
@@ -96,7 +95,7 @@ struct Row {
     backend_type: Option<String>,
     expires_in_s: Option<u64>,
     state: State,
-    /// Why it is not routed.
+    /// Why agents skip it.
     reason: Option<String>,
 }
 
@@ -122,7 +121,7 @@ pub(super) async fn leases(args: LeasesArgs) -> Result<()> {
     let store = Store::open(args.store).await?;
     let (network, config_problem) = network(&store).await?;
     if let Some(problem) = &config_problem {
-        eprintln!("warning: {problem}; so it is not known which records lie in the network");
+        eprintln!("warning: {problem}; records outside the network cannot be recognized");
     }
     let claims = store.with_times(store.claims().await?).await?;
     let list = LeaseList { network, config_problem, leases: rows(network, &claims) };
@@ -136,12 +135,12 @@ pub(super) async fn release(args: ReleaseArgs) -> Result<()> {
     let mut found: Vec<_> = claims.into_iter().filter(|claim| args.target.is(claim)).collect();
     if found.len() > 1 {
         let keys: Vec<_> = found.iter().map(|claim| name(&claim.record().key)).collect();
-        bail!("{} is more than one record: say which of the keys {}", args.target, keys.join(" and "));
+        bail!("{} matches more than one record: give one of the keys {}", args.target, keys.join(" and "));
     }
     found = store.with_times(found).await?;
     let (Some(claim), Some(row)) = (found.first(), rows(network, &found).pop()) else {
         bail!(
-            "there is no record of {} in {}: `overlay-agent leases` lists those that are there",
+            "there is no record of {} in {}: `overlay-agent leases` lists the records",
             args.target,
             store.name()
         );
@@ -152,17 +151,19 @@ pub(super) async fn release(args: ReleaseArgs) -> Result<()> {
     };
     let owner = match (owner, args.force) {
         (Err(_), true) => None,
-        (owner, _) => owner.context("it cannot be told whether the host is alive (--force does without)")?,
+        (owner, _) => {
+            owner.context("cannot determine whether the host is alive (--force skips this check)")?
+        }
     };
     if let Some(objection) = objection(claim, &row, owner.as_deref()).filter(|_| !args.force) {
         bail!("{objection}");
     }
     if !store.remove(claim).await? {
-        bail!("{} changed while it was being released: look at it again", args.target);
+        bail!("the record of {} changed in the meantime: list the leases and try again", args.target);
     }
     print(args.output, &Released { row, owner }, |released| {
         let owner = released.owner.as_deref().map_or_else(String::new, |owner| {
-            format!("; its agent ({}) is alive and takes it back", printable(owner, LONGEST_NAME))
+            format!("; its agent ({}) is alive and acquires it again", printable(owner, LONGEST_NAME))
         });
         format!("released {}{owner}", describe(claim, &released.row))
     })
@@ -195,7 +196,7 @@ fn parse_target(text: &str) -> Result<Target, String> {
     }
 }
 
-/// The network, or why it is not known.
+/// The network, or why it is unknown.
 async fn network(store: &Store) -> Result<(Option<Ipv4Net>, Option<String>)> {
     Ok(match store.config_text().await? {
         None => (None, Some(format!("there is no network config at {}", store.config_location()))),
@@ -206,7 +207,7 @@ async fn network(store: &Store) -> Result<(Option<Ipv4Net>, Option<String>)> {
     })
 }
 
-/// What is shown of each record, with the reasons that the agents' route tables have.
+/// One row per record, with the reasons from the agents' route table.
 fn rows(network: Option<Ipv4Net>, claims: &[Claim]) -> Vec<Row> {
     let refusals = route_table::refusals(network, claims.iter().map(Claim::record));
     let row = |(claim, reason): (&Claim, Option<String>)| {
@@ -248,7 +249,7 @@ fn text(list: &LeaseList) -> String {
     table.to_string()
 }
 
-/// The subnet, or the key that names none.
+/// The subnet, or a key that does not name one.
 fn subject(row: &Row) -> String {
     row.subnet.map_or_else(|| name(&row.key), |subnet| subnet.to_string())
 }
@@ -261,7 +262,7 @@ fn name(key: &str) -> String {
     printable(key, LONGEST_NAME)
 }
 
-/// What a record is, in words: `10.244.7.0/24, a lease of 192.168.77.7 with 3 h left`.
+/// Describes a record: `10.244.7.0/24, a lease of 192.168.77.7 with 3 h left`.
 fn describe(claim: &Claim, row: &Row) -> String {
     let subject = subject(row);
     match (row.public_ip, claim.is_reservation(), row.expires_in_s) {
@@ -275,19 +276,21 @@ fn describe(claim: &Claim, row: &Row) -> String {
     }
 }
 
-/// Why a record should stay.
+/// Reasons not to release a record.
 fn objection(claim: &Claim, row: &Row, owner: Option<&str>) -> Option<String> {
     let mut why = Vec::new();
     if claim.is_reservation() {
-        why.push("an operator wrote it and it does not end by itself".to_owned());
+        why.push("an operator wrote it and it does not expire".to_owned());
     }
     if let Some(owner) = owner {
         let owner = printable(owner, LONGEST_NAME);
-        why.push(format!("its agent ({owner}) is alive and would take it back at once: stop that one first"));
+        why.push(format!(
+            "its agent ({owner}) is alive and would acquire it again at once: stop that agent first"
+        ));
     }
-    let what = describe(claim, row);
+    let record = describe(claim, row);
     (!why.is_empty())
-        .then(|| format!("not released: {what}: {}; --force does it all the same", why.join("; ")))
+        .then(|| format!("not released: {record}: {}; --force releases it anyway", why.join("; ")))
 }
 
 /// A time in its two largest units.
@@ -310,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn every_record_has_a_row_and_what_is_not_routed_a_reason() {
+    fn every_record_has_a_row_and_a_skipped_one_a_reason() {
         let host = Ipv4Addr::new(192, 168, 77, 2);
         let claims = [
             claim("10.5.2.0-24", &lease::value(host)),

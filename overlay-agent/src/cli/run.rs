@@ -18,34 +18,34 @@ use crate::{
     datapath::{Request, ebpf::TcAttach},
 };
 
-/// Where flanneld writes it, and container runtimes look.
+/// flanneld's path, which container runtimes read.
 const SUBNET_FILE: &str = "/run/flannel/subnet.env";
 
 #[derive(Debug, Args)]
 pub(super) struct RunArgs {
-    /// The whole overlay; written to the store's config when there is none
+    /// Network of the overlay; written to the store when it has no config
     #[arg(long, env = "OVERLAY_AGENT_NETWORK", value_name = "CIDR", value_parser = parse_net)]
     network: Option<Ipv4Net>,
-    /// This host's part of it [default: the one it holds, else a free one]
+    /// Subnet of this host [default: the one it holds, else a free one]
     #[arg(long, env = "OVERLAY_AGENT_SUBNET", value_name = "CIDR", value_parser = parse_net)]
     subnet: Option<Ipv4Net>,
-    /// A peer that needs no record in the store; may be repeated
+    /// Static peer, in addition to those in the store; may be repeated
     #[arg(long = "peer", value_name = "SUBNET=ADDRESS", value_parser = parse_peer)]
     peers: Vec<(Ipv4Net, Ipv4Addr)>,
-    /// UDP port of every host [default: the config's, else 8285]
+    /// UDP port of all hosts [default: from the config, else 8285]
     #[arg(long, env = "OVERLAY_AGENT_PORT", value_parser = clap::value_parser!(u16).range(1..))]
     port: Option<u16>,
-    /// How packets move
+    /// Datapath
     #[arg(long, env = "OVERLAY_AGENT_DATAPATH", value_enum, default_value_t)]
     datapath: Request,
-    /// How tc programs are attached
+    /// Attachment of tc programs
     #[arg(long, env = "OVERLAY_AGENT_TC_ATTACH", value_enum, default_value_t)]
     tc_attach: TcAttach,
     /// Write FLANNEL_NETWORK, FLANNEL_SUBNET, FLANNEL_MTU and FLANNEL_IPMASQ to this file, for container runtimes
     /// [default: /run/flannel/subnet.env with leases in etcd, else none]
     #[arg(long, env = "OVERLAY_AGENT_SUBNET_FILE", value_name = "PATH")]
     subnet_file: Option<PathBuf>,
-    // Before those with a heading of their own: it holds for all that follow.
+    // Before the groups with a heading: a heading applies to all arguments that follow.
     #[command(flatten)]
     agent: AgentArgs,
     #[command(flatten)]
@@ -65,14 +65,14 @@ pub(super) async fn run(args: RunArgs) -> Result<()> {
 }
 
 fn start_log(verbosity: u8) {
-    let asked = match verbosity {
+    let level = match verbosity {
         0 => "info",
-        // flannel's own messages end at 4, what its libraries say begins there.
+        // flannel's own messages use levels up to 4, its libraries higher ones.
         1..=4 => "info,overlay_agent=debug",
         5.. => "debug,overlay_agent=trace",
     };
-    // RUST_LOG is the usual way to ask for more.
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(asked));
+    // RUST_LOG takes precedence.
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -100,7 +100,9 @@ impl RunArgs {
                 etcd.renew_margin = Duration::from_secs(u64::from(minutes) * 60);
             }
             (StoreOption::Dir(_) | StoreOption::None, Some(_)) => {
-                bail!("--subnet-lease-renew-margin is for leases in etcd: drop it, or say --store etcd")
+                bail!(
+                    "--subnet-lease-renew-margin applies only to leases in etcd: remove it, or add --store etcd"
+                )
             }
         }
         let subnet_file = self
@@ -144,9 +146,9 @@ mod tests {
     use clap::Parser;
 
     use super::{super::flannel_args::command_line, *};
-    use crate::{store::etcd::EtcdOptions, underlay::Wish};
+    use crate::{store::etcd::EtcdOptions, underlay::Selector};
 
-    /// The command as `main` has it.
+    /// As in `super::super::Cli`.
     #[derive(Debug, Parser)]
     #[command(version)]
     struct Cli {
@@ -182,7 +184,7 @@ mod tests {
         assert_eq!(etcd.renew_margin, Duration::from_secs(3600));
         assert!(etcd.password.is_none() && etcd.username.is_none() && etcd.ca_file.is_none());
         assert_eq!(options.subnet_file, Some(PathBuf::from("/run/flannel/subnet.env")));
-        assert_eq!(options.underlay, Wish::default());
+        assert_eq!(options.underlay, Selector::default());
         assert_eq!(
             options.host,
             agent::HostOptions {
@@ -197,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn flannelds_flags_arrive_where_they_belong() {
+    fn flannelds_flags_set_the_options() {
         let options = options(
             "flanneld -etcd-endpoints=https://a:1,https://b:2 -etcd-prefix /n -etcd-cafile=/ca -etcd-certfile=/c \
              -etcd-keyfile=/k -etcd-username=u -etcd-password=s3cret -iface=eth1 -iface 10.0.0.1 -iface-regex ^en \
@@ -228,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_refused_without_showing_a_password() {
+    fn wrong_flags_are_refused_without_showing_a_password() {
         let error = |line: &str| options(line).unwrap_err();
         assert!(error("x run -iface fe80::1").contains("IPv6"));
         assert!(error("x run -public-ip=fd00::1").contains("IPv4"));
@@ -246,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn with_another_store_nothing_of_etcd_is_left() {
+    fn another_store_has_no_etcd_options() {
         assert!(matches!(
             options("x run --peer 10.244.2.0/24=192.168.77.2 --store etcd").unwrap().store,
             StoreOption::Etcd(_)
@@ -261,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn networks_and_peers_are_parsed_or_refused_with_an_example() {
+    fn invalid_networks_and_peers_are_refused_with_an_example() {
         assert!(parse_net("10.244.1.5/24").unwrap_err().contains("10.244.1.0/24"));
         assert!(parse_net("10.244.1.0").unwrap_err().contains("such as"));
         let peer = parse_peer("10.244.2.0/24=192.168.77.2").unwrap();

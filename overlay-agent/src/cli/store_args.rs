@@ -1,4 +1,4 @@
-//! Where leases live: flags of every command that reads or writes them.
+//! The flags that select the store, for every command that uses one.
 
 use std::path::PathBuf;
 
@@ -10,7 +10,7 @@ use crate::agent::StoreOption;
 
 #[derive(Clone, Debug, Args)]
 pub(super) struct StoreArgs {
-    /// Where leases live: etcd, or dir:PATH, a directory of flannel's records
+    /// Store of the leases: etcd, or dir:PATH for a directory with flannel's records
     /// [default: etcd, for `run` only when there is no --peer]
     #[arg(long, env = "OVERLAY_AGENT_STORE", value_name = "etcd|dir:PATH", value_parser = parse_store)]
     store: Option<Store>,
@@ -18,7 +18,7 @@ pub(super) struct StoreArgs {
     etcd: EtcdArgs,
 }
 
-/// What `--store` says.
+/// Value of `--store`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Store {
     Dir(PathBuf),
@@ -36,7 +36,7 @@ impl StoreArgs {
         };
         match (&store, flag) {
             (StoreOption::Dir(_) | StoreOption::None, Some(flag)) => {
-                bail!("{flag} is for leases in etcd, and these live elsewhere: drop it, or say --store etcd")
+                bail!("{flag} applies only to leases in etcd: remove it, or add --store etcd")
             }
             _ => Ok(store),
         }
@@ -60,7 +60,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn stores_are_parsed_or_refused_with_an_example() {
+    fn invalid_stores_are_refused_with_an_example() {
         assert_eq!(parse_store("dir:/x").unwrap(), Store::Dir(PathBuf::from("/x")));
         assert_eq!(parse_store("etcd").unwrap(), Store::Etcd);
         assert!(parse_store("/x").unwrap_err().contains("dir:"));

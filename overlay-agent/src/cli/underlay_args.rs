@@ -1,30 +1,30 @@
-//! Which device carries the outer packets, as flanneld's flags say it.
+//! flanneld's flags for the underlay.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use clap::Args;
 
-use crate::underlay::{Iface, Pattern, Wish};
+use crate::underlay::{Iface, Pattern, Selector};
 
 #[derive(Debug, Args)]
-#[command(next_help_heading = "The underlay")]
+#[command(next_help_heading = "Underlay")]
 pub(super) struct UnderlayArgs {
-    /// Device that carries the outer packets, by name or address; of several, the first that is there
-    /// [default: the one with --public-ip, else the default route's]
+    /// Underlay device, by name or address; may be repeated, the first that exists is used
+    /// [default: the device that holds --public-ip, else the device of the default route]
     #[arg(long, env = "OVERLAY_AGENT_IFACE", value_name = "NAME|ADDRESS", value_parser = parse_iface)]
     iface: Vec<Iface>,
-    /// Regular expression for an address or name of that device, tried when no --iface is there; may be repeated
+    /// Regular expression for the address or name of the underlay device, if no --iface exists; may be repeated
     #[arg(long, value_name = "REGEX")]
     iface_regex: Vec<Pattern>,
-    /// Take the device through which this address is reached, when neither says one
+    /// Use the device of the route to this address, if neither --iface nor --iface-regex finds one
     #[arg(long, value_name = "ADDRESS", value_parser = parse_address)]
     iface_can_reach: Option<Ipv4Addr>,
-    /// Address by which peers reach this host [default: the first of the device]
+    /// Address at which peers reach this host [default: the first of the underlay device]
     #[arg(long, env = "OVERLAY_AGENT_PUBLIC_IP", value_name = "ADDRESS", value_parser = parse_address)]
     public_ip: Option<Ipv4Addr>,
 }
 
-impl From<UnderlayArgs> for Wish {
+impl From<UnderlayArgs> for Selector {
     fn from(args: UnderlayArgs) -> Self {
         Self {
             ifaces: args.iface,
@@ -37,10 +37,7 @@ impl From<UnderlayArgs> for Wish {
 
 fn parse_iface(text: &str) -> Result<Iface, String> {
     if text.parse::<Ipv6Addr>().is_ok() {
-        return Err(
-            "IPv6 cannot apply here, the overlay carries IPv4 only: name the device or give its IPv4 address"
-                .to_owned(),
-        );
+        return Err("IPv6 is not supported: name the device or give its IPv4 address".to_owned());
     }
     Ok(text.parse().map_or_else(|_| Iface::Name(text.to_owned()), Iface::Address))
 }

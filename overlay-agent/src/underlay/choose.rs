@@ -5,7 +5,7 @@ use std::{fmt, net::Ipv4Addr};
 use ipnet::Ipv4Net;
 use thiserror::Error;
 
-use super::{Iface, Pattern, Underlay, Wish};
+use super::{Iface, Pattern, Selector, Underlay};
 use crate::{
     device,
     netlink::{Hop, Link},
@@ -13,27 +13,27 @@ use crate::{
 
 /// What the kernel says.
 #[derive(Debug, Default)]
-pub(super) struct Scene {
+pub(super) struct HostView {
     pub(super) links: Vec<Link>,
     /// With the index of their device, in the kernel's order: primary addresses first.
     pub(super) addresses: Vec<(u32, Ipv4Net)>,
     /// The default route's device.
     pub(super) default: Option<u32>,
-    /// How the address is reached that the wish names.
+    /// How the address is reached that the selector names.
     pub(super) reached: Option<Hop>,
 }
 
 /// Why there is no underlay.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub struct NoUnderlay {
-    tried: Vec<Miss>,
+    tried: Vec<NotFound>,
     /// The host's devices with their addresses.
     there: Vec<String>,
 }
 
 impl fmt::Display for NoUnderlay {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let tried: Vec<_> = self.tried.iter().map(Miss::to_string).collect();
+        let tried: Vec<_> = self.tried.iter().map(NotFound::to_string).collect();
         write!(f, "found no device for the underlay: {}", tried.join("; "))?;
         match self.there.is_empty() {
             true => write!(f, "; this host has no device with an IPv4 address"),
@@ -44,7 +44,7 @@ impl fmt::Display for NoUnderlay {
 
 /// Why one way did not lead to a device.
 #[derive(Debug, Error, PartialEq, Eq)]
-enum Miss {
+enum NotFound {
     #[error("--iface {0}: there is no device of that name")]
     Name(String),
     #[error("--iface {0}: no device holds that address")]
@@ -66,33 +66,32 @@ enum Miss {
 }
 
 /// Chooses as flannel does: the device, and the address of it that fits the way it was found.
-pub(super) fn choose(wish: &Wish, scene: &Scene) -> Result<Underlay, NoUnderlay> {
+pub(super) fn choose(selector: &Selector, host: &HostView) -> Result<Underlay, NoUnderlay> {
     let mut tried = Vec::new();
-    let asked = !wish.ifaces.is_empty() || !wish.patterns.is_empty() || wish.can_reach.is_some();
-    let named = wish.ifaces.iter().map(|iface| scene.named(iface));
-    let matching = wish.patterns.iter().map(|pattern| scene.matching(pattern));
-    let reaching = wish.can_reach.map(|address| scene.reaching().ok_or(Miss::Reach(address)));
-    let unasked = (!asked).then(|| match wish.public_ip {
-        Some(address) => scene.holding(address).ok_or(Miss::Public(address)),
-        None => scene.leading_out().ok_or(Miss::Default),
+    let asked = !selector.ifaces.is_empty() || !selector.patterns.is_empty() || selector.can_reach.is_some();
+    let named = selector.ifaces.iter().map(|iface| host.named(iface));
+    let matching = selector.patterns.iter().map(|pattern| host.matching(pattern));
+    let reaching = selector.can_reach.map(|address| host.reaching().ok_or(NotFound::Reach(address)));
+    let unasked = (!asked).then(|| match selector.public_ip {
+        Some(address) => host.holding(address).ok_or(NotFound::Public(address)),
+        None => host.leading_out().ok_or(NotFound::Default),
     });
     for way in named.chain(matching).chain(reaching).chain(unasked) {
         match way {
             Ok((link, address)) => {
                 // Peers send to the public address: where the device has it, it is the one to listen at.
                 let held = |public_ip: &Ipv4Addr| {
-                    scene
-                        .addresses
+                    host.addresses
                         .iter()
                         .any(|(holder, net)| *holder == link.index && net.addr() == *public_ip)
                 };
-                let local_ip = wish.public_ip.filter(held).unwrap_or(address);
-                return Ok(Underlay { link, local_ip, public_ip: wish.public_ip.unwrap_or(address) });
+                let local_ip = selector.public_ip.filter(held).unwrap_or(address);
+                return Ok(Underlay { link, local_ip, public_ip: selector.public_ip.unwrap_or(address) });
             }
-            Err(miss) => tried.push(miss),
+            Err(reason) => tried.push(reason),
         }
     }
-    Err(NoUnderlay { tried, there: scene.names() })
+    Err(NoUnderlay { tried, there: host.names() })
 }
 
 /// The address of a device that flannel would take: not one that only this host or this link knows, unless there is no
@@ -105,7 +104,7 @@ pub(super) fn best_address(addresses: &[(u32, Ipv4Net)], index: u32) -> Option<I
     own().find(|address| !address.is_link_local()).or_else(|| own().next())
 }
 
-impl Scene {
+impl HostView {
     /// Devices that can be an underlay. An overlay device cannot, also when a pattern matches its name.
     fn candidates(&self) -> impl Iterator<Item = &Link> {
         self.links.iter().filter(|link| !device::is_ours(link))
@@ -120,19 +119,19 @@ impl Scene {
         Some((link.clone(), best_address(&self.addresses, link.index)?))
     }
 
-    fn named(&self, iface: &Iface) -> Result<(Link, Ipv4Addr), Miss> {
+    fn named(&self, iface: &Iface) -> Result<(Link, Ipv4Addr), NotFound> {
         match iface {
-            Iface::Address(address) => self.holding(*address).ok_or(Miss::Address(*address)),
+            Iface::Address(address) => self.holding(*address).ok_or(NotFound::Address(*address)),
             Iface::Name(name) => {
                 let link = self.candidates().find(|link| link.name == *name);
-                let link = link.ok_or_else(|| Miss::Name(name.clone()))?;
-                self.with_address(link).ok_or_else(|| Miss::Bare(name.clone()))
+                let link = link.ok_or_else(|| NotFound::Name(name.clone()))?;
+                self.with_address(link).ok_or_else(|| NotFound::Bare(name.clone()))
             }
         }
     }
 
     /// Addresses of all devices go before names.
-    fn matching(&self, pattern: &Pattern) -> Result<(Link, Ipv4Addr), Miss> {
+    fn matching(&self, pattern: &Pattern) -> Result<(Link, Ipv4Addr), NotFound> {
         let matches = |address: &Ipv4Addr| !address.is_loopback() && pattern.is_in(&address.to_string());
         for link in self.candidates() {
             let own = self.addresses.iter().filter(|(holder, _)| *holder == link.index);
@@ -141,10 +140,10 @@ impl Scene {
             }
         }
         match self.candidates().find(|link| pattern.is_in(&link.name)) {
-            Some(link) => {
-                self.with_address(link).ok_or_else(|| Miss::BareMatch(pattern.to_string(), link.name.clone()))
-            }
-            None => Err(Miss::Match(pattern.to_string())),
+            Some(link) => self
+                .with_address(link)
+                .ok_or_else(|| NotFound::BareMatch(pattern.to_string(), link.name.clone())),
+            None => Err(NotFound::Match(pattern.to_string())),
         }
     }
 
@@ -185,7 +184,7 @@ mod tests {
     }
 
     /// lo, eth0 with two addresses, eth1 with a link-local one first, a bare eth2, and an earlier agent's device.
-    fn scene() -> Scene {
+    fn host() -> HostView {
         let mut overlay = link(5, "ovl0");
         (overlay.kind, overlay.alias) =
             (Some("tun".to_owned()), Some("overlay-agent 10.9.0.0/16 8285 eth0".to_owned()));
@@ -197,7 +196,7 @@ mod tests {
             (3, "192.168.7.1/24"),
             (5, "10.9.1.0/32"),
         ];
-        Scene {
+        HostView {
             links: vec![link(1, "lo"), link(2, "eth0"), link(3, "eth1"), link(4, "eth2"), overlay],
             addresses: addresses.map(|(index, net)| (index, net.parse().unwrap())).into(),
             default: Some(2),
@@ -205,82 +204,87 @@ mod tests {
         }
     }
 
-    fn found(wish: &Wish, scene: &Scene) -> String {
-        let Underlay { link, local_ip, public_ip } = choose(wish, scene).unwrap();
+    fn found(selector: &Selector, host: &HostView) -> String {
+        let Underlay { link, local_ip, public_ip } = choose(selector, host).unwrap();
         format!("{} {local_ip} {public_ip}", link.name)
     }
 
-    fn wish(ifaces: &[&str], patterns: &[&str]) -> Wish {
+    fn selector(ifaces: &[&str], patterns: &[&str]) -> Selector {
         let iface =
             |text: &&str| text.parse().map_or_else(|_| Iface::Name((*text).to_owned()), Iface::Address);
-        Wish {
+        Selector {
             ifaces: ifaces.iter().map(iface).collect(),
             patterns: patterns.iter().map(|text| text.parse().unwrap()).collect(),
-            ..Wish::default()
+            ..Selector::default()
         }
     }
 
     #[test]
     fn the_first_interface_that_is_there_is_taken() {
-        let scene = scene();
+        let host = host();
         assert_eq!(
-            found(&wish(&["eth7", "eth2", "eth1", "eth0"], &[]), &scene),
+            found(&selector(&["eth7", "eth2", "eth1", "eth0"], &[]), &host),
             "eth1 192.168.7.1 192.168.7.1"
         );
-        assert_eq!(found(&wish(&["10.9.9.9", "172.16.0.1"], &[]), &scene), "eth0 172.16.0.1 172.16.0.1");
-        assert_eq!(found(&wish(&["nosuch"], &["eth1"]), &scene), "eth1 192.168.7.1 192.168.7.1");
-        assert_eq!(found(&wish(&["eth1"], &["eth0"]), &scene), "eth1 192.168.7.1 192.168.7.1");
+        assert_eq!(found(&selector(&["10.9.9.9", "172.16.0.1"], &[]), &host), "eth0 172.16.0.1 172.16.0.1");
+        assert_eq!(found(&selector(&["nosuch"], &["eth1"]), &host), "eth1 192.168.7.1 192.168.7.1");
+        assert_eq!(found(&selector(&["eth1"], &["eth0"]), &host), "eth1 192.168.7.1 192.168.7.1");
     }
 
     #[test]
     fn patterns_match_addresses_before_names_and_never_an_overlay_device() {
-        let scene = scene();
-        assert_eq!(found(&wish(&[], &[r"^172\.16\."]), &scene), "eth0 172.16.0.1 172.16.0.1");
-        assert_eq!(found(&wish(&[], &[r"\d"]), &scene), "eth0 10.0.0.1 10.0.0.1");
-        assert_eq!(found(&wish(&[], &["^nosuch", "eth[12]"]), &scene), "eth1 192.168.7.1 192.168.7.1");
-        assert!(choose(&wish(&[], &["^ovl"]), &scene).is_err());
-        assert!(choose(&wish(&[], &["^lo$", r"^127\."]), &scene).is_err());
+        let host = host();
+        assert_eq!(found(&selector(&[], &[r"^172\.16\."]), &host), "eth0 172.16.0.1 172.16.0.1");
+        assert_eq!(found(&selector(&[], &[r"\d"]), &host), "eth0 10.0.0.1 10.0.0.1");
+        assert_eq!(found(&selector(&[], &["^nosuch", "eth[12]"]), &host), "eth1 192.168.7.1 192.168.7.1");
+        assert!(choose(&selector(&[], &["^ovl"]), &host).is_err());
+        assert!(choose(&selector(&[], &["^lo$", r"^127\."]), &host).is_err());
     }
 
     #[test]
     fn a_reachable_address_chooses_device_and_source() {
         let address = Ipv4Addr::new(192, 168, 7, 9);
-        let asked = Wish { can_reach: Some(address), ..wish(&["nosuch"], &[]) };
-        let hop = |index, source| Scene { reached: Some(Hop { index, source }), ..scene() };
+        let asked = Selector { can_reach: Some(address), ..selector(&["nosuch"], &[]) };
+        let hop = |index, source| HostView { reached: Some(Hop { index, source }), ..host() };
         let source = Some(Ipv4Addr::new(169, 254, 3, 4));
         assert_eq!(found(&asked, &hop(3, source)), "eth1 169.254.3.4 169.254.3.4");
         assert_eq!(found(&asked, &hop(3, None)), "eth1 192.168.7.1 192.168.7.1");
         assert!(choose(&asked, &hop(1, source)).is_err(), "the host's own address");
-        assert!(choose(&asked, &scene()).is_err());
+        assert!(choose(&asked, &host()).is_err());
     }
 
     #[test]
     fn the_public_address_counts_last_and_may_be_held_by_nobody() {
-        let scene = scene();
-        let public = |address: [u8; 4], ifaces| Wish { public_ip: Some(address.into()), ..wish(ifaces, &[]) };
-        assert_eq!(found(&public([192, 168, 7, 1], &[]), &scene), "eth1 192.168.7.1 192.168.7.1");
-        assert_eq!(found(&public([203, 0, 113, 5], &["eth0"]), &scene), "eth0 10.0.0.1 203.0.113.5");
-        assert_eq!(found(&public([172, 16, 0, 1], &["eth0"]), &scene), "eth0 172.16.0.1 172.16.0.1");
+        let host = host();
+        let public =
+            |address: [u8; 4], ifaces| Selector { public_ip: Some(address.into()), ..selector(ifaces, &[]) };
+        assert_eq!(found(&public([192, 168, 7, 1], &[]), &host), "eth1 192.168.7.1 192.168.7.1");
+        assert_eq!(found(&public([203, 0, 113, 5], &["eth0"]), &host), "eth0 10.0.0.1 203.0.113.5");
+        assert_eq!(found(&public([172, 16, 0, 1], &["eth0"]), &host), "eth0 172.16.0.1 172.16.0.1");
         assert!(
-            choose(&public([203, 0, 113, 5], &[]), &scene).unwrap_err().to_string().contains("--public-ip")
+            choose(&public([203, 0, 113, 5], &[]), &host).unwrap_err().to_string().contains("--public-ip")
         );
-        assert_eq!(found(&Wish::default(), &scene), "eth0 10.0.0.1 10.0.0.1");
+        assert_eq!(found(&Selector::default(), &host), "eth0 10.0.0.1 10.0.0.1");
     }
 
     #[test]
     fn failing_tells_what_was_tried_and_what_there_is() {
-        let scene = Scene { default: None, ..scene() };
-        let asked = Wish { can_reach: Some(Ipv4Addr::new(8, 8, 8, 8)), ..wish(&["eth7", "eth2"], &["^en"]) };
-        let text = choose(&asked, &scene).unwrap_err().to_string();
+        let host = HostView { default: None, ..host() };
+        let asked =
+            Selector { can_reach: Some(Ipv4Addr::new(8, 8, 8, 8)), ..selector(&["eth7", "eth2"], &["^en"]) };
+        let text = choose(&asked, &host).unwrap_err().to_string();
         for part in
             ["eth7: there is no", "eth2: the device has no", "^en: matches no", "8.8.8.8", "eth0 (10.0.0.1)"]
         {
             assert!(text.contains(part), "{part} is missing: {text}");
         }
         assert!(!text.contains("ovl0") && !text.contains("lo (") && !text.contains('\n'), "{text}");
-        assert!(choose(&Wish::default(), &scene).unwrap_err().to_string().contains("default route"));
+        assert!(choose(&Selector::default(), &host).unwrap_err().to_string().contains("default route"));
         assert!(
-            choose(&Wish::default(), &Scene::default()).unwrap_err().to_string().contains("no device with")
+            choose(&Selector::default(), &HostView::default())
+                .unwrap_err()
+                .to_string()
+                .contains("no device with")
         );
     }
 }

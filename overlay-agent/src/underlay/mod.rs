@@ -30,7 +30,7 @@ pub struct Underlay {
 /// What the operator says about the underlay. The first that finds a device decides, in the order of the fields; without
 /// any of the first three it is the device that holds the public address, and without that the default route's.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Wish {
+pub struct Selector {
     /// Devices, tried in order.
     pub ifaces: Vec<Iface>,
     /// Expressions for an address or a name, tried in order.
@@ -98,17 +98,17 @@ impl Underlay {
     ///
     /// When the kernel refuses to list, or with [`NoUnderlay`], which says what was tried and what there is, or when other
     /// hosts cannot reach the address.
-    pub async fn find(netlink: &Netlink, wish: &Wish) -> Result<Self> {
-        let scene = choose::Scene {
+    pub async fn find(netlink: &Netlink, selector: &Selector) -> Result<Self> {
+        let host = choose::HostView {
             links: netlink.links().await?,
             addresses: netlink.addresses().await?,
             default: netlink.default_route().await?,
-            reached: match wish.can_reach {
+            reached: match selector.can_reach {
                 Some(address) => netlink.route_to(address).await?,
                 None => None,
             },
         };
-        let found = choose::choose(wish, &scene)?;
+        let found = choose::choose(selector, &host)?;
         if !lease::is_host(found.local_ip) || !lease::is_host(found.public_ip) {
             bail!(
                 "{} on {} cannot be reached by other hosts: choose another --iface or --public-ip",

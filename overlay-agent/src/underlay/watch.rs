@@ -15,7 +15,7 @@ use tokio::{
 };
 use tracing::warn;
 
-use super::{Iface, Underlay, Wish, choose::best_address};
+use super::{Iface, Selector, Underlay, choose::best_address};
 use crate::{
     device, lease,
     netlink::{Link, Netlink},
@@ -36,7 +36,7 @@ pub enum UnderlayChange {
     Lost(String),
 }
 
-/// Watches `current`, which was found by `wish`, in a task of its own that ends when the receiver is dropped.
+/// Watches `current`, which was found by `selector`, in a task of its own that ends when the receiver is dropped.
 ///
 /// An address that the operator named is the only one, on whatever device it is. Else the device stays the same, and so does
 /// the address as long as the device has it; when it comes back after another one had to do, it is the one again.
@@ -44,14 +44,14 @@ pub enum UnderlayChange {
 /// # Errors
 ///
 /// When the kernel refuses a socket.
-pub fn watch(current: Underlay, wish: &Wish) -> Result<mpsc::Receiver<UnderlayChange>> {
+pub fn watch(current: Underlay, selector: &Selector) -> Result<mpsc::Receiver<UnderlayChange>> {
     let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr];
     let (connection, handle, mut messages) =
         rtnetlink::new_multicast_connection(&groups).context("subscribe to changes of network devices")?;
     tokio::spawn(connection);
     let mut netlink = Netlink::from(handle);
     let (sender, receiver) = mpsc::channel(4);
-    let mut state = State::new(current, wish);
+    let mut state = State::new(current, selector);
     tokio::spawn(async move {
         let mut tick = interval(LOOK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -103,10 +103,10 @@ struct State {
 }
 
 impl State {
-    fn new(current: Underlay, wish: &Wish) -> Self {
+    fn new(current: Underlay, selector: &Selector) -> Self {
         let home = current.local_ip;
-        let pinned = wish.public_ip == Some(home) || wish.ifaces.contains(&Iface::Address(home));
-        Self { home, last: current, lost: false, public_ip: wish.public_ip, pinned }
+        let pinned = selector.public_ip == Some(home) || selector.ifaces.contains(&Iface::Address(home));
+        Self { home, last: current, lost: false, public_ip: selector.public_ip, pinned }
     }
 
     async fn look(&mut self, netlink: &Netlink) -> Result<Option<UnderlayChange>> {
@@ -180,14 +180,14 @@ mod tests {
         }
     }
 
-    fn state(wish: &Wish) -> State {
+    fn state(selector: &Selector) -> State {
         let home = Ipv4Addr::new(10, 0, 0, 1);
-        State::new(Underlay { link: link(1, "eth0"), local_ip: home, public_ip: home }, wish)
+        State::new(Underlay { link: link(1, "eth0"), local_ip: home, public_ip: home }, selector)
     }
 
     #[test]
     fn the_first_address_is_preferred_whenever_it_is_there() {
-        let mut state = state(&Wish::default());
+        let mut state = state(&Selector::default());
         assert_eq!(found(&state, &["10.0.0.5", "10.0.0.1"], &[]), "eth0 10.0.0.1");
         assert_eq!(found(&state, &["10.0.0.5"], &["10.0.0.1"]), "eth0 10.0.0.5");
         state.last.local_ip = Ipv4Addr::new(10, 0, 0, 6);
@@ -200,17 +200,17 @@ mod tests {
     #[test]
     fn a_named_address_is_the_only_one() {
         let home = Ipv4Addr::new(10, 0, 0, 1);
-        for wish in [
-            Wish { public_ip: Some(home), ..Wish::default() },
-            Wish { ifaces: vec![Iface::Address(home)], ..Wish::default() },
+        for selector in [
+            Selector { public_ip: Some(home), ..Selector::default() },
+            Selector { ifaces: vec![Iface::Address(home)], ..Selector::default() },
         ] {
-            let state = state(&wish);
+            let state = state(&selector);
             assert!(found(&state, &["10.0.0.5"], &[]).contains("no device holds"));
             assert_eq!(found(&state, &["10.0.0.5", "10.0.0.1"], &[]), "eth0 10.0.0.1");
             assert_eq!(found(&state, &["10.0.0.5"], &["10.0.0.1"]), "eth1 10.0.0.1");
         }
         // Behind address translation the device's own address is its own affair.
-        let translated = Wish { public_ip: Some(Ipv4Addr::new(203, 0, 113, 1)), ..Wish::default() };
+        let translated = Selector { public_ip: Some(Ipv4Addr::new(203, 0, 113, 1)), ..Selector::default() };
         assert_eq!(found(&state(&translated), &["10.0.0.5"], &[]), "eth0 10.0.0.5");
     }
 }
