@@ -1,4 +1,4 @@
-//! The network's configuration: flannel's JSON record `config`, with its defaults and limits.
+//! The network config: flannel's JSON record `config`, with its defaults and limits.
 
 use std::net::Ipv4Addr;
 
@@ -8,10 +8,10 @@ use thiserror::Error;
 
 use crate::record::{self, field};
 
-/// UDP port of the network when the record names none (flannel's `Backend.Port` of type udp).
+/// Default UDP port of the network (flannel's `Backend.Port` of type udp).
 pub const DEFAULT_PORT: u16 = 8285;
 
-/// The keys of flannel's record; those for IPv6 and nftables say nothing to this agent.
+/// The keys of flannel's record; this agent ignores those for IPv6 and nftables.
 const KEYS: [&str; 12] = [
     "Network",
     "SubnetLen",
@@ -26,28 +26,28 @@ const KEYS: [&str; 12] = [
     "IPv6SubnetMin",
     "IPv6SubnetMax",
 ];
-/// Those of the udp backend.
+/// The keys of the udp backend.
 const BACKEND_KEYS: [&str; 2] = ["Type", "Port"];
 
-/// What all hosts of one network agree on.
+/// The config that all hosts of one network share.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetworkConfig {
-    /// The whole overlay; host bits are zero.
+    /// Network of the overlay; host bits are zero.
     pub network: Ipv4Net,
-    /// Prefix length of the subnet that each host gets.
+    /// Prefix length of each host's subnet.
     pub subnet_len: u8,
-    /// First subnet that may be handed out.
+    /// First subnet that may be allocated.
     pub subnet_min: Ipv4Addr,
-    /// Last subnet that may be handed out.
+    /// Last subnet that may be allocated.
     pub subnet_max: Ipv4Addr,
-    /// UDP port of every host.
+    /// UDP port of all hosts.
     pub port: u16,
 }
 
-/// Why a configuration record cannot be used.
+/// Why a config cannot be used.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum ConfigError {
-    /// Not JSON, or not an object.
+    /// It is not a JSON object.
     #[error("the network config is not a JSON object: {0}")]
     NotJson(String),
     /// A key has a value of the wrong type or outside its range.
@@ -57,44 +57,43 @@ pub enum ConfigError {
         key: &'static str,
         /// Its value.
         value: String,
-        /// What it should be.
+        /// The expected value.
         expected: String,
     },
     /// `Network` is missing.
-    #[error("the network config names no Network, for example {{\"Network\":\"10.244.0.0/16\"}}")]
+    #[error("the network config has no Network, for example {{\"Network\":\"10.244.0.0/16\"}}")]
     NoNetwork,
     /// The network uses another backend.
-    #[error("the network config's Backend.Type is {0:?}: overlay-agent carries only \"udp\"")]
+    #[error("the network config's Backend.Type is {0:?}: overlay-agent supports only \"udp\"")]
     OtherBackend(String),
-    /// The network is to carry no IPv4.
+    /// IPv4 is disabled.
     #[error(
-        "the network config's EnableIPv4 is false: overlay-agent carries only IPv4, remove the key or make it true"
+        "the network config's EnableIPv4 is false: overlay-agent carries only IPv4, remove the key or set it to true"
     )]
     NoIpv4,
 }
 
 impl NetworkConfig {
-    /// The configuration of a network of which only the addresses are given.
+    /// The config of a network with defaults for everything else.
     ///
     /// # Errors
     ///
-    /// When the network is too small to be divided: smaller than a /28.
+    /// When the network is smaller than a /28.
     pub fn of_network(network: Ipv4Net) -> Result<Self, ConfigError> {
         Self::parse(&serde_json::json!({ "Network": network.to_string() }).to_string())
     }
 
-    /// Parses flannel's record. Keys match whatever their case, and the last of several goes, as in Go; unknown keys are
-    /// ignored.
+    /// Parses flannel's record. As in Go, keys match case-insensitively, the last of several wins, and unknown keys are ignored.
     ///
     /// # Errors
     ///
-    /// [`ConfigError`] names the key and what it should be.
+    /// [`ConfigError`] names the key and the expected value.
     pub fn parse(json: &str) -> Result<Self, ConfigError> {
         let value = record::read(json.as_bytes()).map_err(|error| ConfigError::NotJson(error.to_string()))?;
         let Value::Object(record) = value else {
             return Err(ConfigError::NotJson(format!("it is {value}")));
         };
-        carries_ipv4(&record)?;
+        check_ipv4(&record)?;
         let network = network(&record)?;
         let subnet_len = subnet_len(&record, network)?;
         let subnet_size = 1u32 << (32 - u32::from(subnet_len));
@@ -117,10 +116,9 @@ impl NetworkConfig {
         Ok(Self { network, subnet_len, subnet_min, subnet_max, port: port(&record)? })
     }
 
-    /// Keys of flannel's record that nobody knows, and that flannel, too, ignores: most often a misspelling. Those of the
-    /// backend are named `Backend.KEY`. Empty for what is no JSON object.
+    /// Keys that are not part of flannel's record, most often misspelled, as written. Keys of the backend are named
+    /// `Backend.KEY`. Empty when `json` is not an object.
     pub fn unknown_keys(json: &str) -> Vec<String> {
-        // With the spelling of the one who wrote them.
         let Ok(Value::Object(record)) = serde_json::from_str(json) else { return Vec::new() };
         let unknown =
             |known: &[&str], name: &str| !known.iter().any(|known| known.eq_ignore_ascii_case(name));
@@ -133,7 +131,7 @@ impl NetworkConfig {
         names
     }
 
-    /// Keys of flannel's record that `json` gives a value, in flannel's spelling: the others have their defaults.
+    /// Keys of flannel's record that `json` sets, in flannel's spelling; the others have defaults.
     pub fn named_keys(json: &str) -> Vec<&'static str> {
         let Ok(Value::Object(record)) = record::read(json.as_bytes()) else { return Vec::new() };
         let mut names: Vec<_> = KEYS.into_iter().filter(|key| given(&record, key).is_some()).collect();
@@ -147,7 +145,7 @@ impl NetworkConfig {
         names
     }
 
-    /// Whether `subnet` lies in the network and is not all of it.
+    /// Whether `subnet` is a proper part of the network.
     pub fn is_part(&self, subnet: Ipv4Net) -> bool {
         self.network.contains(&subnet) && subnet != self.network
     }
@@ -158,13 +156,13 @@ impl NetworkConfig {
             && (self.subnet_min..=self.subnet_max).contains(&subnet.network())
     }
 
-    /// Whether a host that starts keeps its record of `subnet`. An operator may reserve any part of the network, also one that
-    /// is handed out to nobody else.
+    /// Whether a host that starts keeps its lease of `subnet`. An operator may reserve any part of the network, even outside
+    /// [`Self::subnets`].
     pub fn may_be_held(&self, subnet: Ipv4Net, is_reservation: bool) -> bool {
         if is_reservation { self.is_part(subnet) } else { self.may_be_given(subnet) }
     }
 
-    /// Every subnet that may be handed out, in order.
+    /// All subnets that may be allocated, in order.
     pub fn subnets(&self) -> impl Iterator<Item = Ipv4Net> {
         let size = 1u64 << (32 - u32::from(self.subnet_len));
         let (first, last) = (u64::from(u32::from(self.subnet_min)), u64::from(u32::from(self.subnet_max)));
@@ -175,7 +173,7 @@ impl NetworkConfig {
     }
 }
 
-/// The value of a key, unless it is the one by which flannel knows that none is given.
+/// The value of a key, unless it is flannel's value for an unset key.
 fn given<'a>(record: &'a Map<String, Value>, key: &str) -> Option<&'a Value> {
     let unset = |value: &Value| match key {
         "SubnetLen" => value.as_u64() == Some(0),
@@ -185,7 +183,7 @@ fn given<'a>(record: &'a Map<String, Value>, key: &str) -> Option<&'a Value> {
     field(record, key).filter(|value| !unset(value))
 }
 
-fn carries_ipv4(record: &Map<String, Value>) -> Result<(), ConfigError> {
+fn check_ipv4(record: &Map<String, Value>) -> Result<(), ConfigError> {
     match field(record, "EnableIPv4") {
         None | Some(Value::Bool(true)) => Ok(()),
         Some(Value::Bool(false)) => Err(ConfigError::NoIpv4),
@@ -302,14 +300,14 @@ mod tests {
     }
 
     #[test]
-    fn keys_match_whatever_their_case_and_a_backend_type_is_lower_cased() {
+    fn keys_and_backend_types_match_case_insensitively() {
         let config =
             parse(r#"{"network":"10.1.0.0/16","SUBNETLEN":20,"backend":{"TYPE":"UDP","port":4789}}"#);
         assert_eq!((config.subnet_len, config.port), (20, 4789));
     }
 
     #[test]
-    fn the_last_of_keys_that_differ_only_in_case_goes() {
+    fn the_last_of_keys_that_differ_only_in_case_wins() {
         for (json, network, port) in [
             (r#"{"Network":"10.1.0.0/16","network":"10.2.0.0/16"}"#, "10.2.0.0/16", 8285),
             (r#"{"network":"10.2.0.0/16","Network":"10.1.0.0/16"}"#, "10.1.0.0/16", 8285),
@@ -326,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn bounds_of_zeros_are_none() {
+    fn zero_bounds_are_unset() {
         let json = r#"{"Network":"10.1.0.0/16","SubnetMin":"0.0.0.0","SubnetMax":"0.0.0.0","SubnetLen":0}"#;
         assert_eq!(parse(json), parse(r#"{"Network":"10.1.0.0/16"}"#));
         assert_eq!(NetworkConfig::named_keys(json), ["Network"]);
@@ -341,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_that_nobody_knows_are_named_and_those_of_flannel_are_not() {
+    fn unknown_keys_are_listed() {
         let json = r#"{"network":"10.1.0.0/16","Subnetlen":20,"SubnetLenght":24,"EnableIPv6":false,
             "backend":{"TYPE":"udp","VNI":1}}"#;
         assert_eq!(NetworkConfig::unknown_keys(json), ["SubnetLenght", "Backend.VNI"]);
@@ -362,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_values_are_refused_by_name() {
+    fn invalid_values_are_refused_by_key() {
         assert!(refused("[]").contains("not a JSON object"));
         assert!(refused("{").contains("not a JSON object"));
         assert!(refused("{}").contains("Network"));

@@ -1,4 +1,4 @@
-//! How the agent fares, for machines: `/healthz` and `/readyz` over HTTP.
+//! Reports the agent's health over HTTP: `/healthz` and `/readyz`.
 
 use std::{collections::VecDeque, convert::Infallible, fmt, net::SocketAddr, time::Duration};
 
@@ -20,29 +20,28 @@ use tokio::{
 };
 use tracing::{debug, info, warn};
 
-/// Most connections at a time. One more ends the oldest: whoever opens connections and says nothing must not keep others
-/// from asking.
-const CONNECTIONS: usize = 32;
+/// Limit of connections. One more closes the oldest, so that idle connections do not lock out other clients.
+const MAX_CONNECTIONS: usize = 32;
 
-/// How the agent fares. Texts are for people: what is wrong and, where there is one, the remedy.
+/// Health of the agent. The texts describe the problem and, where there is one, the remedy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Health {
-    /// Whether lease, device, datapath and first snapshot are there, else what is missing.
+    /// Whether the agent has lease, device, datapath and first snapshot, else what is missing.
     pub ready: Result<(), String>,
-    /// Whether packets move and will go on to, else why not.
+    /// Whether packets are forwarded and will be, else why not.
     pub healthy: Result<(), String>,
-    /// What is wrong but does no harm yet, such as an etcd that is away.
+    /// Problems that do not affect forwarding yet, such as an unreachable etcd.
     pub degraded: Option<String>,
 }
 
 impl Health {
-    /// An agent that has just been started.
+    /// Health of an agent that was just started.
     pub fn starting() -> Self {
         Self { ready: Err("starting".to_owned()), healthy: Ok(()), degraded: None }
     }
 }
 
-/// One line: the worst there is to say.
+/// One line with the most severe state.
 impl fmt::Display for Health {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -54,7 +53,7 @@ impl fmt::Display for Health {
     }
 }
 
-/// What the agent's main loop said last. A loop that hangs says nothing: then it is not what holds.
+/// The last report of the agent's main loop. It becomes stale when the main loop hangs.
 #[derive(Clone, Debug)]
 pub struct Report {
     health: Health,
@@ -62,43 +61,43 @@ pub struct Report {
 }
 
 impl Report {
-    /// A report of now.
+    /// A report as of now.
     pub fn now(health: Health) -> Self {
         Self { health, at: Instant::now() }
     }
 
-    /// What was said.
+    /// The reported health.
     pub const fn health(&self) -> &Health {
         &self.health
     }
 
-    /// Puts a new report in the place of this one. `true` when it says something else.
-    pub fn renew(&mut self, health: Health) -> bool {
-        let news = self.health != health;
+    /// Replaces the report by one as of now. `true` when the health changed.
+    pub fn update(&mut self, health: Health) -> bool {
+        let changed = self.health != health;
         *self = Self::now(health);
-        news
+        changed
     }
 
-    /// What holds now.
-    fn holds(&self, limits: Limits) -> Health {
+    /// The health as of now: unhealthy when the report is stale.
+    fn current(&self, limits: Limits) -> Health {
         let limit = if self.health.ready.is_ok() { limits.ready } else { limits.starting };
-        let silence = self.at.elapsed();
-        let why = || format!("the agent's main loop has not been heard of for {} s", silence.as_secs());
-        match silence > limit {
+        let age = self.at.elapsed();
+        let why = || format!("the agent's main loop has not reported for {} s", age.as_secs());
+        match age > limit {
             true => Health { healthy: Err(why()), ..self.health.clone() },
             false => self.health.clone(),
         }
     }
 }
 
-/// How long things may take.
+/// Timeouts.
 #[derive(Clone, Copy, Debug)]
 struct Limits {
-    /// The main loop's silence once the agent is ready: it then reports every 5 s.
+    /// Age of a report once the agent is ready: it reports every 5 s.
     ready: Duration,
-    /// Its silence until then: it reports at every attempt to reach the store, and those are up to 70 s apart.
+    /// Age of a report before: the agent reports at each attempt to reach the store, up to 70 s apart.
     starting: Duration,
-    /// One connection: a question and its answer.
+    /// Duration of a connection: one request and its response.
     connection: Duration,
 }
 
@@ -108,7 +107,7 @@ const LIMITS: Limits = Limits {
     connection: Duration::from_secs(5),
 };
 
-/// A server that listens and does not answer yet.
+/// A listening server that does not accept connections yet.
 #[derive(Debug)]
 pub struct HealthServer {
     listener: TcpListener,
@@ -117,11 +116,11 @@ pub struct HealthServer {
 }
 
 impl HealthServer {
-    /// Listens.
+    /// Listens at `address`.
     ///
     /// # Errors
     ///
-    /// When the address cannot be listened at, with the flags that choose it.
+    /// When it cannot listen there; the error names the flags.
     pub async fn listen(address: SocketAddr) -> Result<Self> {
         let listener = TcpListener::bind(address).await.with_context(|| {
             format!("listen for /healthz at {address}: choose another --healthz-ip or --healthz-port")
@@ -130,12 +129,12 @@ impl HealthServer {
         Ok(Self { listener, address, limits: LIMITS })
     }
 
-    /// Where it listens.
+    /// The address at which it listens.
     pub const fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Answers, until the sender of the reports is gone.
+    /// Serves requests until the sender of the reports is dropped.
     pub async fn serve(self, mut reports: watch::Receiver<Report>) {
         info!("/healthz and /readyz at http://{}", self.address);
         let mut open = VecDeque::new();
@@ -147,12 +146,12 @@ impl HealthServer {
             match stream {
                 Ok((stream, _)) => {
                     make_room(&mut open);
-                    let conversation = converse(stream, reports.clone(), self.limits);
-                    open.push_back(tokio::spawn(conversation).abort_handle());
+                    let connection = serve_connection(stream, reports.clone(), self.limits);
+                    open.push_back(tokio::spawn(connection).abort_handle());
                 }
                 Err(error) => {
-                    warn!("cannot accept a connection to /healthz: {error}");
-                    // Out of file descriptors, most likely: trying at once would only burn the CPU.
+                    warn!("accept a connection to /healthz: {error}");
+                    // Most likely out of file descriptors.
                     sleep(Duration::from_millis(100)).await;
                 }
             }
@@ -160,24 +159,24 @@ impl HealthServer {
     }
 }
 
-/// Forgets the connections that ended, and ends the oldest of those that are too many. The oldest come first.
+/// Forgets connections that ended, and aborts the oldest, at the front, if there are too many.
 fn make_room(open: &mut VecDeque<AbortHandle>) {
     open.retain(|connection| !connection.is_finished());
-    while open.len() >= CONNECTIONS
+    while open.len() >= MAX_CONNECTIONS
         && let Some(oldest) = open.pop_front()
     {
         oldest.abort();
     }
 }
 
-/// Waits until the sender is gone.
+/// Waits until the sender is dropped.
 async fn closed(reports: &mut watch::Receiver<Report>) {
     while reports.changed().await.is_ok() {}
 }
 
-async fn converse(stream: TcpStream, reports: watch::Receiver<Report>, limits: Limits) {
+async fn serve_connection(stream: TcpStream, reports: watch::Receiver<Report>, limits: Limits) {
     let service = service_fn(move |request: Request<Incoming>| {
-        let health = reports.borrow().holds(limits);
+        let health = reports.borrow().current(limits);
         let answer = answer(request.method(), request.uri().path(), &health);
         async move { Ok::<_, Infallible>(answer) }
     });
@@ -196,16 +195,15 @@ async fn converse(stream: TcpStream, reports: watch::Receiver<Report>, limits: L
 fn answer(method: &Method, path: &str, health: &Health) -> Response<Full<Bytes>> {
     let (status, text) = match (path, method) {
         ("/healthz" | "/readyz", &Method::GET | &Method::HEAD) => {
-            let well = health.healthy.is_ok() && (path == "/healthz" || health.ready.is_ok());
-            let text = match well && health.ready.is_err() {
-                // Alive, and on the way.
+            let ok = health.healthy.is_ok() && (path == "/healthz" || health.ready.is_ok());
+            let text = match ok && health.ready.is_err() {
                 true => format!("ok, {health}"),
                 false => health.to_string(),
             };
-            (if well { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, text)
+            (if ok { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, text)
         }
         ("/healthz" | "/readyz", _) => (StatusCode::METHOD_NOT_ALLOWED, "use GET".to_owned()),
-        _ => (StatusCode::NOT_FOUND, "there are /healthz and /readyz".to_owned()),
+        _ => (StatusCode::NOT_FOUND, "not found: use /healthz or /readyz".to_owned()),
     };
     let mut response = Response::new(Full::new(Bytes::from(format!("{text}\n"))));
     *response.status_mut() = status;
@@ -224,8 +222,8 @@ mod tests {
 
     use super::*;
 
-    /// Longer than anything here takes on a busy machine.
-    const GENEROUS: Duration = Duration::from_secs(30);
+    /// Ample time on a busy machine.
+    const TIMEOUT: Duration = Duration::from_secs(30);
 
     async fn ask(address: SocketAddr, request: &str) -> String {
         let mut stream = TcpStream::connect(address).await.unwrap();
@@ -253,28 +251,37 @@ mod tests {
         (server.address(), sender, tokio::spawn(server.serve(receiver)))
     }
 
-    fn well() -> Health {
+    fn healthy() -> Health {
         Health { ready: Ok(()), healthy: Ok(()), degraded: None }
     }
 
     #[tokio::test]
-    async fn answers_follow_the_agents_health() {
+    async fn responses_follow_the_agents_health() {
         let (address, sender, server) = start().await;
         assert_eq!(get(address, "/healthz").await, (200, "ok, not ready: starting\n".to_owned()));
         assert_eq!(get(address, "/readyz").await, (503, "not ready: starting\n".to_owned()));
 
-        sender.send_replace(Report::now(well()));
+        sender.send_replace(Report::now(healthy()));
         for path in ["/healthz", "/readyz", "/readyz?verbose"] {
             assert_eq!(get(address, path).await, (200, "ok\n".to_owned()), "{path}");
         }
 
-        sender.send_replace(Report::now(Health { degraded: Some("etcd is away".to_owned()), ..well() }));
+        sender.send_replace(Report::now(Health {
+            degraded: Some("etcd is unreachable".to_owned()),
+            ..healthy()
+        }));
         for path in ["/healthz", "/readyz"] {
-            assert_eq!(get(address, path).await, (200, "degraded: etcd is away\n".to_owned()), "{path}");
+            assert_eq!(
+                get(address, path).await,
+                (200, "degraded: etcd is unreachable\n".to_owned()),
+                "{path}"
+            );
         }
 
-        sender
-            .send_replace(Report::now(Health { healthy: Err("the datapath is down".to_owned()), ..well() }));
+        sender.send_replace(Report::now(Health {
+            healthy: Err("the datapath is down".to_owned()),
+            ..healthy()
+        }));
         for path in ["/healthz", "/readyz"] {
             assert_eq!(
                 get(address, path).await,
@@ -283,11 +290,11 @@ mod tests {
             );
         }
         drop(sender);
-        timeout(GENEROUS, server).await.unwrap().unwrap();
+        timeout(TIMEOUT, server).await.unwrap().unwrap();
     }
 
     #[tokio::test]
-    async fn other_questions_are_refused_and_nonsense_does_no_harm() {
+    async fn other_requests_are_refused_and_garbage_does_no_harm() {
         let (address, _sender, _server) = start().await;
         assert_eq!(get(address, "/metrics").await.0, 404);
         assert!(ask(address, "POST /healthz").await.starts_with("HTTP/1.1 405"));
@@ -295,33 +302,33 @@ mod tests {
         assert!(head.starts_with("HTTP/1.1 200") && head.ends_with("\r\n\r\n"), "{head}");
         let mut stream = TcpStream::connect(address).await.unwrap();
         stream.write_all(&[0xff; 4096]).await.unwrap();
-        let _silent = TcpStream::connect(address).await.unwrap();
+        let _idle = TcpStream::connect(address).await.unwrap();
         assert_eq!(get(address, "/healthz").await.0, 200);
     }
 
     #[tokio::test]
-    async fn silent_connections_keep_nobody_from_asking() {
-        // So that no place becomes free because a connection's time has passed.
+    async fn idle_connections_do_not_block_others() {
+        // Without this, connections would also be closed by their timeout.
         let limits = Limits { connection: Duration::from_secs(3600), ..LIMITS };
         let (address, _sender, _server) = start_with(limits).await;
-        let mut silent = Vec::new();
-        for _ in 0..CONNECTIONS + 8 {
-            silent.push(TcpStream::connect(address).await.unwrap());
+        let mut idle = Vec::new();
+        for _ in 0..MAX_CONNECTIONS + 8 {
+            idle.push(TcpStream::connect(address).await.unwrap());
         }
-        assert_eq!(timeout(GENEROUS, get(address, "/healthz")).await.unwrap().0, 200);
-        // The oldest made room; the newest is still there.
-        assert_eq!(timeout(GENEROUS, silent[0].read(&mut [0])).await.unwrap().unwrap(), 0);
-        let newest = silent.last_mut().unwrap();
+        assert_eq!(timeout(TIMEOUT, get(address, "/healthz")).await.unwrap().0, 200);
+        // The oldest was closed, the newest is open.
+        assert_eq!(timeout(TIMEOUT, idle[0].read(&mut [0])).await.unwrap().unwrap(), 0);
+        let newest = idle.last_mut().unwrap();
         newest.write_all(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
         let mut answer = String::new();
-        timeout(GENEROUS, newest.read_to_string(&mut answer)).await.unwrap().unwrap();
+        timeout(TIMEOUT, newest.read_to_string(&mut answer)).await.unwrap().unwrap();
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     }
 
     #[tokio::test]
     async fn connections_are_bounded() {
         let mut open = VecDeque::new();
-        let tasks: Vec<_> = (0..3 * CONNECTIONS)
+        let tasks: Vec<_> = (0..3 * MAX_CONNECTIONS)
             .map(|_| {
                 make_room(&mut open);
                 let task = tokio::spawn(std::future::pending::<()>());
@@ -329,44 +336,44 @@ mod tests {
                 task
             })
             .collect();
-        assert_eq!(open.len(), CONNECTIONS);
-        let (ended, kept) = tasks.split_at(2 * CONNECTIONS);
+        assert_eq!(open.len(), MAX_CONNECTIONS);
+        let (ended, kept) = tasks.split_at(2 * MAX_CONNECTIONS);
         while !ended.iter().all(tokio::task::JoinHandle::is_finished) {
             tokio::task::yield_now().await;
         }
         assert!(kept.iter().all(|task| !task.is_finished()));
         make_room(&mut open);
-        assert!(open.len() < CONNECTIONS);
+        assert!(open.len() < MAX_CONNECTIONS);
     }
 
     #[tokio::test]
-    async fn a_main_loop_that_is_silent_is_not_healthy() {
+    async fn a_main_loop_that_stops_reporting_is_unhealthy() {
         let limits = Limits { ready: Duration::ZERO, starting: Duration::from_secs(3600), ..LIMITS };
         let (address, sender, _server) = start_with(limits).await;
         assert_eq!(get(address, "/healthz").await.0, 200, "a start may take longer");
-        sender.send_replace(Report::now(well()));
+        sender.send_replace(Report::now(healthy()));
         for path in ["/healthz", "/readyz"] {
             let (code, text) = get(address, path).await;
-            assert!(code == 503 && text.contains("main loop has not been heard of for"), "{code} {text}");
+            assert!(code == 503 && text.contains("main loop has not reported for"), "{code} {text}");
         }
     }
 
     #[test]
-    fn a_report_says_how_old_it_is() {
+    fn an_old_report_is_unhealthy() {
         let aged = |health: Health, seconds| {
             let at = Instant::now().checked_sub(Duration::from_secs(seconds)).unwrap();
             Report { health, at }
         };
-        assert_eq!(aged(well(), 20).holds(LIMITS), well());
-        let why = "the agent's main loop has not been heard of for 31 s";
-        assert_eq!(aged(well(), 31).holds(LIMITS).healthy, Err(why.to_owned()));
-        assert_eq!(aged(Health::starting(), 31).holds(LIMITS), Health::starting());
-        assert!(aged(Health::starting(), 121).holds(LIMITS).healthy.is_err());
-        // The same word again is no news, but a sign of life.
-        let mut report = aged(well(), 31);
-        assert!(!report.renew(well()));
-        assert_eq!(report.holds(LIMITS), well());
-        assert!(report.renew(Health::starting()));
+        assert_eq!(aged(healthy(), 20).current(LIMITS), healthy());
+        let why = "the agent's main loop has not reported for 31 s";
+        assert_eq!(aged(healthy(), 31).current(LIMITS).healthy, Err(why.to_owned()));
+        assert_eq!(aged(Health::starting(), 31).current(LIMITS), Health::starting());
+        assert!(aged(Health::starting(), 121).current(LIMITS).healthy.is_err());
+        // An unchanged report is no change, but resets the age.
+        let mut report = aged(healthy(), 31);
+        assert!(!report.update(healthy()));
+        assert_eq!(report.current(LIMITS), healthy());
+        assert!(report.update(Health::starting()));
     }
 
     #[tokio::test]

@@ -1,5 +1,5 @@
-//! What the agent asks of the kernel's routing netlink: links, addresses, routes.
-#![allow(clippy::wildcard_enum_match_arm, reason = "the kernel adds attributes; we read the few we know")]
+//! Links, addresses and routes over rtnetlink.
+#![allow(clippy::wildcard_enum_match_arm, reason = "the kernel adds attributes; only a few are read")]
 
 use std::net::Ipv4Addr;
 
@@ -31,33 +31,33 @@ pub struct Link {
     pub index: u32,
     /// Largest packet in bytes, without link-layer header.
     pub mtu: u32,
-    /// Whether the administrator wants it up.
+    /// Whether it is administratively up.
     pub up: bool,
     /// Whether frames have an Ethernet header.
     pub ethernet: bool,
-    /// What kind of virtual device it is; `None` for hardware, virtio included.
+    /// Kind of a virtual device; `None` for hardware, including virtio.
     pub kind: Option<String>,
-    /// The administrator's (or our) note on it.
+    /// Its alias (`ip link set alias`).
     pub alias: Option<String>,
 }
 
 /// A route of the main table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Route {
-    /// Where to.
+    /// Destination.
     pub destination: Ipv4Net,
-    /// Through which device.
+    /// Index of the device.
     pub index: u32,
-    /// Preference among routes to one destination; the lowest wins.
+    /// Metric; the lowest wins.
     pub metric: u32,
 }
 
-/// How an address is reached.
+/// The route to an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hop {
-    /// Through which device.
+    /// Index of the device.
     pub index: u32,
-    /// The address of this host that packets there come from.
+    /// Source address of packets on this route.
     pub source: Option<Ipv4Addr>,
 }
 
@@ -68,11 +68,11 @@ impl From<Handle> for Netlink {
 }
 
 impl Netlink {
-    /// Connects. The connection lives in a task of the current runtime.
+    /// Connects, with a task of the current runtime.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses a socket.
+    /// When the netlink socket cannot be opened.
     pub fn connect() -> Result<Self> {
         let (connection, handle, _) = rtnetlink::new_connection().context("open a netlink socket")?;
         tokio::spawn(connection);
@@ -83,18 +83,18 @@ impl Netlink {
     ///
     /// # Errors
     ///
-    /// When the kernel refuses.
+    /// When the kernel returns an error.
     pub async fn links(&self) -> Result<Vec<Link>> {
         let links: Vec<LinkMessage> =
             self.handle.link().get().execute().try_collect().await.context("list network devices")?;
         Ok(links.iter().filter_map(link).collect())
     }
 
-    /// The device of that name, if there is one.
+    /// The device with this name.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses.
+    /// When the kernel returns an error.
     pub async fn link(&self, name: &str) -> Result<Option<Link>> {
         Ok(self.links().await?.into_iter().find(|link| link.name == name))
     }
@@ -103,7 +103,7 @@ impl Netlink {
     ///
     /// # Errors
     ///
-    /// When the kernel refuses.
+    /// When the kernel returns an error.
     pub async fn addresses(&self) -> Result<Vec<(u32, Ipv4Net)>> {
         let messages: Vec<_> =
             self.handle.address().get().execute().try_collect().await.context("list addresses")?;
@@ -124,7 +124,7 @@ impl Netlink {
     ///
     /// # Errors
     ///
-    /// When the kernel refuses.
+    /// When the kernel returns an error.
     pub async fn routes(&self) -> Result<Vec<Route>> {
         let request = RouteMessageBuilder::<Ipv4Addr>::new().build();
         let messages: Vec<_> =
@@ -152,18 +152,18 @@ impl Netlink {
     ///
     /// # Errors
     ///
-    /// When the kernel refuses.
+    /// When the kernel returns an error.
     pub async fn default_route(&self) -> Result<Option<u32>> {
         let routes = self.routes().await?;
         let defaults = routes.iter().filter(|route| route.destination.prefix_len() == 0);
         Ok(defaults.min_by_key(|route| route.metric).map(|route| route.index))
     }
 
-    /// How the kernel would reach an address; `None` when no route leads there.
+    /// The kernel's route to an address; `None` when it has none.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses for another reason.
+    /// When the kernel returns another error.
     pub async fn route_to(&self, address: Ipv4Addr) -> Result<Option<Hop>> {
         let request = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(address, 32).build();
         let message = match self.handle.route().get(request).execute().try_next().await {
@@ -183,21 +183,21 @@ impl Netlink {
         Ok(index.map(|index| Hop { index, source }))
     }
 
-    /// Notes on a device whose it is.
+    /// Sets a device's alias.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses.
+    /// When the kernel returns an error.
     pub async fn set_alias(&self, index: u32, alias: &str) -> Result<()> {
         let message = LinkUnspec::new_with_index(index).alias(alias).build();
         self.handle.link().change(message).execute().await.context("set the device's alias")
     }
 
-    /// Sets a device's MTU and takes it up.
+    /// Sets a device's MTU and sets the device up.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses.
+    /// When the kernel returns an error.
     pub async fn set_up(&self, index: u32, mtu: u32) -> Result<()> {
         let message = LinkUnspec::new_with_index(index).mtu(mtu).up().build();
         self.handle
@@ -205,23 +205,23 @@ impl Netlink {
             .change(message)
             .execute()
             .await
-            .with_context(|| format!("take the device up with MTU {mtu}"))
+            .with_context(|| format!("set the device up with MTU {mtu}"))
     }
 
     /// Removes a device.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses.
+    /// When the kernel returns an error.
     pub async fn delete_link(&self, index: u32) -> Result<()> {
         self.handle.link().del(index).execute().await.context("remove the device")
     }
 
-    /// Gives a device exactly this IPv4 address.
+    /// Replaces all IPv4 addresses of a device by this one.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses.
+    /// When the kernel returns an error.
     pub async fn set_only_address(&self, index: u32, address: Ipv4Net) -> Result<()> {
         let messages: Vec<_> = self
             .handle
@@ -250,11 +250,11 @@ impl Netlink {
         Ok(())
     }
 
-    /// Routes a network through a device, with `source` for packets of this host that have none yet.
+    /// Routes a network through a device, with `source` as the preferred source address.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses.
+    /// When the kernel returns an error.
     pub async fn add_route(&self, network: Ipv4Net, index: u32, source: Ipv4Addr) -> Result<()> {
         let route = RouteMessageBuilder::<Ipv4Addr>::new()
             .destination_prefix(network.network(), network.prefix_len())
@@ -271,22 +271,22 @@ impl Netlink {
             .with_context(|| format!("route {network} through the device"))
     }
 
-    /// Discards packets for a subnet that no other route of it takes. Such a route belongs to no device: it stays until
+    /// Adds a blackhole route with the lowest preference. It belongs to no device and stays until
     /// [`Netlink::remove_blackhole`].
     ///
     /// # Errors
     ///
-    /// When the kernel refuses.
+    /// When the kernel returns an error.
     pub async fn add_blackhole(&self, subnet: Ipv4Net) -> Result<()> {
         let request = self.handle.route().add(blackhole(subnet)).replace().execute();
-        request.await.with_context(|| format!("discard packets for {subnet} that no container takes"))
+        request.await.with_context(|| format!("add the blackhole route for {subnet}"))
     }
 
-    /// Subnets for which [`Netlink::add_blackhole`] was called.
+    /// Subnets with a route from [`Netlink::add_blackhole`].
     ///
     /// # Errors
     ///
-    /// When the kernel refuses.
+    /// When the kernel returns an error.
     pub async fn blackholes(&self) -> Result<Vec<Ipv4Net>> {
         let request = RouteMessageBuilder::<Ipv4Addr>::new().build();
         let messages: Vec<_> =
@@ -306,11 +306,11 @@ impl Netlink {
             .collect())
     }
 
-    /// Removes what [`Netlink::add_blackhole`] made. `false` when it is not there.
+    /// Removes the route from [`Netlink::add_blackhole`]. `false` when it does not exist.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses.
+    /// When the kernel returns an error.
     pub async fn remove_blackhole(&self, subnet: Ipv4Net) -> Result<bool> {
         match self.handle.route().del(blackhole(subnet)).execute().await {
             Ok(()) => Ok(true),
@@ -324,10 +324,10 @@ impl Netlink {
     }
 }
 
-/// Tells our blackhole routes from an administrator's: a number that iproute2 gives to no program.
+/// Distinguishes the agent's blackhole routes from others; iproute2 assigns this protocol number to no program.
 const BLACKHOLE_MARK: RouteProtocol = RouteProtocol::Other(0x6f);
 
-/// Of the least preference that there is: the containers' bridge may have a route for the same subnet.
+/// With the lowest preference: the containers' bridge may have a route to the same subnet.
 fn blackhole(subnet: Ipv4Net) -> RouteMessage {
     RouteMessageBuilder::<Ipv4Addr>::new()
         .destination_prefix(subnet.network(), subnet.prefix_len())
@@ -337,7 +337,7 @@ fn blackhole(subnet: Ipv4Net) -> RouteMessage {
         .build()
 }
 
-/// The kernel's ways to say that no route leads somewhere: none at all, or one that forbids or discards.
+/// Errors for an address without route, or with a prohibit, unreachable or blackhole route.
 fn is_no_route(error: &std::io::Error) -> bool {
     use nix::libc::{EACCES, EHOSTUNREACH, EINVAL, ENETUNREACH};
     matches!(error.raw_os_error(), Some(ENETUNREACH | EHOSTUNREACH | EACCES | EINVAL))

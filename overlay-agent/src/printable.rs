@@ -1,12 +1,11 @@
-//! Text that others wrote, made fit to be shown.
+//! Escapes untrusted text for the terminal and the log.
 
-/// How much of a record's key is shown.
+/// Limit for the key of a record, in characters.
 pub(crate) const LONGEST_NAME: usize = 64;
-/// How much is shown of a reason, which may quote a record's value.
+/// Limit for a reason, which may quote the value of a record.
 pub(crate) const LONGEST_REASON: usize = 200;
 
-/// The first `longest` characters of a text. Whoever may write records may write what they like: no control characters
-/// reach a terminal.
+/// The first `longest` characters of a text, with control characters escaped.
 pub(crate) fn printable(text: &str, longest: usize) -> String {
     let mut shown = String::new();
     for character in text.chars().take(longest) {
@@ -26,7 +25,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_shown_is_short_and_harmless() {
+    fn text_is_truncated_and_escaped() {
         assert_eq!(printable("10.5.34.0-24", LONGEST_NAME), "10.5.34.0-24");
         assert_eq!(printable("\u{1b}[31m\n\"it's\" \\", 64), "\\u{1b}[31m\\n\"it's\" \\");
         assert_eq!(printable("abcd", 3), "abc...");

@@ -1,12 +1,12 @@
-//! JSON records as Go's encoding/json reads them: keys match whatever their case, and where several do, the last in the
-//! document goes. A map with the keys as they are written cannot tell which was the last.
+//! Parses JSON records as Go's encoding/json does: keys match case-insensitively, and of several matching keys the last in the
+//! document wins. `serde_json::Map` does not keep the order of keys that differ in case.
 
 use std::fmt;
 
 use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
-/// Reads a record; the keys of all its objects come out in lower case, for [`field`].
+/// Parses a record and converts the keys of all objects to lower case, for [`field`].
 ///
 /// # Errors
 ///
@@ -15,12 +15,12 @@ pub(crate) fn read(json: &[u8]) -> serde_json::Result<Value> {
     serde_json::from_slice(json).map(|Folded(value)| value)
 }
 
-/// The value of a key in an object that [`read`] read. There is none where it is `null`.
+/// The value of a key in an object from [`read`]; `None` for `null`.
 pub(crate) fn field<'a>(record: &'a Map<String, Value>, key: &str) -> Option<&'a Value> {
     record.get(&key.to_ascii_lowercase())
 }
 
-/// A value in which the keys of all objects are in lower case.
+/// A value with lower-case keys in all objects.
 struct Folded(Value);
 
 impl<'de> Deserialize<'de> for Folded {
@@ -41,7 +41,7 @@ impl<'de> Visitor<'de> for FoldingVisitor {
     fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
         let mut record = Map::new();
         while let Some((key, Folded(value))) = entries.next_entry::<String, Folded>()? {
-            // To Go, null says nothing: what an earlier key said stays.
+            // Go ignores null: the value of an earlier key stays.
             if !value.is_null() {
                 record.insert(key.to_ascii_lowercase(), value);
             }
@@ -89,7 +89,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn values_are_read_as_they_are() {
+    fn values_are_unchanged() {
         let text = r#"{"a":[1,-2,0.5,"x\u00e9\n",true,null,{"b":{}}]}"#;
         let plain: Value = serde_json::from_str(text).unwrap();
         assert_eq!(read(text.as_bytes()).unwrap(), plain);
@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_of_several_keys_goes_and_null_says_nothing() {
+    fn the_last_of_several_keys_wins_and_null_is_ignored() {
         for (text, value) in [
             (r#"{"Key":1,"key":2}"#, json!(2)),
             (r#"{"key":2,"Key":1}"#, json!(1)),

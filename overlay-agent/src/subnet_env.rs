@@ -1,15 +1,15 @@
-//! `subnet.env`: the file from which container runtimes and the flannel CNI plugin learn this host's subnet.
+//! `subnet.env`: this host's subnet for container runtimes and the flannel CNI plugin.
 
 use std::{fs::Permissions, io::Write as _, os::unix::fs::PermissionsExt as _, path::Path};
 
 use anyhow::{Context as _, Result, bail};
 use ipnet::Ipv4Net;
 
-/// Checks, before anything else is done, that the file can be written.
+/// Checks that the file can be written, without writing it.
 ///
 /// # Errors
 ///
-/// When its directory cannot be made or written.
+/// When its directory cannot be created or written.
 pub fn check(path: &Path) -> Result<()> {
     let attempt = || -> Result<()> {
         std::fs::create_dir_all(directory(path))?;
@@ -22,12 +22,12 @@ pub fn check(path: &Path) -> Result<()> {
     attempt().with_context(|| format!("the subnet file {}: choose another --subnet-file", path.display()))
 }
 
-/// Writes flannel's four lines, atomically and readable for all. `masquerade` says whether this host gives packets that
-/// leave the overlay an address of its own: a container runtime need not then.
+/// Writes flannel's four lines atomically, with mode 0644. With `masquerade`, the agent masquerades packets that leave the
+/// overlay, and the container runtime must not.
 ///
 /// # Errors
 ///
-/// When the directory cannot be made or written.
+/// When the directory cannot be created or written.
 pub fn write(path: &Path, network: Ipv4Net, subnet: Ipv4Net, mtu: u32, masquerade: bool) -> Result<()> {
     let directory = directory(path);
     let attempt = || -> Result<()> {
@@ -42,7 +42,7 @@ pub fn write(path: &Path, network: Ipv4Net, subnet: Ipv4Net, mtu: u32, masquerad
     attempt().with_context(|| format!("write the subnet file {}", path.display()))
 }
 
-/// The subnet that an earlier run wrote, if the file is there and says one.
+/// The subnet in an existing file.
 pub fn read_subnet(path: &Path) -> Option<Ipv4Net> {
     let text = std::fs::read_to_string(path).ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("FLANNEL_SUBNET="))?;
@@ -66,7 +66,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_written_is_flannels_and_can_be_read_back() {
+    fn the_file_has_flannels_format_and_is_read_back() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("run/flannel/subnet.env");
         let subnet: Ipv4Net = "10.5.34.0/24".parse().unwrap();
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_written_is_known_before() {
+    fn an_unwritable_file_is_detected_by_the_check() {
         let directory = tempfile::tempdir().unwrap();
         check(&directory.path().join("run/subnet.env")).unwrap();
         let file = directory.path().join("file");

@@ -1,6 +1,6 @@
-//! Tells systemd, where it started the agent, how the agent fares: READY, STATUS, WATCHDOG, STOPPING.
+//! Notifies systemd of the agent's state: READY, STATUS, WATCHDOG, STOPPING.
 //!
-//! Meant to be called from the agent's main loop. A task of its own would go on saying that all is well when the loop hangs.
+//! The main loop must call this itself: a separate task would keep the watchdog satisfied while the main loop hangs.
 
 use std::time::Duration;
 
@@ -9,10 +9,10 @@ use tracing::debug;
 
 use crate::health::Health;
 
-/// How much longer a start that waits may take until the next word: more than asking every member of a large cluster takes.
-const STARTING: Duration = Duration::from_secs(180);
+/// Extension of the start timeout: longer than one attempt to reach every member of a large etcd cluster.
+const START_EXTENSION: Duration = Duration::from_secs(180);
 
-/// What systemd was told so far.
+/// The state that systemd was notified of.
 #[derive(Debug, Default)]
 pub struct Systemd {
     ready: bool,
@@ -20,49 +20,49 @@ pub struct Systemd {
 }
 
 impl Systemd {
-    /// How often [`Systemd::alive`] should be called: half of what the unit's WatchdogSec allows. `None` without it.
+    /// Interval for [`Systemd::ping_watchdog`]: half of the unit's WatchdogSec. `None` without it.
     pub fn watchdog_period() -> Option<Duration> {
         sd_notify::watchdog_enabled().map(|limit| limit / 2)
     }
 
-    /// Says what is new in `health`: READY once, STATUS when it is another.
-    pub fn tell(&mut self, health: &Health) {
+    /// Notifies of changes in `health`: READY once, STATUS when it differs.
+    pub fn notify(&mut self, health: &Health) {
         let status = health.to_string();
-        let mut news = Vec::new();
+        let mut changes = Vec::new();
         if health.ready.is_ok() && !self.ready {
             self.ready = true;
-            news.push(NotifyState::Ready);
+            changes.push(NotifyState::Ready);
         }
         if status != self.status {
-            news.push(NotifyState::Status(&status));
+            changes.push(NotifyState::Status(&status));
         }
-        if !news.is_empty() {
-            notify(&news);
+        if !changes.is_empty() {
+            notify(&changes);
         }
         self.status = status;
     }
 
-    /// Says that the main loop turns. An agent that is unhealthy says so too: a restart would take away routes that packets
-    /// still use, and cannot bring back a device or an etcd that is gone.
-    pub fn alive(&self) {
+    /// Resets the watchdog. An unhealthy agent does so, too: a restart would remove routes that are in use, and does not repair
+    /// a missing device or an unreachable etcd.
+    pub fn ping_watchdog(&self) {
         notify(&[NotifyState::Watchdog]);
     }
 
-    /// Says that the start takes longer, because of what [`Systemd::tell`] said, and that it is not stuck.
-    pub fn still_starting(&self) {
-        notify(&[NotifyState::ExtendTimeoutUsec(STARTING.as_micros().try_into().unwrap_or(u32::MAX))]);
+    /// Extends the start timeout, for a start that waits.
+    pub fn extend_start(&self) {
+        notify(&[NotifyState::ExtendTimeoutUsec(START_EXTENSION.as_micros().try_into().unwrap_or(u32::MAX))]);
     }
 
-    /// Says that the agent ends because it was told to.
+    /// Notifies that the agent shuts down as requested.
     pub fn stopping(&self) {
         notify(&[NotifyState::Stopping]);
     }
 }
 
-/// Without systemd there is nobody to tell, and what it does not hear it asks for with a restart.
+/// Does nothing when systemd did not start the agent. If a notification is lost, the watchdog restarts the agent.
 fn notify(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
-        debug!("cannot tell systemd: {error}");
+        debug!("notify systemd: {error}");
     }
 }
 
@@ -72,21 +72,21 @@ mod tests {
 
     use super::*;
 
-    /// Says in which of the two processes of the test this is.
+    /// Set in the process that plays the agent.
     const INNER: &str = "OVERLAY_AGENT_TEST_UNDER_SYSTEMD";
 
-    /// The variables that systemd sets can only be set for another process: the test runs itself as the agent.
+    /// The test runs itself as the agent, because systemd's variables can only be set for another process.
     #[test]
-    fn systemd_hears_what_is_new_and_no_more() {
+    fn only_changes_are_sent() {
         if std::env::var_os(INNER).is_some() {
-            return an_agents_life();
+            return send_all();
         }
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("notify");
         let socket = UnixDatagram::bind(&path).unwrap();
         socket.set_nonblocking(true).unwrap();
         let status = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "systemd::tests::systemd_hears_what_is_new_and_no_more"])
+            .args(["--exact", "systemd::tests::only_changes_are_sent"])
             .env(INNER, "1")
             .env("NOTIFY_SOCKET", &path)
             .env("WATCHDOG_USEC", "3000000")
@@ -94,19 +94,19 @@ mod tests {
             .output()
             .unwrap();
         assert!(status.status.success(), "{}", String::from_utf8_lossy(&status.stdout));
-        let mut heard = Vec::new();
+        let mut received = Vec::new();
         let mut buffer = [0; 1024];
         while let Ok(length) = socket.recv(&mut buffer) {
-            heard.push(String::from_utf8_lossy(&buffer[..length]).trim_end().to_owned());
+            received.push(String::from_utf8_lossy(&buffer[..length]).trim_end().to_owned());
         }
         assert_eq!(
-            heard,
+            received,
             [
                 "STATUS=not ready: starting",
                 "EXTEND_TIMEOUT_USEC=180000000",
                 "READY=1\nSTATUS=ok",
                 "WATCHDOG=1",
-                "STATUS=degraded: etcd is away",
+                "STATUS=degraded: etcd is unreachable",
                 "STATUS=unhealthy: no datapath",
                 "WATCHDOG=1",
                 "STOPPING=1",
@@ -114,21 +114,21 @@ mod tests {
         );
     }
 
-    fn an_agents_life() {
+    fn send_all() {
         assert_eq!(Systemd::watchdog_period(), Some(Duration::from_millis(1500)));
         let mut systemd = Systemd::default();
         let mut health = Health::starting();
-        systemd.tell(&health);
-        systemd.tell(&health);
-        systemd.still_starting();
+        systemd.notify(&health);
+        systemd.notify(&health);
+        systemd.extend_start();
         health.ready = Ok(());
-        systemd.tell(&health);
-        systemd.alive();
-        health.degraded = Some("etcd is away".to_owned());
-        systemd.tell(&health);
+        systemd.notify(&health);
+        systemd.ping_watchdog();
+        health.degraded = Some("etcd is unreachable".to_owned());
+        systemd.notify(&health);
         health.healthy = Err("no datapath".to_owned());
-        systemd.tell(&health);
-        systemd.alive();
+        systemd.notify(&health);
+        systemd.ping_watchdog();
         systemd.stopping();
     }
 }

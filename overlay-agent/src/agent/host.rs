@@ -159,7 +159,7 @@ async fn keep_rules(options: &Options, network: Ipv4Net, subnet: Ipv4Net) -> Res
         Err(error) if wish.masquerade => return Err(error).context("--ip-masq"),
         Err(error) if wanted => {
             warn!("forwarded packets of the overlay are not accepted explicitly: {error}");
-            if let Some(why) = firewall::out_of_reach(network) {
+            if let Some(why) = firewall::legacy_warning(network) {
                 warn!("{why}");
             }
             return Ok(None);
@@ -171,6 +171,6 @@ async fn keep_rules(options: &Options, network: Ipv4Net, subnet: Ipv4Net) -> Res
     }
     let (subnet, subnet_receiver) = watch::channel(subnet);
     let (trouble_sender, trouble) = watch::channel(None);
-    let task = tokio::spawn(firewall.keep(wish.resync, subnet_receiver, trouble_sender));
+    let task = tokio::spawn(firewall.run(wish.resync, subnet_receiver, trouble_sender));
     Ok(Some(RuleKeeper { subnet, trouble, task }))
 }

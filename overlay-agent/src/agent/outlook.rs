@@ -43,12 +43,12 @@ impl Outlook {
     pub(super) fn waiting(&mut self, why: &str) {
         let ready = Err(format!("waiting: {why}"));
         self.tell(Health { ready, ..Health::starting() });
-        self.systemd.still_starting();
+        self.systemd.extend_start();
     }
 
     /// The start takes longer and is not stuck.
     pub(super) fn still_starting(&self) {
-        self.systemd.still_starting();
+        self.systemd.extend_start();
     }
 
     /// What is told, as it changes.
@@ -58,9 +58,9 @@ impl Outlook {
 
     /// Tells what is new, and that the main loop turns. To be called every 5 s at least once the agent is ready.
     pub(super) fn tell(&mut self, health: Health) {
-        self.systemd.tell(&health);
+        self.systemd.notify(&health);
         // The time travels also where nothing is new: nobody needs to be woken for it.
-        self.report.send_if_modified(|report| report.renew(health));
+        self.report.send_if_modified(|report| report.update(health));
     }
 
     /// Waits until systemd's watchdog wants to hear from the main loop; for ever when there is none.
@@ -73,7 +73,7 @@ impl Outlook {
 
     /// Says that the main loop turns.
     pub(super) fn alive(&self) {
-        self.systemd.alive();
+        self.systemd.ping_watchdog();
     }
 
     /// Says that the agent ends because it was told to.

@@ -1,20 +1,19 @@
-//! iptables-legacy: rules that nftables, and with it `nft`, neither shows nor changes.
+//! iptables-legacy, whose rules `nft` neither lists nor changes.
 
 use std::fs;
 
 use ipnet::Ipv4Net;
 
-/// The tables of iptables-legacy in this thread's network namespace, one a line (net/netfilter/x_tables.c). The file is there
-/// once the kernel has them at all.
+/// The tables of iptables-legacy in this thread's network namespace, one per line (net/netfilter/x_tables.c). Exists only when
+/// the kernel supports them.
 const TABLES: &str = "/proc/thread-self/net/ip_tables_names";
 
-/// The table that has a FORWARD chain which hosts let drop.
+/// The table with the FORWARD chain whose policy may be to drop.
 const FILTER: &str = "filter";
 
-/// Why packets of `network` may be dropped where no rule of ours can stand, and what to do about it; `None` when they are not.
-/// What the policy is there cannot be seen.
-pub fn out_of_reach(network: Ipv4Net) -> Option<String> {
-    // Without the file there are no such tables.
+/// A warning, with the remedy, that iptables-legacy may drop packets of `network`; `None` when it has no FORWARD chain. Its
+/// policy cannot be read.
+pub fn legacy_warning(network: Ipv4Net) -> Option<String> {
     has_filter(&fs::read_to_string(TABLES).unwrap_or_default()).then(|| remedy(network))
 }
 
@@ -24,9 +23,9 @@ fn has_filter(tables: &str) -> bool {
 
 fn remedy(network: Ipv4Net) -> String {
     format!(
-        "this host has a FORWARD chain of iptables-legacy, which nft neither shows nor changes: if it drops packets of the \
-         overlay, type `iptables-legacy -A FORWARD -s {network} -j ACCEPT` and `iptables-legacy -A FORWARD -d {network} \
-         -j ACCEPT`; --iptables-forward-rules=false ends this message"
+        "this host has a FORWARD chain of iptables-legacy, which nft neither lists nor changes: if it drops packets of the \
+         overlay, run `iptables-legacy -A FORWARD -s {network} -j ACCEPT` and `iptables-legacy -A FORWARD -d {network} \
+         -j ACCEPT`; --iptables-forward-rules=false disables this warning"
     )
 }
 
@@ -35,7 +34,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_table_filter_counts() {
+    fn only_the_filter_table_is_considered() {
         assert!(has_filter("filter\n"));
         assert!(has_filter("nat\nfilter\n"));
         for tables in ["", "nat\nmangle\n", "filter6\n", "myfilter\n"] {
@@ -44,7 +43,7 @@ mod tests {
     }
 
     #[test]
-    fn the_remedy_can_be_typed() {
+    fn the_remedy_is_a_command() {
         let remedy = remedy("10.244.0.0/16".parse().unwrap());
         for command in [
             "`iptables-legacy -A FORWARD -s 10.244.0.0/16 -j ACCEPT`",

@@ -1,9 +1,8 @@
-//! The host's firewall, as far as the overlay needs it: masquerading and forwarding, to flannel's effect.
+//! Reconciles the firewall rules for masquerading and forwarding, with the same effect as flannel's.
 //!
-//! Masquerading lives in a table of its own per overlay device, made in one transaction. Forwarding cannot: to nftables,
-//! a packet that one chain accepts is still dropped by another's policy. What drops containers' packets in practice is the
-//! policy of iptables' FORWARD chain, set by Docker, and that is where flannel appends its rules. So do we, marked with a
-//! comment, where that chain exists. `nft` makes all changes: its text is what an administrator reads, too.
+//! Masquerading has one nftables table per overlay device, replaced in one transaction. Forwarding rules cannot: in nftables, the
+//! policy of one chain drops what another chain accepted. In practice, Docker sets the policy of iptables' FORWARD chain to
+//! drop, so these rules are appended to that chain, as flannel does, marked by a comment. All changes go through `nft`.
 
 mod legacy;
 mod nft;
@@ -19,102 +18,101 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-pub use legacy::out_of_reach;
+pub use legacy::legacy_warning;
 pub use nft::NftError;
 pub use ruleset::{BadName, Rules};
 
 use ruleset::{FORWARD_CHAIN, Names, is_marked};
 
-/// The rules of one overlay device, and what the kernel made of them.
+/// The rules of one overlay device, desired and applied.
 #[derive(Debug)]
 pub struct Firewall {
     rules: Rules,
     names: Names,
-    /// What the kernel listed after the last change of ours; anything else means that someone changed it.
-    seen: Option<Listing>,
-    /// What was warned about.
+    /// The kernel's listing after the last change by the agent; a different listing is a foreign change.
+    applied: Option<Listing>,
+    /// Warnings that were logged; each is logged once.
     warned: Vec<String>,
 }
 
-/// What the kernel has of ours.
+/// The agent's rules in the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Listing {
-    /// Our table, if it is there.
+    /// The agent's table, if it exists.
     table: Option<Value>,
-    /// Our rules in iptables' FORWARD chain, if that is there.
+    /// The agent's rules in iptables' FORWARD chain, if the chain exists.
     forward: Option<Vec<Value>>,
 }
 
 impl Firewall {
-    /// Rules that are not in force yet.
+    /// Prepares the rules without applying them.
     ///
     /// # Errors
     ///
-    /// When the overlay device has a name that cannot be part of a table's.
+    /// When the name of the overlay device cannot be part of a table name.
     pub fn new(rules: Rules) -> Result<Self, BadName> {
         let names = Names::of(&rules.device)?;
-        Ok(Self { rules, names, seen: None, warned: Vec::new() })
+        Ok(Self { rules, names, applied: None, warned: Vec::new() })
     }
 
-    /// Replaces what is there of ours by the rules, in one transaction.
+    /// Replaces the agent's rules in the kernel, in one transaction.
     ///
     /// # Errors
     ///
-    /// When `nft` is missing or refuses; nothing has changed then.
+    /// When `nft` is missing or fails; nothing has changed then.
     pub async fn apply(&mut self) -> Result<(), NftError> {
-        let there = self.list().await?;
-        if self.rules.is_empty() && there.is_empty() {
-            self.seen = Some(there);
+        let current = self.list().await?;
+        if self.rules.is_empty() && current.is_empty() {
+            self.applied = Some(current);
             return Ok(());
         }
-        let script = |there: &Listing| self.rules.script(&self.names, there.forward.as_deref());
-        nft::run(&script(&there)).await?;
-        let now = self.list().await?;
-        // Someone may have changed things in between: then this is not how they should look, and the next look tries again.
-        let right = now.count() == ruleset::count(&script(&now));
-        self.seen = right.then_some(now);
+        let script = |listing: &Listing| self.rules.script(&self.names, listing.forward.as_deref());
+        nft::run(&script(&current)).await?;
+        let listing = self.list().await?;
+        // On a concurrent foreign change, the next reconciliation applies the rules again.
+        let complete = listing.count() == ruleset::count(&script(&listing));
+        self.applied = complete.then_some(listing);
         self.warn_about_other_drops().await;
         Ok(())
     }
 
-    /// Puts the rules back if they are not as [`Firewall::apply`] left them. `true` when they were not.
+    /// Applies the rules again if they differ from what [`Firewall::apply`] left. `true` when they did.
     ///
     /// # Errors
     ///
     /// As [`Firewall::apply`].
-    pub async fn restore(&mut self) -> Result<bool, NftError> {
-        if self.seen.as_ref() == Some(&self.list().await?) {
+    pub async fn reconcile(&mut self) -> Result<bool, NftError> {
+        if self.applied.as_ref() == Some(&self.list().await?) {
             return Ok(false);
         }
         self.apply().await?;
         Ok(true)
     }
 
-    /// Follows this host to another subnet.
+    /// Applies the rules for another subnet of this host.
     ///
     /// # Errors
     ///
-    /// As [`Firewall::apply`]; [`Firewall::restore`] tries again.
+    /// As [`Firewall::apply`]; [`Firewall::reconcile`] tries again.
     pub async fn set_subnet(&mut self, subnet: Ipv4Net) -> Result<(), NftError> {
         self.rules.subnet = subnet;
-        self.seen = None;
+        self.applied = None;
         self.apply().await
     }
 
-    /// Looks every `period` whether the rules are still there, puts them back where they are not, and follows this host's
-    /// subnet. `trouble` says why they may not be in force; `None` while all is well. Ends when the sender of the subnet is
-    /// gone; the rules stay then.
-    pub async fn keep(
+    /// Reconciles the rules every `period` and on each change of `subnet`, until its sender is dropped; the rules stay.
+    /// `problem` receives why the rules may be missing, `None` when they are applied.
+    pub async fn run(
         mut self,
         period: Duration,
         mut subnet: watch::Receiver<Ipv4Net>,
-        trouble: watch::Sender<Option<String>>,
+        problem: watch::Sender<Option<String>>,
     ) {
         let mut tick = interval(period);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let restored = tokio::select! {
-                _ = tick.tick() => self.restore().await,
+            let result = tokio::select! {
+                _ = tick.tick() => self.reconcile().await,
                 changed = subnet.changed() => {
                     if changed.is_err() {
                         return;
@@ -124,21 +122,20 @@ impl Firewall {
                 }
             };
             let device = &self.rules.device;
-            if let Ok(true) = restored {
-                info!("the firewall's rules of {device} were changed or missing, and are back");
+            if let Ok(true) = result {
+                info!("restored the firewall's rules of {device}, which were changed or missing");
             }
-            let failed = restored
-                .err()
-                .map(|error| format!("the firewall's rules of {device} may be missing: {error}"));
-            trouble.send_replace(failed);
+            let failed =
+                result.err().map(|error| format!("the firewall's rules of {device} may be missing: {error}"));
+            problem.send_replace(failed);
             self.warn_about_legacy();
         }
     }
 
-    /// Where a packet may be dropped out of our sight. Said once, and no trouble: the policy there is nearly always to accept.
+    /// Only a warning: the policy of iptables-legacy is nearly always to accept.
     fn warn_about_legacy(&mut self) {
         let forward = self.rules.forward.then_some(self.rules.network);
-        if let Some(why) = forward.and_then(out_of_reach)
+        if let Some(why) = forward.and_then(legacy_warning)
             && !self.warned.contains(&why)
         {
             warn!("{why}");
@@ -152,14 +149,14 @@ impl Firewall {
         Ok(Listing { table, forward })
     }
 
-    /// Where packets are dropped that flannel, too, would leave dropped.
+    /// Warns about chains of others that drop forwarded packets. As with flannel, they stay as they are.
     async fn warn_about_other_drops(&mut self) {
         if !self.rules.forward {
             return;
         }
         let chains = match nft::list(&["chains"]).await {
             Ok(chains) => chains.unwrap_or_default(),
-            Err(error) => return warn!("cannot look for chains that drop forwarded packets: {error}"),
+            Err(error) => return warn!("list the chains that drop forwarded packets: {error}"),
         };
         for place in ruleset::other_drops(&chains) {
             if !self.warned.contains(&place) {
@@ -178,7 +175,7 @@ impl Listing {
         self.table.is_none() && self.forward.as_ref().is_none_or(Vec::is_empty)
     }
 
-    /// How many rules there are.
+    /// Number of rules.
     fn count(&self) -> usize {
         let objects = self.table.iter().filter_map(Value::as_array).flatten();
         let own = objects.filter(|object| object.get("rule").is_some()).count();
@@ -186,13 +183,13 @@ impl Listing {
     }
 }
 
-/// Removes what any agent left for an overlay device. `false` when there is nothing, also because there is no `nft`.
+/// Removes the rules that any agent left for an overlay device. `false` when there are none, or no `nft`.
 ///
 /// # Errors
 ///
-/// When `nft` refuses.
+/// When `nft` fails.
 pub async fn remove(device: &str) -> Result<bool, NftError> {
-    // Under a name that no rules can have there are none.
+    // No rules exist for an invalid name.
     let Ok(names) = Names::of(device) else { return Ok(false) };
     let table = match nft::list(&["table", "ip", &names.table]).await {
         Err(NftError::Missing) => return Ok(false),
@@ -206,7 +203,7 @@ pub async fn remove(device: &str) -> Result<bool, NftError> {
     Ok(true)
 }
 
-/// Our rules in iptables' FORWARD chain; `None` when there is no such chain.
+/// The agent's rules in iptables' FORWARD chain; `None` when the chain does not exist.
 async fn forward_rules(names: &Names) -> Result<Option<Vec<Value>>, NftError> {
     let (table, chain) = FORWARD_CHAIN;
     let listing = nft::list(&["chain", "ip", table, chain]).await?;

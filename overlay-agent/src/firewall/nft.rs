@@ -1,4 +1,4 @@
-//! Runs `nft`: scripts in, listings out. Nothing here knows the overlay.
+//! Runs `nft` to apply scripts and to list objects.
 
 use std::{
     io::{self, ErrorKind},
@@ -10,73 +10,73 @@ use serde_json::Value;
 use thiserror::Error;
 use tokio::{io::AsyncWriteExt as _, process::Command, time::timeout};
 
-/// How long `nft` may take. It needs milliseconds, more where rules are counted in tens of thousands.
-const LIMIT: Duration = Duration::from_secs(10);
+/// Limit for one run of `nft`. It takes milliseconds, and longer with tens of thousands of rules.
+const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Why `nft` did not do what it was asked for.
+/// A failed run of `nft`.
 #[derive(Debug, Error)]
 pub enum NftError {
-    /// The program is not there.
+    /// The program is not installed.
     #[error(
         "the program nft is missing: install the package nftables, or set --ip-masq=false and --iptables-forward-rules=false"
     )]
     Missing,
-    /// The program cannot be run.
+    /// The program cannot be started.
     #[error("run nft to {task}: {source}")]
     Run {
-        /// What it was to do.
+        /// The task.
         task: String,
-        /// What the system says.
+        /// The system's error.
         source: io::Error,
     },
-    /// The program does not end. It was killed.
+    /// The program did not end in time and was killed.
     #[error(
         "nft does not answer: it did not {task} within {} s; try `nft list ruleset`, and look for a process that holds the \
          kernel's ruleset",
-        LIMIT.as_secs()
+        TIMEOUT.as_secs()
     )]
-    Silent {
-        /// What it was to do.
+    Timeout {
+        /// The task.
         task: String,
     },
-    /// The program, or the kernel, refuses.
-    #[error("nft refused to {task}: {says}")]
-    Refused {
-        /// What it was to do.
+    /// The program or the kernel reports an error.
+    #[error("nft failed to {task}: {message}")]
+    Failed {
+        /// The task.
         task: String,
         /// The first line of its message.
-        says: String,
+        message: String,
     },
-    /// The program prints something else than it should.
-    #[error("read what nft printed to {task}: {source}")]
+    /// The output is not JSON.
+    #[error("parse the output of nft to {task}: {source}")]
     Unreadable {
-        /// What it was to do.
+        /// The task.
         task: String,
-        /// What is wrong with it.
+        /// The parser's error.
         source: serde_json::Error,
     },
 }
 
-/// Applies a script. It is one transaction: all of it or nothing.
+/// Applies a script in one transaction.
 pub(super) async fn run(script: &str) -> Result<(), NftError> {
     let task = "change the rules";
     let output = execute(&["-f", "-"], script, task).await?;
     match output.status.success() {
         true => Ok(()),
-        false => Err(refused(task, &output)),
+        false => Err(failed(task, &output)),
     }
 }
 
-/// Lists an object, without counters; `None` when there is no such thing.
+/// Lists an object without counters; `None` when it does not exist.
 pub(super) async fn list(object: &[&str]) -> Result<Option<Value>, NftError> {
     let task = format!("list {}", object.join(" "));
     let words = [&["-j", "-s", "list"], object].concat();
     let output = execute(&words, "", &task).await?;
     if !output.status.success() {
-        // The one way in which nft tells this from other failures.
+        // nft distinguishes this from other failures only by the message.
         return match String::from_utf8_lossy(&output.stderr).contains("No such file or directory") {
             true => Ok(None),
-            false => Err(refused(&task, &output)),
+            false => Err(failed(&task, &output)),
         };
     }
     let mut listing: Value =
@@ -88,7 +88,7 @@ async fn execute(words: &[&str], input: &str, task: &str) -> Result<Output, NftE
     let attempt = async {
         let mut child = Command::new("nft")
             .args(words)
-            // Its messages are read.
+            // Messages are parsed, so they must not be translated.
             .env("LC_ALL", "C")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -100,9 +100,8 @@ async fn execute(words: &[&str], input: &str, task: &str) -> Result<Output, NftE
         }
         child.wait_with_output().await
     };
-    // Dropped, an attempt kills its child.
-    let Ok(outcome) = timeout(LIMIT, attempt).await else {
-        return Err(NftError::Silent { task: task.to_owned() });
+    let Ok(outcome) = timeout(TIMEOUT, attempt).await else {
+        return Err(NftError::Timeout { task: task.to_owned() });
     };
     outcome.map_err(|source| match source.kind() == ErrorKind::NotFound {
         true => NftError::Missing,
@@ -110,11 +109,11 @@ async fn execute(words: &[&str], input: &str, task: &str) -> Result<Output, NftE
     })
 }
 
-fn refused(task: &str, output: &Output) -> NftError {
+fn failed(task: &str, output: &Output) -> NftError {
     let text = String::from_utf8_lossy(&output.stderr);
     let line = text.lines().find(|line| !line.trim().is_empty());
-    NftError::Refused {
+    NftError::Failed {
         task: task.to_owned(),
-        says: line.map_or_else(|| output.status.to_string(), |line| line.trim().to_owned()),
+        message: line.map_or_else(|| output.status.to_string(), |line| line.trim().to_owned()),
     }
 }

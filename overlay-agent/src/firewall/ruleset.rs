@@ -1,4 +1,4 @@
-//! The rules as text, from what they are for. Pure.
+//! Generates `nft` scripts. Pure.
 
 use std::fmt::Write as _;
 
@@ -6,37 +6,37 @@ use ipnet::Ipv4Net;
 use serde_json::Value;
 use thiserror::Error;
 
-/// iptables' chain for forwarded packets, as nftables knows it: table and chain of family ip.
+/// Table and chain of iptables' FORWARD chain in nftables, family ip.
 pub(super) const FORWARD_CHAIN: (&str, &str) = ("filter", "FORWARD");
 
-/// Begins the names of our tables and the comments on our rules.
+/// Prefix of the names of tables and of the comments on rules.
 const MARK: &str = "overlay-agent";
 
-/// What the firewall is to do for one overlay.
+/// The desired rules of one overlay.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rules {
-    /// The overlay device; tells the rules of several overlays on one host apart.
+    /// The overlay device, which distinguishes the rules of several agents on one host.
     pub device: String,
-    /// The whole overlay.
+    /// Network of the overlay.
     pub network: Ipv4Net,
-    /// This host's part of it.
+    /// Subnet of this host.
     pub subnet: Ipv4Net,
-    /// Give packets that leave the overlay, or enter it from this host, an address of this host.
+    /// Masquerade packets that leave the overlay, or enter it from this host.
     pub masquerade: bool,
-    /// Choose the ports of masqueraded connections at random: two connections at once cannot collide then.
+    /// Randomize the source ports of masqueraded connections, which avoids collisions of simultaneous ones.
     pub fully_random: bool,
-    /// Accept packets from and to the overlay where iptables' FORWARD policy would drop them.
+    /// Accept packets from and to the overlay in iptables' FORWARD chain.
     pub forward: bool,
 }
 
-/// The overlay device's name cannot be part of a table's.
+/// The name of the overlay device cannot be part of a table name.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error(
     "the device name {0:?} cannot be part of an nftables name: choose a --device of letters, digits, '-', '_' and '.'"
 )]
 pub struct BadName(String);
 
-/// What our table and our rules elsewhere are called.
+/// Name of the agent's table, and comment on its rules in other tables.
 #[derive(Debug)]
 pub(super) struct Names {
     pub(super) table: String,
@@ -54,13 +54,12 @@ impl Names {
 }
 
 impl Rules {
-    /// Whether there is nothing to do.
+    /// Whether no rules are desired.
     pub(super) const fn is_empty(&self) -> bool {
         !self.masquerade && !self.forward
     }
 
-    /// The script that puts the rules in the place of what is there. `forward` are our rules in iptables' FORWARD chain, if
-    /// that is there.
+    /// The script that replaces the agent's rules. `forward` are its rules in iptables' FORWARD chain, if the chain exists.
     pub(super) fn script(&self, names: &Names, forward: Option<&[Value]>) -> String {
         let mut script = removal(names, forward.unwrap_or_default());
         if self.masquerade {
@@ -86,14 +85,14 @@ impl Rules {
         let rules = [
             // kube-proxy's mark: it masquerades these itself.
             "meta mark & 0x4000 == 0x4000 return".to_owned(),
-            // Within the overlay, addresses stay as they are.
+            // Do not masquerade within the overlay.
             format!("ip saddr {subnet} ip daddr {network} return"),
             format!("ip saddr {network} ip daddr {subnet} return"),
-            // Packets that other hosts or this one send straight to our containers keep their source.
+            // Do not masquerade packets from outside to this host's containers.
             format!("ip saddr != {network} ip daddr {subnet} return"),
-            // Out of the overlay, unless to a multicast group.
+            // Masquerade packets that leave the overlay, except multicast.
             format!("ip saddr {network} ip daddr != 224.0.0.0/4 {masquerade}"),
-            // Into the overlay, to containers of other hosts.
+            // Masquerade packets from outside to containers of other hosts.
             format!("ip saddr != {network} ip daddr {network} {masquerade}"),
         ];
         // Writing to a string cannot fail.
@@ -108,10 +107,10 @@ impl Rules {
     }
 }
 
-/// The script that removes our table, if it is there, and our rules in iptables' FORWARD chain.
+/// The script that removes the agent's table, if it exists, and its rules in iptables' FORWARD chain.
 pub(super) fn removal(names: &Names, forward: &[Value]) -> String {
     let table = &names.table;
-    // Deleting fails where there is nothing to delete; adding never does.
+    // Deleting a missing table fails, adding an existing one does not.
     let mut script = format!("add table ip {table}\ndelete table ip {table}\n");
     let (table, chain) = FORWARD_CHAIN;
     for handle in forward.iter().filter_map(|rule| rule.get("handle")).filter_map(Value::as_u64) {
@@ -120,17 +119,17 @@ pub(super) fn removal(names: &Names, forward: &[Value]) -> String {
     script
 }
 
-/// How many rules a script makes.
+/// Number of rules that a script adds.
 pub(super) fn count(script: &str) -> usize {
     script.lines().filter(|line| line.starts_with("add rule ")).count()
 }
 
-/// Whether a rule that nft lists is ours.
+/// Whether a listed rule has the agent's comment.
 pub(super) fn is_marked(rule: &Value, names: &Names) -> bool {
     rule.get("comment").and_then(Value::as_str) == Some(names.comment.as_str())
 }
 
-/// The chains among those that nft lists whose policy drops forwarded IPv4 packets, other than iptables'.
+/// The listed chains, other than iptables', whose policy drops forwarded IPv4 packets.
 pub(super) fn other_drops(chains: &Value) -> Vec<String> {
     let chains = chains.as_array().into_iter().flatten().filter_map(|object| object.get("chain"));
     let drops = chains.filter_map(|chain| {
@@ -162,10 +161,10 @@ mod tests {
     }
 
     #[test]
-    fn the_script_is_one_replacement_of_everything_that_is_ours() {
+    fn the_script_replaces_the_agents_rules() {
         let names = Names::of("ovl0").unwrap();
-        let there = [json!({ "handle": 7, "comment": "overlay-agent ovl0" })];
-        let script = rules().script(&names, Some(&there));
+        let existing = [json!({ "handle": 7, "comment": "overlay-agent ovl0" })];
+        let script = rules().script(&names, Some(&existing));
         assert_eq!(count(&script), 8);
         assert_eq!(
             script,
@@ -186,18 +185,17 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_asked_for_is_not_there() {
+    fn disabled_rules_are_absent() {
         let names = Names::of("ovl0").unwrap();
         let plain = Rules { fully_random: false, forward: false, ..rules() }.script(&names, Some(&[]));
         assert!(plain.contains(" masquerade\n") && !plain.contains("random") && !plain.contains("FORWARD"));
         let forward = Rules { masquerade: false, ..rules() }.script(&names, Some(&[]));
         assert!(!forward.contains("masquerade") && forward.contains("FORWARD"));
-        // Without iptables' chain nothing of iptables' drops.
         assert!(!rules().script(&names, None).contains("FORWARD"));
     }
 
     #[test]
-    fn only_names_that_nft_reads_as_one_word_are_taken() {
+    fn only_names_that_nft_parses_as_one_word_are_accepted() {
         assert_eq!(Names::of("ovl-0.a_b").unwrap().table, "overlay-agent-ovl-0.a_b");
         for name in ["", "a;b", "a\"b", "a b", "a{", "ä"] {
             assert_eq!(Names::of(name).unwrap_err(), BadName(name.to_owned()));
@@ -205,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn chains_of_others_that_drop_are_named() {
+    fn foreign_chains_that_drop_are_listed() {
         let chain = |family, table, hook, policy| json!({ "chain": { "family": family, "table": table, "name": "FORWARD", "hook": hook, "policy": policy } });
         let chains = json!([
             chain("ip", "filter", "forward", "drop"),

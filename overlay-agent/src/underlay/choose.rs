@@ -1,4 +1,4 @@
-//! The choice itself, from what the kernel has listed.
+//! Selects the underlay from devices, addresses and routes. Pure.
 
 use std::{fmt, net::Ipv4Addr};
 
@@ -11,38 +11,38 @@ use crate::{
     netlink::{Hop, Link},
 };
 
-/// What the kernel says.
+/// The devices, addresses and routes of this host.
 #[derive(Debug, Default)]
 pub(super) struct HostView {
     pub(super) links: Vec<Link>,
-    /// With the index of their device, in the kernel's order: primary addresses first.
+    /// Addresses with the index of their device, in the kernel's order: primary addresses first.
     pub(super) addresses: Vec<(u32, Ipv4Net)>,
-    /// The default route's device.
+    /// The device of the default route.
     pub(super) default: Option<u32>,
-    /// How the address is reached that the selector names.
+    /// The route to [`Selector::can_reach`].
     pub(super) reached: Option<Hop>,
 }
 
-/// Why there is no underlay.
+/// No device matches the selector.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub struct NoUnderlay {
     tried: Vec<NotFound>,
     /// The host's devices with their addresses.
-    there: Vec<String>,
+    available: Vec<String>,
 }
 
 impl fmt::Display for NoUnderlay {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let tried: Vec<_> = self.tried.iter().map(NotFound::to_string).collect();
         write!(f, "found no device for the underlay: {}", tried.join("; "))?;
-        match self.there.is_empty() {
+        match self.available.is_empty() {
             true => write!(f, "; this host has no device with an IPv4 address"),
-            false => write!(f, "; --iface can be one of {}", self.there.join(", ")),
+            false => write!(f, "; --iface can be one of {}", self.available.join(", ")),
         }
     }
 }
 
-/// Why one way did not lead to a device.
+/// Why one criterion found no device.
 #[derive(Debug, Error, PartialEq, Eq)]
 enum NotFound {
     #[error("--iface {0}: there is no device of that name")]
@@ -50,12 +50,12 @@ enum NotFound {
     #[error("--iface {0}: no device holds that address")]
     Address(Ipv4Addr),
     #[error("--iface {0}: the device has no IPv4 address")]
-    Bare(String),
+    NoAddress(String),
     #[error("--iface-regex {0}: matches the device {1}, which has no IPv4 address")]
-    BareMatch(String, String),
+    MatchWithoutAddress(String, String),
     #[error("--iface-regex {0}: matches no address and no name")]
     Match(String),
-    #[error("--iface-can-reach {0}: no route leads there through a device with an IPv4 address")]
+    #[error("--iface-can-reach {0}: no route to it through a device with an IPv4 address")]
     Reach(Ipv4Addr),
     #[error("--public-ip {0}: no device holds that address, so name the device with --iface")]
     Public(Ipv4Addr),
@@ -65,21 +65,22 @@ enum NotFound {
     Default,
 }
 
-/// Chooses as flannel does: the device, and the address of it that fits the way it was found.
+/// Selects the device and its address as flannel does.
 pub(super) fn choose(selector: &Selector, host: &HostView) -> Result<Underlay, NoUnderlay> {
     let mut tried = Vec::new();
-    let asked = !selector.ifaces.is_empty() || !selector.patterns.is_empty() || selector.can_reach.is_some();
+    let has_criteria =
+        !selector.ifaces.is_empty() || !selector.patterns.is_empty() || selector.can_reach.is_some();
     let named = selector.ifaces.iter().map(|iface| host.named(iface));
     let matching = selector.patterns.iter().map(|pattern| host.matching(pattern));
     let reaching = selector.can_reach.map(|address| host.reaching().ok_or(NotFound::Reach(address)));
-    let unasked = (!asked).then(|| match selector.public_ip {
+    let fallback = (!has_criteria).then(|| match selector.public_ip {
         Some(address) => host.holding(address).ok_or(NotFound::Public(address)),
-        None => host.leading_out().ok_or(NotFound::Default),
+        None => host.default_route().ok_or(NotFound::Default),
     });
-    for way in named.chain(matching).chain(reaching).chain(unasked) {
-        match way {
+    for attempt in named.chain(matching).chain(reaching).chain(fallback) {
+        match attempt {
             Ok((link, address)) => {
-                // Peers send to the public address: where the device has it, it is the one to listen at.
+                // Peers send to the public address: if the device holds it, the agent listens there.
                 let held = |public_ip: &Ipv4Addr| {
                     host.addresses
                         .iter()
@@ -91,11 +92,10 @@ pub(super) fn choose(selector: &Selector, host: &HostView) -> Result<Underlay, N
             Err(reason) => tried.push(reason),
         }
     }
-    Err(NoUnderlay { tried, there: host.names() })
+    Err(NoUnderlay { tried, available: host.names() })
 }
 
-/// The address of a device that flannel would take: not one that only this host or this link knows, unless there is no
-/// other than the latter.
+/// The address of a device that flannel would select: not a loopback address, and a link-local one only if there is no other.
 pub(super) fn best_address(addresses: &[(u32, Ipv4Net)], index: u32) -> Option<Ipv4Addr> {
     let own = || {
         let own = addresses.iter().filter(move |(holder, _)| *holder == index);
@@ -105,7 +105,7 @@ pub(super) fn best_address(addresses: &[(u32, Ipv4Net)], index: u32) -> Option<I
 }
 
 impl HostView {
-    /// Devices that can be an underlay. An overlay device cannot, also when a pattern matches its name.
+    /// Devices that can be an underlay: all but overlay devices.
     fn candidates(&self) -> impl Iterator<Item = &Link> {
         self.links.iter().filter(|link| !device::is_ours(link))
     }
@@ -114,7 +114,7 @@ impl HostView {
         self.candidates().find(|link| link.index == index)
     }
 
-    /// The device with the address that fits it best.
+    /// The device with its best address.
     fn with_address(&self, link: &Link) -> Option<(Link, Ipv4Addr)> {
         Some((link.clone(), best_address(&self.addresses, link.index)?))
     }
@@ -125,12 +125,12 @@ impl HostView {
             Iface::Name(name) => {
                 let link = self.candidates().find(|link| link.name == *name);
                 let link = link.ok_or_else(|| NotFound::Name(name.clone()))?;
-                self.with_address(link).ok_or_else(|| NotFound::Bare(name.clone()))
+                self.with_address(link).ok_or_else(|| NotFound::NoAddress(name.clone()))
             }
         }
     }
 
-    /// Addresses of all devices go before names.
+    /// Matches the addresses of all devices before their names.
     fn matching(&self, pattern: &Pattern) -> Result<(Link, Ipv4Addr), NotFound> {
         let matches = |address: &Ipv4Addr| !address.is_loopback() && pattern.is_in(&address.to_string());
         for link in self.candidates() {
@@ -142,12 +142,12 @@ impl HostView {
         match self.candidates().find(|link| pattern.is_in(&link.name)) {
             Some(link) => self
                 .with_address(link)
-                .ok_or_else(|| NotFound::BareMatch(pattern.to_string(), link.name.clone())),
+                .ok_or_else(|| NotFound::MatchWithoutAddress(pattern.to_string(), link.name.clone())),
             None => Err(NotFound::Match(pattern.to_string())),
         }
     }
 
-    /// An address of this host is reached through the loopback device, which leads to no peer.
+    /// Not for an address of this host: its route uses the loopback device.
     fn reaching(&self) -> Option<(Link, Ipv4Addr)> {
         let hop = self.reached?;
         let link = self.by_index(hop.index).filter(|link| link.name != "lo")?;
@@ -162,7 +162,7 @@ impl HostView {
         Some((self.by_index(*index)?.clone(), address))
     }
 
-    fn leading_out(&self) -> Option<(Link, Ipv4Addr)> {
+    fn default_route(&self) -> Option<(Link, Ipv4Addr)> {
         self.with_address(self.by_index(self.default?)?)
     }
 
@@ -183,7 +183,7 @@ mod tests {
         Link { name: name.to_owned(), index, mtu: 1500, up: true, ethernet: true, kind: None, alias: None }
     }
 
-    /// lo, eth0 with two addresses, eth1 with a link-local one first, a bare eth2, and an earlier agent's device.
+    /// lo, eth0 with two addresses, eth1 with a link-local one first, eth2 without addresses, and an overlay device.
     fn host() -> HostView {
         let mut overlay = link(5, "ovl0");
         (overlay.kind, overlay.alias) =
@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_interface_that_is_there_is_taken() {
+    fn the_first_existing_interface_is_selected() {
         let host = host();
         assert_eq!(
             found(&selector(&["eth7", "eth2", "eth1", "eth0"], &[]), &host),
@@ -242,19 +242,19 @@ mod tests {
     }
 
     #[test]
-    fn a_reachable_address_chooses_device_and_source() {
+    fn a_reachable_address_selects_device_and_source() {
         let address = Ipv4Addr::new(192, 168, 7, 9);
-        let asked = Selector { can_reach: Some(address), ..selector(&["nosuch"], &[]) };
+        let selector = Selector { can_reach: Some(address), ..selector(&["nosuch"], &[]) };
         let hop = |index, source| HostView { reached: Some(Hop { index, source }), ..host() };
         let source = Some(Ipv4Addr::new(169, 254, 3, 4));
-        assert_eq!(found(&asked, &hop(3, source)), "eth1 169.254.3.4 169.254.3.4");
-        assert_eq!(found(&asked, &hop(3, None)), "eth1 192.168.7.1 192.168.7.1");
-        assert!(choose(&asked, &hop(1, source)).is_err(), "the host's own address");
-        assert!(choose(&asked, &host()).is_err());
+        assert_eq!(found(&selector, &hop(3, source)), "eth1 169.254.3.4 169.254.3.4");
+        assert_eq!(found(&selector, &hop(3, None)), "eth1 192.168.7.1 192.168.7.1");
+        assert!(choose(&selector, &hop(1, source)).is_err(), "the host's own address");
+        assert!(choose(&selector, &host()).is_err());
     }
 
     #[test]
-    fn the_public_address_counts_last_and_may_be_held_by_nobody() {
+    fn the_public_address_is_the_last_criterion_and_may_be_on_no_device() {
         let host = host();
         let public =
             |address: [u8; 4], ifaces| Selector { public_ip: Some(address.into()), ..selector(ifaces, &[]) };
@@ -268,11 +268,11 @@ mod tests {
     }
 
     #[test]
-    fn failing_tells_what_was_tried_and_what_there_is() {
+    fn the_error_lists_the_criteria_and_the_available_devices() {
         let host = HostView { default: None, ..host() };
-        let asked =
+        let selector =
             Selector { can_reach: Some(Ipv4Addr::new(8, 8, 8, 8)), ..selector(&["eth7", "eth2"], &["^en"]) };
-        let text = choose(&asked, &host).unwrap_err().to_string();
+        let text = choose(&selector, &host).unwrap_err().to_string();
         for part in
             ["eth7: there is no", "eth2: the device has no", "^en: matches no", "8.8.8.8", "eth0 (10.0.0.1)"]
         {

@@ -1,4 +1,4 @@
-//! Which device and address carry the outer packets, chosen as flannel chooses and followed when they change.
+//! The underlay: device and address of the outer packets, selected as flannel does and watched for changes.
 
 mod choose;
 mod watch;
@@ -16,37 +16,37 @@ use crate::{
     netlink::{Link, Netlink},
 };
 
-/// The device and address that carry the outer packets.
+/// The device and addresses of the outer packets.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Underlay {
     /// The device.
     pub link: Link,
-    /// The device's own address: outer packets come from and to it.
+    /// The device's address: source of sent and destination of received outer packets.
     pub local_ip: Ipv4Addr,
-    /// The address by which peers reach this host: the same, unless there is address translation in between.
+    /// The address at which peers reach this host; differs from `local_ip` behind NAT.
     pub public_ip: Ipv4Addr,
 }
 
-/// What the operator says about the underlay. The first that finds a device decides, in the order of the fields; without
-/// any of the first three it is the device that holds the public address, and without that the default route's.
+/// The operator's criteria for the underlay. The first that finds a device wins, in the order of the fields. Without the first
+/// three, the device that holds the public address is selected, and without that the device of the default route.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Selector {
     /// Devices, tried in order.
     pub ifaces: Vec<Iface>,
-    /// Expressions for an address or a name, tried in order.
+    /// Expressions for addresses or names, tried in order.
     pub patterns: Vec<Pattern>,
-    /// An address that the device leads to.
+    /// An address that is reached through the device.
     pub can_reach: Option<Ipv4Addr>,
-    /// The address by which peers reach this host.
+    /// The address at which peers reach this host.
     pub public_ip: Option<Ipv4Addr>,
 }
 
-/// A device as an operator names it.
+/// A device named by the operator.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Iface {
     /// By name.
     Name(String),
-    /// By an address that it holds.
+    /// By one of its addresses.
     Address(Ipv4Addr),
 }
 
@@ -59,7 +59,7 @@ impl fmt::Display for Iface {
     }
 }
 
-/// A regular expression for an address or name, found anywhere in it unless it has anchors. Go's syntax is Rust's.
+/// A regular expression for an address or name, not anchored. Rust's syntax covers Go's.
 #[derive(Clone, Debug)]
 pub struct Pattern(Regex);
 
@@ -92,12 +92,12 @@ impl PartialEq for Pattern {
 impl Eq for Pattern {}
 
 impl Underlay {
-    /// Finds the underlay that the operator wishes for.
+    /// Finds the device and address that `selector` selects.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses to list, or with [`NoUnderlay`], which says what was tried and what there is, or when other
-    /// hosts cannot reach the address.
+    /// When the kernel cannot be queried, with [`NoUnderlay`] when no device matches, or when other hosts cannot reach the
+    /// address.
     pub async fn find(netlink: &Netlink, selector: &Selector) -> Result<Self> {
         let host = choose::HostView {
             links: netlink.links().await?,

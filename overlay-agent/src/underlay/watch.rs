@@ -1,7 +1,7 @@
-//! Tells when the underlay's address or MTU changes, or when it is gone.
+//! Reports changes of the underlay's address and MTU, and the loss of its device.
 //!
-//! The kernel's messages only wake the watch; what is true is listed anew each time. So a lost or repeated message does no
-//! harm, and what changed before the watch began is found at its start.
+//! Netlink messages only trigger a new listing of the host's state, so lost and repeated messages do no harm, and changes from
+//! before the subscription are found by the first listing.
 
 use std::{net::Ipv4Addr, time::Duration};
 
@@ -21,25 +21,25 @@ use crate::{
     netlink::{Link, Netlink},
 };
 
-/// An address that is replaced is removed first: wait a moment for the other half of the change.
-const SETTLE: Duration = Duration::from_millis(100);
-/// How often to look without being woken: the kernel drops messages for a socket that is full.
-const LOOK: Duration = Duration::from_secs(30);
+/// Delay before listing: replacing an address removes the old one first.
+const SETTLE_TIME: Duration = Duration::from_millis(100);
+/// Interval of listings without a message: the kernel drops messages when the socket buffer is full.
+const RESYNC_INTERVAL: Duration = Duration::from_secs(30);
 
-/// What became of the underlay.
+/// A change of the underlay.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum UnderlayChange {
-    /// It has another address, another MTU, or its device was made anew.
+    /// It has another address or MTU, or its device was recreated.
     Changed(Underlay),
-    /// The device is gone or has no address; the text says which. What follows is [`UnderlayChange::Changed`] when it is
-    /// back, also when nothing about it is different.
+    /// The device is gone or has no usable address, with the reason. [`UnderlayChange::Changed`] follows when it is back, even
+    /// if it is the same as before.
     Lost(String),
 }
 
-/// Watches `current`, which was found by `selector`, in a task of its own that ends when the receiver is dropped.
+/// Watches `current`, which `selector` selected, in a task that ends when the receiver is dropped.
 ///
-/// An address that the operator named is the only one, on whatever device it is. Else the device stays the same, and so does
-/// the address as long as the device has it; when it comes back after another one had to do, it is the one again.
+/// An address that the operator named is never replaced by another, but may move to another device. Otherwise the device stays
+/// the same, and its initial address is used whenever the device holds it.
 ///
 /// # Errors
 ///
@@ -53,20 +53,20 @@ pub fn watch(current: Underlay, selector: &Selector) -> Result<mpsc::Receiver<Un
     let (sender, receiver) = mpsc::channel(4);
     let mut state = State::new(current, selector);
     tokio::spawn(async move {
-        let mut tick = interval(LOOK);
+        let mut tick = interval(RESYNC_INTERVAL);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
-                // At once the first time: the watch begins after the underlay was chosen.
+                // Immediately the first time, for changes since the selection.
                 _ = tick.tick() => {}
                 message = messages.next() => {
-                    sleep(SETTLE).await;
+                    sleep(SETTLE_TIME).await;
                     if message.is_none() {
-                        // The socket broke.
+                        // The connection failed.
                         match rtnetlink::new_multicast_connection(&groups) {
-                            Ok((connection, handle, another)) => {
+                            Ok((connection, handle, new_messages)) => {
                                 tokio::spawn(connection);
-                                (netlink, messages) = (Netlink::from(handle), another);
+                                (netlink, messages) = (Netlink::from(handle), new_messages);
                             }
                             Err(error) => warn!("subscribe to changes of network devices: {error}"),
                         }
@@ -77,14 +77,14 @@ pub fn watch(current: Underlay, selector: &Selector) -> Result<mpsc::Receiver<Un
                 }
                 () = sender.closed() => return,
             }
-            match state.look(&netlink).await {
+            match state.refresh(&netlink).await {
                 Ok(None) => {}
                 Ok(Some(change)) => {
                     if sender.send(change).await.is_err() {
                         return;
                     }
                 }
-                Err(error) => warn!("cannot look at the underlay: {error:#}"),
+                Err(error) => warn!("list the state of the underlay: {error:#}"),
             }
         }
     });
@@ -92,11 +92,11 @@ pub fn watch(current: Underlay, selector: &Selector) -> Result<mpsc::Receiver<Un
 }
 
 struct State {
-    /// What was chosen first.
-    home: Ipv4Addr,
+    /// The selected address.
+    initial: Ipv4Addr,
     last: Underlay,
     lost: bool,
-    /// The operator's word on the public address; without it, it follows the device's.
+    /// The public address that the operator configured; without it, the device's address is public.
     public_ip: Option<Ipv4Addr>,
     /// Whether the operator named the address.
     pinned: bool,
@@ -104,16 +104,17 @@ struct State {
 
 impl State {
     fn new(current: Underlay, selector: &Selector) -> Self {
-        let home = current.local_ip;
-        let pinned = selector.public_ip == Some(home) || selector.ifaces.contains(&Iface::Address(home));
-        Self { home, last: current, lost: false, public_ip: selector.public_ip, pinned }
+        let initial = current.local_ip;
+        let pinned =
+            selector.public_ip == Some(initial) || selector.ifaces.contains(&Iface::Address(initial));
+        Self { initial, last: current, lost: false, public_ip: selector.public_ip, pinned }
     }
 
-    async fn look(&mut self, netlink: &Netlink) -> Result<Option<UnderlayChange>> {
+    async fn refresh(&mut self, netlink: &Netlink) -> Result<Option<UnderlayChange>> {
         let (links, addresses) = (netlink.links().await?, netlink.addresses().await?);
         let (link, local_ip) = match self.find(&links, &addresses) {
             Ok(found) => found,
-            Err(why) => return Ok(self.lose(why)),
+            Err(why) => return Ok(self.mark_lost(why)),
         };
         let now = Underlay { link, local_ip, public_ip: self.public_ip.unwrap_or(local_ip) };
         let same = !self.lost
@@ -124,36 +125,36 @@ impl State {
         Ok((!same).then(|| UnderlayChange::Changed(self.last.clone())))
     }
 
-    /// The device and its address, or what is missing.
+    /// The device and its address, or why there is none.
     fn find(&self, links: &[Link], addresses: &[(u32, Ipv4Net)]) -> Result<(Link, Ipv4Addr), String> {
         let holds = |link: &Link, address: Ipv4Addr| {
             addresses.iter().any(|(index, net)| *index == link.index && net.addr() == address)
         };
         if self.pinned {
-            let holder = links.iter().find(|link| !device::is_ours(link) && holds(link, self.home));
+            let holder = links.iter().find(|link| !device::is_ours(link) && holds(link, self.initial));
             let holder =
-                holder.ok_or_else(|| format!("no device holds the address {} any more", self.home))?;
-            return Ok((holder.clone(), self.home));
+                holder.ok_or_else(|| format!("no device holds the address {} any more", self.initial))?;
+            return Ok((holder.clone(), self.initial));
         }
         let name = &self.last.link.name;
         let link = links.iter().find(|link| link.name == *name);
         let link = link.ok_or_else(|| format!("the device {name} is gone"))?;
-        let kept = [self.home, self.last.local_ip].into_iter().find(|address| holds(link, *address));
+        let kept = [self.initial, self.last.local_ip].into_iter().find(|address| holds(link, *address));
         let Some(address) = kept.or_else(|| best_address(addresses, link.index)) else {
             return Err(format!("the device {name} has no IPv4 address"));
         };
-        // What a host gives itself while it waits for a better one is nothing to tell peers.
-        let makeshift = address.is_link_local() && !self.home.is_link_local();
-        match makeshift || !lease::is_host(address) {
-            true => {
-                Err(format!("the device {name} has no address but {address}, at which no peer can reach it"))
-            }
+        // A host without a DHCP lease assigns itself a link-local address: not an address for peers.
+        let temporary = address.is_link_local() && !self.initial.is_link_local();
+        match temporary || !lease::is_host(address) {
+            true => Err(format!(
+                "the device {name} has only the address {address}, at which no peer can reach it"
+            )),
             false => Ok((link.clone(), address)),
         }
     }
 
-    /// Says it once.
-    fn lose(&mut self, why: String) -> Option<UnderlayChange> {
+    /// Reports the loss once.
+    fn mark_lost(&mut self, why: String) -> Option<UnderlayChange> {
         (!std::mem::replace(&mut self.lost, true)).then_some(UnderlayChange::Lost(why))
     }
 }
@@ -166,7 +167,7 @@ mod tests {
         Link { name: name.to_owned(), index, mtu: 1500, up: true, ethernet: true, kind: None, alias: None }
     }
 
-    /// What the watch sees, as `eth0 10.0.0.1`, when eth0 and eth1 have these addresses.
+    /// The result, such as `eth0 10.0.0.1`, when eth0 and eth1 have these addresses.
     fn found(state: &State, eth0: &[&str], eth1: &[&str]) -> String {
         let of = |index: u32, addresses: &[&str]| {
             addresses
@@ -186,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_address_is_preferred_whenever_it_is_there() {
+    fn the_initial_address_is_preferred() {
         let mut state = state(&Selector::default());
         assert_eq!(found(&state, &["10.0.0.5", "10.0.0.1"], &[]), "eth0 10.0.0.1");
         assert_eq!(found(&state, &["10.0.0.5"], &["10.0.0.1"]), "eth0 10.0.0.5");
@@ -198,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn a_named_address_is_the_only_one() {
+    fn a_named_address_is_not_replaced() {
         let home = Ipv4Addr::new(10, 0, 0, 1);
         for selector in [
             Selector { public_ip: Some(home), ..Selector::default() },
@@ -209,7 +210,7 @@ mod tests {
             assert_eq!(found(&state, &["10.0.0.5", "10.0.0.1"], &[]), "eth0 10.0.0.1");
             assert_eq!(found(&state, &["10.0.0.5"], &["10.0.0.1"]), "eth1 10.0.0.1");
         }
-        // Behind address translation the device's own address is its own affair.
+        // Behind NAT, the device's address is not the one that the operator named.
         let translated = Selector { public_ip: Some(Ipv4Addr::new(203, 0, 113, 1)), ..Selector::default() };
         assert_eq!(found(&state(&translated), &["10.0.0.5"], &[]), "eth0 10.0.0.5");
     }
