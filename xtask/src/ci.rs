@@ -1,40 +1,28 @@
-//! `cargo xtask ci`: everything that must hold before a change is merged, in one run.
+//! `cargo xtask ci`: every check and every test that a change has to pass before it is merged.
 
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 
 use crate::step::{self, elapsed};
-use crate::{test, tidy, workspace};
+use crate::{interrupt, test, tidy, workspace};
 
-/// Runs every check and then every test; a failed check does not keep the others from running.
+/// Runs all checks, even after one failed, and then all tests. The last line is the count of the tests.
 pub(crate) fn run() -> Result<ExitCode> {
     let mut failed = Vec::new();
-    let mut check = |name: &'static str, work: &mut dyn FnMut() -> Result<()>| -> Result<()> {
+    for (name, check) in CHECKS {
         let start = Instant::now();
         step::headline(name);
-        match work() {
+        match check() {
             Ok(()) => println!("ok: {name} ({})", elapsed(start)),
             Err(error) => {
-                crate::interrupt::check()?;
+                interrupt::check()?;
                 println!("FAILED: {name} ({}): {error:#}", elapsed(start));
                 failed.push(name);
             }
         }
-        Ok(())
-    };
-
-    check("format", &mut || cargo(&["fmt", "--all", "--", "--check"], &mut |_| ()))?;
-    let clippy = ["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"];
-    check("clippy", &mut || cargo(&clippy, &mut |_| ()))?;
-    check("tidy", &mut tidy::check)?;
-    check("docs", &mut || {
-        cargo(&["doc", "--workspace", "--no-deps"], &mut |command| {
-            command.env("RUSTDOCFLAGS", "-D warnings");
-        })
-    })?;
-
+    }
     step::headline("test");
     if !failed.is_empty() {
         println!("failed before the tests: {}", failed.join(", "));
@@ -43,11 +31,16 @@ pub(crate) fn run() -> Result<ExitCode> {
     Ok(if failed.is_empty() { code } else { ExitCode::FAILURE })
 }
 
-fn cargo(arguments: &[&str], adjust: &mut dyn FnMut(&mut Command)) -> Result<()> {
-    let mut command = workspace::cargo()?;
-    adjust(command.args(arguments));
-    if let Err(error) = step::stream(&mut command) {
-        bail!("{error:#}");
-    }
-    Ok(())
+type Check = (&'static str, fn() -> Result<()>);
+
+const CHECKS: [Check; 4] = [
+    ("format", || cargo(&["fmt", "--all", "--", "--check"])),
+    ("clippy", || cargo(&["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"])),
+    ("docs", || cargo(&["doc", "--workspace", "--no-deps"])),
+    ("tidy", tidy::check),
+];
+
+fn cargo(arguments: &[&str]) -> Result<()> {
+    // rustdoc alone reads the variable.
+    step::stream(workspace::cargo()?.args(arguments).env("RUSTDOCFLAGS", "-D warnings"))
 }

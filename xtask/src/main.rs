@@ -1,10 +1,9 @@
-//! `cargo xtask`: every development command of this repository. This file only wires.
+//! `cargo xtask`: the development commands of this repository.
 
-mod bench;
 mod build;
 mod ci;
-mod demo;
 mod interrupt;
+mod program;
 mod scan;
 mod setup;
 mod step;
@@ -29,12 +28,16 @@ struct Cli {
 enum Command {
     Setup(setup::Options),
     Build(build::Options),
-    Demo(demo::Options),
-    Bench(bench::Options),
+    /// Set up, build and run the demo in network namespaces, as root; `--help` lists its options
+    #[command(disable_help_flag = true)]
+    Demo(program::Options),
+    /// Set up, build and run a benchmark in a network namespace, as root; `--help` lists them
+    #[command(disable_help_flag = true)]
+    Bench(program::Options),
     Test(test::Options),
-    /// Check the rules of this repository that the compiler does not check
+    /// Check conventions of this repository that the compiler does not check
     Tidy,
-    /// Run everything that must hold before a merge: format, clippy, tidy, docs, tests
+    /// Run all checks and tests that a change has to pass: format, clippy, docs, tidy, tests
     Ci,
 }
 
@@ -54,8 +57,8 @@ fn dispatch(command: Command) -> Result<ExitCode> {
     match command {
         Command::Setup(options) => setup::run(&options),
         Command::Build(options) => build::run(&options),
-        Command::Demo(options) => demo::run(&options),
-        Command::Bench(options) => bench::run(&options),
+        Command::Demo(options) => program::run("demo", &options),
+        Command::Bench(options) => program::run("bench", &options),
         Command::Test(options) => test::run(&options),
         Command::Tidy => tidy::run(),
         Command::Ci => ci::run(),

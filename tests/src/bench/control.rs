@@ -1,10 +1,10 @@
-//! The control plane: how long a large network takes to become routes in the kernel, how long one change takes, and what that
-//! costs etcd and this host.
+//! The control plane: time until a large network is routed, time until one change is routed, load on etcd, memory.
 
 use std::{
-    fs,
+    fs::{File, OpenOptions},
+    io::Write as _,
     net::Ipv4Addr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
     time::{Duration, Instant},
@@ -29,19 +29,31 @@ use crate::{
     topology::UPLINK,
 };
 
-/// How fast leases become routes
+/// Examples at the end of `--help`.
+const EXAMPLES: &str = "\
+Examples:
+  cargo xtask bench control                          10,000 leases, 500 changes, a table
+  cargo xtask bench control --leases 50000           five times as many leases
+  cargo xtask bench control --json /tmp/control.json the results for scripts as well
+  cargo xtask bench control --check                  exit code 1 when a limit is missed";
+
+/// Measure the time from leases in etcd to routes in the kernel, and its cost
+///
+/// Fills a real etcd with leases, starts an agent and watches the kernel's route map: time from the agent's start to all
+/// routes, time from a write to etcd to the route of one change, requests to etcd, memory.
 #[derive(Clone, Debug, Args)]
+#[command(after_help = EXAMPLES)]
 pub(super) struct Options {
     /// Leases of other hosts in etcd
     #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=50_000))]
     leases: u32,
-    /// Changes to measure one after the other
+    /// Changes to measure, one at a time
     #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     changes: u32,
-    /// Write the numbers to this file as JSON
+    /// Write the results to this file as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Fail when a limit is missed
+    /// Exit with 1 when a limit is missed
     #[arg(long)]
     check: bool,
 }
@@ -70,6 +82,8 @@ struct Report {
 }
 
 pub(super) fn run(options: &Options) -> Result<ExitCode> {
+    // A file that cannot be written fails before the measurement.
+    let json = options.json.as_deref().map(open_for_writing).transpose()?;
     let agent = agent::binary()?;
     Session::remove_on_signals()?;
     let session = Session::start(Kind::Bench)?;
@@ -98,11 +112,16 @@ pub(super) fn run(options: &Options) -> Result<ExitCode> {
     let report = Report::new(options, &outcome);
     let measured = report.measured(&outcome);
     println!("{}", limit::table(&measured));
-    if let Some(path) = &options.json {
-        let json = serde_json::to_string(&report)?;
-        fs::write(path, format!("{json}\n")).with_context(|| format!("write {}", path.display()))?;
+    if let Some(mut file) = json {
+        file.set_len(0).context("truncate the file of --json")?;
+        writeln!(file, "{}", serde_json::to_string(&report)?).context("write the file of --json")?;
     }
     Ok(limit::exit_code(&measured, options.check))
+}
+
+fn open_for_writing(path: &Path) -> Result<File> {
+    let file = OpenOptions::new().write(true).create(true).truncate(false).open(path);
+    file.with_context(|| format!("write {}: name another file for --json", path.display()))
 }
 
 async fn measure(site: &Arc<Site>, etcd: &Etcd, options: &Options, progress: &Progress) -> Result<Outcome> {

@@ -1,4 +1,4 @@
-//! Benchmarks of the agent beside the demo's rates, each with the limits that it should meet.
+//! Benchmarks of the agent, each with the limits that it has to meet.
 
 mod control;
 mod limit;
@@ -11,26 +11,26 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-/// Benchmarks of overlay-agent. `cargo xtask bench` builds what they need, runs them and explains their options.
+/// Measures the agent on this machine, in a network namespace, and compares the results with their limits. Needs root.
 #[derive(Clone, Debug, Parser)]
-#[command(name = "bench")]
+#[command(name = "cargo xtask bench", bin_name = "cargo xtask bench")]
 pub struct Options {
     #[command(subcommand)]
-    which: Which,
+    benchmark: Benchmark,
 }
 
 #[derive(Clone, Debug, Subcommand)]
-enum Which {
+enum Benchmark {
     Control(control::Options),
 }
 
-/// Runs a benchmark. The exit code says whether it could be measured and, when that was asked for, whether its limits are met.
+/// Runs a benchmark. With `--check`, the exit code is 1 when a limit is missed.
 ///
 /// # Errors
 ///
-/// When nothing can be measured: no root, no agent, no tools.
+/// When the measurement fails, for example without root or without a built agent.
 pub fn run(options: &Options) -> Result<ExitCode> {
-    match &options.which {
-        Which::Control(options) => control::run(options),
+    match &options.benchmark {
+        Benchmark::Control(options) => control::run(options),
     }
 }

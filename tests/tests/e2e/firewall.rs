@@ -187,7 +187,7 @@ fn restoring(session: &Arc<Session>) -> Result<()> {
         let keeper = scope.spawn(|| {
             inside(&a.host, async {
                 firewall.apply().await?;
-                firewall.keep(Duration::from_millis(200), receiver, trouble).await;
+                firewall.run(Duration::from_millis(200), receiver, trouble).await;
                 anyhow::Ok(())
             })?
         });

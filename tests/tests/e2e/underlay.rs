@@ -5,7 +5,7 @@ use std::{net::Ipv4Addr, sync::Arc, time::Duration};
 use anyhow::{Context, Result, bail, ensure};
 use overlay_agent::{
     netlink::Netlink,
-    underlay::{Iface, Underlay, UnderlayChange, Wish, watch},
+    underlay::{Iface, Selector, Underlay, UnderlayChange, watch},
 };
 use overlay_tests::{netns::Netns, session::Session};
 use tokio::{sync::mpsc::Receiver, time::timeout};
@@ -38,9 +38,9 @@ fn host(session: &Arc<Session>) -> Result<Arc<Netns>> {
 
 fn choices(session: &Arc<Session>) -> Result<()> {
     let host = host(session)?;
-    let reach = |address: [u8; 4]| Wish { can_reach: Some(address.into()), ..Wish::default() };
+    let reach = |address: [u8; 4]| Selector { can_reach: Some(address.into()), ..Selector::default() };
     let cases = [
-        ("the default route of the lowest metric", Wish::default(), Some("eth0 10.0.0.1")),
+        ("the default route of the lowest metric", Selector::default(), Some("eth0 10.0.0.1")),
         ("a neighbour", reach([172, 16, 0, 9]), Some("eth1 172.16.0.1")),
         ("a routed address", reach([10, 7, 1, 1]), Some("eth1 172.16.0.1")),
         ("an address behind the default route", reach([192, 0, 2, 1]), Some("eth0 10.0.0.1")),
@@ -48,20 +48,20 @@ fn choices(session: &Arc<Session>) -> Result<()> {
         ("an address of this host", reach([10, 0, 0, 1]), None),
         (
             "the holder of the public address",
-            Wish { public_ip: Some(Ipv4Addr::new(172, 16, 0, 1)), ..Wish::default() },
+            Selector { public_ip: Some(Ipv4Addr::new(172, 16, 0, 1)), ..Selector::default() },
             Some("eth1 172.16.0.1"),
         ),
         (
             "the second of two names",
-            Wish {
+            Selector {
                 ifaces: ["eth9", "eth1"].map(|name| Iface::Name(name.to_owned())).into(),
-                ..Wish::default()
+                ..Selector::default()
             },
             Some("eth1 172.16.0.1"),
         ),
     ];
-    for (what, wish, expected) in cases {
-        let found = inside(&host, async { Underlay::find(&Netlink::connect()?, &wish).await })?;
+    for (what, selector, expected) in cases {
+        let found = inside(&host, async { Underlay::find(&Netlink::connect()?, &selector).await })?;
         let found = found.ok().map(|underlay| format!("{} {}", underlay.link.name, underlay.local_ip));
         ensure!(found.as_deref() == expected, "{what}: expected {expected:?}, found {found:?}");
     }
@@ -94,10 +94,10 @@ fn blackhole(session: &Arc<Session>) -> Result<()> {
 fn changes(session: &Arc<Session>) -> Result<()> {
     let host = host(session)?;
     inside(&host, async {
-        let found = Underlay::find(&Netlink::connect()?, &Wish::default()).await?;
+        let found = Underlay::find(&Netlink::connect()?, &Selector::default()).await?;
         // Between the choice and the watch: must be told all the same.
         host.tool("ip link set eth0 mtu 1400")?;
-        let mut watched = watch(found, &Wish::default())?;
+        let mut watched = watch(found, &Selector::default())?;
         expect(&mut watched, "another MTU before the watch began", "10.0.0.1", 1400).await?;
 
         host.tool("ip link set eth0 mtu 1300")?;

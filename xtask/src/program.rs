@@ -1,0 +1,42 @@
+//! `cargo xtask demo` and `cargo xtask bench`: set up, build, and become a program of the package `tests`.
+
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+
+use crate::setup::{self, Scope};
+use crate::{build, step, workspace};
+
+/// The command line of the program, which parses it and prints its own help.
+#[derive(Args)]
+pub(crate) struct Options {
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "OPTIONS")]
+    arguments: Vec<OsString>,
+}
+
+/// Runs the program `name`. Returns only if it cannot be started.
+pub(crate) fn run(name: &str, options: &Options) -> Result<ExitCode> {
+    // Help needs neither root nor an agent.
+    let help = options.arguments.iter().any(|argument| argument == "--help" || argument == "-h");
+    if !help && !workspace::is_root() {
+        bail!("`cargo xtask {name}` creates network namespaces and loads eBPF programs: run it as root");
+    }
+    let agent = match help {
+        true => None,
+        false => Some(build::build(&setup::ensure(Scope::Everything, false)?)?.agent),
+    };
+    step::headline(format_args!("build: the {name} program (release)"));
+    let mut cargo = workspace::cargo()?;
+    step::stream(cargo.args(["build", "--release", "--package", "overlay-tests", "--bin", name]))?;
+    step::flush();
+    let program = workspace::target_dir()?.join("release").join(name);
+    // In place of xtask, so that Ctrl-C and the exit code are the program's own.
+    let error = Command::new(&program)
+        .args(&options.arguments)
+        .envs(agent.map(|agent| ("OVERLAY_AGENT", agent)))
+        .exec();
+    Err(error).with_context(|| format!("cannot start {}", program.display()))
+}
