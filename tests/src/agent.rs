@@ -22,13 +22,13 @@ use serde::de::DeserializeOwned;
 use crate::{
     netns::Netns,
     report::{Counters, Routes, Status},
-    session::Session,
+    sandbox::Sandbox,
 };
 
 /// Name of the overlay device unless a test asks for another.
 pub const DEVICE: &str = "ovl0";
 /// How long an agent may take to start or to end.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 /// How long an agent may take to refuse: whether another host with its address lives shows in the time of a claim.
 const REFUSAL: Duration = Duration::from_secs(40);
 /// Lines of the log that an error shows.
@@ -95,8 +95,8 @@ impl Site {
     /// # Errors
     ///
     /// When there is no agent to run, or a directory cannot be created.
-    pub fn new(session: &Session, netns: &Arc<Netns>, role: &str) -> Result<Arc<Self>> {
-        Self::of_device(session, netns, role, DEVICE)
+    pub fn new(sandbox: &Sandbox, netns: &Arc<Netns>, role: &str) -> Result<Arc<Self>> {
+        Self::of_device(sandbox, netns, role, DEVICE)
     }
 
     /// A site whose agent makes the overlay device `device`: there may be several in one namespace.
@@ -104,8 +104,8 @@ impl Site {
     /// # Errors
     ///
     /// As [`Site::new`].
-    pub fn of_device(session: &Session, netns: &Arc<Netns>, role: &str, device: &str) -> Result<Arc<Self>> {
-        let directory = session.new_directory(role)?;
+    pub fn of_device(sandbox: &Sandbox, netns: &Arc<Netns>, role: &str, device: &str) -> Result<Arc<Self>> {
+        let directory = sandbox.new_directory(role)?;
         let (netns, device) = (Arc::clone(netns), device.to_owned());
         Ok(Arc::new(Self { netns, binary: binary()?, directory, device }))
     }
@@ -192,7 +192,7 @@ impl Site {
         let mut child = self.spawn(command)?;
         let Some(status) = wait(&mut child, REFUSAL)? else {
             let _ = kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM);
-            if wait(&mut child, PATIENCE)?.is_none() {
+            if wait(&mut child, TIMEOUT)?.is_none() {
                 child.kill().context("kill an agent that does not end")?;
             }
             bail!("the agent started instead of refusing; the end of its log:\n{}", self.log_tail());
@@ -322,7 +322,7 @@ impl Agent {
     ///
     /// When they still are not after 20 seconds.
     pub fn wait_for_routes(&self, what: &str, expected: impl Fn(&Routes) -> bool) -> Result<()> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         loop {
             let routes = self.routes()?;
             if expected(&routes) {
@@ -377,7 +377,7 @@ impl Agent {
     /// When it does not end within 20 seconds or with another exit code than 0, with the end of its log.
     pub fn stop(mut self) -> Result<()> {
         self.signal(Signal::SIGTERM)?;
-        let Some(status) = wait(&mut self.child, PATIENCE)? else {
+        let Some(status) = wait(&mut self.child, TIMEOUT)? else {
             bail!("an agent does not end on SIGTERM; the end of its log:\n{}", self.site.log_tail());
         };
         self.ended = true;
@@ -419,7 +419,7 @@ impl Agent {
     }
 
     fn run_up(&mut self) -> Result<()> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         loop {
             if let Some(status) = self.child.try_wait().context("read the state of an agent")? {
                 // Refused: it removed what it had begun itself.
@@ -429,9 +429,9 @@ impl Agent {
             match self.status() {
                 Ok(status) if status.state == "running" => return Ok(()),
                 Ok(_) | Err(_) if Instant::now() < deadline => thread::sleep(Duration::from_millis(20)),
-                Ok(status) => bail!("it is still {} after {PATIENCE:?}", status.state),
+                Ok(status) => bail!("it is still {} after {TIMEOUT:?}", status.state),
                 Err(error) => {
-                    return Err(error).with_context(|| format!("it does not answer after {PATIENCE:?}"));
+                    return Err(error).with_context(|| format!("it does not answer after {TIMEOUT:?}"));
                 }
             }
         }
@@ -450,8 +450,8 @@ impl Drop for Agent {
     }
 }
 
-fn wait(child: &mut Child, patience: Duration) -> Result<Option<ExitStatus>> {
-    let deadline = Instant::now() + patience;
+fn wait(child: &mut Child, timeout: Duration) -> Result<Option<ExitStatus>> {
+    let deadline = Instant::now() + timeout;
     loop {
         let status = child.try_wait().context("wait for an agent to end")?;
         if status.is_some() || Instant::now() > deadline {

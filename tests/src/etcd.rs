@@ -17,10 +17,10 @@ use nix::{
 };
 use tempfile::TempDir;
 
-use crate::{netns::Netns, session::Session};
+use crate::{netns::Netns, sandbox::Sandbox};
 
 /// How long a server may take to listen.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 /// Another process may take a port between its choice and its use.
 const ATTEMPTS: usize = 5;
 
@@ -79,13 +79,13 @@ impl Home {
         match self {
             // The server goes when the thread of the test goes, however that ends.
             Self::Loopback(_) => spawn(Command::new("setpriv").args(["--pdeathsig", "KILL", "etcd"])),
-            // The thread that starts it ends at once. The session ends what is left in its namespaces.
+            // The thread that starts it ends at once. The sandbox ends what is left in its namespaces.
             Self::Host { .. } => spawn(&mut Command::new("etcd")),
         }
     }
 }
 
-/// A server and its data. Both are gone when this is dropped, or with its session.
+/// A server and its data. Both are gone when this is dropped, or with its sandbox.
 #[derive(Debug)]
 pub struct Etcd {
     home: Home,
@@ -137,8 +137,8 @@ impl Etcd {
     /// # Errors
     ///
     /// When its directory cannot be made.
-    pub fn prepare(session: &Session, netns: &Arc<Netns>, address: Ipv4Addr) -> Result<Self> {
-        let directory = session.new_directory("etcd")?;
+    pub fn prepare(sandbox: &Sandbox, netns: &Arc<Netns>, address: Ipv4Addr) -> Result<Self> {
+        let directory = sandbox.new_directory("etcd")?;
         Ok(Self {
             home: Home::Host { netns: Arc::clone(netns), address, directory },
             tls: None,
@@ -164,7 +164,7 @@ impl Etcd {
         let log = self.home.directory().join("log");
         let output = File::create(&log).with_context(|| format!("create {}", log.display()))?;
         let child = self.child.insert(self.home.spawn(&self.arguments(), output)?);
-        let (address, deadline) = ((self.home.address(), self.client_port), Instant::now() + PATIENCE);
+        let (address, deadline) = ((self.home.address(), self.client_port), Instant::now() + TIMEOUT);
         self.home.run(|| {
             while TcpStream::connect(address).is_err() {
                 let ended = child.try_wait()?;

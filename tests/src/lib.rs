@@ -1,6 +1,6 @@
 //! The end-to-end test harness: hosts and containers as network namespaces, agents, traffic that is verified, rates.
 //!
-//! In reading order: [`session`] owns everything a run creates, [`netns`] is one namespace, [`topology`] is the reference
+//! In reading order: [`sandbox`] owns everything a run creates, [`netns`] is one namespace, [`topology`] is the reference
 //! topology (two hosts, a container behind each), [`comparison`] connects it without the overlay, [`agent`] and [`pair`]
 //! with it. [`traffic`] sends and verifies, [`verify`] is the list of checks that the demo and the tests share. [`etcd`]
 //! is a server for the store, and [`switch`] connects as many hosts as a test of the store wants. [`demo`] and [`mod@bench`] are
@@ -15,7 +15,7 @@ pub mod netns;
 pub mod pair;
 mod progress;
 pub mod report;
-pub mod session;
+pub mod sandbox;
 pub mod switch;
 pub mod table;
 pub mod topology;

@@ -15,14 +15,14 @@ use std::{
 use anyhow::{Context, Result, bail};
 use nix::sched::{CloneFlags, setns};
 
-use crate::session::{Session, hold};
+use crate::sandbox::{Sandbox, hold};
 
-/// A network namespace that lives as long as this value, or longer when its session is kept.
+/// A network namespace that lives as long as this value, or longer when its sandbox is kept.
 #[derive(Debug)]
 pub struct Netns {
     name: String,
     handle: File,
-    session: Arc<Session>,
+    sandbox: Arc<Sandbox>,
 }
 
 impl Netns {
@@ -31,14 +31,14 @@ impl Netns {
     /// # Errors
     ///
     /// When `ip netns add` fails.
-    pub fn create(session: &Arc<Session>, role: &str) -> Result<Arc<Self>> {
-        let name = session.netns_name(role);
+    pub fn create(sandbox: &Arc<Sandbox>, role: &str) -> Result<Arc<Self>> {
+        let name = sandbox.netns_name(role);
         let creating = hold();
         run_tool(&["ip", "netns", "add", &name])?;
         drop(creating);
         let path = format!("/run/netns/{name}");
         let handle = File::open(&path).with_context(|| format!("open network namespace {path}"))?;
-        let netns = Self { name, handle, session: Arc::clone(session) };
+        let netns = Self { name, handle, sandbox: Arc::clone(sandbox) };
         netns.tool("ip link set lo up")?;
         Ok(Arc::new(netns))
     }
@@ -101,7 +101,7 @@ impl Netns {
 
 impl Drop for Netns {
     fn drop(&mut self) {
-        if self.session.is_kept() {
+        if self.sandbox.is_kept() {
             return;
         }
         let _removing = hold();

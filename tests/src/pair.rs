@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use crate::{
     agent::{Agent, Rung, Site},
     report::Counters,
-    session::Session,
+    sandbox::Sandbox,
     topology::{NETWORK, Side, Topology, UPLINK},
 };
 
@@ -28,8 +28,8 @@ impl Store {
     /// # Errors
     ///
     /// When its files cannot be written.
-    pub fn create(session: &Session) -> Result<Self> {
-        let store = Self { directory: session.new_directory("store")? };
+    pub fn create(sandbox: &Sandbox) -> Result<Self> {
+        let store = Self { directory: sandbox.new_directory("store")? };
         let subnets = store.directory.join("subnets");
         fs::create_dir(&subnets).with_context(|| format!("create {}", subnets.display()))?;
         store.write(
@@ -137,10 +137,10 @@ impl Pair {
     /// # Errors
     ///
     /// When an agent does not start, has another rung than asked for, or does not learn of its peer.
-    pub fn start(session: &Arc<Session>, topology: Topology, rung_a: Rung, rung_b: Rung) -> Result<Self> {
-        let store = Store::create(session)?;
+    pub fn start(sandbox: &Arc<Sandbox>, topology: Topology, rung_a: Rung, rung_b: Rung) -> Result<Self> {
+        let store = Store::create(sandbox)?;
         let [a, b] = [(&topology.a, rung_a), (&topology.b, rung_b)].map(|(side, rung)| {
-            let site = Site::new(session, &side.host, &format!("agent-{}", side.name))?;
+            let site = Site::new(sandbox, &side.host, &format!("agent-{}", side.name))?;
             let agent = site.start(&store.arguments(side, rung))?;
             check_rung(&agent, rung)?;
             anyhow::Ok(agent)

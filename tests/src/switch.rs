@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 
 use crate::{
     netns::Netns,
-    session::Session,
+    sandbox::Sandbox,
     topology::{UNDERLAY_MTU, UPLINK},
 };
 
@@ -37,20 +37,20 @@ impl Switch {
     /// # Errors
     ///
     /// When one of the commands fails, with its command line.
-    pub fn build(session: &Arc<Session>, hosts: u8) -> Result<Self> {
-        let hub = Netns::create(session, "hub")?;
+    pub fn build(sandbox: &Arc<Sandbox>, hosts: u8) -> Result<Self> {
+        let hub = Netns::create(sandbox, "hub")?;
         hub.tool("ip link add switch type bridge")?;
         hub.tool(&format!("ip address add {HUB}/24 dev switch"))?;
         hub.tool(&format!("ip link set switch mtu {UNDERLAY_MTU} up"))?;
         let hosts = (1..=hosts)
-            .map(|number| Host::build(session, &hub, number).with_context(|| format!("build host {number}")));
+            .map(|number| Host::build(sandbox, &hub, number).with_context(|| format!("build host {number}")));
         Ok(Self { hosts: hosts.collect::<Result<_>>()?, hub })
     }
 }
 
 impl Host {
-    fn build(session: &Arc<Session>, hub: &Netns, number: u8) -> Result<Self> {
-        let netns = Netns::create(session, &format!("host{number}"))?;
+    fn build(sandbox: &Arc<Sandbox>, hub: &Netns, number: u8) -> Result<Self> {
+        let netns = Netns::create(sandbox, &format!("host{number}"))?;
         let underlay = Ipv4Addr::new(192, 168, 77, number);
         hub.tool(&format!("ip link add port{number} type veth peer name {UPLINK} netns {}", netns.name()))?;
         hub.tool(&format!("ip link set port{number} master switch mtu {UNDERLAY_MTU} up"))?;

@@ -5,7 +5,7 @@ use std::{net::Ipv4Addr, sync::Arc, thread, time::Duration};
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 
-use crate::{netns::Netns, session::Session};
+use crate::{netns::Netns, sandbox::Sandbox};
 
 /// The whole overlay.
 pub const NETWORK: &str = "10.244.0.0/16";
@@ -89,9 +89,9 @@ impl Topology {
     /// # Errors
     ///
     /// When one of the commands fails, with its command line.
-    pub fn build(session: &Arc<Session>, underlay: Underlay, pod_offload: PodOffload) -> Result<Self> {
-        let a = Side::build(session, "a", 1, pod_offload).context("build host and pod A")?;
-        let b = Side::build(session, "b", 2, pod_offload).context("build host and pod B")?;
+    pub fn build(sandbox: &Arc<Sandbox>, underlay: Underlay, pod_offload: PodOffload) -> Result<Self> {
+        let a = Side::build(sandbox, "a", 1, pod_offload).context("build host and pod A")?;
+        let b = Side::build(sandbox, "b", 2, pod_offload).context("build host and pod B")?;
         let peer = b.host.name();
         a.host.tool(&format!("ip link add {UPLINK} type veth peer name {UPLINK} netns {peer}"))?;
         for side in [&a, &b] {
@@ -123,9 +123,9 @@ impl Topology {
 }
 
 impl Side {
-    fn build(session: &Arc<Session>, name: &'static str, number: u8, offload: PodOffload) -> Result<Self> {
-        let host = Netns::create(session, &format!("host{name}"))?;
-        let pod = Netns::create(session, &format!("pod{name}"))?;
+    fn build(sandbox: &Arc<Sandbox>, name: &'static str, number: u8, offload: PodOffload) -> Result<Self> {
+        let host = Netns::create(sandbox, &format!("host{name}"))?;
+        let pod = Netns::create(sandbox, &format!("pod{name}"))?;
         // Strict reverse path filtering, which every rung must survive, in force before there is a device.
         host.tool("sysctl -q -w net.ipv4.ip_forward=1 net.ipv4.conf.all.rp_filter=1 net.ipv4.conf.default.rp_filter=1")?;
         let side = Self {

@@ -25,7 +25,7 @@ use crate::{
     etcd::Etcd,
     netns::Netns,
     progress::Progress,
-    session::{Kind, Session},
+    sandbox::{Kind, Sandbox},
     topology::UPLINK,
 };
 
@@ -85,21 +85,21 @@ pub(super) fn run(options: &Options) -> Result<ExitCode> {
     // A file that cannot be written fails before the measurement.
     let json = options.json.as_deref().map(open_for_writing).transpose()?;
     let agent = agent::binary()?;
-    Session::remove_on_signals()?;
-    let session = Session::start(Kind::Bench)?;
+    Sandbox::remove_on_signals()?;
+    let sandbox = Sandbox::start(Kind::Bench)?;
     let progress = Progress::start();
     progress.line(&format!(
         "one host with an agent on tc, etcd beside it on loopback; agent: {}",
         agent.display()
     ));
-    let host = Netns::create(&session, "host")?;
+    let host = Netns::create(&sandbox, "host")?;
     // Nobody is behind the underlay: no packet is sent.
     host.tool(&format!("ip link add {UPLINK} type veth peer name behind"))?;
     host.tool("ip link set behind up")?;
     host.tool(&format!("ip address add 192.168.77.1/24 dev {UPLINK}"))?;
     host.tool(&format!("ip link set {UPLINK} up"))?;
-    let site = Site::new(&session, &host, "agent")?;
-    let mut etcd = Etcd::prepare(&session, &host, Ipv4Addr::LOCALHOST)?;
+    let site = Site::new(&sandbox, &host, "agent")?;
+    let mut etcd = Etcd::prepare(&sandbox, &host, Ipv4Addr::LOCALHOST)?;
     etcd.restart()?;
     // A thread in the namespace: sockets belong there.
     let outcome = host.run(|| {
@@ -107,7 +107,7 @@ pub(super) fn run(options: &Options) -> Result<ExitCode> {
         runtime.block_on(measure(&site, &etcd, options, &progress))
     })??;
     progress.line("removing the host");
-    drop((etcd, site, host, session));
+    drop((etcd, site, host, sandbox));
 
     let report = Report::new(options, &outcome);
     let measured = report.measured(&outcome);

@@ -16,7 +16,7 @@ const LENGTH: u32 = 24;
 /// Pause between two looks: short against what is measured, long enough to leave the core to those who work.
 const PAUSE: Duration = Duration::from_micros(200);
 /// How long to wait for anything.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The kernel's map of routes.
 pub(super) struct RouteMap(LpmTrie<MapData, [u8; 4], [u8; 4]>);
@@ -75,8 +75,8 @@ impl RouteMap {
                 return Ok(now);
             }
             ensure!(
-                now - begun < PATIENCE,
-                "the route for {subnet} is {found:?} after {PATIENCE:?}, not {peer:?}"
+                now - begun < TIMEOUT,
+                "the route for {subnet} is {found:?} after {TIMEOUT:?}, not {peer:?}"
             );
             thread::sleep(PAUSE);
         }
@@ -86,13 +86,13 @@ impl RouteMap {
 /// Waits until a map of `pid` has a route for `subnet`.
 pub(super) fn await_map(pid: u32, subnet: Ipv4Addr) -> Result<RouteMap> {
     let begun = Instant::now();
-    while begun.elapsed() < PATIENCE {
+    while begun.elapsed() < TIMEOUT {
         if let Some(map) = RouteMap::find(pid, subnet)? {
             return Ok(map);
         }
         thread::sleep(Duration::from_millis(2));
     }
-    bail!("the agent has no route for {subnet} after {PATIENCE:?}")
+    bail!("the agent has no route for {subnet} after {TIMEOUT:?}")
 }
 
 /// One thing to wait for.

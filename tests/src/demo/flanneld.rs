@@ -18,7 +18,7 @@ use crate::{
     etcd::Etcd,
     netns::Netns,
     progress::Progress,
-    session::Session,
+    sandbox::Sandbox,
     topology::{NETWORK, PodOffload, Side, Topology, UPLINK},
     traffic::{ping::ping_with_ttl, steady::without_loss, tcp},
     verify::transfer_limit,
@@ -34,18 +34,18 @@ const TCP_BYTES: u64 = 16 << 20;
 /// # Errors
 ///
 /// When something is not as it must be, with the step.
-pub(super) fn run(session: &Arc<Session>, options: &Options, progress: &Progress) -> Result<String> {
-    let topology = Topology::build(session, options.underlay, PodOffload::On)?;
+pub(super) fn run(sandbox: &Arc<Sandbox>, options: &Options, progress: &Progress) -> Result<String> {
+    let topology = Topology::build(sandbox, options.underlay, PodOffload::On)?;
     let (a, b) = (&topology.a, &topology.b);
-    let mut etcd = Etcd::prepare(session, &a.host, a.underlay)?;
+    let mut etcd = Etcd::prepare(sandbox, &a.host, a.underlay)?;
     etcd.restart().context("start etcd")?;
     let endpoint = etcd.endpoint();
     let config = format!(r#"{{"Network":"{NETWORK}","Backend":{{"Type":"udp"}}}}"#);
     tell(&a.host, &["config", "set", &config, "--etcd-endpoints", &endpoint]).context("write the config")?;
     progress.step(NAME, "etcd on host A, config written", &config);
 
-    let bin = session.new_directory("bin")?;
-    let [first, second] = [a, b].map(|side| start(session, side, &bin, &endpoint));
+    let bin = sandbox.new_directory("bin")?;
+    let [first, second] = [a, b].map(|side| start(sandbox, side, &bin, &endpoint));
     let (first, second) = (first.context("start on host A")?, second.context("start on host B")?);
     for (agent, peer) in [(&first, b), (&second, a)] {
         agent.wait_for_routes(&format!("a route to {}", peer.subnet), |routes| routes.routes.len() == 1)?;
@@ -82,8 +82,8 @@ pub(super) fn run(session: &Arc<Session>, options: &Options, progress: &Progress
 }
 
 /// An agent as a unit file that was written for flanneld starts it.
-fn start(session: &Session, side: &Side, bin: &Path, endpoint: &str) -> Result<Agent> {
-    let site = Site::new(session, &side.host, &format!("flanneld-{}", side.name))?;
+fn start(sandbox: &Sandbox, side: &Side, bin: &Path, endpoint: &str) -> Result<Agent> {
+    let site = Site::new(sandbox, &side.host, &format!("flanneld-{}", side.name))?;
     let link = bin.join("flanneld");
     if !link.exists() {
         symlink(site.binary(), &link).with_context(|| format!("link {}", link.display()))?;

@@ -6,7 +6,7 @@ use crate::{
     agent::{Agent, Rung},
     demo::options::Options,
     pair::Pair,
-    session::{Kind, Session},
+    sandbox::{Kind, Sandbox},
     topology::{PodOffload, Topology},
 };
 
@@ -16,10 +16,10 @@ use crate::{
 ///
 /// When it cannot be built; then nothing is left.
 pub fn leave_up(options: &Options) -> Result<()> {
-    let session = Session::start(Kind::Kept)?;
-    let topology = Topology::build(&session, options.underlay, PodOffload::On)?;
-    let Pair { a, b, topology, .. } = Pair::start(&session, topology, Rung::Tc, Rung::Tc)?;
-    session.keep();
+    let sandbox = Sandbox::start(Kind::Kept)?;
+    let topology = Topology::build(&sandbox, options.underlay, PodOffload::On)?;
+    let Pair { a, b, topology, .. } = Pair::start(&sandbox, topology, Rung::Tc, Rung::Tc)?;
+    sandbox.keep();
     let enter = |name: &str| format!("ip netns exec {name}");
     let [host_a, host_b] = [&topology.a, &topology.b].map(|side| enter(side.host.name()));
     let [pod_a, pod_b] = [&topology.a, &topology.b].map(|side| enter(side.pod.name()));

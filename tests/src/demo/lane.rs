@@ -10,7 +10,7 @@ use crate::{
     demo::rates::Rates,
     pair::{Pair, check_counters},
     report::Counters,
-    session::Session,
+    sandbox::Sandbox,
     topology::{PodOffload, Topology, Underlay},
     verify::{CHECKS, Check, Plan},
 };
@@ -83,8 +83,8 @@ impl Lane {
     /// # Errors
     ///
     /// When a command fails or an agent does not start.
-    pub fn connect(&mut self, session: &Arc<Session>, underlay: Underlay) -> Result<String> {
-        let topology = Topology::build(session, underlay, PodOffload::On)?;
+    pub fn connect(&mut self, sandbox: &Arc<Sandbox>, underlay: Underlay) -> Result<String> {
+        let topology = Topology::build(sandbox, underlay, PodOffload::On)?;
         match self.connection {
             Connection::Comparison(comparison) => {
                 comparison.install(&topology)?;
@@ -92,7 +92,7 @@ impl Lane {
                 Ok(format!("MTU {}", self.plan.mtu))
             }
             Connection::Overlay(a, b) => {
-                let pair = Pair::start(session, topology, a, b)?;
+                let pair = Pair::start(sandbox, topology, a, b)?;
                 let [first, second] = [pair.a.status()?, pair.b.status()?];
                 self.network = Some(Network::Overlay(Box::new(pair)));
                 let rungs = |status: &crate::report::Status| {

@@ -22,7 +22,7 @@ use crate::{
         rates::Rates,
     },
     progress::Progress,
-    session::{Kind, Session, remove_kept},
+    sandbox::{Kind, Sandbox, remove_kept},
     verify::CHECKS,
 };
 
@@ -37,8 +37,8 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let agent = agent::binary()?;
-    Session::remove_on_signals()?;
-    let session = Session::start(Kind::Demo)?;
+    Sandbox::remove_on_signals()?;
+    let sandbox = Sandbox::start(Kind::Demo)?;
     let progress = Progress::start();
     progress.line(&format!(
         "two hosts, a container behind each; underlay: {}; agent: {}",
@@ -48,13 +48,13 @@ pub fn run(options: &Options) -> Result<ExitCode> {
 
     let mut lanes = Vec::new();
     for comparison in [Comparison::Routed, Comparison::Vxlan] {
-        lanes.push(verified(&session, Connection::Comparison(comparison), options, &progress));
+        lanes.push(verified(&sandbox, Connection::Comparison(comparison), options, &progress));
     }
     for RungPair { a, b } in options.pairs() {
-        lanes.push(verified(&session, Connection::Overlay(a, b), options, &progress));
+        lanes.push(verified(&sandbox, Connection::Overlay(a, b), options, &progress));
     }
     measure(&mut lanes, options, &progress);
-    let in_flannelds_place = flanneld::run(&session, options, &progress);
+    let in_flannelds_place = flanneld::run(&sandbox, options, &progress);
     if let Err(error) = &in_flannelds_place {
         progress.step("flanneld", "FAILED", &format!("{error:#}"));
     }
@@ -66,7 +66,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let mut failures: Vec<String> = lanes.iter().flat_map(Lane::failures).collect();
     failures.extend(in_flannelds_place.err().map(|error| format!("flanneld: {error:#}")));
     drop(lanes);
-    drop(session);
+    drop(sandbox);
     if options.keep {
         kept::leave_up(options)?;
     }
@@ -82,10 +82,10 @@ pub fn run(options: &Options) -> Result<ExitCode> {
 }
 
 /// Builds one lane and runs every check on it. What fails is noted in the lane.
-fn verified(session: &Arc<Session>, connection: Connection, options: &Options, progress: &Progress) -> Lane {
+fn verified(sandbox: &Arc<Sandbox>, connection: Connection, options: &Options, progress: &Progress) -> Lane {
     let mut lane = Lane::new(connection, options.tcp_bytes());
     let name = lane.name();
-    match lane.connect(session, options.underlay) {
+    match lane.connect(sandbox, options.underlay) {
         Ok(seen) => progress.step(&name, "connect", &seen),
         Err(error) if connection == Connection::Comparison(Comparison::Vxlan) => {
             // Not every kernel has it, and nothing but the ratios depends on it.

@@ -17,7 +17,7 @@ use crate::{
 /// Pause between an answer and the next datagram.
 const PAUSE: Duration = Duration::from_millis(5);
 /// How long an answer may take. Far longer than any queue: what is late by this is lost.
-const PATIENCE: Duration = Duration::from_secs(1);
+const TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What became of the datagrams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,7 +66,7 @@ fn send(from: Endpoint<'_>, to: Endpoint<'_>, finished: &AtomicBool) -> Result<F
     with_echo(from, to, |socket| {
         let mut flow = Flow { answered: 0, lost: 0 };
         while !finished.load(Ordering::Relaxed) {
-            match is_answered(socket, flow.answered + flow.lost, PATIENCE)? {
+            match is_answered(socket, flow.answered + flow.lost, TIMEOUT)? {
                 true => flow.answered += 1,
                 false => flow.lost += 1,
             }

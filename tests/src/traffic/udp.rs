@@ -26,7 +26,7 @@ const RECEIVE_BUFFER: usize = 4 << 20;
 /// Datagrams under way at once: far less than a queue on the way holds.
 const WINDOW: usize = 16;
 /// How long an answer may take before the datagram counts as lost.
-const PATIENCE: Duration = Duration::from_secs(2);
+const TIMEOUT: Duration = Duration::from_secs(2);
 /// Bytes of IPv4 and UDP headers in front of a datagram's payload.
 const HEADERS: usize = 28;
 /// The largest UDP payload in IPv4.
@@ -78,13 +78,13 @@ pub fn segmented(from: Endpoint<'_>, to: Endpoint<'_>, mtu: usize) -> Result<usi
     })
 }
 
-/// One datagram and its answer, within `patience`: whether the path works at this moment.
+/// One datagram and its answer, within `timeout`: whether the path works at this moment.
 ///
 /// # Errors
 ///
 /// When sockets cannot be created; a lost datagram is `Ok(false)`.
-pub fn is_answered(socket: &UdpSocket, index: u32, patience: Duration) -> Result<bool> {
-    socket.set_read_timeout(Some(patience)).context("set the read timeout")?;
+pub fn is_answered(socket: &UdpSocket, index: u32, timeout: Duration) -> Result<bool> {
+    socket.set_read_timeout(Some(timeout)).context("set the read timeout")?;
     let bytes = datagram(index, 64);
     if socket.send(&bytes).is_err() {
         return Ok(false);
@@ -114,7 +114,7 @@ pub fn with_echo<T>(
     let target = server.local_addr().context("read the echo server's port")?;
     let client = bind(from)?;
     client.connect(target).with_context(|| format!("connect a UDP socket to {target}"))?;
-    client.set_read_timeout(Some(PATIENCE)).context("set the read timeout")?;
+    client.set_read_timeout(Some(TIMEOUT)).context("set the read timeout")?;
     server.set_read_timeout(Some(Duration::from_millis(20))).context("set the read timeout")?;
     let finished = AtomicBool::new(false);
     thread::scope(|scope| {

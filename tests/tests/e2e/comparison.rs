@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use anyhow::{Context, Result, ensure};
 use overlay_tests::{
     comparison::Comparison,
-    session::Session,
+    sandbox::Sandbox,
     topology::{PodOffload, Topology, Underlay},
     traffic::rate::{round_trip, small_packets, tcp_throughput},
     verify::{CHECKS, Plan},
@@ -24,8 +24,8 @@ pub(crate) fn register(suite: &mut Suite) {
                     comparison.name(),
                     underlay.name()
                 );
-                suite.add(name, needs(comparison), move |session| {
-                    every_check(session, comparison, underlay, offload)
+                suite.add(name, needs(comparison), move |sandbox| {
+                    every_check(sandbox, comparison, underlay, offload)
                 });
             }
         }
@@ -41,19 +41,19 @@ const fn needs(comparison: Comparison) -> &'static [Need] {
 }
 
 fn every_check(
-    session: &Arc<Session>,
+    sandbox: &Arc<Sandbox>,
     comparison: Comparison,
     underlay: Underlay,
     offload: PodOffload,
 ) -> Result<()> {
-    let topology = Topology::build(session, underlay, offload)?;
+    let topology = Topology::build(sandbox, underlay, offload)?;
     comparison.install(&topology)?;
     let plan = Plan::plain(comparison.mtu(), TCP_BYTES);
     CHECKS.iter().try_for_each(|check| check.run(&topology, &plan).map(drop).context(check.name))
 }
 
-fn rates_are_measured(session: &Arc<Session>) -> Result<()> {
-    let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
+fn rates_are_measured(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
     Comparison::Routed.install(&topology)?;
     let (a, b) = topology.pods();
     let tcp = tcp_throughput(a, b, Duration::from_secs(1))?;

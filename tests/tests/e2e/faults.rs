@@ -18,7 +18,7 @@ use overlay_tests::{
     agent::{DEVICE, Rung, Site},
     pair::{Pair, Store},
     report::Counters,
-    session::Session,
+    sandbox::Sandbox,
     topology::{OVERLAY_MTU, PodOffload, Topology, Underlay},
     traffic::{ping::ping_with_ttl, rate::small_packets, udp::every_size},
 };
@@ -41,12 +41,12 @@ pub(crate) fn register(suite: &mut Suite) {
         suite.add(
             format!("faults::{word}_device_that_vanishes_is_made_again"),
             needs(rung, rung),
-            move |session| device_vanishes(session, rung),
+            move |sandbox| device_vanishes(sandbox, rung),
         );
         suite.add(
             format!("faults::every_malformed_frame_is_counted_by_{word}_and_harms_nothing"),
             needs(rung, rung),
-            move |session| malformed_frames(session, rung),
+            move |sandbox| malformed_frames(sandbox, rung),
         );
     }
     suite.add("faults::device_that_is_taken_down_comes_back", &[Need::Tun], device_down);
@@ -61,14 +61,14 @@ pub(crate) fn register(suite: &mut Suite) {
     suite.add("faults::clsact_filters_carry_and_go", needs(Rung::Tc, Rung::Tc), clsact_filters);
 }
 
-fn pair(session: &Arc<Session>, rung: Rung) -> Result<Pair> {
-    Pair::start(session, Topology::build(session, Underlay::Virtual, PodOffload::On)?, rung, rung)
+fn pair(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<Pair> {
+    Pair::start(sandbox, Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?, rung, rung)
 }
 
-/// Containers reach each other again within `patience`, in every size.
-fn recovers(pair: &Pair, patience: Duration) -> Result<()> {
+/// Containers reach each other again within `timeout`, in every size.
+fn recovers(pair: &Pair, timeout: Duration) -> Result<()> {
     let (from, to) = pair.topology.pods();
-    let deadline = std::time::Instant::now() + patience;
+    let deadline = std::time::Instant::now() + timeout;
     while let Err(error) = ping_with_ttl(from.netns, to.address, 60) {
         ensure!(std::time::Instant::now() < deadline, "traffic does not come back: {error:#}");
         thread::sleep(Duration::from_millis(200));
@@ -76,8 +76,8 @@ fn recovers(pair: &Pair, patience: Duration) -> Result<()> {
     every_size(from, to, OVERLAY_MTU).map(drop)
 }
 
-fn device_vanishes(session: &Arc<Session>, rung: Rung) -> Result<()> {
-    let mut pair = pair(session, rung)?;
+fn device_vanishes(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
+    let mut pair = pair(sandbox, rung)?;
     for side in [&pair.topology.a, &pair.topology.b] {
         side.host.tool(&format!("ip link delete {DEVICE}"))?;
     }
@@ -88,15 +88,15 @@ fn device_vanishes(session: &Arc<Session>, rung: Rung) -> Result<()> {
     Ok(())
 }
 
-fn device_down(session: &Arc<Session>) -> Result<()> {
-    let pair = pair(session, Rung::Tun)?;
+fn device_down(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let pair = pair(sandbox, Rung::Tun)?;
     pair.topology.a.host.tool(&format!("ip link set {DEVICE} down"))?;
     pair.topology.b.host.tool(&format!("ip address flush dev {DEVICE}"))?;
     recovers(&pair, Duration::from_secs(15))
 }
 
-fn ends_under_load(session: &Arc<Session>) -> Result<()> {
-    let Pair { a, b, store: _store, topology } = pair(session, Rung::Tun)?;
+fn ends_under_load(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let Pair { a, b, store: _store, topology } = pair(sandbox, Rung::Tun)?;
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
         let load = scope.spawn(|| {
@@ -114,13 +114,13 @@ fn ends_under_load(session: &Arc<Session>) -> Result<()> {
     })
 }
 
-fn clsact_filters(session: &Arc<Session>) -> Result<()> {
-    let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
-    let store = Store::create(session)?;
+fn clsact_filters(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
+    let store = Store::create(sandbox)?;
     let start = |side: &overlay_tests::topology::Side| -> Result<_> {
         let mut arguments = store.arguments(side, Rung::Tc);
         arguments.extend(["--tc-attach".to_owned(), "clsact".to_owned()]);
-        Site::new(session, &side.host, &format!("agent-{}", side.name))?.start(&arguments)
+        Site::new(sandbox, &side.host, &format!("agent-{}", side.name))?.start(&arguments)
     };
     let (a, b) = (start(&topology.a)?, start(&topology.b)?);
     let pair = Pair { a, b, store: store.clone(), topology };
@@ -133,7 +133,7 @@ fn clsact_filters(session: &Arc<Session>) -> Result<()> {
         carried.ingress_fast_packets > 0 && carried.slow() == 0,
         "not eBPF carried the packets: {carried:?}"
     );
-    second_network_comes_and_goes(session, &pair.topology)?;
+    second_network_comes_and_goes(sandbox, &pair.topology)?;
     recovers(&pair, Duration::ZERO)?;
     let slow = pair.a.counters()?.traffic.slow();
     ensure!(slow == 0, "another network's agent took the filter along: {slow} packets on the slow path");
@@ -148,11 +148,11 @@ fn clsact_filters(session: &Arc<Session>) -> Result<()> {
 }
 
 /// Runs an agent of another network on host A and stops it again.
-fn second_network_comes_and_goes(session: &Arc<Session>, topology: &Topology) -> Result<()> {
+fn second_network_comes_and_goes(sandbox: &Arc<Sandbox>, topology: &Topology) -> Result<()> {
     let words = "--device ovl1 --network 10.99.0.0/16 --subnet 10.99.1.0/24 --peer 10.99.2.0/24=192.168.77.2 \
                  --port 9999 --iface eth0 --datapath tc --tc-attach clsact";
     let arguments: Vec<String> = words.split_whitespace().map(str::to_owned).collect();
-    let site = Site::new(session, &topology.a.host, "other-network")?;
+    let site = Site::new(sandbox, &topology.a.host, "other-network")?;
     let mut command = site.run_command(&arguments);
     command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
     let mut agent = topology.a.host.spawn(&mut command)?;
@@ -174,8 +174,8 @@ fn second_network_comes_and_goes(session: &Arc<Session>, topology: &Topology) ->
 }
 
 /// Both ends of the underlay go and come back under the same names, with other indices.
-fn underlay_made_anew(session: &Arc<Session>) -> Result<()> {
-    let pair = pair(session, Rung::Tc)?;
+fn underlay_made_anew(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let pair = pair(sandbox, Rung::Tc)?;
     let (a, b) = (&pair.topology.a, &pair.topology.b);
     a.host.tool("ip link delete eth0")?;
     // Another device takes the index that was free.
@@ -195,9 +195,9 @@ fn underlay_made_anew(session: &Arc<Session>) -> Result<()> {
 
 /// A frame that host B could send, sent by the container behind host A: with host A's reverse-path filter off, only the
 /// agent can tell.
-fn container_forges(session: &Arc<Session>) -> Result<()> {
+fn container_forges(sandbox: &Arc<Sandbox>) -> Result<()> {
     for rung in [Rung::Tc, Rung::Tun] {
-        let pair = pair(session, rung)?;
+        let pair = pair(sandbox, rung)?;
         let host = &pair.topology.a.host;
         host.tool("sysctl -q -w net.ipv4.conf.all.rp_filter=0")?;
         for device in host.tool("ls /proc/sys/net/ipv4/conf")?.split_whitespace() {
@@ -228,14 +228,14 @@ fn container_forges(session: &Arc<Session>) -> Result<()> {
     Ok(())
 }
 
-fn refused_on_held_device(session: &Arc<Session>) -> Result<()> {
-    let pair = pair(session, Rung::Tun)?;
+fn refused_on_held_device(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let pair = pair(sandbox, Rung::Tun)?;
     let before = Snapshot::take(&pair.topology.a.host)?;
     let words = format!(
         "--device {DEVICE} --network 10.99.0.0/16 --subnet 10.99.1.0/24 --peer 10.99.2.0/24=192.168.77.2 --port 9999 --iface eth0"
     );
     let arguments: Vec<String> = words.split_whitespace().map(str::to_owned).collect();
-    let site = Site::new(session, &pair.topology.a.host, "second")?;
+    let site = Site::new(sandbox, &pair.topology.a.host, "second")?;
     let error = site.refused(site.run_command(&arguments))?;
     ensure!(error.contains(DEVICE), "the refusal does not name the device: {error}");
     before.is_unchanged(&pair.topology.a.host)?;
@@ -244,8 +244,8 @@ fn refused_on_held_device(session: &Arc<Session>) -> Result<()> {
 
 /// Sends every golden ingress frame that fits over the real link to host A and compares what its agent counted with what
 /// the vectors say.
-fn malformed_frames(session: &Arc<Session>, rung: Rung) -> Result<()> {
-    let pair = pair(session, rung)?;
+fn malformed_frames(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
+    let pair = pair(sandbox, rung)?;
     for (subnet, peer) in OTHER_PEERS {
         // Answers to what is delivered go there: somebody must be there, or sending fails.
         pair.topology.b.host.tool(&format!("ip address add {peer}/24 dev eth0"))?;

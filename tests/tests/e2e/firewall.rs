@@ -14,7 +14,7 @@ use overlay_tests::{
     agent::{DEVICE, Rung, binary},
     netns::Netns,
     pair::Pair,
-    session::Session,
+    sandbox::Sandbox,
     topology::{Endpoint, NETWORK, PodOffload, Side, Topology, Underlay},
 };
 use tokio::{runtime, sync::watch};
@@ -36,8 +36,8 @@ pub(crate) fn register(suite: &mut Suite) {
         } else {
             &[Need::Tun, Need::Nftables]
         };
-        suite.add(format!("firewall::sources_are_flannels_on_{}", rung.name()), needs, move |session| {
-            sources(session, rung)
+        suite.add(format!("firewall::sources_are_flannels_on_{}", rung.name()), needs, move |sandbox| {
+            sources(sandbox, rung)
         });
     }
     suite.add("firewall::forwarding_survives_a_drop_policy", NFT, forwarding);
@@ -72,8 +72,8 @@ fn apply(side: &Side, rules: Rules) -> Result<()> {
 
 /// Two hosts without agents. The underlay address of host B is the world outside too: from there, packets for A's pods go
 /// straight to A, not through the overlay.
-fn hosts(session: &Arc<Session>) -> Result<Topology> {
-    let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
+fn hosts(sandbox: &Arc<Sandbox>) -> Result<Topology> {
+    let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
     let Topology { a, b } = &topology;
     b.host.tool(&format!("ip rule add from {} lookup 100", b.underlay))?;
     b.host.tool(&format!("ip route add default via {} table 100", a.underlay))?;
@@ -86,7 +86,7 @@ fn seen(from: Endpoint<'_>, to: Endpoint<'_>) -> Result<Option<Ipv4Addr>> {
     let server = bind(to)?;
     let client = bind(from)?;
     for socket in [&server, &client] {
-        socket.set_read_timeout(Some(Duration::from_millis(500))).context("set a socket's patience")?;
+        socket.set_read_timeout(Some(Duration::from_millis(500))).context("set the read timeout")?;
     }
     client.connect(server.local_addr().context("read the server's address")?).context("connect")?;
     // No route and ICMP errors count as lost.
@@ -133,8 +133,8 @@ fn on_underlay(side: &Side) -> Endpoint<'_> {
     Endpoint { netns: &side.host, address: side.underlay }
 }
 
-fn sources(session: &Arc<Session>, rung: Rung) -> Result<()> {
-    let pair = Pair::start(session, hosts(session)?, rung, rung)?;
+fn sources(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
+    let pair = Pair::start(sandbox, hosts(sandbox)?, rung, rung)?;
     let (a, b) = (&pair.topology.a, &pair.topology.b);
     let (pod, outside) = (a.pod(), on_underlay(b));
     expect("out of the overlay, before", pod, outside, Some(a.pod_address))?;
@@ -153,8 +153,8 @@ fn sources(session: &Arc<Session>, rung: Rung) -> Result<()> {
     expect("from outside to a pod", outside, pod, Some(b.underlay))
 }
 
-fn forwarding(session: &Arc<Session>) -> Result<()> {
-    let topology = hosts(session)?;
+fn forwarding(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let topology = hosts(sandbox)?;
     let (a, b) = (&topology.a, &topology.b);
     for command in DROP_POLICY {
         a.host.tool(command)?;
@@ -174,8 +174,8 @@ fn forwarding(session: &Arc<Session>) -> Result<()> {
     expect("out, dropped again", a.pod(), on_underlay(b), None)
 }
 
-fn restoring(session: &Arc<Session>) -> Result<()> {
-    let topology = hosts(session)?;
+fn restoring(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let topology = hosts(sandbox)?;
     let (a, b) = (&topology.a, &topology.b);
     for command in DROP_POLICY {
         a.host.tool(command)?;
@@ -219,8 +219,8 @@ fn restoring(session: &Arc<Session>) -> Result<()> {
     })
 }
 
-fn removing(session: &Arc<Session>) -> Result<()> {
-    let topology = hosts(session)?;
+fn removing(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let topology = hosts(sandbox)?;
     let a = &topology.a;
     let remove = || anyhow::Ok(inside(&a.host, firewall::remove(DEVICE))??);
     ensure!(!remove()?, "something was removed where nothing was");
@@ -247,8 +247,8 @@ fn removing(session: &Arc<Session>) -> Result<()> {
     Ok(())
 }
 
-fn another_subnet(session: &Arc<Session>) -> Result<()> {
-    let topology = hosts(session)?;
+fn another_subnet(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let topology = hosts(sandbox)?;
     let (a, b) = (&topology.a, &topology.b);
     let host_to_pod = || seen(on_underlay(b), a.pod());
     // The pod is in a subnet of another host: its visitors from outside are masqueraded, until it is in ours.

@@ -7,7 +7,7 @@ use overlay_tests::{
     agent::{Rung, Site},
     comparison::Comparison,
     pair::{Pair, Store},
-    session::Session,
+    sandbox::Sandbox,
     topology::{OVERLAY_MTU, PodOffload, Topology, UPLINK, Underlay},
     traffic::{
         ping::ping_with_ttl,
@@ -27,20 +27,20 @@ pub(crate) fn register(suite: &mut Suite) {
         suite.add(
             format!("lifecycle::{word}_leaves_nothing_on_sigterm"),
             needs(rung, rung),
-            move |session| sigterm_leaves_nothing(session, rung),
+            move |sandbox| sigterm_leaves_nothing(sandbox, rung),
         );
         suite.add(
             format!("lifecycle::{word}_leaves_nothing_after_crash_and_down"),
             needs(rung, rung),
-            move |session| down_after_crash_leaves_nothing(session, rung),
+            move |sandbox| down_after_crash_leaves_nothing(sandbox, rung),
         );
-        suite.add(format!("lifecycle::{word}_runs_again_after_crash"), needs(rung, rung), move |session| {
-            runs_again_after_crash(session, rung)
+        suite.add(format!("lifecycle::{word}_runs_again_after_crash"), needs(rung, rung), move |sandbox| {
+            runs_again_after_crash(sandbox, rung)
         });
         suite.add(
             format!("lifecycle::changed_peer_mac_costs_{word}_no_more_than_routing"),
             needs(rung, rung),
-            move |session| changed_peer_mac(session, rung),
+            move |sandbox| changed_peer_mac(sandbox, rung),
         );
     }
     suite.add("lifecycle::second_agent_is_refused_and_first_goes_on", ANY, second_agent_is_refused);
@@ -51,15 +51,15 @@ pub(crate) fn register(suite: &mut Suite) {
     suite.add("lifecycle::removed_store_removes_no_route", ANY, removed_store);
 }
 
-fn pair(session: &Arc<Session>, rung: Rung) -> Result<Pair> {
-    Pair::start(session, Topology::build(session, Underlay::Virtual, PodOffload::On)?, rung, rung)
+fn pair(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<Pair> {
+    Pair::start(sandbox, Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?, rung, rung)
 }
 
-fn sigterm_leaves_nothing(session: &Arc<Session>, rung: Rung) -> Result<()> {
-    let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
+fn sigterm_leaves_nothing(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
+    let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
     let host = Arc::clone(&topology.a.host);
     let before = Snapshot::take(&host)?;
-    let pair = Pair::start(session, topology, rung, rung)?;
+    let pair = Pair::start(sandbox, topology, rung, rung)?;
     before.is_changed(&host)?;
     ping_pods(&pair)?;
     let socket = pair.a.site().socket();
@@ -72,11 +72,11 @@ fn sigterm_leaves_nothing(session: &Arc<Session>, rung: Rung) -> Result<()> {
     Ok(())
 }
 
-fn down_after_crash_leaves_nothing(session: &Arc<Session>, rung: Rung) -> Result<()> {
-    let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
+fn down_after_crash_leaves_nothing(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
+    let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
     let host = Arc::clone(&topology.a.host);
     let before = Snapshot::take(&host)?;
-    let pair = Pair::start(session, topology, rung, rung)?;
+    let pair = Pair::start(sandbox, topology, rung, rung)?;
     ping_pods(&pair)?;
     let Pair { a, b, topology: _topology, .. } = pair;
     let site = a.crash()?;
@@ -88,8 +88,8 @@ fn down_after_crash_leaves_nothing(session: &Arc<Session>, rung: Rung) -> Result
     site.down().context("the second time, with nothing to remove")
 }
 
-fn runs_again_after_crash(session: &Arc<Session>, rung: Rung) -> Result<()> {
-    let Pair { a, b, store, topology } = pair(session, rung)?;
+fn runs_again_after_crash(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
+    let Pair { a, b, store, topology } = pair(sandbox, rung)?;
     let site = a.crash()?;
     let a = site.start(&store.arguments(&topology.a, rung)).context("start again what was killed")?;
     let pair = Pair { a, b, store, topology };
@@ -99,12 +99,12 @@ fn runs_again_after_crash(session: &Arc<Session>, rung: Rung) -> Result<()> {
     every_size(from, to, OVERLAY_MTU).map(drop)
 }
 
-fn second_agent_is_refused(session: &Arc<Session>) -> Result<()> {
-    let mut pair = pair(session, Rung::Tun)?;
+fn second_agent_is_refused(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let mut pair = pair(sandbox, Rung::Tun)?;
     let before = Snapshot::take(&pair.topology.a.host)?;
     let arguments = pair.store.arguments(&pair.topology.a, Rung::Tun);
     // Elsewhere in the file system it must meet the device, in the same place the control socket.
-    let elsewhere = Site::new(session, &pair.topology.a.host, "second")?;
+    let elsewhere = Site::new(sandbox, &pair.topology.a.host, "second")?;
     elsewhere.refused(elsewhere.run_command(&arguments))?;
     let mut same_place = elsewhere.run_command(&arguments);
     same_place.arg("--run-dir").arg(pair.a.site().run_directory());
@@ -115,10 +115,10 @@ fn second_agent_is_refused(session: &Arc<Session>) -> Result<()> {
     ping_pods(&pair)
 }
 
-fn peer_that_joins_later(session: &Arc<Session>) -> Result<()> {
-    let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
-    let store = Store::create(session)?;
-    let [site_a, site_b] = sites(session, &topology)?;
+fn peer_that_joins_later(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
+    let store = Store::create(sandbox)?;
+    let [site_a, site_b] = sites(sandbox, &topology)?;
     let a = site_a.start(&store.arguments(&topology.a, Rung::Tun))?;
     a.wait_for_routes("no route while nobody else is there", |routes| routes.routes.is_empty())?;
     let b = site_b.start(&store.arguments(&topology.b, Rung::Tun))?;
@@ -127,8 +127,8 @@ fn peer_that_joins_later(session: &Arc<Session>) -> Result<()> {
     ping_pods(&pair)
 }
 
-fn peer_that_leaves(session: &Arc<Session>) -> Result<()> {
-    let pair = pair(session, Rung::Tun)?;
+fn peer_that_leaves(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let pair = pair(sandbox, Rung::Tun)?;
     pair.store.write_lease("10.244.3.0-24", "192.168.77.3")?;
     pair.a.wait_for_routes("a route to the new peer", |routes| routes.routes.len() == 2)?;
     pair.store.remove("subnets/10.244.3.0-24")?;
@@ -136,9 +136,9 @@ fn peer_that_leaves(session: &Arc<Session>) -> Result<()> {
     ping_pods(&pair)
 }
 
-fn peer_with_a_new_address(session: &Arc<Session>) -> Result<()> {
+fn peer_with_a_new_address(sandbox: &Arc<Sandbox>) -> Result<()> {
     const MOVED: &str = "192.168.77.12";
-    let Pair { a, b, store, topology } = pair(session, Rung::Tun)?;
+    let Pair { a, b, store, topology } = pair(sandbox, Rung::Tun)?;
     ping_with_ttl(&topology.a.pod, topology.b.pod_address, 60)?;
     let site = Arc::clone(b.site());
     b.stop()?;
@@ -155,8 +155,8 @@ fn peer_with_a_new_address(session: &Arc<Session>) -> Result<()> {
     ping_with_ttl(&topology.b.pod, topology.a.pod_address, 60).map(drop)
 }
 
-fn malformed_record(session: &Arc<Session>) -> Result<()> {
-    let pair = pair(session, Rung::Tun)?;
+fn malformed_record(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let pair = pair(sandbox, Rung::Tun)?;
     let expected = pair.a.routes()?.routes;
     pair.store.write("subnets/10.244.9.0-24", "{ this is no JSON")?;
     pair.store.write("subnets/not-a-subnet", r#"{"PublicIP":"192.168.77.9"}"#)?;
@@ -166,8 +166,8 @@ fn malformed_record(session: &Arc<Session>) -> Result<()> {
     ping_pods(&pair)
 }
 
-fn removed_store(session: &Arc<Session>) -> Result<()> {
-    let pair = pair(session, Rung::Tun)?;
+fn removed_store(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let pair = pair(sandbox, Rung::Tun)?;
     let moved = pair.store.move_away()?;
     // Nothing to wait for: that it forgets its routes is what must not come.
     thread::sleep(Duration::from_millis(500));
@@ -179,14 +179,14 @@ fn removed_store(session: &Arc<Session>) -> Result<()> {
 }
 
 /// Changes the hardware address of host B's underlay device while packets cross, with the overlay and without.
-fn changed_peer_mac(session: &Arc<Session>, rung: Rung) -> Result<()> {
+fn changed_peer_mac(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
     // A packet more or less is a matter of the moment.
     const CHANCE: u32 = 2;
-    let routed = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
+    let routed = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
     Comparison::Routed.install(&routed)?;
     let plain = lost_while_mac_changes(&routed)?;
     drop(routed);
-    let pair = pair(session, rung)?;
+    let pair = pair(sandbox, rung)?;
     let lost = lost_while_mac_changes(&pair.topology)?;
     ensure!(lost <= plain + CHANCE, "{lost} of {PROBES} packets lost, and {plain} with routing alone");
     Ok(())
@@ -219,8 +219,8 @@ fn probe(socket: &UdpSocket, index: u32) -> Result<bool> {
     is_answered(socket, index, Duration::from_millis(50))
 }
 
-fn sites(session: &Arc<Session>, topology: &Topology) -> Result<[Arc<Site>; 2]> {
-    Ok([Site::new(session, &topology.a.host, "agent-a")?, Site::new(session, &topology.b.host, "agent-b")?])
+fn sites(sandbox: &Arc<Sandbox>, topology: &Topology) -> Result<[Arc<Site>; 2]> {
+    Ok([Site::new(sandbox, &topology.a.host, "agent-a")?, Site::new(sandbox, &topology.b.host, "agent-b")?])
 }
 
 fn ping_pods(pair: &Pair) -> Result<()> {

@@ -12,7 +12,7 @@ mod lifecycle;
 mod machine;
 mod matrix;
 mod node;
-mod patience;
+mod wait;
 mod refusals;
 mod snapshot;
 mod suite;
@@ -22,14 +22,14 @@ mod underlay;
 use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, run};
-use overlay_tests::session::Session;
+use overlay_tests::sandbox::Sandbox;
 
 use crate::suite::Suite;
 
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
-    if let Err(error) = Session::remove_on_signals() {
+    if let Err(error) = Sandbox::remove_on_signals() {
         eprintln!("error: {error:#}");
         return ExitCode::FAILURE;
     }

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use overlay_tests::{
     agent::Rung,
     pair::{Pair, check_counters},
-    session::Session,
+    sandbox::Sandbox,
     topology::{PodOffload, Topology, Underlay},
     verify::{CHECKS, Plan},
 };
@@ -29,7 +29,7 @@ pub(crate) fn register(suite: &mut Suite) {
     for (a, b) in PAIRS {
         for underlay in [Underlay::Virtual, Underlay::Wire] {
             let name = format!("matrix::{}_{}_{}", a.name(), b.name(), underlay.name());
-            suite.add(name, needs(a, b), move |session| every_check(session, a, b, underlay));
+            suite.add(name, needs(a, b), move |sandbox| every_check(sandbox, a, b, underlay));
         }
     }
 }
@@ -39,9 +39,9 @@ pub(crate) const fn needs(a: Rung, b: Rung) -> &'static [Need] {
     if a.is_fast() || b.is_fast() { &[Need::Tun, Need::Ebpf] } else { &[Need::Tun] }
 }
 
-fn every_check(session: &Arc<Session>, rung_a: Rung, rung_b: Rung, underlay: Underlay) -> Result<()> {
-    let topology = Topology::build(session, underlay, PodOffload::On)?;
-    let pair = Pair::start(session, topology, rung_a, rung_b)?;
+fn every_check(sandbox: &Arc<Sandbox>, rung_a: Rung, rung_b: Rung, underlay: Underlay) -> Result<()> {
+    let topology = Topology::build(sandbox, underlay, PodOffload::On)?;
+    let pair = Pair::start(sandbox, topology, rung_a, rung_b)?;
     let plan = Plan::overlay(TCP_BYTES);
     for check in CHECKS {
         check.run(&pair.topology, &plan).with_context(|| diagnosis(&pair, check.name))?;

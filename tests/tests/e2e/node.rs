@@ -15,12 +15,12 @@ use anyhow::{Context, Result, ensure};
 use overlay_tests::{
     agent::{Agent, DEVICE, Rung, Site},
     pair::{Pair, Store},
-    session::Session,
+    sandbox::Sandbox,
     topology::{NETWORK, OVERLAY_MTU, PodOffload, Side, Topology, UPLINK, Underlay},
     traffic::{ping::ping_with_ttl, steady::without_loss, udp::every_size},
 };
 
-use crate::{machine::Need, matrix::needs, patience::wait_until, suite::Suite};
+use crate::{machine::Need, matrix::needs, wait::wait_until, suite::Suite};
 
 /// The MTU that the underlay gets, and what is left of it for inner packets.
 const SMALL: (usize, usize) = (1400, 1372);
@@ -31,10 +31,10 @@ pub(crate) fn register(suite: &mut Suite) {
         suite.add(
             format!("node::mtu_is_followed_without_loss_on_{word}"),
             needs(rung, rung),
-            move |session| follows_mtu(session, rung),
+            move |sandbox| follows_mtu(sandbox, rung),
         );
-        suite.add(format!("node::address_is_followed_on_{word}"), needs(rung, rung), move |session| {
-            follows_address(session, rung)
+        suite.add(format!("node::address_is_followed_on_{word}"), needs(rung, rung), move |sandbox| {
+            follows_address(sandbox, rung)
         });
     }
     suite.add("node::underlay_that_cannot_be_used_is_said", &[Need::Tun], unusable_underlay);
@@ -51,8 +51,8 @@ pub(crate) fn register(suite: &mut Suite) {
     suite.add("node::nft_that_fails_is_said_until_it_works", nft, failing_nft);
 }
 
-fn pair(session: &Arc<Session>, rung: Rung) -> Result<Pair> {
-    Pair::start(session, Topology::build(session, Underlay::Virtual, PodOffload::On)?, rung, rung)
+fn pair(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<Pair> {
+    Pair::start(sandbox, Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?, rung, rung)
 }
 
 fn subnet_file(agent: &Agent) -> Result<String> {
@@ -64,8 +64,8 @@ fn has_mtu(side: &Side, mtu: usize) -> Result<bool> {
     Ok(side.host.tool(&format!("ip link show {DEVICE}"))?.contains(&format!(" mtu {mtu} ")))
 }
 
-fn follows_mtu(session: &Arc<Session>, rung: Rung) -> Result<()> {
-    let pair = pair(session, rung)?;
+fn follows_mtu(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
+    let pair = pair(sandbox, rung)?;
     let (a, b) = (&pair.topology.a, &pair.topology.b);
     let (from, to) = pair.topology.pods();
     let pid = pair.a.status()?.pid;
@@ -97,8 +97,8 @@ fn follows_mtu(session: &Arc<Session>, rung: Rung) -> Result<()> {
     pair.b.stop()
 }
 
-fn follows_address(session: &Arc<Session>, rung: Rung) -> Result<()> {
-    let pair = pair(session, rung)?;
+fn follows_address(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
+    let pair = pair(sandbox, rung)?;
     let (a, moved) = (&pair.topology.a, Ipv4Addr::new(192, 168, 77, 11));
     let (from, to) = pair.topology.pods();
     let pid = pair.a.status()?.pid;
@@ -121,8 +121,8 @@ fn follows_address(session: &Arc<Session>, rung: Rung) -> Result<()> {
     pair.b.stop()
 }
 
-fn unusable_underlay(session: &Arc<Session>) -> Result<()> {
-    let pair = pair(session, Rung::Tun)?;
+fn unusable_underlay(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let pair = pair(sandbox, Rung::Tun)?;
     let (a, address) = (&pair.topology.a, pair.topology.a.underlay);
     let (from, to) = pair.topology.pods();
     let degraded = |words: &str| {
@@ -147,10 +147,10 @@ fn unusable_underlay(session: &Arc<Session>) -> Result<()> {
 }
 
 /// Another address of the device must do for a while, unless the operator named the one that is away.
-fn address_flaps(session: &Arc<Session>) -> Result<()> {
+fn address_flaps(sandbox: &Arc<Sandbox>) -> Result<()> {
     for named in [false, true] {
-        let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
-        let store = Store::create(session)?;
+        let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
+        let store = Store::create(sandbox)?;
         let (a, b) = (&topology.a, &topology.b);
         let other = Ipv4Addr::new(192, 168, 77, 21);
         a.host.tool(&format!("ip address add {other}/32 dev {UPLINK}"))?;
@@ -158,8 +158,8 @@ fn address_flaps(session: &Arc<Session>) -> Result<()> {
         if named {
             arguments.push(format!("--public-ip={}", a.underlay));
         }
-        let agent = Site::new(session, &a.host, "agent-a")?.start(&arguments)?;
-        let peer = Site::new(session, &b.host, "agent-b")?.start(&store.arguments(b, Rung::Tun))?;
+        let agent = Site::new(sandbox, &a.host, "agent-a")?.start(&arguments)?;
+        let peer = Site::new(sandbox, &b.host, "agent-b")?.start(&store.arguments(b, Rung::Tun))?;
         let recorded = || store.read("subnets/10.244.1.0-24");
         let (from, to) = topology.pods();
         a.host.tool(&format!("ip address delete {}/24 dev {UPLINK}", a.underlay))?;
@@ -187,8 +187,8 @@ fn address_flaps(session: &Arc<Session>) -> Result<()> {
     Ok(())
 }
 
-fn subnet_file_blocked(session: &Arc<Session>) -> Result<()> {
-    let pair = pair(session, Rung::Tun)?;
+fn subnet_file_blocked(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let pair = pair(sandbox, Rung::Tun)?;
     let file = pair.a.site().subnet_file();
     // A directory in its place cannot be replaced by a file.
     fs::remove_file(&file)?;
@@ -204,11 +204,11 @@ fn subnet_file_blocked(session: &Arc<Session>) -> Result<()> {
     wait_until("it is well again", || Ok(pair.a.status()?.state == "running"))
 }
 
-fn rules_come_and_go(session: &Arc<Session>) -> Result<()> {
-    let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
-    let store = Store::create(session)?;
+fn rules_come_and_go(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
+    let store = Store::create(sandbox)?;
     let a = &topology.a;
-    let site = Site::new(session, &a.host, "agent-a")?;
+    let site = Site::new(sandbox, &a.host, "agent-a")?;
     let arguments = [
         store.arguments(a, Rung::Tun),
         ["--ip-masq", "--ip-blackhole-route", "--iptables-resync=1"].map(str::to_owned).into(),
@@ -257,11 +257,11 @@ fn rules_come_and_go(session: &Arc<Session>) -> Result<()> {
     Ok(())
 }
 
-fn no_nft(session: &Arc<Session>) -> Result<()> {
-    let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
-    let store = Store::create(session)?;
-    let site = Site::new(session, &topology.a.host, "agent-a")?;
-    let empty = session.new_directory("empty-path")?;
+fn no_nft(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
+    let store = Store::create(sandbox)?;
+    let site = Site::new(sandbox, &topology.a.host, "agent-a")?;
+    let empty = sandbox.new_directory("empty-path")?;
     let arguments = store.arguments(&topology.a, Rung::Tun);
     let mut masquerading = site.run_command(&[arguments.clone(), vec!["--ip-masq".to_owned()]].concat());
     masquerading.env("PATH", &empty);
@@ -284,8 +284,8 @@ struct Tools {
 }
 
 impl Tools {
-    fn new(session: &Arc<Session>) -> Result<Self> {
-        let tools = Self { directory: session.new_directory("tools")? };
+    fn new(sandbox: &Arc<Sandbox>) -> Result<Self> {
+        let tools = Self { directory: sandbox.new_directory("tools")? };
         tools.work()?;
         Ok(tools)
     }
@@ -333,11 +333,11 @@ impl Tools {
     }
 }
 
-fn hanging_nft(session: &Arc<Session>) -> Result<()> {
-    let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
-    let (store, tools) = (Store::create(session)?, Tools::new(session)?);
+fn hanging_nft(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
+    let (store, tools) = (Store::create(sandbox)?, Tools::new(sandbox)?);
     let host = &topology.a.host;
-    let site = Site::new(session, host, "agent-a")?;
+    let site = Site::new(sandbox, host, "agent-a")?;
     let mut arguments = store.arguments(&topology.a, Rung::Tun);
     arguments.extend(["--ip-masq", "--iptables-resync=1"].map(str::to_owned));
     let no_device = || -> Result<()> {
@@ -366,10 +366,10 @@ fn hanging_nft(session: &Arc<Session>) -> Result<()> {
     Ok(())
 }
 
-fn failing_nft(session: &Arc<Session>) -> Result<()> {
-    let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
-    let (store, tools) = (Store::create(session)?, Tools::new(session)?);
-    let site = Site::new(session, &topology.a.host, "agent-a")?;
+fn failing_nft(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
+    let (store, tools) = (Store::create(sandbox)?, Tools::new(sandbox)?);
+    let site = Site::new(sandbox, &topology.a.host, "agent-a")?;
     let mut arguments = store.arguments(&topology.a, Rung::Tun);
     arguments.extend(["--ip-masq", "--iptables-resync=1"].map(str::to_owned));
     let mut agent = site.begin(tools.run(&site, &arguments))?;

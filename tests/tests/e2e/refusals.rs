@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use overlay_tests::{
     agent::{DEVICE, Rung, Site},
     pair::Store,
-    session::Session,
+    sandbox::Sandbox,
     topology::{NETWORK, PodOffload, Topology, UPLINK, Underlay},
     traffic::udp::occupy,
 };
@@ -24,51 +24,51 @@ const NOBODY: u32 = 65534;
 
 pub(crate) fn register(suite: &mut Suite) {
     let tun: &[Need] = &[Need::Tun];
-    suite.add("refusals::unknown_interface", tun, |session| {
-        Stage::build(session)?.refuses_arguments(&["--iface", "nosuch0"], "nosuch0")
+    suite.add("refusals::unknown_interface", tun, |sandbox| {
+        Stage::build(sandbox)?.refuses_arguments(&["--iface", "nosuch0"], "nosuch0")
     });
-    suite.add("refusals::subnet_outside_the_network", tun, |session| {
-        Stage::build(session)?.refuses_arguments(&["--subnet", "10.99.1.0/24"], "10.99.1.0/24")
+    suite.add("refusals::subnet_outside_the_network", tun, |sandbox| {
+        Stage::build(sandbox)?.refuses_arguments(&["--subnet", "10.99.1.0/24"], "10.99.1.0/24")
     });
-    suite.add("refusals::peer_outside_the_network", tun, |session| {
-        Stage::build(session)?.refuses_peer("10.99.2.0/24=192.168.77.2", "10.99.2.0/24")
+    suite.add("refusals::peer_outside_the_network", tun, |sandbox| {
+        Stage::build(sandbox)?.refuses_peer("10.99.2.0/24=192.168.77.2", "10.99.2.0/24")
     });
-    suite.add("refusals::peer_with_our_own_subnet", tun, |session| {
-        Stage::build(session)?.refuses_peer("10.244.1.0/25=192.168.77.2", "10.244.1.0/25")
+    suite.add("refusals::peer_with_our_own_subnet", tun, |sandbox| {
+        Stage::build(sandbox)?.refuses_peer("10.244.1.0/25=192.168.77.2", "10.244.1.0/25")
     });
-    suite.add("refusals::subnet_of_another_host", tun, |session| {
-        let stage = Stage::build(session)?;
+    suite.add("refusals::subnet_of_another_host", tun, |sandbox| {
+        let stage = Stage::build(sandbox)?;
         stage.store.write_lease("10.244.1.0-24", "192.168.77.99")?;
         stage.refuses_arguments(&[], "192.168.77.99")
     });
-    suite.add("refusals::foreign_device_of_the_same_name", tun, |session| {
-        let stage = Stage::build(session)?;
+    suite.add("refusals::foreign_device_of_the_same_name", tun, |sandbox| {
+        let stage = Stage::build(sandbox)?;
         stage.topology.a.host.tool(&format!("ip link add {DEVICE} type veth peer name foreign1"))?;
         stage.refuses_arguments(&[], DEVICE)
     });
-    suite.add("refusals::foreign_xdp_program", &[Need::Tun, Need::Ebpf], |session| {
-        let stage = Stage::build(session)?;
-        attach_xdp(&stage.topology.a.host, &session.new_directory("foreign")?)?;
+    suite.add("refusals::foreign_xdp_program", &[Need::Tun, Need::Ebpf], |sandbox| {
+        let stage = Stage::build(sandbox)?;
+        attach_xdp(&stage.topology.a.host, &sandbox.new_directory("foreign")?)?;
         let arguments = stage.store.arguments(&stage.topology.a, Rung::Xdp);
         stage.refuses(stage.site.run_command(&arguments), UPLINK)
     });
-    suite.add("refusals::port_in_use", tun, |session| {
-        let stage = Stage::build(session)?;
+    suite.add("refusals::port_in_use", tun, |sandbox| {
+        let stage = Stage::build(sandbox)?;
         let _taken = occupy(stage.topology.a.host(), Ipv4Addr::UNSPECIFIED, 8285)?;
         stage.refuses_arguments(&[], "8285")
     });
     suite.add("refusals::not_root", tun, not_root);
     suite.add("refusals::no_tun_device_node", tun, no_tun_device_node);
-    suite.add("refusals::store_without_configuration", tun, |session| {
-        let stage = Stage::build(session)?;
+    suite.add("refusals::store_without_configuration", tun, |sandbox| {
+        let stage = Stage::build(sandbox)?;
         stage.store.remove("config")?;
         stage.store.write("config", "no JSON")?;
         stage.refuses_arguments(&[], "config")
     });
 }
 
-fn not_root(session: &Arc<Session>) -> Result<()> {
-    let stage = Stage::build(session)?;
+fn not_root(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let stage = Stage::build(sandbox)?;
     // The binary may lie where only root can reach it: open it as root, run what is open.
     let binary = File::open(stage.site.binary()).context("open the agent's binary")?;
     let path = format!("/proc/self/fd/{}", binary.as_raw_fd());
@@ -77,8 +77,8 @@ fn not_root(session: &Arc<Session>) -> Result<()> {
     stage.refuses(command, "root")
 }
 
-fn no_tun_device_node(session: &Arc<Session>) -> Result<()> {
-    let stage = Stage::build(session)?;
+fn no_tun_device_node(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let stage = Stage::build(sandbox)?;
     let mut hidden = Command::new("unshare");
     hidden.args(["--mount", "--propagation", "private", "sh", "-c"]);
     hidden.arg(r#"mount -t tmpfs none /dev/net && exec "$@""#).arg("sh").arg(stage.site.binary());
@@ -93,10 +93,10 @@ struct Stage {
 }
 
 impl Stage {
-    fn build(session: &Arc<Session>) -> Result<Self> {
-        let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
-        let store = Store::create(session)?;
-        let site = Site::new(session, &topology.a.host, "agent")?;
+    fn build(sandbox: &Arc<Sandbox>) -> Result<Self> {
+        let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
+        let store = Store::create(sandbox)?;
+        let site = Site::new(sandbox, &topology.a.host, "agent")?;
         Ok(Self { topology, store, site })
     }
 

@@ -4,19 +4,19 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use anyhow::Result;
 use libtest_mimic::{Completion, Failed, Trial};
-use overlay_tests::session::{Kind, Session};
+use overlay_tests::sandbox::{Kind, Sandbox};
 
 use crate::machine::Need;
 
 /// Every test of this binary.
 pub(crate) struct Suite {
     trials: Vec<Trial>,
-    session: Arc<CurrentSession>,
+    sandbox: Arc<CurrentSandbox>,
 }
 
 impl Suite {
     pub(crate) fn new() -> Self {
-        Self { trials: Vec::new(), session: Arc::default() }
+        Self { trials: Vec::new(), sandbox: Arc::default() }
     }
 
     /// Adds a test. Root and the tools are always needed.
@@ -24,16 +24,16 @@ impl Suite {
         &mut self,
         name: impl Into<String>,
         needs: &'static [Need],
-        test: impl Fn(&Arc<Session>) -> Result<()> + Send + 'static,
+        test: impl Fn(&Arc<Sandbox>) -> Result<()> + Send + 'static,
     ) {
-        let current = Arc::clone(&self.session);
+        let current = Arc::clone(&self.sandbox);
         self.trials.push(Trial::ignorable_test(name, move || {
             if let Some(reason) = Need::missing(needs) {
                 return Ok(Completion::ignored_with(reason));
             }
             let failed = |error: anyhow::Error| Failed::from(format!("{error:#}"));
-            let session = current.get().map_err(failed)?;
-            test(&session).map(|()| Completion::Completed).map_err(failed)
+            let sandbox = current.get().map_err(failed)?;
+            test(&sandbox).map(|()| Completion::Completed).map_err(failed)
         }));
     }
 
@@ -42,18 +42,18 @@ impl Suite {
     }
 }
 
-/// The session of the test that runs; it ends with the test, and with it every file of the test.
+/// The sandbox of the test that runs; it ends with the test, and with it every file of the test.
 #[derive(Default)]
-struct CurrentSession(Mutex<Weak<Session>>);
+struct CurrentSandbox(Mutex<Weak<Sandbox>>);
 
-impl CurrentSession {
-    fn get(&self) -> Result<Arc<Session>> {
+impl CurrentSandbox {
+    fn get(&self) -> Result<Arc<Sandbox>> {
         let mut current = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(session) = current.upgrade() {
-            return Ok(session);
+        if let Some(sandbox) = current.upgrade() {
+            return Ok(sandbox);
         }
-        let session = Session::start(Kind::Test)?;
-        *current = Arc::downgrade(&session);
-        Ok(session)
+        let sandbox = Sandbox::start(Kind::Test)?;
+        *current = Arc::downgrade(&sandbox);
+        Ok(sandbox)
     }
 }

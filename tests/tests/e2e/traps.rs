@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use overlay_tests::{
     agent::Rung,
     pair::Pair,
-    session::Session,
+    sandbox::Sandbox,
     topology::{OVERLAY_MTU, PodOffload, Topology, UPLINK, Underlay},
     traffic::{rate::tcp_throughput, tcp, udp},
     verify::transfer_limit,
@@ -28,8 +28,8 @@ pub(crate) fn register(suite: &mut Suite) {
         suite.add(
             format!("traps::partial_inner_checksum_from_{word}_reaches_tun_host"),
             needs(rung, Rung::Tun),
-            move |session| {
-                let pair = start(session, Underlay::Virtual, PodOffload::On, rung, Rung::Tun)?;
+            move |sandbox| {
+                let pair = start(sandbox, Underlay::Virtual, PodOffload::On, rung, Rung::Tun)?;
                 verified_at_speed(&pair)
             },
         );
@@ -38,8 +38,8 @@ pub(crate) fn register(suite: &mut Suite) {
         suite.add(
             format!("traps::partial_outer_checksum_from_tun_host_survives_{word}_decap"),
             needs(rung, Rung::Tun),
-            move |session| {
-                let pair = start(session, Underlay::Virtual, PodOffload::Off, Rung::Tun, rung)?;
+            move |sandbox| {
+                let pair = start(sandbox, Underlay::Virtual, PodOffload::Off, Rung::Tun, rung)?;
                 verified_at_speed(&pair)
             },
         );
@@ -47,10 +47,10 @@ pub(crate) fn register(suite: &mut Suite) {
         suite.add(
             format!("traps::merged_outer_datagrams_from_tun_host_reach_{word}_host"),
             needs(rung, Rung::Tun),
-            move |session| {
-                let topology = Topology::build(session, Underlay::Wire, PodOffload::On)?;
+            move |sandbox| {
+                let topology = Topology::build(sandbox, Underlay::Wire, PodOffload::On)?;
                 topology.b.host.tool(&format!("ethtool -K {UPLINK} rx-udp-gro-forwarding on gro on"))?;
-                let pair = Pair::start(session, topology, Rung::Tun, rung)?;
+                let pair = Pair::start(sandbox, topology, Rung::Tun, rung)?;
                 verified_at_speed(&pair)
             },
         );
@@ -58,16 +58,16 @@ pub(crate) fn register(suite: &mut Suite) {
         suite.add(
             format!("traps::unsegmented_packet_is_segmented_after_{word}_decap"),
             needs(rung, rung),
-            move |session| {
-                let pair = start(session, Underlay::Virtual, PodOffload::Off, rung, rung)?;
+            move |sandbox| {
+                let pair = start(sandbox, Underlay::Virtual, PodOffload::Off, rung, rung)?;
                 verified_at_speed(&pair)
             },
         );
     }
 }
 
-fn start(session: &Arc<Session>, underlay: Underlay, offload: PodOffload, a: Rung, b: Rung) -> Result<Pair> {
-    Pair::start(session, Topology::build(session, underlay, offload)?, a, b)
+fn start(sandbox: &Arc<Sandbox>, underlay: Underlay, offload: PodOffload, a: Rung, b: Rung) -> Result<Pair> {
+    Pair::start(sandbox, Topology::build(sandbox, underlay, offload)?, a, b)
 }
 
 /// Sends TCP and segmented UDP both ways between the containers and between the hosts, and expects all of it, at speed.

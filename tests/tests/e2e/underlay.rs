@@ -7,7 +7,7 @@ use overlay_agent::{
     netlink::Netlink,
     underlay::{Iface, Selector, Underlay, UnderlayChange, watch},
 };
-use overlay_tests::{netns::Netns, session::Session};
+use overlay_tests::{netns::Netns, sandbox::Sandbox};
 use tokio::{sync::mpsc::Receiver, time::timeout};
 
 use crate::{firewall::inside, suite::Suite};
@@ -21,8 +21,8 @@ pub(crate) fn register(suite: &mut Suite) {
 }
 
 /// A host with two links: eth0 leads out by default, eth1 to 172.16.0.0/24.
-fn host(session: &Arc<Session>) -> Result<Arc<Netns>> {
-    let host = Netns::create(session, "host")?;
+fn host(sandbox: &Arc<Sandbox>) -> Result<Arc<Netns>> {
+    let host = Netns::create(sandbox, "host")?;
     for (name, address) in [("eth0", "10.0.0.1/24"), ("eth1", "172.16.0.1/24")] {
         host.tool(&format!("ip link add {name} type veth peer name {name}p"))?;
         host.tool(&format!("ip address add {address} dev {name}"))?;
@@ -36,8 +36,8 @@ fn host(session: &Arc<Session>) -> Result<Arc<Netns>> {
     Ok(host)
 }
 
-fn choices(session: &Arc<Session>) -> Result<()> {
-    let host = host(session)?;
+fn choices(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let host = host(sandbox)?;
     let reach = |address: [u8; 4]| Selector { can_reach: Some(address.into()), ..Selector::default() };
     let cases = [
         ("the default route of the lowest metric", Selector::default(), Some("eth0 10.0.0.1")),
@@ -68,8 +68,8 @@ fn choices(session: &Arc<Session>) -> Result<()> {
     Ok(())
 }
 
-fn blackhole(session: &Arc<Session>) -> Result<()> {
-    let host = host(session)?;
+fn blackhole(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let host = host(sandbox)?;
     let subnet = "10.244.1.0/24".parse()?;
     let route = |address: &str| host.tool(&format!("ip route get {address}"));
     inside(&host, async {
@@ -91,8 +91,8 @@ fn blackhole(session: &Arc<Session>) -> Result<()> {
     })?
 }
 
-fn changes(session: &Arc<Session>) -> Result<()> {
-    let host = host(session)?;
+fn changes(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let host = host(sandbox)?;
     inside(&host, async {
         let found = Underlay::find(&Netlink::connect()?, &Selector::default()).await?;
         // Between the choice and the watch: must be told all the same.

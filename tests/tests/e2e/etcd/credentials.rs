@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use etcd_client::{Permission, PermissionType};
 use overlay_tests::{
     agent::{Agent, Rung, Site},
-    session::Session,
+    sandbox::Sandbox,
     switch::{HUB, Switch},
     topology::NETWORK,
 };
@@ -76,13 +76,13 @@ fn shows_no_password(agent: &Agent, in_command_line: bool) -> Result<()> {
     Ok(())
 }
 
-fn password_is_shown_nowhere(session: &Arc<Session>) -> Result<()> {
-    let switch = Switch::build(session, 1)?;
+fn password_is_shown_nowhere(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let switch = Switch::build(sandbox, 1)?;
     let host = switch.hosts.first().context("no host")?;
-    let mut server = Server::start(session, &switch.hub, HUB)?;
+    let mut server = Server::start(sandbox, &switch.hub, HUB)?;
     server.write_config(&config(NETWORK))?;
     enable_users(&mut server)?;
-    let site = Site::new(session, &host.netns, "agent")?;
+    let site = Site::new(sandbox, &host.netns, "agent")?;
 
     // In the environment, with all that the agent and its libraries can log.
     let mut with_trace = command(&site, &server, PASSWORD);

@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, sync::Arc};
 use anyhow::{Context, Result, ensure};
 use overlay_tests::{
     agent::{Agent, Rung, Site},
-    session::Session,
+    sandbox::Sandbox,
     switch::{HUB, Host, Switch},
     topology::{Endpoint, NETWORK},
     traffic::{ping::ping_with_ttl, steady::without_loss},
@@ -24,8 +24,8 @@ pub(super) fn register(suite: &mut Suite) {
     suite.add("etcd::a_second_host_with_the_same_public_address_is_refused", tun, same_public_ip);
 }
 
-fn site(session: &Session, host: &Host) -> Result<Arc<Site>> {
-    Site::new(session, &host.netns, "agent")
+fn site(sandbox: &Sandbox, host: &Host) -> Result<Arc<Site>> {
+    Site::new(sandbox, &host.netns, "agent")
 }
 
 /// The host with the overlay address that its agent gave it.
@@ -35,14 +35,14 @@ fn overlay<'a>(host: &'a Host, agent: &Agent) -> Result<Endpoint<'a>> {
     Ok(Endpoint { netns: &host.netns, address })
 }
 
-fn forty_hosts(session: &Arc<Session>) -> Result<()> {
+fn forty_hosts(sandbox: &Arc<Sandbox>) -> Result<()> {
     // One more than there is room for.
-    let switch = Switch::build(session, HOSTS + 1)?;
-    let server = Server::start(session, &switch.hub, HUB)?;
+    let switch = Switch::build(sandbox, HOSTS + 1)?;
+    let server = Server::start(sandbox, &switch.hub, HUB)?;
     server.write_config(CONFIG)?;
     let (late, crowd) = switch.hosts.split_last().context("there are no hosts")?;
     let begin = |host| {
-        let site = site(session, host)?;
+        let site = site(sandbox, host)?;
         site.begin(site.run_command(&arguments(&server, Rung::Tun)))
     };
     let mut agents = crowd.iter().map(begin).collect::<Result<Vec<_>>>()?;
@@ -68,7 +68,7 @@ fn forty_hosts(session: &Arc<Session>) -> Result<()> {
         ping_with_ttl(&from.netns, overlay(to, agent)?.address, 62)?;
     }
 
-    let late = site(session, late)?;
+    let late = site(sandbox, late)?;
     let error = late.refused(late.run_command(&arguments(&server, Rung::Tun)))?;
     ensure!(error.contains("the network 10.244.0.0/16 is full"), "{error}");
     ensure!(error.contains("SubnetMax"), "the error names no remedy: {error}");
@@ -76,19 +76,19 @@ fn forty_hosts(session: &Arc<Session>) -> Result<()> {
     agents.into_iter().try_for_each(Agent::stop)
 }
 
-fn same_public_ip(session: &Arc<Session>) -> Result<()> {
-    let switch = Switch::build(session, 3)?;
-    let server = Server::start(session, &switch.hub, HUB)?;
+fn same_public_ip(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let switch = Switch::build(sandbox, 3)?;
+    let server = Server::start(sandbox, &switch.hub, HUB)?;
     server.write_config(&config(NETWORK))?;
     let [first, other, twin] = switch.hosts.as_slice() else { anyhow::bail!("not three hosts") };
     let arguments = arguments(&server, Rung::Tun);
-    let a = site(session, first)?.start(&arguments)?;
-    let b = site(session, other)?.start(&arguments)?;
+    let a = site(sandbox, first)?.start(&arguments)?;
+    let b = site(sandbox, other)?.start(&arguments)?;
     wait_for_route(&b, &a.status()?.subnet, first.underlay)?;
     wait_for_route(&a, &b.status()?.subnet, other.underlay)?;
     let before = server.records()?;
 
-    let twin = site(session, twin)?;
+    let twin = site(sandbox, twin)?;
     let mut same = arguments.clone();
     same.extend(["--public-ip".to_owned(), first.underlay.to_string()]);
     let error =

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use overlay_tests::{
     agent::{Agent, Site},
-    session::Session,
+    sandbox::Sandbox,
     switch::{HUB, Host, Switch},
     topology::UPLINK,
     traffic::ping::ping_with_ttl,
@@ -25,9 +25,9 @@ pub(super) fn register(suite: &mut Suite) {
 }
 
 /// flanneld as a unit file starts it: some flags with one dash, the rest in the environment.
-fn flanneld(session: &Session, host: &Host, server: &Server, role: &str) -> Result<(Arc<Site>, Command)> {
-    let site = Site::new(session, &host.netns, role)?;
-    let link = session.new_directory("bin")?.join("flanneld");
+fn flanneld(sandbox: &Sandbox, host: &Host, server: &Server, role: &str) -> Result<(Arc<Site>, Command)> {
+    let site = Site::new(sandbox, &host.netns, role)?;
+    let link = sandbox.new_directory("bin")?.join("flanneld");
     symlink(site.binary(), &link).with_context(|| format!("link {}", link.display()))?;
     let mut command = Command::new(link);
     command.stdin(Stdio::null()).env_remove("RUST_LOG");
@@ -39,13 +39,13 @@ fn flanneld(session: &Session, host: &Host, server: &Server, role: &str) -> Resu
     Ok((site, command))
 }
 
-fn under_flannelds_name(session: &Arc<Session>) -> Result<()> {
-    let switch = Switch::build(session, 2)?;
-    let server = Server::start(session, &switch.hub, HUB)?;
+fn under_flannelds_name(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let switch = Switch::build(sandbox, 2)?;
+    let server = Server::start(sandbox, &switch.hub, HUB)?;
     let config = r#"{"Network":"10.5.0.0/16","SubnetLen":24,"Backend":{"Type":"UDP","Port":7890}}"#;
     server.put("/flannel/network/config", config.as_bytes(), 0)?;
     let start = |host, role| -> Result<Agent> {
-        let (site, command) = flanneld(session, host, &server, role)?;
+        let (site, command) = flanneld(sandbox, host, &server, role)?;
         let mut agent = site.begin(command)?;
         agent.wait_until_running()?;
         Ok(agent)

@@ -12,13 +12,13 @@ use anyhow::{Context, Result, ensure};
 use overlay_tests::{
     agent::{Rung, Site},
     netns::Netns,
-    session::Session,
+    sandbox::Sandbox,
     topology::{NETWORK, OVERLAY_MTU, PodOffload, Topology, UPLINK, Underlay},
     traffic::{ping::ping_with_ttl, udp::every_size},
 };
 
 use super::{Scene, arguments, config, key, server::Server, value};
-use crate::{machine::Need, matrix::needs, patience::wait_until, suite::Suite};
+use crate::{machine::Need, matrix::needs, wait::wait_until, suite::Suite};
 
 const HEALTHZ: u16 = 8471;
 
@@ -42,11 +42,11 @@ fn get(netns: &Netns, path: &str) -> Result<(u16, String)> {
     })?
 }
 
-fn health(session: &Arc<Session>) -> Result<()> {
-    let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
+fn health(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
     let host = &topology.a.host;
-    let mut server = Server::prepare(session, &topology.b.host, topology.b.underlay)?;
-    let site = Site::new(session, host, "agent-a")?;
+    let mut server = Server::prepare(sandbox, &topology.b.host, topology.b.underlay)?;
+    let site = Site::new(sandbox, host, "agent-a")?;
     let mut words = arguments(&server, Rung::Tun);
     words.extend(["--healthz-ip=127.0.0.1".to_owned(), format!("--healthz-port={HEALTHZ}")]);
     let mut agent = site.begin(site.run_command(&words))?;
@@ -83,11 +83,11 @@ fn health(session: &Arc<Session>) -> Result<()> {
     agent.stop()
 }
 
-fn systemd(session: &Arc<Session>) -> Result<()> {
-    let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
-    let mut server = Server::prepare(session, &topology.b.host, topology.b.underlay)?;
-    let site = Site::new(session, &topology.a.host, "agent-a")?;
-    let path = session.new_directory("systemd")?.join("notify");
+fn systemd(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
+    let mut server = Server::prepare(sandbox, &topology.b.host, topology.b.underlay)?;
+    let site = Site::new(sandbox, &topology.a.host, "agent-a")?;
+    let path = sandbox.new_directory("systemd")?.join("notify");
     let socket = UnixDatagram::bind(&path).context("listen as systemd does")?;
     socket.set_read_timeout(Some(Duration::from_secs(20)))?;
     let mut command = site.run_command(&arguments(&server, Rung::Tun));
@@ -120,8 +120,8 @@ fn systemd(session: &Arc<Session>) -> Result<()> {
     heard("STOPPING=1").map(drop)
 }
 
-fn follows_address(session: &Arc<Session>) -> Result<()> {
-    let scene = Scene::start(session, Rung::Tc, Rung::Tc)?;
+fn follows_address(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let scene = Scene::start(sandbox, Rung::Tc, Rung::Tc)?;
     let b = &scene.topology.b;
     let moved = Ipv4Addr::new(192, 168, 77, 12);
     let before = scene.server.record(&key(b.subnet))?.context("B has no record")?;

@@ -16,11 +16,11 @@ use std::{net::Ipv4Addr, sync::Arc};
 use anyhow::{Context, Result};
 use overlay_tests::{
     agent::{Agent, Rung, Site},
-    session::Session,
+    sandbox::Sandbox,
     topology::{NETWORK, PodOffload, Side, Topology, UPLINK, Underlay},
 };
 
-use crate::{patience::wait_until, suite::Suite};
+use crate::{wait::wait_until, suite::Suite};
 use server::Server;
 
 pub(crate) fn register(suite: &mut Suite) {
@@ -45,12 +45,12 @@ struct Scene {
 }
 
 impl Scene {
-    fn start(session: &Arc<Session>, rung_a: Rung, rung_b: Rung) -> Result<Self> {
-        let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
-        let server = Server::start(session, &topology.a.host, topology.a.underlay)?;
+    fn start(sandbox: &Arc<Sandbox>, rung_a: Rung, rung_b: Rung) -> Result<Self> {
+        let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
+        let server = Server::start(sandbox, &topology.a.host, topology.a.underlay)?;
         server.write_config(&config(NETWORK))?;
-        let a = start(session, &topology.a, &server, rung_a)?;
-        let b = start(session, &topology.b, &server, rung_b)?;
+        let a = start(sandbox, &topology.a, &server, rung_a)?;
+        let b = start(sandbox, &topology.b, &server, rung_b)?;
         wait_for_route(&a, topology.b.subnet, topology.b.underlay)?;
         Ok(Self { a, b, server, topology })
     }
@@ -91,8 +91,8 @@ fn arguments(server: &Server, rung: Rung) -> Vec<String> {
 }
 
 /// An agent with the subnet of the side's pod.
-fn start(session: &Session, side: &Side, server: &Server, rung: Rung) -> Result<Agent> {
-    let site = Site::new(session, &side.host, &format!("agent-{}", side.name))?;
+fn start(sandbox: &Sandbox, side: &Side, server: &Server, rung: Rung) -> Result<Agent> {
+    let site = Site::new(sandbox, &side.host, &format!("agent-{}", side.name))?;
     let mut arguments = arguments(server, rung);
     arguments.extend(["--subnet".to_owned(), side.subnet.to_owned()]);
     site.start(&arguments)

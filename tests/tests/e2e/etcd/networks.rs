@@ -5,7 +5,7 @@ use std::{net::Ipv4Addr, sync::Arc};
 use anyhow::{Context, Result, ensure};
 use overlay_tests::{
     agent::{Agent, DEVICE, Rung, Site},
-    session::Session,
+    sandbox::Sandbox,
     switch::{HUB, Host, Switch},
     topology::Endpoint,
     traffic::{ping::ping_with_ttl, steady::without_loss, udp::every_size},
@@ -18,7 +18,7 @@ pub(super) fn register(suite: &mut Suite) {
     let cases: [(Rung, &[Need]); 2] = [(Rung::Tun, &[Need::Tun]), (Rung::Tc, needs(Rung::Tc, Rung::Tc))];
     for (rung, needs) in cases {
         let name = format!("etcd::two_networks_side_by_side_on_{}", rung.name());
-        suite.add(name, needs, move |session| side_by_side(session, rung));
+        suite.add(name, needs, move |sandbox| side_by_side(sandbox, rung));
     }
 }
 
@@ -49,10 +49,10 @@ const SECOND: Network = Network {
 };
 
 impl Network {
-    fn start(&self, session: &Session, server: &Server, switch: &Switch, rung: Rung) -> Result<Vec<Agent>> {
+    fn start(&self, sandbox: &Sandbox, server: &Server, switch: &Switch, rung: Rung) -> Result<Vec<Agent>> {
         server.put(&format!("{}/config", self.prefix), self.config.as_bytes(), 0)?;
         let agents = switch.hosts.iter().zip(self.subnets).map(|(host, subnet)| {
-            let site = Site::of_device(session, &host.netns, "agent", self.device)?;
+            let site = Site::of_device(sandbox, &host.netns, "agent", self.device)?;
             let mut arguments = arguments(server, rung);
             let more = ["--etcd-prefix", self.prefix, "--subnet", subnet];
             arguments.extend(more.map(str::to_owned));
@@ -73,11 +73,11 @@ impl Network {
     }
 }
 
-fn side_by_side(session: &Arc<Session>, rung: Rung) -> Result<()> {
-    let switch = Switch::build(session, 2)?;
-    let server = Server::start(session, &switch.hub, HUB)?;
-    let first = FIRST.start(session, &server, &switch, rung)?;
-    let second = SECOND.start(session, &server, &switch, rung)?;
+fn side_by_side(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
+    let switch = Switch::build(sandbox, 2)?;
+    let server = Server::start(sandbox, &switch.hub, HUB)?;
+    let first = FIRST.start(sandbox, &server, &switch, rung)?;
+    let second = SECOND.start(sandbox, &server, &switch, rung)?;
     let ((a, b), (blue_a, blue_b)) = (FIRST.ends(&switch)?, SECOND.ends(&switch)?);
     for agent in &second {
         let status = agent.status()?;

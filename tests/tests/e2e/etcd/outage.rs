@@ -5,7 +5,7 @@ use std::{sync::Arc, thread, time::Duration};
 use anyhow::{Result, ensure};
 use overlay_tests::{
     agent::{Agent, Rung},
-    session::Session,
+    sandbox::Sandbox,
     topology::{NETWORK, OVERLAY_MTU},
     traffic::{ping::ping_with_ttl, steady::without_loss, udp::every_size},
 };
@@ -24,8 +24,8 @@ fn wait_for_state(agent: &Agent, state: &str) -> Result<()> {
     wait_until(&format!("status says {state}"), || Ok(agent.status()?.state == state))
 }
 
-fn hosts_outlive_etcd(session: &Arc<Session>) -> Result<()> {
-    let mut scene = Scene::start(session, Rung::Tc, Rung::Tun)?;
+fn hosts_outlive_etcd(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let mut scene = Scene::start(sandbox, Rung::Tc, Rung::Tun)?;
     let Scene { a, b, server, topology } = &mut scene;
     let (from, to) = topology.pods();
     ping_with_ttl(from.netns, to.address, 60)?;
@@ -58,8 +58,8 @@ fn hosts_outlive_etcd(session: &Arc<Session>) -> Result<()> {
     Ok(())
 }
 
-fn difference_after_outage(session: &Arc<Session>) -> Result<()> {
-    let mut scene = Scene::start(session, Rung::Tc, Rung::Tun)?;
+fn difference_after_outage(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let mut scene = Scene::start(sandbox, Rung::Tc, Rung::Tun)?;
     let Scene { a, b, server, topology } = &mut scene;
     for number in 3..=6 {
         server.put_record(&format!("10.244.{number}.0-24"), value(peer(number)))?;
@@ -107,8 +107,8 @@ fn difference_after_outage(session: &Arc<Session>) -> Result<()> {
     scene.stop().map(drop)
 }
 
-fn wiped_data(session: &Arc<Session>) -> Result<()> {
-    let mut scene = Scene::start(session, Rung::Tc, Rung::Tun)?;
+fn wiped_data(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let mut scene = Scene::start(sandbox, Rung::Tc, Rung::Tun)?;
     let Scene { a, b, server, topology } = &mut scene;
     // The host of this one is gone, as far as anybody can tell.
     server.put_record("10.244.9.0-24", value(peer(9)))?;
@@ -145,7 +145,7 @@ fn wiped_data(session: &Arc<Session>) -> Result<()> {
     server.write_config(&config(NETWORK))?;
     let Scene { a, b, server, topology } = scene;
     a.stop()?;
-    let a = start(session, &topology.a, &server, Rung::Tc)?;
+    let a = start(sandbox, &topology.a, &server, Rung::Tc)?;
     wait_for_route(&a, topology.b.subnet, topology.b.underlay)?;
     let (from, to) = topology.pods();
     ping_with_ttl(from.netns, to.address, 60)?;

@@ -5,7 +5,7 @@ use std::{net::Ipv4Addr, sync::Arc};
 use anyhow::{Context, Result, ensure};
 use overlay_tests::{
     agent::{Agent, Rung},
-    session::Session,
+    sandbox::Sandbox,
     topology::OVERLAY_MTU,
     traffic::{
         ping::{ping, ping_with_ttl},
@@ -74,8 +74,8 @@ fn is_obeyed(character: char) -> bool {
     character.is_control() && character != '\n'
 }
 
-fn malformed_records(session: &Arc<Session>) -> Result<()> {
-    let scene = Scene::start(session, Rung::Tc, Rung::Tun)?;
+fn malformed_records(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let scene = Scene::start(sandbox, Rung::Tc, Rung::Tun)?;
     let Scene { a, b, server, topology } = &scene;
     let (from, to) = topology.pods();
     // Good once, broken later: its last good value stays in force.
@@ -143,8 +143,8 @@ fn read_anew(mut scene: Scene) -> Result<Scene> {
     Ok(scene)
 }
 
-fn other_backends(session: &Arc<Session>) -> Result<()> {
-    let scene = Scene::start(session, Rung::Tc, Rung::Tun)?;
+fn other_backends(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let scene = Scene::start(sandbox, Rung::Tc, Rung::Tun)?;
     let Scene { a, b, server, topology } = &scene;
     let vxlan = |number| {
         format!(
@@ -198,8 +198,8 @@ fn other_backends(session: &Arc<Session>) -> Result<()> {
 }
 
 /// The record of a peer is written again and again while the agents run, in the end with the address of B's host.
-fn peer_moves(session: &Arc<Session>) -> Result<()> {
-    let scene = Scene::start(session, Rung::Tc, Rung::Tun)?;
+fn peer_moves(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let scene = Scene::start(sandbox, Rung::Tc, Rung::Tun)?;
     let Scene { a, b, server, topology } = &scene;
     server.put_record("10.244.41.0-24", value(peer(41)))?;
     wait_for_route(a, "10.244.41.0/24", peer(41))?;

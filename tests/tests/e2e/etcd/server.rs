@@ -9,12 +9,12 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use etcd_client::{Client, ConnectOptions, Error, GetOptions, KeyValue, PutOptions};
-use overlay_tests::{etcd::Etcd, netns::Netns, session::Session};
+use overlay_tests::{etcd::Etcd, netns::Netns, sandbox::Sandbox};
 
 /// What flannel's keys begin with.
 pub(crate) const PREFIX: &str = "/coreos.com/network";
 /// How long a server may take to answer: it may be on its way up.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A record and whose it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,13 +49,13 @@ impl DerefMut for Server {
 
 impl Server {
     /// A server that `restart` will start.
-    pub(crate) fn prepare(session: &Session, host: &Arc<Netns>, address: Ipv4Addr) -> Result<Self> {
-        let etcd = Etcd::prepare(session, host, address)?;
+    pub(crate) fn prepare(sandbox: &Sandbox, host: &Arc<Netns>, address: Ipv4Addr) -> Result<Self> {
+        let etcd = Etcd::prepare(sandbox, host, address)?;
         Ok(Self { etcd, host: Arc::clone(host), user: None })
     }
 
-    pub(crate) fn start(session: &Session, host: &Arc<Netns>, address: Ipv4Addr) -> Result<Self> {
-        let mut server = Self::prepare(session, host, address)?;
+    pub(crate) fn start(sandbox: &Sandbox, host: &Arc<Netns>, address: Ipv4Addr) -> Result<Self> {
+        let mut server = Self::prepare(sandbox, host, address)?;
         server.restart()?;
         Ok(server)
     }
@@ -74,13 +74,13 @@ impl Server {
         let asked = self.host.run(|| {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             runtime.block_on(async {
-                let deadline = Instant::now() + PATIENCE;
+                let deadline = Instant::now() + TIMEOUT;
                 loop {
                     let attempt = async {
                         let mut client = Client::connect([self.endpoint()], user.clone()).await?;
                         work(&mut client).await
                     };
-                    match tokio::time::timeout(PATIENCE, attempt).await {
+                    match tokio::time::timeout(TIMEOUT, attempt).await {
                         Ok(Ok(done)) => return Ok(done),
                         Ok(Err(error)) if Instant::now() > deadline => bail!("etcd does not do it: {error}"),
                         Ok(Err(_)) => tokio::time::sleep(Duration::from_millis(100)).await,

@@ -5,7 +5,7 @@ use std::{fs, os::unix::fs::MetadataExt, sync::Arc, thread, time::Duration};
 use anyhow::{Context, Result, ensure};
 use overlay_tests::{
     agent::{Agent, Rung, Site},
-    session::Session,
+    sandbox::Sandbox,
     topology::{NETWORK, OVERLAY_MTU, PodOffload, Topology, Underlay},
     traffic::{ping::ping_with_ttl, steady, udp::every_size},
 };
@@ -24,11 +24,11 @@ pub(super) fn register(suite: &mut Suite) {
     suite.add("etcd::a_revoked_lease_is_taken_back", tc, revoked_lease_is_taken_back);
 }
 
-fn restart_keeps_subnet(session: &Arc<Session>) -> Result<()> {
-    let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
-    let server = Server::start(session, &topology.a.host, topology.a.underlay)?;
+fn restart_keeps_subnet(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
+    let server = Server::start(sandbox, &topology.a.host, topology.a.underlay)?;
     server.write_config(&config(NETWORK))?;
-    let site = Site::new(session, &topology.a.host, "agent")?;
+    let site = Site::new(sandbox, &topology.a.host, "agent")?;
     let arguments = arguments(&server, Rung::Tun);
     let subnet_of = |agent: &Agent| anyhow::Ok(agent.status()?.subnet);
 
@@ -81,21 +81,21 @@ fn expire(server: &Server, subnet: &str) -> Result<()> {
 }
 
 /// A scene in which nobody asked for A's subnet: it has the one of its record. An agent waits for one that was asked for.
-fn without_wishes(session: &Arc<Session>) -> Result<Scene> {
-    let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
-    let server = Server::start(session, &topology.a.host, topology.a.underlay)?;
+fn without_wishes(sandbox: &Arc<Sandbox>) -> Result<Scene> {
+    let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
+    let server = Server::start(sandbox, &topology.a.host, topology.a.underlay)?;
     server.write_config(&config(NETWORK))?;
     let (subnet, lease) = (key(topology.a.subnet), server.grant()?);
     server.put(&format!("{PREFIX}/subnets/{subnet}"), value(topology.a.underlay).as_bytes(), lease)?;
-    let site = Site::new(session, &topology.a.host, "agent-a")?;
+    let site = Site::new(sandbox, &topology.a.host, "agent-a")?;
     let a = site.start(&arguments(&server, Rung::Tc))?;
-    let b = start(session, &topology.b, &server, Rung::Tun)?;
+    let b = start(sandbox, &topology.b, &server, Rung::Tun)?;
     wait_for_route(&a, topology.b.subnet, topology.b.underlay)?;
     Ok(Scene { a, b, server, topology })
 }
 
-fn paused_agent_gives_way(session: &Arc<Session>) -> Result<()> {
-    let scene = without_wishes(session)?;
+fn paused_agent_gives_way(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let scene = without_wishes(sandbox)?;
     let Scene { a, b, server, topology } = &scene;
     let (host, old) = (&topology.a.host, topology.a.subnet);
     a.pause()?;
@@ -139,8 +139,8 @@ fn paused_agent_gives_way(session: &Arc<Session>) -> Result<()> {
     scene.stop().map(drop)
 }
 
-fn revoked_lease_is_taken_back(session: &Arc<Session>) -> Result<()> {
-    let scene = Scene::start(session, Rung::Tc, Rung::Tun)?;
+fn revoked_lease_is_taken_back(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let scene = Scene::start(sandbox, Rung::Tc, Rung::Tun)?;
     let Scene { a, b, server, topology } = &scene;
     let subnet = topology.a.subnet;
     let file = fs::metadata(a.site().subnet_file()).context("look at the subnet file")?;

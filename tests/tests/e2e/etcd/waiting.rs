@@ -5,12 +5,12 @@ use std::{process::Command, sync::Arc};
 use anyhow::{Result, ensure};
 use overlay_tests::{
     agent::{Agent, Rung, Site},
-    session::Session,
+    sandbox::Sandbox,
     topology::{NETWORK, PodOffload, Topology, Underlay},
 };
 
 use super::{arguments, config, key, server::Server, value, wait_for_log};
-use crate::{machine::Need, patience::wait_until, snapshot::Snapshot, suite::Suite};
+use crate::{machine::Need, wait::wait_until, snapshot::Snapshot, suite::Suite};
 
 const NO_CONFIG: &str = "waiting: there is no /coreos.com/network/config in etcd yet";
 
@@ -28,10 +28,10 @@ struct Stage {
 
 impl Stage {
     /// etcd is not started yet.
-    fn build(session: &Arc<Session>) -> Result<Self> {
-        let topology = Topology::build(session, Underlay::Virtual, PodOffload::On)?;
-        let server = Server::prepare(session, &topology.a.host, topology.a.underlay)?;
-        let site = Site::new(session, &topology.a.host, "agent")?;
+    fn build(sandbox: &Arc<Sandbox>) -> Result<Self> {
+        let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
+        let server = Server::prepare(sandbox, &topology.a.host, topology.a.underlay)?;
+        let site = Site::new(sandbox, &topology.a.host, "agent")?;
         Ok(Self { server, site, topology })
     }
 
@@ -42,8 +42,8 @@ impl Stage {
     }
 }
 
-fn agent_waits(session: &Arc<Session>) -> Result<()> {
-    let mut stage = Stage::build(session)?;
+fn agent_waits(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let mut stage = Stage::build(sandbox)?;
     let no_etcd = format!("waiting: cannot reach etcd at {}", stage.server.endpoint());
     let mut agent = stage.site.begin(stage.command())?;
     wait_for_log(&stage.site, &no_etcd)?;
@@ -64,8 +64,8 @@ fn agent_waits(session: &Arc<Session>) -> Result<()> {
     agent.stop()
 }
 
-fn waiting_agent_ends(session: &Arc<Session>) -> Result<()> {
-    let mut stage = Stage::build(session)?;
+fn waiting_agent_ends(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let mut stage = Stage::build(sandbox)?;
     let before = Snapshot::take(&stage.topology.a.host)?;
     let agent = stage.site.begin(stage.command())?;
     wait_for_log(&stage.site, "waiting: cannot reach etcd")?;

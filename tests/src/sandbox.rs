@@ -27,12 +27,12 @@ use signal_hook::{
 
 use crate::netns::run_tool;
 
-/// Where sessions keep stores, sockets and logs.
+/// Where sandboxes keep stores, sockets and logs.
 const DIRECTORY: &str = "/run/overlay-tests";
 /// Where `ip netns` keeps its names.
 const NETNS_DIRECTORY: &str = "/run/netns";
 
-/// What a session is for; the first part of its name.
+/// What a sandbox is for; the first part of its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// End-to-end tests.
@@ -58,18 +58,18 @@ impl Kind {
 
 /// Owner of everything that one run creates.
 #[derive(Debug)]
-pub struct Session {
+pub struct Sandbox {
     name: String,
     next: AtomicU32,
     kept: AtomicBool,
 }
 
-impl Session {
-    /// Starts a session, after removing what killed runs of the same kind left behind.
+impl Sandbox {
+    /// Starts a sandbox, after removing what killed runs of the same kind left behind.
     ///
     /// # Errors
     ///
-    /// When this process is not root, or the session's directory cannot be created.
+    /// When this process is not root, or the sandbox's directory cannot be created.
     pub fn start(kind: Kind) -> Result<Arc<Self>> {
         if !Uid::effective().is_root() {
             bail!("building network namespaces needs root: run this as root or with sudo");
@@ -88,7 +88,7 @@ impl Session {
         format!("{}-{}-{role}", self.name, self.next.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// A new, empty directory for `role`, removed with the session.
+    /// A new, empty directory for `role`, removed with the sandbox.
     ///
     /// # Errors
     ///
@@ -100,17 +100,17 @@ impl Session {
         Ok(path)
     }
 
-    /// From now on nothing of this session is removed when values are dropped.
+    /// From now on nothing of this sandbox is removed when values are dropped.
     pub fn keep(&self) {
         self.kept.store(true, Ordering::Relaxed);
     }
 
-    /// Whether [`Session::keep`] was called.
+    /// Whether [`Sandbox::keep`] was called.
     pub fn is_kept(&self) -> bool {
         self.kept.load(Ordering::Relaxed)
     }
 
-    /// On SIGINT, SIGTERM or SIGHUP removes everything this process created, in all its sessions, and exits with
+    /// On SIGINT, SIGTERM or SIGHUP removes everything this process created, in all its sandboxes, and exits with
     /// 128 + the signal's number.
     ///
     /// # Errors
@@ -133,7 +133,7 @@ impl Session {
     }
 }
 
-impl Drop for Session {
+impl Drop for Sandbox {
     fn drop(&mut self) {
         if self.is_kept() {
             return;
@@ -155,13 +155,13 @@ pub fn remove_kept() -> Result<usize> {
 }
 
 /// Whoever creates or removes a namespace or starts a program in one holds this meanwhile, so that it waits for good
-/// once a signal's clean-up has begun; see [`Session::remove_on_signals`].
+/// once a signal's clean-up has begun; see [`Sandbox::remove_on_signals`].
 pub(crate) fn hold() -> MutexGuard<'static, ()> {
     static CREATING: Mutex<()> = Mutex::new(());
     CREATING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The session that a name belongs to.
+/// The sandbox that a name belongs to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Owner<'a> {
     kind: &'a str,
@@ -184,10 +184,10 @@ impl<'a> Owner<'a> {
     }
 }
 
-/// Removes the namespaces, the processes in them and the files of all sessions that `chosen` accepts; returns how many
-/// sessions that were.
+/// Removes the namespaces, the processes in them and the files of all sandboxes that `chosen` accepts; returns how many
+/// sandboxes that were.
 fn remove_where(chosen: impl Fn(&Owner<'_>) -> bool) -> Result<usize> {
-    let mut sessions = Vec::new();
+    let mut sandboxes = Vec::new();
     for name in entries(NETNS_DIRECTORY) {
         let Some(owner) = Owner::parse(&name).filter(|owner| chosen(owner)) else { continue };
         // Taken before the processes die, so that only these are signalled.
@@ -196,19 +196,19 @@ fn remove_where(chosen: impl Fn(&Owner<'_>) -> bool) -> Result<usize> {
             end_process(Pid::from_raw(pid));
         }
         run_tool(&["ip", "netns", "delete", &name])?;
-        sessions.push(owner.name());
+        sandboxes.push(owner.name());
     }
     for name in entries(DIRECTORY) {
         let Some(owner) = Owner::parse(&name).filter(|owner| chosen(owner)) else { continue };
         let path = Path::new(DIRECTORY).join(&name);
         fs::remove_dir_all(&path).with_context(|| format!("remove {}", path.display()))?;
-        sessions.push(owner.name());
+        sandboxes.push(owner.name());
     }
-    // Fails while other sessions have files there, which is what it should do.
+    // Fails while other sandboxes have files there, which is what it should do.
     let _ = fs::remove_dir(DIRECTORY);
-    sessions.sort_unstable();
-    sessions.dedup();
-    Ok(sessions.len())
+    sandboxes.sort_unstable();
+    sandboxes.dedup();
+    Ok(sandboxes.len())
 }
 
 fn entries(directory: &str) -> Vec<String> {

@@ -8,13 +8,13 @@ use std::{
 use anyhow::{Result, ensure};
 
 /// Longer than anything here takes on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Waits until something is so.
 pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     while !done()? {
-        ensure!(Instant::now() < deadline, "not so after {} seconds: {what}", PATIENCE.as_secs());
+        ensure!(Instant::now() < deadline, "not so after {} seconds: {what}", TIMEOUT.as_secs());
         thread::sleep(Duration::from_millis(50));
     }
     Ok(())
