@@ -1,4 +1,4 @@
-//! One agent in a host's namespace: started, asked, stopped, killed.
+//! Runs one agent in a host's namespace: start, query, stop, kill.
 
 use std::{
     env, fs,
@@ -29,12 +29,12 @@ use crate::{
 pub const DEVICE: &str = "ovl0";
 /// How long an agent may take to start or to end.
 const TIMEOUT: Duration = Duration::from_secs(20);
-/// How long an agent may take to refuse: whether another host with its address lives shows in the time of a claim.
+/// How long an agent may take to refuse: it waits for the claim of another host with its address to expire.
 const REFUSAL: Duration = Duration::from_secs(40);
-/// Lines of the log that an error shows.
+/// Lines of the log in an error.
 const TAIL: usize = 25;
 
-/// One of the ways to move packets.
+/// A datapath.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Rung {
     /// XDP on the underlay, tc on the overlay device.
@@ -46,7 +46,7 @@ pub enum Rung {
 }
 
 impl Rung {
-    /// The word for it on the command line and in reports.
+    /// Name on the command line and in reports.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Xdp => "xdp",
@@ -80,7 +80,7 @@ pub fn binary() -> Result<PathBuf> {
     })
 }
 
-/// A place where an agent runs again and again: a namespace, a run directory, a log.
+/// A place to run agents: a namespace, a run directory, a log.
 #[derive(Debug)]
 pub struct Site {
     netns: Arc<Netns>,
@@ -99,7 +99,7 @@ impl Site {
         Self::of_device(sandbox, netns, role, DEVICE)
     }
 
-    /// A site whose agent makes the overlay device `device`: there may be several in one namespace.
+    /// A site whose agent creates the overlay device `device`, for several agents in one namespace.
     ///
     /// # Errors
     ///
@@ -149,7 +149,7 @@ impl Site {
         let mut command = Command::new(&self.binary);
         command.arg("run").arg("--run-dir").arg(self.run_directory()).args(["--device", &self.device]);
         command.arg("--subnet-file").arg(self.subnet_file()).args(arguments);
-        // Programs are often asked for more words than a test wants to read.
+        // Tests match the default log.
         command.env_remove("RUST_LOG").stdin(Stdio::null());
         command
     }
@@ -160,7 +160,7 @@ impl Site {
     ///
     /// When it ends or is not running within 20 seconds, with the end of its log.
     pub fn start(self: &Arc<Self>, arguments: &[String]) -> Result<Agent> {
-        let mut agent = self.begin(self.run_command(arguments))?;
+        let mut agent = self.launch(self.run_command(arguments))?;
         agent.wait_until_running()?;
         Ok(agent)
     }
@@ -170,7 +170,7 @@ impl Site {
     /// # Errors
     ///
     /// When the command cannot be run.
-    pub fn begin(self: &Arc<Self>, command: Command) -> Result<Agent> {
+    pub fn launch(self: &Arc<Self>, command: Command) -> Result<Agent> {
         let child = self.spawn(command)?;
         Ok(Agent { site: Arc::clone(self), child, ended: false })
     }
@@ -178,7 +178,7 @@ impl Site {
     fn spawn(&self, mut command: Command) -> Result<Child> {
         let path = self.log_file();
         let log = File::create(&path).with_context(|| format!("create {}", path.display()))?;
-        // Of its own process group: Ctrl-C is for whoever runs the tests, who then ends the agents in order.
+        // In its own process group: on Ctrl-C, the test runner stops the agents in order.
         command.process_group(0).stdout(log.try_clone().context("share the log file")?).stderr(log);
         self.netns.spawn(&mut command)
     }
@@ -187,7 +187,7 @@ impl Site {
     ///
     /// # Errors
     ///
-    /// When it starts all the same, ends with another exit code than 1, or does not say why in one line.
+    /// When it starts, ends with another exit code than 1, or does not print one line with the reason.
     pub fn refused(&self, command: Command) -> Result<String> {
         let mut child = self.spawn(command)?;
         let Some(status) = wait(&mut child, REFUSAL)? else {
@@ -215,26 +215,46 @@ impl Site {
     ///
     /// When `overlay-agent down` fails.
     pub fn down(&self) -> Result<()> {
-        self.ask("down", &[]).map(drop)
+        self.run("down", &[]).map(drop)
     }
 
-    /// What `overlay-agent QUESTION` with `arguments` prints about the agent here.
+    /// The output of `overlay-agent SUBCOMMAND` with `arguments`, for the agent here.
     ///
     /// # Errors
     ///
-    /// When no agent answers.
-    pub fn answer(&self, question: &str, arguments: &[&str]) -> Result<String> {
-        Ok(String::from_utf8_lossy(&self.ask(question, arguments)?).into_owned())
+    /// When the command fails.
+    pub fn output(&self, subcommand: &str, arguments: &[&str]) -> Result<String> {
+        Ok(String::from_utf8_lossy(&self.run(subcommand, arguments)?).into_owned())
     }
 
-    fn ask(&self, question: &str, arguments: &[&str]) -> Result<Vec<u8>> {
+    /// Starts `overlay-agent status --watch -o json` for the agent here.
+    ///
+    /// # Errors
+    ///
+    /// When the command cannot be started.
+    pub fn watch_status(&self) -> Result<Child> {
+        let mut command = self.subcommand("status");
+        command
+            .args(["--watch", "-o", "json"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        self.netns.spawn(&mut command)
+    }
+
+    fn subcommand(&self, subcommand: &str) -> Command {
         let mut command = Command::new(&self.binary);
-        command.arg(question).arg("--run-dir").arg(self.run_directory()).args(["--device", &self.device]);
+        command.arg(subcommand).arg("--run-dir").arg(self.run_directory()).args(["--device", &self.device]);
+        command
+    }
+
+    fn run(&self, subcommand: &str, arguments: &[&str]) -> Result<Vec<u8>> {
+        let mut command = self.subcommand(subcommand);
         command.args(arguments);
         let output = self.netns.output(&mut command)?;
         if !output.status.success() {
             bail!(
-                "`overlay-agent {question}` in {}: {}: {}",
+                "`overlay-agent {subcommand}` in {}: {}: {}",
                 self.netns.name(),
                 output.status,
                 String::from_utf8_lossy(&output.stderr).trim()
@@ -243,7 +263,7 @@ impl Site {
         Ok(output.stdout)
     }
 
-    /// All that the last agent here wrote.
+    /// The log of the last agent here.
     pub fn log(&self) -> String {
         fs::read(self.log_file())
             .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
@@ -273,11 +293,11 @@ impl Agent {
         &self.site
     }
 
-    /// What it says about itself.
+    /// Its state.
     ///
     /// # Errors
     ///
-    /// When it does not answer, or not in the form expected.
+    /// When the query fails, or its output cannot be parsed.
     pub fn status(&self) -> Result<Status> {
         self.report("status")
     }
@@ -300,27 +320,27 @@ impl Agent {
         self.report("counters")
     }
 
-    /// What people read when they ask it `question`.
+    /// The text output of `overlay-agent SUBCOMMAND`.
     ///
     /// # Errors
     ///
-    /// When it does not answer.
-    pub fn text(&self, question: &str) -> Result<String> {
-        self.site.answer(question, &[])
+    /// When the command fails.
+    pub fn text(&self, subcommand: &str) -> Result<String> {
+        self.site.output(subcommand, &[])
     }
 
-    fn report<T: DeserializeOwned>(&self, question: &str) -> Result<T> {
-        let bytes = self.site.ask(question, &["-o", "json"])?;
+    fn report<T: DeserializeOwned>(&self, subcommand: &str) -> Result<T> {
+        let bytes = self.site.run(subcommand, &["-o", "json"])?;
         serde_json::from_slice(&bytes).with_context(|| {
-            format!("read what `overlay-agent {question}` says: {}", String::from_utf8_lossy(&bytes))
+            format!("parse the output of `overlay-agent {subcommand}`: {}", String::from_utf8_lossy(&bytes))
         })
     }
 
-    /// Waits until the agent's routes are as `expected` says.
+    /// Waits until the agent's routes fulfil `expected`.
     ///
     /// # Errors
     ///
-    /// When they still are not after 20 seconds.
+    /// When they do not within 20 seconds.
     pub fn wait_for_routes(&self, what: &str, expected: impl Fn(&Routes) -> bool) -> Result<()> {
         let deadline = Instant::now() + TIMEOUT;
         loop {
@@ -328,7 +348,7 @@ impl Agent {
             if expected(&routes) {
                 return Ok(());
             }
-            ensure!(Instant::now() < deadline, "{what}: not so after 20 seconds, the agent has {routes:?}");
+            ensure!(Instant::now() < deadline, "{what}: not within 20 seconds, the agent has {routes:?}");
             thread::sleep(Duration::from_millis(20));
         }
     }
@@ -347,7 +367,7 @@ impl Agent {
         self.child.id()
     }
 
-    /// Stops the process where it is: it does nothing any more, while time goes on.
+    /// Pauses the process with SIGSTOP.
     ///
     /// # Errors
     ///
@@ -356,7 +376,7 @@ impl Agent {
         self.signal(Signal::SIGSTOP)
     }
 
-    /// Lets a paused process go on.
+    /// Resumes a paused process.
     ///
     /// # Errors
     ///
@@ -389,7 +409,7 @@ impl Agent {
         Ok(())
     }
 
-    /// Kills the agent as a crash would: nothing is removed.
+    /// Kills the agent, like a crash, without cleaning up.
     ///
     /// # Errors
     ///
@@ -401,7 +421,7 @@ impl Agent {
         Ok(Arc::clone(&self.site))
     }
 
-    /// Lets the agent run after this process.
+    /// Leaves the agent running after this process.
     pub fn leave(mut self) {
         self.ended = true;
     }
@@ -422,7 +442,6 @@ impl Agent {
         let deadline = Instant::now() + TIMEOUT;
         loop {
             if let Some(status) = self.child.try_wait().context("read the state of an agent")? {
-                // Refused: it removed what it had begun itself.
                 self.ended = true;
                 bail!("it ended with {status}");
             }

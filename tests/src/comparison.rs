@@ -1,4 +1,4 @@
-//! What the overlay is compared with: the same topology connected by plain routes, and by the kernel's VXLAN.
+//! References for comparison: the same topology connected by plain routes, and by the kernel's VXLAN.
 
 use anyhow::Result;
 
@@ -17,7 +17,7 @@ pub enum Comparison {
 }
 
 impl Comparison {
-    /// The word for it in reports.
+    /// Name in reports.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Routed => "routed",

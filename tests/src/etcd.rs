@@ -35,7 +35,7 @@ pub struct ServerTls {
     pub client_ca: Option<PathBuf>,
 }
 
-/// Where a server and its data are.
+/// Location of a server and its data.
 #[derive(Debug)]
 enum Home {
     /// On the machine's own loopback.
@@ -77,9 +77,9 @@ impl Home {
             }
         };
         match self {
-            // The server goes when the thread of the test goes, however that ends.
+            // The kernel ends the server with the thread of the test.
             Self::Loopback(_) => spawn(Command::new("setpriv").args(["--pdeathsig", "KILL", "etcd"])),
-            // The thread that starts it ends at once. The sandbox ends what is left in its namespaces.
+            // Not here: the thread that starts it ends immediately. The sandbox ends processes in its namespaces.
             Self::Host { .. } => spawn(&mut Command::new("etcd")),
         }
     }
@@ -91,7 +91,7 @@ pub struct Etcd {
     home: Home,
     tls: Option<ServerTls>,
     client_port: u16,
-    /// Where clients find the server when it is not somewhere else for a while.
+    /// The port before [`Self::restart_elsewhere`].
     known_port: u16,
     peer_port: u16,
     child: Option<Child>,
@@ -200,7 +200,7 @@ impl Etcd {
         arguments
     }
 
-    /// Starts the server again where only [`Self::endpoint`] knows it, so that its clients still miss it.
+    /// Starts the server on another port, which only [`Self::endpoint`] knows, so that it stays unreachable for its clients.
     ///
     /// # Errors
     ///
@@ -211,7 +211,7 @@ impl Etcd {
         self.restart()
     }
 
-    /// Starts the server again where it was before [`Self::restart_elsewhere`].
+    /// Starts the server on its port from before [`Self::restart_elsewhere`].
     ///
     /// # Errors
     ///
@@ -221,7 +221,7 @@ impl Etcd {
         self.restart()
     }
 
-    /// Ends the server at once; its data stays.
+    /// Kills the server; its data stays.
     pub fn kill(&mut self) {
         if let Some(mut child) = self.child.take() {
             // Both fail only when it is gone already.
@@ -230,7 +230,7 @@ impl Etcd {
         }
     }
 
-    /// Ends the server and throws its data away.
+    /// Kills the server and deletes its data.
     ///
     /// # Errors
     ///
@@ -240,7 +240,7 @@ impl Etcd {
         std::fs::remove_dir_all(self.data()).context("remove etcd's data")
     }
 
-    /// Stops the server where it is: connections stay and nothing is answered.
+    /// Pauses the server: connections stay open, requests are not answered.
     ///
     /// # Errors
     ///
@@ -249,7 +249,7 @@ impl Etcd {
         self.signal(Signal::SIGSTOP)
     }
 
-    /// Lets a paused server go on.
+    /// Resumes a paused server.
     ///
     /// # Errors
     ///
@@ -286,5 +286,5 @@ fn free_port(address: Ipv4Addr) -> Result<u16> {
 
 fn last_line(log: &Path) -> String {
     let text = std::fs::read_to_string(log).unwrap_or_default();
-    text.lines().last().unwrap_or("it said nothing").to_owned()
+    text.lines().last().unwrap_or("no output").to_owned()
 }

@@ -11,7 +11,7 @@ use crate::{
     topology::{NETWORK, Side, Topology, UPLINK},
 };
 
-/// Fewest packets of a hundred that a fast path must carry itself.
+/// Minimal percentage of packets that the fast path must carry.
 const FAST_PERCENT: u64 = 95;
 /// Most datagrams that one packet can stand for (UDP_MAX_SEGMENTS before kernel 6.9, and what the traffic here uses).
 const MOST_SEGMENTS: u64 = 64;
@@ -60,7 +60,7 @@ impl Store {
         self.write(&format!("subnets/{subnet}"), &format!(r#"{{"PublicIP":"{public_ip}"}}"#))
     }
 
-    /// What a record says.
+    /// The value of a record.
     ///
     /// # Errors
     ///
@@ -80,7 +80,7 @@ impl Store {
         fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))
     }
 
-    /// Moves the whole store to where no agent looks.
+    /// Renames the store's directory, so that agents do not find it.
     ///
     /// # Errors
     ///
@@ -100,7 +100,7 @@ impl Store {
     }
 }
 
-/// A store that is not where it should be.
+/// A renamed store.
 #[derive(Debug)]
 pub struct MovedStore {
     from: PathBuf,
@@ -118,14 +118,14 @@ impl MovedStore {
     }
 }
 
-/// Two agents that know each other. They end before their namespaces go, in the order of the fields.
+/// Two agents that are peers. The order of the fields stops them before their namespaces are removed.
 #[derive(Debug)]
 pub struct Pair {
     /// The agent on host A.
     pub a: Agent,
     /// The agent on host B.
     pub b: Agent,
-    /// What both read their routes from.
+    /// Their store.
     pub store: Store,
     /// Where they run.
     pub topology: Topology,
@@ -154,7 +154,7 @@ impl Pair {
     ///
     /// # Errors
     ///
-    /// When that is not so after 20 seconds.
+    /// When they do not within 20 seconds.
     pub fn wait_for_peers(&self) -> Result<()> {
         for (agent, peer) in [(&self.a, &self.topology.b), (&self.b, &self.topology.a)] {
             agent.wait_for_routes(&format!("a route to {} only", peer.subnet), |routes| {
@@ -193,11 +193,11 @@ fn check_rung(agent: &Agent, rung: Rung) -> Result<()> {
 /// Checks the counters of an agent after traffic with a peer: nothing lost, and eBPF carried what it should.
 ///
 /// On a veth underlay the datagrams of a tun peer's socket arrive with their outer checksum unfinished, and up to 64 of a
-/// UDP sender arrive in one packet. The fast path must not touch those and says so.
+/// UDP sender arrive in one packet. The fast path must punt both.
 ///
 /// # Errors
 ///
-/// When packets were dropped for a reason that means an error, or took the other path than the rung says.
+/// When packets were dropped with an error, or took another path than expected.
 pub fn check_counters(counters: &Counters, rung: Rung, peer: Rung, role: &str) -> Result<()> {
     let drops = counters.wrong_drops();
     ensure!(drops.is_empty(), "agent {role} ({}) dropped packets: {drops:?}", rung.name());

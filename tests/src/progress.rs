@@ -1,4 +1,4 @@
-//! Tells whoever waits what has just been done.
+//! Prints progress lines.
 
 use std::time::Instant;
 

@@ -1,4 +1,4 @@
-//! What the agent reports as JSON, as far as tests and the demo look at it.
+//! The parts of the agent's JSON output that tests and the demo read.
 
 use std::{collections::BTreeMap, net::Ipv4Addr};
 
@@ -7,9 +7,9 @@ use serde::Deserialize;
 /// `overlay-agent status -o json`.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Status {
-    /// `running` once everything is in place.
+    /// `running` when the agent is ready.
     pub state: String,
-    /// What is wrong.
+    /// Problems.
     pub problems: Vec<String>,
     /// The agent's subnet, in CIDR notation.
     pub subnet: String,
@@ -19,9 +19,9 @@ pub struct Status {
     pub port: u16,
     /// The overlay device.
     pub device: Device,
-    /// How inner packets leave.
+    /// Egress.
     pub egress: Path,
-    /// How outer packets come in.
+    /// Ingress.
     pub ingress: Path,
     /// Number of routes.
     pub routes: usize,
@@ -38,7 +38,7 @@ pub struct Device {
     pub mtu: usize,
 }
 
-/// How packets of one direction are moved.
+/// The datapath of one direction.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Path {
     /// `xdp`, `tc` or `tun`.
@@ -56,7 +56,7 @@ pub struct Routes {
     pub skipped: Vec<Skipped>,
 }
 
-/// One subnet of the overlay and who holds it.
+/// A route to a peer.
 #[derive(Clone, Debug, Deserialize, PartialEq)]
 pub struct Route {
     /// The subnet, in CIDR notation.
@@ -65,7 +65,7 @@ pub struct Route {
     pub peer: Ipv4Addr,
 }
 
-/// A record that is no route.
+/// A skipped record.
 #[derive(Clone, Debug, Deserialize, PartialEq)]
 pub struct Skipped {
     /// Its name.

@@ -1,7 +1,7 @@
-//! One run of the demo or the tests: names what it creates, and removes all of it however the run ends.
+//! Owns the namespaces, processes and files of one run of the demo or the tests, and removes them when the run ends.
 //!
 //! Every namespace is called `<kind>-<pid>-<number>-<role>` and every file lies in `/run/overlay-tests/<kind>-<pid>`. So
-//! a later run can tell what a killed one left (its process is gone) and remove that too.
+//! a later run recognizes what a killed one left, because its process is gone, and removes it.
 
 use std::{
     fs,
@@ -32,7 +32,7 @@ const DIRECTORY: &str = "/run/overlay-tests";
 /// Where `ip netns` keeps its names.
 const NETNS_DIRECTORY: &str = "/run/netns";
 
-/// What a sandbox is for; the first part of its name.
+/// Purpose of a sandbox; the first part of its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// End-to-end tests.
@@ -41,7 +41,7 @@ pub enum Kind {
     Demo,
     /// A benchmark.
     Bench,
-    /// What `demo --keep` leaves up: never removed because its process is gone, only on request.
+    /// Left by `demo --keep`; removed only on request, although its process is gone.
     Kept,
 }
 
@@ -100,7 +100,7 @@ impl Sandbox {
         Ok(path)
     }
 
-    /// From now on nothing of this sandbox is removed when values are dropped.
+    /// Keeps everything in this sandbox when values are dropped.
     pub fn keep(&self) {
         self.kept.store(true, Ordering::Relaxed);
     }
@@ -154,8 +154,8 @@ pub fn remove_kept() -> Result<usize> {
     remove_where(|owner| owner.kind == Kind::Kept.prefix())
 }
 
-/// Whoever creates or removes a namespace or starts a program in one holds this meanwhile, so that it waits for good
-/// once a signal's clean-up has begun; see [`Sandbox::remove_on_signals`].
+/// Held while a namespace is created or removed or a program is started in one. The clean-up after a signal takes it and keeps
+/// it until the process exits; see [`Sandbox::remove_on_signals`].
 pub(crate) fn hold() -> MutexGuard<'static, ()> {
     static CREATING: Mutex<()> = Mutex::new(());
     CREATING.lock().unwrap_or_else(PoisonError::into_inner)
@@ -204,7 +204,7 @@ fn remove_where(chosen: impl Fn(&Owner<'_>) -> bool) -> Result<usize> {
         fs::remove_dir_all(&path).with_context(|| format!("remove {}", path.display()))?;
         sandboxes.push(owner.name());
     }
-    // Fails while other sandboxes have files there, which is what it should do.
+    // Fails, as intended, while other sandboxes have files there.
     let _ = fs::remove_dir(DIRECTORY);
     sandboxes.sort_unstable();
     sandboxes.dedup();
@@ -216,7 +216,7 @@ fn entries(directory: &str) -> Vec<String> {
     entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect()
 }
 
-/// Asks a process to end, and ends it when it does not within a second.
+/// Terminates a process, and kills it after a second.
 fn end_process(pid: Pid) {
     if kill(pid, Signal::SIGTERM).is_err() {
         return;

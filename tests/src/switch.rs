@@ -1,4 +1,4 @@
-//! Many hosts without containers on one switch, which is a bridge in a namespace that can run servers too.
+//! Many hosts without containers on one switch, a bridge in a namespace that can also run servers.
 
 use std::{net::Ipv4Addr, sync::Arc};
 
@@ -22,7 +22,7 @@ pub struct Host {
     pub underlay: Ipv4Addr,
 }
 
-/// The hosts and what connects them.
+/// The hosts and their switch.
 #[derive(Debug)]
 pub struct Switch {
     /// `192.168.77.1` and on.

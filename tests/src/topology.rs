@@ -7,7 +7,7 @@ use clap::ValueEnum;
 
 use crate::{netns::Netns, sandbox::Sandbox};
 
-/// The whole overlay.
+/// Network of the overlay.
 pub const NETWORK: &str = "10.244.0.0/16";
 /// MTU of the underlay device in bytes.
 pub const UNDERLAY_MTU: usize = 1500;
@@ -28,7 +28,7 @@ pub enum Underlay {
 }
 
 impl Underlay {
-    /// The word for it in reports.
+    /// Name in reports.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Virtual => "virtual",
@@ -37,12 +37,12 @@ impl Underlay {
     }
 }
 
-/// Whether the links between pods and hosts take unfinished packets.
+/// Offloads of the links between pods and hosts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PodOffload {
-    /// As veth pairs come: segmentation and checksums are left to whoever needs them done.
+    /// The default of veth pairs: segmentation and checksums are deferred.
     On,
-    /// Nothing unfinished crosses: the pod and the host must segment and complete checksums before they send.
+    /// Pod and host segment and complete checksums before they send.
     Off,
 }
 
@@ -57,7 +57,7 @@ pub struct Side {
     pub name: &'static str,
     /// The host's address on the underlay.
     pub underlay: Ipv4Addr,
-    /// The host's part of the overlay, in CIDR notation.
+    /// The host's subnet, in CIDR notation.
     pub subnet: &'static str,
     /// The host's own overlay address, the base of its subnet.
     pub host_address: Ipv4Addr,
@@ -163,7 +163,7 @@ impl Side {
     }
 }
 
-/// The kernel reports a link as up a moment after its other end is; until then the host still changes by itself.
+/// Waits for the carrier: the kernel reports a link as up a moment after its other end.
 fn wait_for_carrier(netns: &Netns) -> Result<()> {
     for _ in 0..500 {
         if netns.tool(&format!("ip -oneline link show {UPLINK}"))?.contains(" state UP ") {

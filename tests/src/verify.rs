@@ -1,4 +1,4 @@
-//! The checks that every way to connect the topology must pass; the demo and the tests run the same list.
+//! The checks of a connected topology, shared by the demo and the tests.
 
 use std::{panic::resume_unwind, thread, time::Duration};
 
@@ -23,7 +23,7 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// What flannel's network shows: each overlay end decrements the TTL once, each routing host once.
+    /// flannel's TTLs: each overlay end and each routing host decrements the TTL once.
     pub const fn overlay(tcp_bytes: u64) -> Self {
         Self { host_ttl: 62, pod_ttl: 60, mtu: OVERLAY_MTU, tcp_bytes }
     }
@@ -34,25 +34,25 @@ impl Plan {
     }
 }
 
-/// One check: what it is called, and how it is made.
+/// A named check.
 pub struct Check {
-    /// What is checked, for progress lines and failures.
+    /// Name in progress lines and failures.
     pub name: &'static str,
     run: fn(&Topology, &Plan) -> Result<String>,
 }
 
 impl Check {
-    /// Makes the check; returns what was seen, in a few words.
+    /// Runs the check and returns a short description of the result.
     ///
     /// # Errors
     ///
-    /// When something is not as it must be.
+    /// When the check fails.
     pub fn run(&self, topology: &Topology, plan: &Plan) -> Result<String> {
         (self.run)(topology, plan)
     }
 }
 
-/// Every check, in the order in which a failure says most.
+/// All checks, the most specific failures first.
 pub const CHECKS: &[Check] = &[
     Check { name: "ping host to host", run: |topology, plan| ping(topology.hosts(), plan.host_ttl) },
     Check { name: "ping container to container", run: |topology, plan| ping(topology.pods(), plan.pod_ttl) },
@@ -103,7 +103,7 @@ fn segmented((a, b): (Endpoint<'_>, Endpoint<'_>), plan: &Plan) -> Result<String
     Ok(format!("{} datagrams", udp::segmented(a, b, plan.mtu)? + udp::segmented(b, a, plan.mtu)?))
 }
 
-/// Both directions at the same time: most of the time goes into hashing what arrives, which each of two CPUs can do.
+/// Both directions at the same time: most time is spent hashing, which two CPUs do in parallel.
 fn transfer((a, b): (Endpoint<'_>, Endpoint<'_>), plan: &Plan) -> Result<String> {
     let limit = transfer_limit(plan.tcp_bytes);
     thread::scope(|scope| {

@@ -93,7 +93,7 @@ pub(super) fn run(options: &Options) -> Result<ExitCode> {
         agent.display()
     ));
     let host = Netns::create(&sandbox, "host")?;
-    // Nobody is behind the underlay: no packet is sent.
+    // No peer is connected: no packet is sent.
     host.tool(&format!("ip link add {UPLINK} type veth peer name behind"))?;
     host.tool("ip link set behind up")?;
     host.tool(&format!("ip address add 192.168.77.1/24 dev {UPLINK}"))?;
@@ -171,7 +171,7 @@ fn launch(site: &Arc<Site>, etcd: &Etcd) -> Result<Agent> {
         "--datapath",
         "tc",
     ];
-    site.begin(site.run_command(&words.map(str::to_owned)))
+    site.launch(site.run_command(&words.map(str::to_owned)))
 }
 
 fn with_log(error: anyhow::Error, agent: &Agent) -> anyhow::Error {

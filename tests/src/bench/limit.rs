@@ -1,4 +1,4 @@
-//! What a benchmark measured, beside what it should be.
+//! Results of a benchmark and their limits.
 
 use std::process::ExitCode;
 
@@ -10,7 +10,7 @@ pub(super) struct Measured {
     pub(super) what: String,
     pub(super) value: f64,
     pub(super) unit: &'static str,
-    /// What it has to stay below, where there is a limit.
+    /// Upper limit, if there is one.
     pub(super) below: Option<f64>,
 }
 
@@ -39,7 +39,7 @@ impl Measured {
     }
 }
 
-/// Three digits that matter, as far as they are not whole ones.
+/// Three significant digits.
 fn short(value: f64) -> String {
     match value.abs() {
         size if size >= 100.0 => format!("{value:.0}"),
@@ -55,7 +55,7 @@ pub(super) fn table(measured: &[Measured]) -> String {
     table::render(&["what", "measured", "limit", ""], &rows)
 }
 
-/// Says which limits are missed; with `check`, that is a failure.
+/// Prints which limits are missed; with `check`, a missed limit is a failure.
 pub(super) fn exit_code(measured: &[Measured], check: bool) -> ExitCode {
     let missed: Vec<_> = measured.iter().filter(|one| one.is_missed()).map(|one| one.what.as_str()).collect();
     if missed.is_empty() {

@@ -1,4 +1,4 @@
-//! What a server and a process say about themselves: etcd's counters of requests, a process's memory.
+//! Reads etcd's request counters and a process's memory.
 
 use std::{
     collections::BTreeMap,
@@ -47,7 +47,7 @@ fn parse(metrics: &str) -> Requests {
     requests
 }
 
-/// What came between two readings.
+/// Difference of two readings.
 pub(super) fn since(before: &Requests, after: &Requests) -> Requests {
     let count = |(method, count): (&String, &u64)| {
         let new = count.saturating_sub(before.get(method).copied().unwrap_or(0));
@@ -59,9 +59,9 @@ pub(super) fn since(before: &Requests, after: &Requests) -> Requests {
 /// Memory of a process in bytes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Memory {
-    /// What is in use now.
+    /// Current size.
     pub(super) now: u64,
-    /// The most that ever was.
+    /// Peak size.
     pub(super) peak: u64,
 }
 

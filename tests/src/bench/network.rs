@@ -1,4 +1,4 @@
-//! A large network's records in etcd, as its hosts write them.
+//! Writes the records of a large network to etcd.
 
 use std::net::Ipv4Addr;
 
@@ -13,11 +13,11 @@ pub(super) const OWN_SUBNET: &str = "10.255.255.0/24";
 pub(super) const MOST: u32 = 65_000;
 
 const PREFIX: &str = "/coreos.com/network";
-/// How long a host's lease lasts without a word from it, in seconds.
+/// TTL of a host's lease in seconds.
 const LEASE_TTL: i64 = 86_400;
-/// etcd takes this many operations at once.
+/// etcd's limit of operations per transaction.
 const AT_ONCE: usize = 128;
-/// Records that share an etcd lease. Each host has its own in truth, which makes no difference to whoever reads.
+/// Records that share an etcd lease. Real hosts have one each, which makes no difference to readers.
 const SHARED: usize = 512;
 
 /// The subnet of the host with this number.
@@ -30,7 +30,7 @@ pub(super) fn public_ip(number: u32) -> Ipv4Addr {
     Ipv4Addr::from(u32::from(Ipv4Addr::new(172, 16, 0, 1)) + number)
 }
 
-/// A client that writes for all the other hosts, and knows how often it asked.
+/// A client that writes for all other hosts and counts its requests.
 pub(super) struct Hosts {
     client: Client,
     lease: i64,

@@ -1,4 +1,4 @@
-//! The agent's route map, read from outside of the agent: what the kernel's programs see.
+//! Reads the agent's route map in the kernel.
 
 use std::{
     fs,
@@ -13,9 +13,9 @@ use aya::maps::{LpmTrie, Map, MapData, MapError, MapInfo, lpm_trie::Key};
 
 /// Prefix length of the subnets here.
 const LENGTH: u32 = 24;
-/// Pause between two looks: short against what is measured, long enough to leave the core to those who work.
+/// Poll interval: short compared to the measured times, long enough not to occupy the core.
 const PAUSE: Duration = Duration::from_micros(200);
-/// How long to wait for anything.
+/// Limit for each wait.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The kernel's map of routes.
@@ -65,7 +65,7 @@ impl RouteMap {
         Ok(count)
     }
 
-    /// Waits until `subnet` is routed to `peer`, or to nobody, and returns when that was seen.
+    /// Waits until `subnet` is routed to `peer`, or has no route for `None`, and returns the time at which it was seen.
     pub(super) fn await_peer(&self, subnet: Ipv4Addr, peer: Option<Ipv4Addr>) -> Result<Instant> {
         let begun = Instant::now();
         loop {
@@ -95,36 +95,36 @@ pub(super) fn await_map(pid: u32, subnet: Ipv4Addr) -> Result<RouteMap> {
     bail!("the agent has no route for {subnet} after {TIMEOUT:?}")
 }
 
-/// One thing to wait for.
-type Wish = (Ipv4Addr, Option<Ipv4Addr>);
+/// A route to wait for.
+type Expected = (Ipv4Addr, Option<Ipv4Addr>);
 
-/// Looks at a map in a thread of its own, so that a change is seen also while its writer waits for etcd's answer.
+/// Polls a map in a separate thread, because the writer of a change waits for etcd's answer meanwhile.
 pub(super) struct Observer {
-    wishes: Sender<Wish>,
+    expectations: Sender<Expected>,
     seen: Receiver<Result<Instant>>,
 }
 
 impl Observer {
     pub(super) fn start(map: RouteMap) -> Self {
-        let (wishes, wished) = channel::<Wish>();
+        let (expectations, expected_receiver) = channel::<Expected>();
         let (answers, seen) = channel();
         thread::spawn(move || {
-            for (subnet, peer) in wished {
+            for (subnet, peer) in expected_receiver {
                 if answers.send(map.await_peer(subnet, peer)).is_err() {
                     return;
                 }
             }
         });
-        Self { wishes, seen }
+        Self { expectations, seen }
     }
 
-    /// Starts to look for `peer` as the peer of `subnet`.
+    /// Starts to wait for `peer` as the peer of `subnet`.
     pub(super) fn watch(&self, subnet: Ipv4Addr, peer: Option<Ipv4Addr>) -> Result<()> {
-        self.wishes.send((subnet, peer)).context("the thread that looks at the route map has ended")
+        self.expectations.send((subnet, peer)).context("the thread that polls the route map ended")
     }
 
-    /// When it was seen.
+    /// The time at which it was seen.
     pub(super) fn seen(&self) -> Result<Instant> {
-        self.seen.recv().context("the thread that looks at the route map has ended")?
+        self.seen.recv().context("the thread that polls the route map ended")?
     }
 }

@@ -1,4 +1,4 @@
-//! The demo's last part: the agent in flanneld's place, by its name and with its flags, on a real etcd that goes away.
+//! The demo's last part: the agent replaces flanneld, with its name and flags, on a real etcd with an outage.
 
 use std::{
     fs,
@@ -29,11 +29,11 @@ const NAME: &str = "flanneld";
 /// Bytes of the transfer.
 const TCP_BYTES: u64 = 16 << 20;
 
-/// Runs this part. What it has to show at the end, or why it failed.
+/// Runs this part and returns its output for the end of the demo.
 ///
 /// # Errors
 ///
-/// When something is not as it must be, with the step.
+/// With the failed step.
 pub(super) fn run(sandbox: &Arc<Sandbox>, options: &Options, progress: &Progress) -> Result<String> {
     let topology = Topology::build(sandbox, options.underlay, PodOffload::On)?;
     let (a, b) = (&topology.a, &topology.b);
@@ -41,7 +41,8 @@ pub(super) fn run(sandbox: &Arc<Sandbox>, options: &Options, progress: &Progress
     etcd.restart().context("start etcd")?;
     let endpoint = etcd.endpoint();
     let config = format!(r#"{{"Network":"{NETWORK}","Backend":{{"Type":"udp"}}}}"#);
-    tell(&a.host, &["config", "set", &config, "--etcd-endpoints", &endpoint]).context("write the config")?;
+    run_agent(&a.host, &["config", "set", &config, "--etcd-endpoints", &endpoint])
+        .context("write the config")?;
     progress.step(NAME, "etcd on host A, config written", &config);
 
     let bin = sandbox.new_directory("bin")?;
@@ -62,7 +63,7 @@ pub(super) fn run(sandbox: &Arc<Sandbox>, options: &Options, progress: &Progress
         etcd.kill();
         let deadline = Instant::now() + Duration::from_secs(20);
         while second.status()?.state != "degraded" {
-            ensure!(Instant::now() < deadline, "status does not say that etcd is away");
+            ensure!(Instant::now() < deadline, "status does not report that etcd is unreachable");
             thread::sleep(Duration::from_millis(100));
         }
         etcd.restart()
@@ -70,18 +71,18 @@ pub(super) fn run(sandbox: &Arc<Sandbox>, options: &Options, progress: &Progress
     .context("etcd killed under traffic")?;
     progress.step(NAME, "etcd killed and started again under traffic", "no datagram lost");
 
-    let leases = tell(&a.host, &["leases", "--etcd-endpoints", &endpoint])?;
+    let leases = run_agent(&a.host, &["leases", "--etcd-endpoints", &endpoint])?;
     let subnet_file = fs::read_to_string(first.site().subnet_file()).context("read host A's subnet file")?;
     first.stop()?;
     second.stop()?;
     Ok(format!(
-        "In flanneld's place, on etcd: `overlay-agent leases` says\n{}\nand host A's subnet.env\n{}",
+        "In place of flanneld, on etcd: `overlay-agent leases` prints\n{}\nand host A's subnet.env is\n{}",
         indented(&leases),
         indented(&subnet_file)
     ))
 }
 
-/// An agent as a unit file that was written for flanneld starts it.
+/// Starts an agent as flanneld's unit file does.
 fn start(sandbox: &Sandbox, side: &Side, bin: &Path, endpoint: &str) -> Result<Agent> {
     let site = Site::new(sandbox, &side.host, &format!("flanneld-{}", side.name))?;
     let link = bin.join("flanneld");
@@ -91,16 +92,16 @@ fn start(sandbox: &Sandbox, side: &Side, bin: &Path, endpoint: &str) -> Result<A
     let mut command = Command::new(link);
     command.arg(format!("-etcd-endpoints={endpoint}")).args(["-iface", UPLINK, "-ip-masq=false"]);
     command.arg(format!("-subnet-file={}", site.subnet_file().display()));
-    // The containers are there already.
+    // The containers already have addresses.
     command.env("OVERLAY_AGENT_SUBNET", side.subnet).env("OVERLAY_AGENT_RUN_DIR", site.run_directory());
     command.env_remove("RUST_LOG").stdin(Stdio::null());
-    let mut agent = site.begin(command)?;
+    let mut agent = site.launch(command)?;
     agent.wait_until_running()?;
     Ok(agent)
 }
 
-/// Calls the agent's binary in a host's namespace.
-fn tell(host: &Netns, words: &[&str]) -> Result<String> {
+/// Runs the agent's binary in a host's namespace.
+fn run_agent(host: &Netns, words: &[&str]) -> Result<String> {
     let output = host.output(Command::new(crate::agent::binary()?).args(words))?;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end().to_owned();
     ensure!(output.status.success(), "overlay-agent {}: {}", words.join(" "), text(&output.stderr));

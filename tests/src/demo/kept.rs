@@ -1,4 +1,4 @@
-//! `--keep`: two hosts on tc that outlive the demo, and how to use and remove them.
+//! `--keep`: leaves two hosts on tc running, and prints how to use and remove them.
 
 use anyhow::Result;
 

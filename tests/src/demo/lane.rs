@@ -1,4 +1,4 @@
-//! One row of the demo: a topology, how it is connected, what was verified and measured on it.
+//! One row of the demo: a topology, its datapath, its checks and measurements.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use crate::{
     verify::{CHECKS, Check, Plan},
 };
 
-/// Most bytes of a TCP transfer over routing or VXLAN: that these work is not what the demo shows.
+/// Limit of bytes of a TCP transfer over routing or VXLAN, which the demo does not have to prove.
 const COMPARISON_BYTES: u64 = 16 << 20;
 
 /// How the hosts reach each other's containers.
@@ -78,7 +78,7 @@ impl Lane {
         }
     }
 
-    /// Builds the topology and connects it. Returns what was chosen, in a few words.
+    /// Builds the topology and connects it. Returns a short description.
     ///
     /// # Errors
     ///
@@ -111,7 +111,7 @@ impl Lane {
         }
     }
 
-    /// Makes one check.
+    /// Runs one check.
     ///
     /// # Errors
     ///
@@ -127,7 +127,7 @@ impl Lane {
     ///
     /// # Errors
     ///
-    /// When packets were dropped or took another path than the rung says.
+    /// When packets were dropped or took another path than expected.
     pub fn read_counters(&mut self) -> Result<Option<String>> {
         let (Some(Network::Overlay(pair)), Connection::Overlay(a, b)) = (&self.network, self.connection)
         else {
@@ -141,12 +141,12 @@ impl Lane {
         Ok(Some(format!("{} packets fast, {} slow", self.fast().unwrap_or(0), self.slow().unwrap_or(0))))
     }
 
-    /// Notes a failure.
+    /// Records a failure.
     pub fn fail(&mut self, step: &str, error: &Error) {
         self.failures.push(format!("{step}: {error:#}"));
     }
 
-    /// Notes a measurement.
+    /// Records a measurement.
     pub fn add_rates(&mut self, rates: Rates) {
         self.rates.push(rates);
     }

@@ -1,4 +1,4 @@
-//! The demo: every rung carries verified traffic, beside routing and VXLAN, and a table says how fast.
+//! The demo: verifies traffic on every rung and compares its rates with routing and VXLAN.
 
 mod flanneld;
 pub mod kept;
@@ -30,7 +30,7 @@ use crate::{
 ///
 /// # Errors
 ///
-/// When the demo cannot run at all: no root, no agent, no tools.
+/// When the demo cannot start, for example without root or without a built agent.
 pub fn run(options: &Options) -> Result<ExitCode> {
     if options.remove {
         println!("removed {} kept demo(s)", remove_kept()?);
@@ -81,14 +81,14 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     Ok(ExitCode::FAILURE)
 }
 
-/// Builds one lane and runs every check on it. What fails is noted in the lane.
+/// Builds one lane and runs every check. Failures are recorded in the lane.
 fn verified(sandbox: &Arc<Sandbox>, connection: Connection, options: &Options, progress: &Progress) -> Lane {
     let mut lane = Lane::new(connection, options.tcp_bytes());
     let name = lane.name();
     match lane.connect(sandbox, options.underlay) {
         Ok(seen) => progress.step(&name, "connect", &seen),
         Err(error) if connection == Connection::Comparison(Comparison::Vxlan) => {
-            // Not every kernel has it, and nothing but the ratios depends on it.
+            // Some kernels lack it, and only the ratios need it.
             progress.step(&name, "connect", &format!("not measured: {error:#}"));
             return lane;
         }
@@ -118,7 +118,7 @@ fn verified(sandbox: &Arc<Sandbox>, connection: Connection, options: &Options, p
     lane
 }
 
-/// Measures all lanes in turn, several times over, so that what disturbs the machine meanwhile disturbs all alike.
+/// Measures all lanes in turn, in several rounds, so that noise on the machine affects all alike.
 fn measure(lanes: &mut [Lane], options: &Options, progress: &Progress) {
     for round in 1..=options.rounds() {
         for lane in lanes.iter_mut() {

@@ -13,31 +13,31 @@ Examples:
   cargo xtask demo --quick --rungs tc      one pair, less data, a few seconds
   cargo xtask demo --underlay wire         frames of MTU size between the hosts, as on a cable
   cargo xtask demo --rungs tc,xdp/tun      both hosts on tc; then host A on xdp and host B on tun
-  cargo xtask demo --keep                  leave two hosts on tc up afterwards, to look around
+  cargo xtask demo --keep                  leave two hosts on tc up afterwards, for inspection
   cargo xtask demo --remove                remove what --keep left";
 
 /// Builds two hosts with a container behind each in network namespaces of this machine, joins them with overlay-agent on
-/// every rung, verifies the traffic and measures it beside plain routing and the kernel's VXLAN. Needs root. Removes
+/// every rung, verifies the traffic and compares its rates with plain routing and the kernel's VXLAN. Needs root. Removes
 /// everything at the end.
 #[derive(Clone, Debug, Parser)]
-#[command(name = "cargo xtask demo", after_help = EXAMPLES)]
+#[command(name = "cargo xtask demo", bin_name = "cargo xtask demo", after_help = EXAMPLES)]
 pub struct Options {
     /// How the two hosts are connected
     #[arg(long, value_enum, default_value = "virtual")]
     pub underlay: Underlay,
-    /// Only these pairs: a rung for both hosts (tc) or host A's and host B's (xdp/tun)
+    /// Run only these pairs: a rung for both hosts (tc), or for host A and host B (xdp/tun)
     #[arg(long, value_delimiter = ',', value_name = "PAIR", value_parser = parse_pair)]
     pub rungs: Vec<RungPair>,
     /// Less data, one round of measurements
     #[arg(long)]
     pub quick: bool,
-    /// Leave two hosts on tc up at the end, and print how to enter and remove them
+    /// Leave two hosts on tc running, and print how to enter and remove them
     #[arg(long)]
     pub keep: bool,
-    /// Remove what earlier runs with --keep left, and do nothing else
+    /// Only remove what earlier runs with --keep left
     #[arg(long)]
     pub remove: bool,
-    /// Write the table's numbers to this file as JSON
+    /// Write the results to this file as JSON
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
 }
@@ -81,7 +81,7 @@ impl Options {
 fn parse_pair(text: &str) -> Result<RungPair, String> {
     let (a, b) = text.split_once('/').unwrap_or((text, text));
     let rung =
-        |name| Rung::from_str(name, true).map_err(|_| format!("`{name}` is no rung: use xdp, tc or tun"));
+        |name| Rung::from_str(name, true).map_err(|_| format!("`{name}` is not a rung: use xdp, tc or tun"));
     Ok(RungPair { a: rung(a)?, b: rung(b)? })
 }
 
@@ -93,7 +93,7 @@ mod tests {
     fn one_rung_is_for_both_hosts() {
         assert_eq!(parse_pair("tc"), Ok(RungPair { a: Rung::Tc, b: Rung::Tc }));
         assert_eq!(parse_pair("xdp/tun"), Ok(RungPair { a: Rung::Xdp, b: Rung::Tun }));
-        assert!(parse_pair("xdp/fast").unwrap_err().contains("`fast` is no rung"));
+        assert!(parse_pair("xdp/fast").unwrap_err().contains("`fast` is not a rung"));
     }
 
     #[test]

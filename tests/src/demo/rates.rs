@@ -27,7 +27,7 @@ pub struct Rates {
 }
 
 impl Rates {
-    /// Measures each rate once, one after the other.
+    /// Measures each rate, one at a time.
     ///
     /// # Errors
     ///

@@ -1,4 +1,4 @@
-//! What the demo shows at its end: the table, what to look at next, and the same numbers as JSON.
+//! Output of the demo: the table, next steps, and the results as JSON.
 
 use std::{fs, path::Path};
 
@@ -29,7 +29,7 @@ const TITLES: [&str; 11] = [
     "verified",
 ];
 
-/// Prints the table, what the part on etcd has to show, and what to look at next.
+/// Prints the table, the output of the part on etcd, and next steps.
 pub fn print(lanes: &[Lane], options: &Options, on_etcd: &str) {
     let vxlan = vxlan_rates(lanes);
     let rows: Vec<Row> = lanes.iter().map(|lane| row(lane, vxlan.as_ref())).collect();

@@ -1,4 +1,4 @@
-//! What datagrams carry: random bytes that both ends can tell apart from anything else.
+//! Payloads of datagrams: random bytes that both ends recognize.
 
 use rand::{RngCore, SeedableRng, rngs::SmallRng};
 

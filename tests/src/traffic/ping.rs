@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::netns::Netns;
 
-/// What `ping` saw.
+/// Result of `ping`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Ping {
     /// Requests sent.

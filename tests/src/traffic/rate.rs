@@ -1,4 +1,4 @@
-//! How fast a path is: TCP throughput, small packets per second, round-trip time.
+//! Measures TCP throughput, small packets per second and round-trip time.
 
 use std::{
     net::UdpSocket,
@@ -122,7 +122,7 @@ pub fn round_trip(from: Endpoint<'_>, to: Endpoint<'_>, duration: Duration) -> R
     })
 }
 
-/// A program that is killed when nobody waits for it any more.
+/// A program that is killed on drop.
 struct Running(Child);
 
 impl Drop for Running {

@@ -1,4 +1,4 @@
-//! A steady flow of verified datagrams beside something else that happens.
+//! A steady flow of verified datagrams during other work.
 
 use std::{
     panic::resume_unwind,
@@ -16,10 +16,10 @@ use crate::{
 
 /// Pause between an answer and the next datagram.
 const PAUSE: Duration = Duration::from_millis(5);
-/// How long an answer may take. Far longer than any queue: what is late by this is lost.
+/// How long an answer may take before it counts as lost: far longer than any queue delays it.
 const TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What became of the datagrams.
+/// Counts of the datagrams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Flow {
     /// Answered with the right bytes.

@@ -23,7 +23,7 @@ use crate::{
 
 /// Bytes of each socket's receive buffer.
 const RECEIVE_BUFFER: usize = 4 << 20;
-/// Datagrams under way at once: far less than a queue on the way holds.
+/// Datagrams in flight: far fewer than the capacity of any queue on the path.
 const WINDOW: usize = 16;
 /// How long an answer may take before the datagram counts as lost.
 const TIMEOUT: Duration = Duration::from_secs(2);
@@ -152,7 +152,7 @@ fn echo(server: &UdpSocket, finished: &AtomicBool) -> Result<()> {
 fn reply(server: &UdpSocket, bytes: &[u8], peer: SocketAddr) -> Result<()> {
     match server.send_to(&answer(bytes), peer) {
         Ok(_) => Ok(()),
-        // The path is gone for the moment; the other end misses the answer and judges.
+        // The path is down; the other end counts the answer as lost.
         Err(error) if error.kind() != ErrorKind::InvalidInput => Ok(()),
         Err(error) => Err(error).with_context(|| format!("answer {} bytes to {peer}", bytes.len())),
     }
@@ -194,14 +194,14 @@ fn receive_all<K: Ord + Copy + std::fmt::Display>(
     socket: &UdpSocket,
     mut expected: BTreeMap<K, Vec<u8>>,
     identify: impl Fn(&[u8]) -> Option<K>,
-    word: &str,
+    label: &str,
 ) -> Result<()> {
     let mut buffer = vec![0; LARGEST];
     while let Some((&first, _)) = expected.first_key_value() {
         let count = match socket.recv(&mut buffer) {
             Ok(count) => count,
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
-                bail!("{} datagrams lost, the first with {word} {first}", expected.len());
+                bail!("{} datagrams lost, the first with {label} {first}", expected.len());
             }
             Err(error) => return Err(error).context("receive an answer"),
         };

@@ -1,4 +1,4 @@
-//! The harness itself: every check passes where no agent is involved, so a failure elsewhere is the agent's.
+//! Tests of the harness: every check passes without an agent, so other failures are the agent's.
 
 use std::{sync::Arc, time::Duration};
 
@@ -18,9 +18,9 @@ const TCP_BYTES: u64 = 16 << 20;
 pub(crate) fn register(suite: &mut Suite) {
     for comparison in [Comparison::Routed, Comparison::Vxlan] {
         for underlay in [Underlay::Virtual, Underlay::Wire] {
-            for (offload, word) in [(PodOffload::On, "offload"), (PodOffload::Off, "no_offload")] {
+            for (offload, name) in [(PodOffload::On, "offload"), (PodOffload::Off, "no_offload")] {
                 let name = format!(
-                    "comparison::{}_{}_{word}_passes_every_check",
+                    "comparison::{}_{}_{name}_passes_every_check",
                     comparison.name(),
                     underlay.name()
                 );

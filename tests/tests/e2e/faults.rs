@@ -1,5 +1,4 @@
-//! What goes wrong under a running agent: its device vanishes or is taken down, malformed frames arrive, traffic never
-//! stops while it should end.
+//! Faults while an agent runs: a removed or disabled device, malformed frames, load during the shutdown.
 
 use std::{
     collections::BTreeMap,
@@ -38,27 +37,25 @@ const OTHER_PEERS: [(&str, &str); 3] = [
 pub(crate) fn register(suite: &mut Suite) {
     for rung in [Rung::Xdp, Rung::Tc, Rung::Tun] {
         let word = rung.name();
-        suite.add(
-            format!("faults::{word}_device_that_vanishes_is_made_again"),
-            needs(rung, rung),
-            move |sandbox| device_vanishes(sandbox, rung),
-        );
+        suite.add(format!("faults::{word}_recreates_a_removed_device"), needs(rung, rung), move |sandbox| {
+            device_vanishes(sandbox, rung)
+        });
         suite.add(
             format!("faults::every_malformed_frame_is_counted_by_{word}_and_harms_nothing"),
             needs(rung, rung),
             move |sandbox| malformed_frames(sandbox, rung),
         );
     }
-    suite.add("faults::device_that_is_taken_down_comes_back", &[Need::Tun], device_down);
-    suite.add("faults::agent_under_load_ends_when_told", &[Need::Tun], ends_under_load);
+    suite.add("faults::disabled_device_is_enabled_again", &[Need::Tun], device_down);
+    suite.add("faults::agent_under_load_stops_on_sigterm", &[Need::Tun], ends_under_load);
+    suite.add("faults::recreated_underlay_is_followed", needs(Rung::Tc, Rung::Tc), underlay_made_anew);
+    suite.add("faults::container_cannot_spoof_a_peer", needs(Rung::Tc, Rung::Tun), container_forges);
     suite.add(
-        "faults::underlay_that_is_made_anew_is_followed",
-        needs(Rung::Tc, Rung::Tc),
-        underlay_made_anew,
+        "faults::refused_agent_leaves_the_device_of_another_agent",
+        &[Need::Tun],
+        refused_on_held_device,
     );
-    suite.add("faults::container_cannot_speak_for_a_peer", needs(Rung::Tc, Rung::Tun), container_forges);
-    suite.add("faults::agent_refused_on_a_held_device_leaves_it_alone", &[Need::Tun], refused_on_held_device);
-    suite.add("faults::clsact_filters_carry_and_go", needs(Rung::Tc, Rung::Tc), clsact_filters);
+    suite.add("faults::clsact_filters_forward_and_are_removed", needs(Rung::Tc, Rung::Tc), clsact_filters);
 }
 
 fn pair(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<Pair> {
@@ -101,7 +98,7 @@ fn ends_under_load(sandbox: &Arc<Sandbox>) -> Result<()> {
     thread::scope(|scope| {
         let load = scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
-                // What is lost when the agents end is not of interest here.
+                // Losses while the agents stop are expected.
                 let _ = small_packets(topology.a.pod(), topology.b.pod(), Duration::from_millis(300));
             }
         });
@@ -131,15 +128,18 @@ fn clsact_filters(sandbox: &Arc<Sandbox>) -> Result<()> {
     let carried = pair.a.counters()?.traffic;
     ensure!(
         carried.ingress_fast_packets > 0 && carried.slow() == 0,
-        "not eBPF carried the packets: {carried:?}"
+        "eBPF did not carry the packets: {carried:?}"
     );
     second_network_comes_and_goes(sandbox, &pair.topology)?;
     recovers(&pair, Duration::ZERO)?;
     let slow = pair.a.counters()?.traffic.slow();
-    ensure!(slow == 0, "another network's agent took the filter along: {slow} packets on the slow path");
+    ensure!(slow == 0, "another network's agent removed the filter: {slow} packets on the slow path");
     let Pair { a, b, topology, .. } = pair;
     let site = a.crash()?;
-    ensure!(filters(&topology.a)?.contains("ovl_ingress"), "filters do not go with their agent");
+    ensure!(
+        filters(&topology.a)?.contains("ovl_ingress"),
+        "the filter was removed with its agent, so the test is void"
+    );
     site.down()?;
     ensure!(filters(&topology.a)?.is_empty(), "down left the filter of a killed agent");
     b.stop()?;
@@ -169,7 +169,7 @@ fn second_network_comes_and_goes(sandbox: &Arc<Sandbox>, topology: &Topology) ->
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).context("end the second agent")?;
     let status = agent.wait().context("wait for the second agent")?;
     ensure!(status.success(), "the second agent ended with {status}");
-    ensure!(filters()?.matches("direct-action").count() == 1, "not just the second filter went");
+    ensure!(filters()?.matches("direct-action").count() == 1, "other filters than the second were removed");
     Ok(())
 }
 
@@ -178,7 +178,7 @@ fn underlay_made_anew(sandbox: &Arc<Sandbox>) -> Result<()> {
     let pair = pair(sandbox, Rung::Tc)?;
     let (a, b) = (&pair.topology.a, &pair.topology.b);
     a.host.tool("ip link delete eth0")?;
-    // Another device takes the index that was free.
+    // Another device takes the free index.
     for side in [a, b] {
         side.host.tool("ip link add spare type veth peer name spare2")?;
     }
@@ -194,7 +194,7 @@ fn underlay_made_anew(sandbox: &Arc<Sandbox>) -> Result<()> {
 }
 
 /// A frame that host B could send, sent by the container behind host A: with host A's reverse-path filter off, only the
-/// agent can tell.
+/// agent can detect it.
 fn container_forges(sandbox: &Arc<Sandbox>) -> Result<()> {
     for rung in [Rung::Tc, Rung::Tun] {
         let pair = pair(sandbox, rung)?;
@@ -223,7 +223,7 @@ fn container_forges(sandbox: &Arc<Sandbox>) -> Result<()> {
         ensure!(sent > 20, "only {sent} forged frames could be sent");
         thread::sleep(Duration::from_millis(200));
         let after = pair.a.counters()?;
-        ensure!(carried(&after) == carried(&before), "{} host took a container for a peer", rung.name());
+        ensure!(carried(&after) == carried(&before), "{} host accepted a container as a peer", rung.name());
     }
     Ok(())
 }
@@ -264,10 +264,10 @@ fn malformed_frames(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
     thread::sleep(Duration::from_millis(300));
     let after = pair.a.counters()?;
     let expected = expected_drops(&vectors, rung);
-    ensure!(expected.len() > 8, "the vectors have lost their point: {expected:?}");
+    ensure!(expected.len() > 8, "the vectors cover too few drop reasons: {expected:?}");
     let counted = grown(&before.drops, &after.drops);
     ensure!(counted == expected, "drops counted: {counted:?}, expected: {expected:?}");
-    ensure!(carried(&after) > carried(&before), "not one of the sound frames was carried");
+    ensure!(carried(&after) > carried(&before), "no valid frame was carried");
     recovers(&pair, Duration::ZERO)
 }
 

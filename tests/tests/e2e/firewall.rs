@@ -1,4 +1,4 @@
-//! Masquerading and forwarding, by what the other end of a conversation sees.
+//! Masquerading and forwarding, verified by the source addresses that the peer sees.
 
 use std::{
     io::ErrorKind,
@@ -22,7 +22,7 @@ use tokio::{runtime, sync::watch};
 use crate::{machine::Need, suite::Suite};
 
 const NFT: &[Need] = &[Need::Nftables];
-/// What Docker does to iptables' FORWARD chain, with a rule that an administrator might have there.
+/// Docker's policy of iptables' FORWARD chain, and an administrator's rule.
 const DROP_POLICY: [&str; 3] = [
     "nft add table ip filter",
     "nft add chain ip filter FORWARD { type filter hook forward priority 0 ; policy drop ; }",
@@ -36,14 +36,16 @@ pub(crate) fn register(suite: &mut Suite) {
         } else {
             &[Need::Tun, Need::Nftables]
         };
-        suite.add(format!("firewall::sources_are_flannels_on_{}", rung.name()), needs, move |sandbox| {
-            sources(sandbox, rung)
-        });
+        suite.add(
+            format!("firewall::source_addresses_match_flannel_on_{}", rung.name()),
+            needs,
+            move |sandbox| sources(sandbox, rung),
+        );
     }
     suite.add("firewall::forwarding_survives_a_drop_policy", NFT, forwarding);
-    suite.add("firewall::removed_rules_come_back", NFT, restoring);
-    suite.add("firewall::everything_of_ours_goes_and_nothing_else", NFT, removing);
-    suite.add("firewall::another_subnet_is_followed", NFT, another_subnet);
+    suite.add("firewall::removed_rules_are_restored", NFT, restoring);
+    suite.add("firewall::only_the_agents_rules_are_removed", NFT, removing);
+    suite.add("firewall::a_new_subnet_updates_the_rules", NFT, another_subnet);
 }
 
 fn rules(side: &Side) -> Result<Rules> {
@@ -70,8 +72,8 @@ fn apply(side: &Side, rules: Rules) -> Result<()> {
     inside(&side.host, async { Firewall::new(rules)?.apply().await.map_err(anyhow::Error::from) })?
 }
 
-/// Two hosts without agents. The underlay address of host B is the world outside too: from there, packets for A's pods go
-/// straight to A, not through the overlay.
+/// Two hosts without agents. The underlay address of host B also stands for an outside host: its packets for A's pods are routed
+/// directly to A.
 fn hosts(sandbox: &Arc<Sandbox>) -> Result<Topology> {
     let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
     let Topology { a, b } = &topology;
@@ -80,8 +82,8 @@ fn hosts(sandbox: &Arc<Sandbox>) -> Result<Topology> {
     Ok(topology)
 }
 
-/// Asks from an address at one place for an answer from an address at another. What the server took for the asker's
-/// address, or `None` when the question or the answer got lost.
+/// Sends a datagram and its reply between two endpoints. Returns the client's address as the server saw it, or `None` when a
+/// datagram was lost.
 fn seen(from: Endpoint<'_>, to: Endpoint<'_>) -> Result<Option<Ipv4Addr>> {
     let server = bind(to)?;
     let client = bind(from)?;
@@ -90,12 +92,12 @@ fn seen(from: Endpoint<'_>, to: Endpoint<'_>) -> Result<Option<Ipv4Addr>> {
     }
     client.connect(server.local_addr().context("read the server's address")?).context("connect")?;
     // No route and ICMP errors count as lost.
-    if client.send(b"who am I?").is_err() {
+    if client.send(b"request").is_err() {
         return Ok(None);
     }
-    let Some(asker) = received(&server)? else { return Ok(None) };
-    let SocketAddr::V4(address) = asker else { return Ok(None) };
-    if server.send_to(b"you", asker).is_err() || received(&client)?.is_none() {
+    let Some(client_address) = received(&server)? else { return Ok(None) };
+    let SocketAddr::V4(address) = client_address else { return Ok(None) };
+    if server.send_to(b"reply", client_address).is_err() || received(&client)?.is_none() {
         return Ok(None);
     }
     Ok(Some(*address.ip()))
@@ -116,7 +118,7 @@ fn received(socket: &UdpSocket) -> Result<Option<SocketAddr>> {
         if matches!(kind, ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::ConnectionRefused) {
             return Ok(None);
         }
-        // Interrupted is what a receiver is when a child of this process ends.
+        // Receiving is interrupted when a child process ends.
         if kind != ErrorKind::Interrupted {
             return Err(error).context("receive");
         }
@@ -165,7 +167,7 @@ fn forwarding(sandbox: &Arc<Sandbox>) -> Result<()> {
     apply(a, Rules { forward: true, ..plain.clone() })?;
     expect("out, accepted", a.pod(), on_underlay(b), Some(a.pod_address))?;
     expect("in, accepted", on_underlay(b), a.pod(), Some(b.underlay))?;
-    // What is neither from nor to the overlay is none of our business.
+    // Packets neither from nor to the overlay are still dropped.
     a.host.tool("ip address add 172.30.0.1/24 dev veth0")?;
     a.pod.tool("ip address add 172.30.0.2/24 dev eth0")?;
     let stranger = Endpoint { netns: &a.pod, address: Ipv4Addr::new(172, 30, 0, 2) };
@@ -182,16 +184,16 @@ fn restoring(sandbox: &Arc<Sandbox>) -> Result<()> {
     }
     let mut firewall = Firewall::new(rules(a)?)?;
     let (sender, receiver) = watch::channel(a.subnet.parse()?);
-    let (trouble, _) = watch::channel(None);
+    let (problem, _) = watch::channel(None);
     thread::scope(|scope| {
         let keeper = scope.spawn(|| {
             inside(&a.host, async {
                 firewall.apply().await?;
-                firewall.run(Duration::from_millis(200), receiver, trouble).await;
+                firewall.run(Duration::from_millis(200), receiver, problem).await;
                 anyhow::Ok(())
             })?
         });
-        // Dropped on every way out, so that the keeper ends.
+        // Dropped on every exit, so that the thread ends.
         let _sender = sender;
         let good = |what: &str| -> Result<()> {
             let deadline = Instant::now() + Duration::from_secs(10);
@@ -211,11 +213,11 @@ fn restoring(sandbox: &Arc<Sandbox>) -> Result<()> {
             a.host.tool(damage)?;
             good(damage)?;
         }
-        // As when Docker is started later: the chain is there, and drops, only now.
+        // Docker starts later: the chain is new.
         for command in DROP_POLICY {
             a.host.tool(command)?;
         }
-        good("a FORWARD chain that is new")
+        good("a new FORWARD chain")
     })
 }
 
@@ -223,7 +225,7 @@ fn removing(sandbox: &Arc<Sandbox>) -> Result<()> {
     let topology = hosts(sandbox)?;
     let a = &topology.a;
     let remove = || anyhow::Ok(inside(&a.host, firewall::remove(DEVICE))??);
-    ensure!(!remove()?, "something was removed where nothing was");
+    ensure!(!remove()?, "something was removed although nothing existed");
     for command in DROP_POLICY {
         a.host.tool(command)?;
     }
@@ -236,13 +238,13 @@ fn removing(sandbox: &Arc<Sandbox>) -> Result<()> {
     let applied = ruleset()?;
     ensure!(applied != with_another, "nothing was applied");
     apply(a, rules(a)?)?;
-    ensure!(ruleset()? == applied, "applied twice, the rules are others:\n{applied}\n{}", ruleset()?);
+    ensure!(ruleset()? == applied, "the second application changed the rules:\n{applied}\n{}", ruleset()?);
     ensure!(remove()?, "nothing was removed");
     ensure!(ruleset()? == with_another, "left behind:\n{}\ninstead of\n{with_another}", ruleset()?);
-    // Rules outlive an agent that is killed: `overlay-agent down` finds them by the device's name alone.
+    // `overlay-agent down` finds the rules of a killed agent by the name of its device.
     let down = format!("{} down --device ovl1 --run-dir /nonexistent", binary()?.display());
-    let said = a.host.tool(&down)?;
-    ensure!(said.contains("the firewall's rules of ovl1"), "down says: {said}");
+    let output = a.host.tool(&down)?;
+    ensure!(output.contains("the firewall's rules of ovl1"), "down prints: {output}");
     ensure!(ruleset()? == before, "left behind:\n{}\ninstead of\n{before}", ruleset()?);
     Ok(())
 }
@@ -251,7 +253,7 @@ fn another_subnet(sandbox: &Arc<Sandbox>) -> Result<()> {
     let topology = hosts(sandbox)?;
     let (a, b) = (&topology.a, &topology.b);
     let host_to_pod = || seen(on_underlay(b), a.pod());
-    // The pod is in a subnet of another host: its visitors from outside are masqueraded, until it is in ours.
+    // In a subnet of another host, packets to the pod are masqueraded; in this host's subnet they are not.
     let mut firewall = Firewall::new(Rules { subnet: "10.244.9.0/24".parse()?, ..rules(a)? })?;
     firewall = inside(&a.host, async {
         firewall.apply().await?;

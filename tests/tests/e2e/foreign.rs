@@ -1,4 +1,4 @@
-//! Somebody else's XDP program: the smallest that there is, written as an object file and attached with `ip link`.
+//! A foreign XDP program: a minimal one, written as an object file and attached with `ip link`.
 
 use std::{fs, path::Path};
 

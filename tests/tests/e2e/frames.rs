@@ -21,7 +21,7 @@ pub(crate) fn addressed_to(frame: &[u8], mac: &str) -> Result<Vec<u8>> {
     Ok([&mac, frame.get(6..).unwrap_or_default()].concat())
 }
 
-/// Sends frames from a device of the current namespace, and says how many the device took.
+/// Sends frames from a device of the current namespace and returns how many it accepted.
 pub(crate) fn send(device: &str, frames: &[Vec<u8>]) -> Result<usize> {
     let link = |interface: &nix::ifaddrs::InterfaceAddress| {
         let address = interface.address?;

@@ -1,12 +1,19 @@
-//! Agents come, go, crash and come back; peers join, move and leave.
+//! Agents start, stop, crash and restart; peers join, move and leave.
 
-use std::{net::UdpSocket, sync::Arc, thread, time::Duration};
+use std::{
+    io::{BufRead as _, BufReader},
+    net::UdpSocket,
+    sync::Arc,
+    thread,
+    time::Duration,
+};
 
 use anyhow::{Context, Result, ensure};
 use overlay_tests::{
     agent::{Rung, Site},
     comparison::Comparison,
     pair::{Pair, Store},
+    report::Status,
     sandbox::Sandbox,
     topology::{OVERLAY_MTU, PodOffload, Topology, UPLINK, Underlay},
     traffic::{
@@ -18,7 +25,7 @@ use overlay_tests::{
 use crate::{machine::Need, matrix::needs, snapshot::Snapshot, suite::Suite};
 
 const RUNGS: [Rung; 3] = [Rung::Xdp, Rung::Tc, Rung::Tun];
-/// The rungs' needs where a test takes whatever rung.
+/// Needs of tests that do not depend on the rung.
 const ANY: &[Need] = &[Need::Tun];
 
 pub(crate) fn register(suite: &mut Suite) {
@@ -43,12 +50,13 @@ pub(crate) fn register(suite: &mut Suite) {
             move |sandbox| changed_peer_mac(sandbox, rung),
         );
     }
-    suite.add("lifecycle::second_agent_is_refused_and_first_goes_on", ANY, second_agent_is_refused);
+    suite.add("lifecycle::second_agent_is_refused_and_first_keeps_running", ANY, second_agent_is_refused);
     suite.add("lifecycle::peer_that_joins_later_is_followed", ANY, peer_that_joins_later);
-    suite.add("lifecycle::peer_that_leaves_is_forgotten", ANY, peer_that_leaves);
+    suite.add("lifecycle::route_of_a_leaving_peer_is_removed", ANY, peer_that_leaves);
     suite.add("lifecycle::peer_with_a_new_address_is_followed", ANY, peer_with_a_new_address);
     suite.add("lifecycle::malformed_record_changes_no_other_route", ANY, malformed_record);
     suite.add("lifecycle::removed_store_removes_no_route", ANY, removed_store);
+    suite.add("lifecycle::status_watch_prints_every_change", ANY, status_watch);
 }
 
 fn pair(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<Pair> {
@@ -103,7 +111,7 @@ fn second_agent_is_refused(sandbox: &Arc<Sandbox>) -> Result<()> {
     let mut pair = pair(sandbox, Rung::Tun)?;
     let before = Snapshot::take(&pair.topology.a.host)?;
     let arguments = pair.store.arguments(&pair.topology.a, Rung::Tun);
-    // Elsewhere in the file system it must meet the device, in the same place the control socket.
+    // With another run directory it finds the device, with the same one the control socket.
     let elsewhere = Site::new(sandbox, &pair.topology.a.host, "second")?;
     elsewhere.refused(elsewhere.run_command(&arguments))?;
     let mut same_place = elsewhere.run_command(&arguments);
@@ -120,7 +128,7 @@ fn peer_that_joins_later(sandbox: &Arc<Sandbox>) -> Result<()> {
     let store = Store::create(sandbox)?;
     let [site_a, site_b] = sites(sandbox, &topology)?;
     let a = site_a.start(&store.arguments(&topology.a, Rung::Tun))?;
-    a.wait_for_routes("no route while nobody else is there", |routes| routes.routes.is_empty())?;
+    a.wait_for_routes("no route without a peer", |routes| routes.routes.is_empty())?;
     let b = site_b.start(&store.arguments(&topology.b, Rung::Tun))?;
     let pair = Pair { a, b, store, topology };
     pair.wait_for_peers()?;
@@ -143,7 +151,7 @@ fn peer_with_a_new_address(sandbox: &Arc<Sandbox>) -> Result<()> {
     let site = Arc::clone(b.site());
     b.stop()?;
     topology.b.host.tool(&format!("ip address add {MOVED}/24 dev {UPLINK}"))?;
-    // Whoever moves a host moves its record; another address cannot claim a subnet that is taken.
+    // The record has to be moved with the host: another address cannot claim a held subnet.
     store.write_lease("10.244.2.0-24", MOVED)?;
     let mut arguments = store.arguments(&topology.b, Rung::Tun);
     arguments.extend(["--public-ip".to_owned(), MOVED.to_owned()]);
@@ -169,7 +177,7 @@ fn malformed_record(sandbox: &Arc<Sandbox>) -> Result<()> {
 fn removed_store(sandbox: &Arc<Sandbox>) -> Result<()> {
     let pair = pair(sandbox, Rung::Tun)?;
     let moved = pair.store.move_away()?;
-    // Nothing to wait for: that it forgets its routes is what must not come.
+    // Time in which the agent might wrongly remove its routes.
     thread::sleep(Duration::from_millis(500));
     pair.wait_for_peers()?;
     ping_pods(&pair)?;
@@ -178,17 +186,46 @@ fn removed_store(sandbox: &Arc<Sandbox>) -> Result<()> {
     pair.a.wait_for_routes("a change after the store came back", |routes| routes.routes.len() == 2)
 }
 
+fn status_watch(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let Pair { a, b: _b, store, topology: _topology } = pair(sandbox, Rung::Tun)?;
+    let mut watch = a.site().watch_status()?;
+    let mut lines = BufReader::new(watch.stdout.take().context("the watch has no output")?).lines();
+    let mut wait_for_routes = |count: usize| -> Result<()> {
+        loop {
+            let line = lines.next().context("the watch ended")??;
+            let status: Status = serde_json::from_str(&line).with_context(|| format!("parse {line}"))?;
+            if status.routes == count {
+                return Ok(());
+            }
+        }
+    };
+    wait_for_routes(1)?;
+    store.write_lease("10.244.3.0-24", "192.168.77.3")?;
+    wait_for_routes(2)?;
+    store.remove("subnets/10.244.3.0-24")?;
+    wait_for_routes(1)?;
+    a.stop()?;
+    let output = watch.wait_with_output()?;
+    let error = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.code() == Some(1) && error.contains("the agent ended"),
+        "{}: {error}",
+        output.status
+    );
+    Ok(())
+}
+
 /// Changes the hardware address of host B's underlay device while packets cross, with the overlay and without.
 fn changed_peer_mac(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
-    // A packet more or less is a matter of the moment.
-    const CHANCE: u32 = 2;
+    // Random variation.
+    const TOLERANCE: u32 = 2;
     let routed = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
     Comparison::Routed.install(&routed)?;
     let plain = lost_while_mac_changes(&routed)?;
     drop(routed);
     let pair = pair(sandbox, rung)?;
     let lost = lost_while_mac_changes(&pair.topology)?;
-    ensure!(lost <= plain + CHANCE, "{lost} of {PROBES} packets lost, and {plain} with routing alone");
+    ensure!(lost <= plain + TOLERANCE, "{lost} of {PROBES} packets lost, and {plain} with routing alone");
     Ok(())
 }
 
@@ -198,7 +235,7 @@ const PROBES: u32 = 600;
 
 fn lost_while_mac_changes(topology: &Topology) -> Result<u32> {
     let (a, b) = topology.pods();
-    // A host that gets another network card says so; without that routing loses packets for half a minute.
+    // Gratuitous ARP, as after a change of the network card; without it, routing loses packets for half a minute.
     topology.b.host.tool("sysctl -q -w net.ipv4.conf.eth0.arp_notify=1")?;
     with_echo(a, b, |socket| {
         let mut lost = 0;

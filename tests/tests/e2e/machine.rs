@@ -35,7 +35,7 @@ impl Need {
 
     fn is_met(self) -> bool {
         match self {
-            // Asking for the help of a link type says nothing about the kernel: try it, in a namespace that goes at once.
+            // `ip link help TYPE` does not query the kernel: create such a link in a temporary namespace.
             Self::Vxlan => Command::new("unshare")
                 .args(["--net", "ip", "link", "add", "type", "vxlan", "id", "1", "dstport", "8472"])
                 .output()

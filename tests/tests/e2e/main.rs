@@ -12,12 +12,12 @@ mod lifecycle;
 mod machine;
 mod matrix;
 mod node;
-mod wait;
 mod refusals;
 mod snapshot;
 mod suite;
 mod traps;
 mod underlay;
+mod wait;
 
 use std::process::ExitCode;
 

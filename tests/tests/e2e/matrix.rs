@@ -1,4 +1,4 @@
-//! Every mix of rungs on both kinds of underlay passes every check, drops nothing and takes the path it says.
+//! Every mix of rungs on both kinds of underlay passes every check, drops nothing and takes the expected path.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use crate::{machine::Need, suite::Suite};
 
 const TCP_BYTES: u64 = 32 << 20;
 
-/// Every mix once: all checks send both ways.
+/// Every mix in one order, because all checks send both ways.
 const PAIRS: [(Rung, Rung); 6] = [
     (Rung::Xdp, Rung::Xdp),
     (Rung::Tc, Rung::Tc),

@@ -1,4 +1,4 @@
-//! What an agent does on its host beside carrying packets: it follows the underlay, and keeps rules and a route.
+//! Host state that the agent maintains: underlay changes, firewall rules, the blackhole route, subnet.env.
 
 use std::{
     env, fs,
@@ -20,9 +20,9 @@ use overlay_tests::{
     traffic::{ping::ping_with_ttl, steady::without_loss, udp::every_size},
 };
 
-use crate::{machine::Need, matrix::needs, wait::wait_until, suite::Suite};
+use crate::{machine::Need, matrix::needs, suite::Suite, wait::wait_until};
 
-/// The MTU that the underlay gets, and what is left of it for inner packets.
+/// A small MTU of the underlay, and the resulting MTU of the overlay.
 const SMALL: (usize, usize) = (1400, 1372);
 
 pub(crate) fn register(suite: &mut Suite) {
@@ -37,18 +37,18 @@ pub(crate) fn register(suite: &mut Suite) {
             follows_address(sandbox, rung)
         });
     }
-    suite.add("node::underlay_that_cannot_be_used_is_said", &[Need::Tun], unusable_underlay);
-    suite.add("node::address_that_is_away_for_a_while_is_the_one_again", &[Need::Tun], address_flaps);
-    suite.add("node::subnet_file_that_cannot_be_written_is_tried_again", &[Need::Tun], subnet_file_blocked);
+    suite.add("node::unusable_underlay_is_reported", &[Need::Tun], unusable_underlay);
+    suite.add("node::removed_address_is_used_again_when_it_returns", &[Need::Tun], address_flaps);
+    suite.add("node::unwritable_subnet_file_is_retried", &[Need::Tun], subnet_file_blocked);
     suite.add(
-        "node::rules_and_blackhole_come_and_go_with_the_agent",
+        "node::rules_and_blackhole_exist_only_while_the_agent_runs",
         &[Need::Tun, Need::Nftables],
         rules_come_and_go,
     );
     suite.add("node::masquerading_needs_nft", &[Need::Tun], no_nft);
     let nft = &[Need::Tun, Need::Nftables];
-    suite.add("node::nft_that_hangs_holds_up_neither_start_nor_end", nft, hanging_nft);
-    suite.add("node::nft_that_fails_is_said_until_it_works", nft, failing_nft);
+    suite.add("node::hanging_nft_blocks_neither_start_nor_stop", nft, hanging_nft);
+    suite.add("node::failing_nft_is_reported_until_it_works", nft, failing_nft);
 }
 
 fn pair(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<Pair> {
@@ -82,7 +82,7 @@ fn follows_mtu(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
             }
             wait_until("both devices have the MTU", || Ok(has_mtu(a, overlay)? && has_mtu(b, overlay)?))?;
             wait_until("subnet.env has the MTU", || Ok(subnet_file(&pair.a)? == file(overlay)))?;
-            // A moment of traffic with the new one.
+            // Traffic with the new MTU.
             thread::sleep(Duration::from_millis(300));
             Ok(())
         })?;
@@ -103,7 +103,7 @@ fn follows_address(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
     let (from, to) = pair.topology.pods();
     let pid = pair.a.status()?.pid;
     a.host.tool(&format!("ip address add {moved}/24 dev {UPLINK}"))?;
-    // Of the same network: without this, the second address would go with the first.
+    // Without this, removing the first address would remove the second of the same network.
     a.host.tool(&format!("sysctl -q -w net.ipv4.conf.{UPLINK}.promote_secondaries=1"))?;
     a.host.tool(&format!("ip address delete {}/24 dev {UPLINK}", a.underlay))?;
     wait_until("B routes to the new address", || {
@@ -126,7 +126,7 @@ fn unusable_underlay(sandbox: &Arc<Sandbox>) -> Result<()> {
     let (a, address) = (&pair.topology.a, pair.topology.a.underlay);
     let (from, to) = pair.topology.pods();
     let degraded = |words: &str| {
-        wait_until(&format!("status says `{words}`"), || {
+        wait_until(&format!("status reports `{words}`"), || {
             let status = pair.a.status()?;
             Ok(status.state == "degraded" && status.problems.iter().any(|problem| problem.contains(words)))
         })
@@ -134,19 +134,19 @@ fn unusable_underlay(sandbox: &Arc<Sandbox>) -> Result<()> {
     a.host.tool(&format!("ip link set {UPLINK} mtu 500"))?;
     degraded("too small")?;
     a.host.tool(&format!("ip link set {UPLINK} mtu 1500"))?;
-    wait_until("it is well again", || Ok(pair.a.status()?.state == "running"))?;
+    wait_until("the agent runs again", || Ok(pair.a.status()?.state == "running"))?;
     a.host.tool(&format!("ip address delete {address}/24 dev {UPLINK}"))?;
     degraded("has no IPv4 address")?;
-    // An address of the overlay itself would send its packets round in circles.
+    // An underlay address inside the overlay would cause a routing loop.
     a.host.tool(&format!("ip address add 10.244.7.7/32 dev {UPLINK}"))?;
     degraded("lies inside the network")?;
     a.host.tool(&format!("ip address delete 10.244.7.7/32 dev {UPLINK}"))?;
     a.host.tool(&format!("ip address add {address}/24 dev {UPLINK}"))?;
     wait_until("containers reach each other", || Ok(ping_with_ttl(from.netns, to.address, 60).is_ok()))?;
-    wait_until("it is well at last", || Ok(pair.a.status()?.state == "running"))
+    wait_until("the agent runs at last", || Ok(pair.a.status()?.state == "running"))
 }
 
-/// Another address of the device must do for a while, unless the operator named the one that is away.
+/// Another address of the device is used meanwhile, unless the operator named the missing one.
 fn address_flaps(sandbox: &Arc<Sandbox>) -> Result<()> {
     for named in [false, true] {
         let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
@@ -164,7 +164,7 @@ fn address_flaps(sandbox: &Arc<Sandbox>) -> Result<()> {
         let (from, to) = topology.pods();
         a.host.tool(&format!("ip address delete {}/24 dev {UPLINK}", a.underlay))?;
         match named {
-            true => wait_until("status says that the address is away", || {
+            true => wait_until("status reports the missing address", || {
                 Ok(agent
                     .status()?
                     .problems
@@ -172,11 +172,11 @@ fn address_flaps(sandbox: &Arc<Sandbox>) -> Result<()> {
                     .any(|problem| problem.contains("no device holds the address")))
             })?,
             false => {
-                wait_until("the other address is taken", || Ok(recorded()?.contains(&other.to_string())))?
+                wait_until("the other address is used", || Ok(recorded()?.contains(&other.to_string())))?
             }
         }
         a.host.tool(&format!("ip address add {}/24 dev {UPLINK}", a.underlay))?;
-        wait_until("the address is the one again", || {
+        wait_until("the first address is used again", || {
             Ok(recorded()?.contains(&format!("\"{}\"", a.underlay)) && agent.status()?.state == "running")
         })?;
         wait_until("containers reach each other", || Ok(ping_with_ttl(from.netns, to.address, 60).is_ok()))?;
@@ -194,14 +194,14 @@ fn subnet_file_blocked(sandbox: &Arc<Sandbox>) -> Result<()> {
     fs::remove_file(&file)?;
     fs::create_dir(&file)?;
     pair.topology.a.host.tool(&format!("ip link set {UPLINK} mtu 1400"))?;
-    wait_until("status says that the file cannot be written", || {
+    wait_until("status reports that the file cannot be written", || {
         Ok(pair.a.status()?.problems.iter().any(|problem| problem.contains("subnet.env")))
     })?;
     fs::remove_dir(&file)?;
     wait_until("the file is written", || {
         Ok(subnet_file(&pair.a).is_ok_and(|text| text.contains("MTU=1372")))
     })?;
-    wait_until("it is well again", || Ok(pair.a.status()?.state == "running"))
+    wait_until("the agent runs again", || Ok(pair.a.status()?.state == "running"))
 }
 
 fn rules_come_and_go(sandbox: &Arc<Sandbox>) -> Result<()> {
@@ -231,13 +231,13 @@ fn rules_come_and_go(sandbox: &Arc<Sandbox>) -> Result<()> {
     a.host.tool("nft flush ruleset")?;
     a.host.tool("nft add table ip filter")?;
     a.host.tool("nft add chain ip filter FORWARD { type filter hook forward priority 0 ; policy drop ; }")?;
-    wait_until("the rules are back", || Ok(rules()? == applied))?;
+    wait_until("the rules are restored", || Ok(rules()? == applied))?;
     agent.stop()?;
     ensure!(rules()? == before && !blackhole()?, "left behind: {}", rules()?);
 
-    // What a killed agent leaves is removed by `down`; what it left is replaced by the next one, with other flags.
+    // The next agent, with other flags, replaces what a killed one left, and `down` removes it.
     let site = site.start(&arguments)?.crash()?;
-    ensure!(rules()? == applied && blackhole()?, "a killed agent's rules went with it: {}", rules()?);
+    ensure!(rules()? == applied && blackhole()?, "a killed agent's rules are missing: {}", rules()?);
     let plain = [store.arguments(a, Rung::Tun), vec!["--iptables-forward-rules=false".to_owned()]].concat();
     let agent = site.start(&plain)?;
     ensure!(rules()? == before && !blackhole()?, "an earlier agent's rules are still there: {}", rules()?);
@@ -245,12 +245,14 @@ fn rules_come_and_go(sandbox: &Arc<Sandbox>) -> Result<()> {
     let site = site.start(&arguments)?.crash()?;
     a.host.tool(&format!("ip link delete {DEVICE}"))?;
     let removed = || -> Result<Vec<String>> {
-        let answer: serde_json::Value = serde_json::from_str(&site.answer("down", &["-o", "json"])?)?;
-        Ok(serde_json::from_value(answer.get("removed").context("down names nothing removed")?.clone())?)
+        let answer: serde_json::Value = serde_json::from_str(&site.output("down", &["-o", "json"])?)?;
+        Ok(serde_json::from_value(
+            answer.get("removed").context("the output of down lacks `removed`")?.clone(),
+        )?)
     };
     let gone = removed()?;
-    for word in ["the blackhole route for 10.244.1.0/24", "the firewall's rules of ovl0"] {
-        ensure!(gone.iter().any(|line| line == word), "removed, says down: {gone:?}");
+    for item in ["the blackhole route for 10.244.1.0/24", "the firewall's rules of ovl0"] {
+        ensure!(gone.iter().any(|line| line == item), "down removed: {gone:?}");
     }
     ensure!(removed()?.is_empty(), "there was more to remove");
     ensure!(rules()? == before && !blackhole()?, "left by down: {}", rules()?);
@@ -269,16 +271,16 @@ fn no_nft(sandbox: &Arc<Sandbox>) -> Result<()> {
     ensure!(error.contains("--ip-masq") && error.contains("nftables"), "{error}");
     let links = topology.a.host.tool("ip link show")?;
     ensure!(!links.contains(DEVICE), "a refused agent left its device: {links}");
-    // Without masquerading, the lack is only said.
+    // Without masquerading, the missing nft is only logged.
     let mut plain = site.run_command(&arguments);
     plain.env("PATH", &empty);
-    let mut agent = site.begin(plain)?;
+    let mut agent = site.launch(plain)?;
     agent.wait_until_running()?;
     ensure!(site.log().contains("install the package nftables"), "{}", site.log());
     agent.stop()
 }
 
-/// A directory for PATH with nothing but `nft`, which can become another one while an agent runs.
+/// A directory for PATH with only `nft`, which can be replaced while an agent runs.
 struct Tools {
     directory: PathBuf,
 }
@@ -290,26 +292,26 @@ impl Tools {
         Ok(tools)
     }
 
-    /// It works.
+    /// Makes nft work.
     fn work(&self) -> Result<()> {
         let path = env::var_os("PATH").unwrap_or_default();
         let nft = env::split_paths(&path).map(|directory| directory.join("nft")).find(|nft| nft.is_file());
         self.become_link_to(&nft.context("find nft")?)
     }
 
-    /// It does not end.
+    /// Makes nft hang.
     fn hang(&self) -> Result<()> {
-        self.become_script("hang", &format!(": > {}; exec /bin/sleep 3600", self.asked().display()))
+        self.become_script("hang", &format!(": > {}; exec /bin/sleep 3600", self.started().display()))
     }
 
-    /// It fails with a message.
+    /// Makes nft fail with a message.
     fn fail(&self) -> Result<()> {
-        self.become_script("fail", "echo 'Error: the kernel is on holiday' >&2; exit 1")
+        self.become_script("fail", "echo 'Error: simulated failure' >&2; exit 1")
     }
 
-    /// There once somebody has asked the one that hangs.
-    fn asked(&self) -> PathBuf {
-        self.directory.join("asked")
+    /// A file that exists once the hanging nft was started.
+    fn started(&self) -> PathBuf {
+        self.directory.join("started")
     }
 
     fn become_script(&self, name: &str, text: &str) -> Result<()> {
@@ -319,7 +321,7 @@ impl Tools {
         self.become_link_to(&script)
     }
 
-    /// At once, so that at every moment there is one.
+    /// Atomically, so that nft exists at any time.
     fn become_link_to(&self, program: &Path) -> Result<()> {
         let link = self.directory.join("new");
         symlink(program, &link)?;
@@ -351,18 +353,18 @@ fn hanging_nft(sandbox: &Arc<Sandbox>) -> Result<()> {
     no_device()?;
 
     tools.work()?;
-    fs::remove_file(tools.asked())?;
-    let mut agent = site.begin(tools.run(&site, &arguments))?;
+    fs::remove_file(tools.started())?;
+    let mut agent = site.launch(tools.run(&site, &arguments))?;
     agent.wait_until_running()?;
     tools.hang()?;
-    wait_until("the agent waits for nft", || Ok(tools.asked().exists()))?;
+    wait_until("the agent waits for nft", || Ok(tools.started().exists()))?;
     agent.stop()?;
     no_device()?;
     let rules = format!("the firewall's rules of {DEVICE}");
     ensure!(site.log().contains(&format!("{rules} stay")), "{}", site.log());
-    // They wait for one that works.
-    let removed = site.answer("down", &[])?;
-    ensure!(removed.contains(&rules), "down says: {removed}");
+    // A working nft removes them later.
+    let removed = site.output("down", &[])?;
+    ensure!(removed.contains(&rules), "down prints: {removed}");
     Ok(())
 }
 
@@ -372,18 +374,18 @@ fn failing_nft(sandbox: &Arc<Sandbox>) -> Result<()> {
     let site = Site::new(sandbox, &topology.a.host, "agent-a")?;
     let mut arguments = store.arguments(&topology.a, Rung::Tun);
     arguments.extend(["--ip-masq", "--iptables-resync=1"].map(str::to_owned));
-    let mut agent = site.begin(tools.run(&site, &arguments))?;
+    let mut agent = site.launch(tools.run(&site, &arguments))?;
     agent.wait_until_running()?;
     tools.fail()?;
-    wait_until("status says that the rules may be missing, and why", || {
+    wait_until("status reports that the rules may be missing, and why", || {
         let status = agent.status()?;
-        let said = |problem: &String| {
+        let reported = |problem: &String| {
             problem.contains(&format!("the firewall's rules of {DEVICE} may be missing"))
-                && problem.contains("the kernel is on holiday")
+                && problem.contains("simulated failure")
         };
-        Ok(status.state == "degraded" && status.problems.iter().any(said))
+        Ok(status.state == "degraded" && status.problems.iter().any(reported))
     })?;
     tools.work()?;
-    wait_until("it is well again", || Ok(agent.status()?.state == "running"))?;
+    wait_until("the agent runs again", || Ok(agent.status()?.state == "running"))?;
     agent.stop()
 }

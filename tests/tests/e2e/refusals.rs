@@ -19,80 +19,80 @@ use overlay_tests::{
 
 use crate::{foreign::attach_xdp, machine::Need, snapshot::Snapshot, suite::Suite};
 
-/// User id of `nobody` on Debian.
-const NOBODY: u32 = 65534;
+/// An unprivileged user id.
+const UNPRIVILEGED: u32 = 65534;
 
 pub(crate) fn register(suite: &mut Suite) {
     let tun: &[Need] = &[Need::Tun];
     suite.add("refusals::unknown_interface", tun, |sandbox| {
-        Stage::build(sandbox)?.refuses_arguments(&["--iface", "nosuch0"], "nosuch0")
+        Fixture::build(sandbox)?.refuses_arguments(&["--iface", "nosuch0"], "nosuch0")
     });
     suite.add("refusals::subnet_outside_the_network", tun, |sandbox| {
-        Stage::build(sandbox)?.refuses_arguments(&["--subnet", "10.99.1.0/24"], "10.99.1.0/24")
+        Fixture::build(sandbox)?.refuses_arguments(&["--subnet", "10.99.1.0/24"], "10.99.1.0/24")
     });
     suite.add("refusals::peer_outside_the_network", tun, |sandbox| {
-        Stage::build(sandbox)?.refuses_peer("10.99.2.0/24=192.168.77.2", "10.99.2.0/24")
+        Fixture::build(sandbox)?.refuses_peer("10.99.2.0/24=192.168.77.2", "10.99.2.0/24")
     });
     suite.add("refusals::peer_with_our_own_subnet", tun, |sandbox| {
-        Stage::build(sandbox)?.refuses_peer("10.244.1.0/25=192.168.77.2", "10.244.1.0/25")
+        Fixture::build(sandbox)?.refuses_peer("10.244.1.0/25=192.168.77.2", "10.244.1.0/25")
     });
     suite.add("refusals::subnet_of_another_host", tun, |sandbox| {
-        let stage = Stage::build(sandbox)?;
-        stage.store.write_lease("10.244.1.0-24", "192.168.77.99")?;
-        stage.refuses_arguments(&[], "192.168.77.99")
+        let fixture = Fixture::build(sandbox)?;
+        fixture.store.write_lease("10.244.1.0-24", "192.168.77.99")?;
+        fixture.refuses_arguments(&[], "192.168.77.99")
     });
     suite.add("refusals::foreign_device_of_the_same_name", tun, |sandbox| {
-        let stage = Stage::build(sandbox)?;
-        stage.topology.a.host.tool(&format!("ip link add {DEVICE} type veth peer name foreign1"))?;
-        stage.refuses_arguments(&[], DEVICE)
+        let fixture = Fixture::build(sandbox)?;
+        fixture.topology.a.host.tool(&format!("ip link add {DEVICE} type veth peer name foreign1"))?;
+        fixture.refuses_arguments(&[], DEVICE)
     });
     suite.add("refusals::foreign_xdp_program", &[Need::Tun, Need::Ebpf], |sandbox| {
-        let stage = Stage::build(sandbox)?;
-        attach_xdp(&stage.topology.a.host, &sandbox.new_directory("foreign")?)?;
-        let arguments = stage.store.arguments(&stage.topology.a, Rung::Xdp);
-        stage.refuses(stage.site.run_command(&arguments), UPLINK)
+        let fixture = Fixture::build(sandbox)?;
+        attach_xdp(&fixture.topology.a.host, &sandbox.new_directory("foreign")?)?;
+        let arguments = fixture.store.arguments(&fixture.topology.a, Rung::Xdp);
+        fixture.refuses(fixture.site.run_command(&arguments), UPLINK)
     });
     suite.add("refusals::port_in_use", tun, |sandbox| {
-        let stage = Stage::build(sandbox)?;
-        let _taken = occupy(stage.topology.a.host(), Ipv4Addr::UNSPECIFIED, 8285)?;
-        stage.refuses_arguments(&[], "8285")
+        let fixture = Fixture::build(sandbox)?;
+        let _taken = occupy(fixture.topology.a.host(), Ipv4Addr::UNSPECIFIED, 8285)?;
+        fixture.refuses_arguments(&[], "8285")
     });
     suite.add("refusals::not_root", tun, not_root);
     suite.add("refusals::no_tun_device_node", tun, no_tun_device_node);
     suite.add("refusals::store_without_configuration", tun, |sandbox| {
-        let stage = Stage::build(sandbox)?;
-        stage.store.remove("config")?;
-        stage.store.write("config", "no JSON")?;
-        stage.refuses_arguments(&[], "config")
+        let fixture = Fixture::build(sandbox)?;
+        fixture.store.remove("config")?;
+        fixture.store.write("config", "no JSON")?;
+        fixture.refuses_arguments(&[], "config")
     });
 }
 
 fn not_root(sandbox: &Arc<Sandbox>) -> Result<()> {
-    let stage = Stage::build(sandbox)?;
+    let fixture = Fixture::build(sandbox)?;
     // The binary may lie where only root can reach it: open it as root, run what is open.
-    let binary = File::open(stage.site.binary()).context("open the agent's binary")?;
+    let binary = File::open(fixture.site.binary()).context("open the agent's binary")?;
     let path = format!("/proc/self/fd/{}", binary.as_raw_fd());
-    let mut command = rebuilt(Command::new(path), &stage.command());
-    command.uid(NOBODY).gid(NOBODY).current_dir("/");
-    stage.refuses(command, "root")
+    let mut command = rebuilt(Command::new(path), &fixture.command());
+    command.uid(UNPRIVILEGED).gid(UNPRIVILEGED).current_dir("/");
+    fixture.refuses(command, "root")
 }
 
 fn no_tun_device_node(sandbox: &Arc<Sandbox>) -> Result<()> {
-    let stage = Stage::build(sandbox)?;
+    let fixture = Fixture::build(sandbox)?;
     let mut hidden = Command::new("unshare");
     hidden.args(["--mount", "--propagation", "private", "sh", "-c"]);
-    hidden.arg(r#"mount -t tmpfs none /dev/net && exec "$@""#).arg("sh").arg(stage.site.binary());
-    stage.refuses(rebuilt(hidden, &stage.command()), "/dev/net/tun")
+    hidden.arg(r#"mount -t tmpfs none /dev/net && exec "$@""#).arg("sh").arg(fixture.site.binary());
+    fixture.refuses(rebuilt(hidden, &fixture.command()), "/dev/net/tun")
 }
 
 /// A topology on whose host A an agent is about to be refused.
-struct Stage {
+struct Fixture {
     topology: Topology,
     store: Store,
     site: Arc<Site>,
 }
 
-impl Stage {
+impl Fixture {
     fn build(sandbox: &Arc<Sandbox>) -> Result<Self> {
         let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
         let store = Store::create(sandbox)?;
@@ -100,7 +100,7 @@ impl Stage {
         Ok(Self { topology, store, site })
     }
 
-    /// A command that would succeed if nothing were wrong.
+    /// A command that would succeed.
     fn command(&self) -> Command {
         self.site.run_command(&self.store.arguments(&self.topology.a, Rung::Tun))
     }
@@ -137,11 +137,11 @@ impl Stage {
         self.refuses(self.site.run_command(&arguments.map(str::to_owned)), named)
     }
 
-    /// Checks that the command is refused with an error that says `named`, and changes nothing.
+    /// Checks that the command is refused with an error that names `named`, and changes nothing.
     fn refuses(&self, command: Command, named: &str) -> Result<()> {
         let before = Snapshot::take(&self.topology.a.host)?;
         let error = self.site.refused(command)?;
-        ensure!(error.contains(named), "the error does not say `{named}`: {error}");
+        ensure!(error.contains(named), "the error does not name `{named}`: {error}");
         before.is_unchanged(&self.topology.a.host)?;
         let socket = self.site.socket();
         ensure!(!socket.exists(), "{} is left", socket.display());

@@ -4,7 +4,7 @@ use anyhow::{Result, bail, ensure};
 use aya::programs::{SchedClassifier, tc::TcAttachType};
 use overlay_tests::{netns::Netns, topology::UPLINK};
 
-/// Commands whose output is the same as long as nobody changes the host. IPv6 is left out: the kernel's own address
+/// Commands whose output does not change by itself. IPv6 is left out: the kernel's own address
 /// configuration is at work there for seconds after a device comes up, and what an agent leaves shows in the devices.
 const VIEWS: [&str; 8] = [
     "ip -details link",

@@ -1,4 +1,4 @@
-//! Registers tests with what they need of the machine: a test that cannot run here is ignored, and says why.
+//! Registers tests with their requirements: a test that cannot run on this machine is ignored with the reason.
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 

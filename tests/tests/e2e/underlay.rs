@@ -1,4 +1,4 @@
-//! What the agent asks of a kernel's routes and devices: the choice of the underlay, the watch over it, a blackhole.
+//! Selection and watch of the underlay, and the blackhole route, on a real kernel.
 
 use std::{net::Ipv4Addr, sync::Arc, time::Duration};
 
@@ -15,9 +15,9 @@ use crate::{firewall::inside, suite::Suite};
 const SECOND: Duration = Duration::from_secs(1);
 
 pub(crate) fn register(suite: &mut Suite) {
-    suite.add("underlay::choices_follow_addresses_and_routes", &[], choices);
-    suite.add("underlay::a_blackhole_takes_only_what_nothing_else_takes", &[], blackhole);
-    suite.add("underlay::changes_of_address_and_mtu_are_told", &[], changes);
+    suite.add("underlay::selection_follows_addresses_and_routes", &[], choices);
+    suite.add("underlay::a_blackhole_has_the_lowest_preference", &[], blackhole);
+    suite.add("underlay::changes_of_address_and_mtu_are_reported", &[], changes);
 }
 
 /// A host with two links: eth0 leads out by default, eth1 to 172.16.0.0/24.
@@ -83,7 +83,10 @@ fn blackhole(sandbox: &Arc<Sandbox>) -> Result<()> {
         host.tool("ip address add 10.244.1.1/24 dev eth1")?;
         ensure!(route("10.244.1.9")?.contains("eth1"), "the bridge's packets are discarded");
         host.tool("ip route add blackhole 10.244.3.0/24 metric 5")?;
-        ensure!(netlink.blackholes().await? == [subnet], "ours is not told from another's");
+        ensure!(
+            netlink.blackholes().await? == [subnet],
+            "the agent's blackhole is not distinguished from others"
+        );
         ensure!(netlink.remove_blackhole(subnet).await?, "not removed");
         host.tool("ip address delete 10.244.1.1/24 dev eth1")?;
         ensure!(route("10.244.1.9")?.contains("eth0"), "still discarded");
@@ -95,7 +98,7 @@ fn changes(sandbox: &Arc<Sandbox>) -> Result<()> {
     let host = host(sandbox)?;
     inside(&host, async {
         let found = Underlay::find(&Netlink::connect()?, &Selector::default()).await?;
-        // Between the choice and the watch: must be told all the same.
+        // A change between the selection and the watch is reported, too.
         host.tool("ip link set eth0 mtu 1400")?;
         let mut watched = watch(found, &Selector::default())?;
         expect(&mut watched, "another MTU before the watch began", "10.0.0.1", 1400).await?;
@@ -126,31 +129,31 @@ fn changes(sandbox: &Arc<Sandbox>) -> Result<()> {
 
 async fn next(watched: &mut Receiver<UnderlayChange>, what: &str) -> Result<UnderlayChange> {
     let change = timeout(5 * SECOND, watched.recv()).await;
-    change.ok().flatten().with_context(|| format!("{what}: the watch says nothing"))
+    change.ok().flatten().with_context(|| format!("{what}: the watch reports nothing"))
 }
 
 async fn expect(watched: &mut Receiver<UnderlayChange>, what: &str, address: &str, mtu: u32) -> Result<()> {
     match next(watched, what).await? {
         UnderlayChange::Changed(now) => ensure!(
             now.local_ip.to_string() == address && now.public_ip == now.local_ip && now.link.mtu == mtu,
-            "{what}: the watch says {now:?}"
+            "{what}: the watch reports {now:?}"
         ),
-        UnderlayChange::Lost(why) => bail!("{what}: the watch says that {why}"),
+        UnderlayChange::Lost(why) => bail!("{what}: the watch reports: {why}"),
     }
     silence(watched, what).await
 }
 
 async fn expect_lost(watched: &mut Receiver<UnderlayChange>, what: &str, expected: &str) -> Result<()> {
     let change = next(watched, what).await?;
-    let told = matches!(&change, UnderlayChange::Lost(why) if why.contains(expected));
-    ensure!(told, "{what}: the watch says {change:?}");
+    let reported = matches!(&change, UnderlayChange::Lost(why) if why.contains(expected));
+    ensure!(reported, "{what}: the watch reports {change:?}");
     silence(watched, what).await
 }
 
-/// Each change is told once.
+/// Each change is reported once.
 async fn silence(watched: &mut Receiver<UnderlayChange>, what: &str) -> Result<()> {
     match timeout(SECOND / 2, watched.recv()).await {
         Err(_) => Ok(()),
-        Ok(change) => bail!("{what}: the watch has more to say: {change:?}"),
+        Ok(change) => bail!("{what}: the watch reports more: {change:?}"),
     }
 }

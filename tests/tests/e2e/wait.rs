@@ -1,4 +1,4 @@
-//! Waiting for what happens in its own time.
+//! Waits for a condition.
 
 use std::{
     thread,
@@ -7,14 +7,14 @@ use std::{
 
 use anyhow::{Result, ensure};
 
-/// Longer than anything here takes on a busy machine.
+/// Ample time on a busy machine.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Waits until something is so.
+/// Waits until `done` is true.
 pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
     let deadline = Instant::now() + TIMEOUT;
     while !done()? {
-        ensure!(Instant::now() < deadline, "not so after {} seconds: {what}", TIMEOUT.as_secs());
+        ensure!(Instant::now() < deadline, "not within {} seconds: {what}", TIMEOUT.as_secs());
         thread::sleep(Duration::from_millis(50));
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! An etcd that asks who is there: the password gets the agent in, and nobody gets to see it.
+//! etcd with authentication: the agent logs in, and its password appears in no output.
 
 use std::{fs, process::Command, sync::Arc};
 
@@ -24,13 +24,13 @@ const WRONG: &str = "wrong-horse-battery";
 
 pub(super) fn register(suite: &mut Suite) {
     let tun: &[Need] = &[Need::Tun];
-    suite.add("etcd::a_password_is_shown_nowhere", tun, password_is_shown_nowhere);
+    suite.add("etcd::the_password_appears_in_no_output", tun, password_is_shown_nowhere);
 }
 
-/// Users on: root, and one for the agents with the rights on their prefix only.
+/// Enables authentication: root, and a user for the agents with rights on their prefix only.
 fn enable_users(server: &mut Server) -> Result<()> {
     server.ask(async |client| {
-        // Begun again after half of it, when etcd does not answer in time: what is there already is no harm.
+        // Repeated when etcd does not answer in time: what exists already is no error.
         let _ = client.role_add("root").await;
         let _ = client.user_add("root", "root-secret", None).await;
         client.user_grant_role("root", "root").await?;
@@ -45,17 +45,17 @@ fn enable_users(server: &mut Server) -> Result<()> {
     Ok(())
 }
 
-/// The agent on a site, with the user's password in the environment, where flanneld looks.
+/// The agent on a site, with the password in flanneld's environment variable.
 fn command(site: &Site, server: &Server, password: &str) -> Command {
     let mut command = site.run_command(&arguments(server, Rung::Tun));
     command.env("FLANNELD_ETCD_USERNAME", USER).env("FLANNELD_ETCD_PASSWORD", password);
     command
 }
 
-/// Asks a running agent everything that can be asked, and looks for the password in all of it.
+/// Searches all output of a running agent for the password.
 fn shows_no_password(agent: &Agent, in_command_line: bool) -> Result<()> {
     let status = agent.text("status")?;
-    let json = agent.site().answer("status", &["-o", "json"])?;
+    let json = agent.site().output("status", &["-o", "json"])?;
     let mut places = vec![
         ("log", agent.site().log()),
         ("status", status),
@@ -84,32 +84,32 @@ fn password_is_shown_nowhere(sandbox: &Arc<Sandbox>) -> Result<()> {
     enable_users(&mut server)?;
     let site = Site::new(sandbox, &host.netns, "agent")?;
 
-    // In the environment, with all that the agent and its libraries can log.
+    // In the environment, with the most verbose log of the agent and its libraries.
     let mut with_trace = command(&site, &server, PASSWORD);
     with_trace.env("RUST_LOG", "trace");
-    let mut agent = site.begin(with_trace)?;
+    let mut agent = site.launch(with_trace)?;
     agent.wait_until_running()?;
     ensure!(site.log().contains(" TRACE "), "the log has no traces");
-    // Long enough for a connection to break and another to be made, with another login.
+    // Long enough to lose the connection and to log in again.
     server.kill();
-    wait_until("the agent misses etcd", || Ok(agent.status()?.state == "degraded"))?;
+    wait_until("the agent reports that etcd is unreachable", || Ok(agent.status()?.state == "degraded"))?;
     server.restart()?;
     wait_until("the agent is logged in again", || Ok(agent.status()?.state == "running"))?;
     shows_no_password(&agent, false)?;
     agent.stop()?;
     ensure!(!site.log().contains(PASSWORD), "the password is in the log of the agent's end");
 
-    // On the command line, where only the list of processes has it.
+    // On the command line, where only the process list contains it.
     let mut flags = arguments(&server, Rung::Tun);
     flags.extend(["-etcd-username".to_owned(), USER.to_owned(), format!("-etcd-password={PASSWORD}")]);
     let mut with_flag = site.run_command(&flags);
     with_flag.env("RUST_LOG", "trace");
-    let mut agent = site.begin(with_flag)?;
+    let mut agent = site.launch(with_flag)?;
     agent.wait_until_running()?;
     shows_no_password(&agent, true)?;
     agent.stop()?;
 
-    // A wrong one is an error at once; waiting would not make it right.
+    // A wrong password is an immediate error: waiting would not help.
     let mut with_trace = command(&site, &server, WRONG);
     with_trace.env("RUST_LOG", "trace");
     for refused in [with_trace, command(&site, &server, WRONG)] {
@@ -118,9 +118,9 @@ fn password_is_shown_nowhere(sandbox: &Arc<Sandbox>) -> Result<()> {
         ensure!(!site.log().contains(WRONG), "the wrong password is in the log:\n{}", site.log_tail());
     }
     let lines = site.log().lines().count();
-    ensure!(lines == 1, "{lines} lines where one says it:\n{}", site.log_tail());
+    ensure!(lines == 1, "{lines} lines of errors, not one:\n{}", site.log_tail());
 
-    // None at all is one, too.
+    // So is a missing password.
     let error = site.refused(site.run_command(&arguments(&server, Rung::Tun)))?;
     ensure!(error.contains("etcd refuses") && error.contains("--etcd-username"), "{error}");
     Ok(())

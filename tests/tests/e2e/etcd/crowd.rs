@@ -1,4 +1,4 @@
-//! Many hosts: all start at once on a network with room for exactly all of them, and two that claim one address.
+//! Many hosts: simultaneous start on a network with exactly as many subnets, and two hosts with one address.
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -36,14 +36,14 @@ fn overlay<'a>(host: &'a Host, agent: &Agent) -> Result<Endpoint<'a>> {
 }
 
 fn forty_hosts(sandbox: &Arc<Sandbox>) -> Result<()> {
-    // One more than there is room for.
+    // One host more than subnets.
     let switch = Switch::build(sandbox, HOSTS + 1)?;
     let server = Server::start(sandbox, &switch.hub, HUB)?;
     server.write_config(CONFIG)?;
     let (late, crowd) = switch.hosts.split_last().context("there are no hosts")?;
     let begin = |host| {
         let site = site(sandbox, host)?;
-        site.begin(site.run_command(&arguments(&server, Rung::Tun)))
+        site.launch(site.run_command(&arguments(&server, Rung::Tun)))
     };
     let mut agents = crowd.iter().map(begin).collect::<Result<Vec<_>>>()?;
     for agent in &mut agents {
@@ -96,9 +96,9 @@ fn same_public_ip(sandbox: &Arc<Sandbox>) -> Result<()> {
     ensure!(error.contains("192.168.77.1 is already in use by another agent"), "{error}");
     ensure!(error.contains("--public-ip"), "the error names no remedy: {error}");
     ensure!(server.records()? == before, "the refusal changed the records: {:?}", server.records()?);
-    ensure!(a.status()?.state == "running", "the first agent is not well: {}", a.text("status")?);
+    ensure!(a.status()?.state == "running", "the first agent is not running: {}", a.text("status")?);
 
-    // The first one gives its address up when it ends, and then another host may have it, at once and with its subnet.
+    // A stopped agent releases its address, and another host can use it immediately, with its subnet.
     let subnet = a.status()?.subnet;
     a.stop()?;
     let heir = twin.start(&same)?;

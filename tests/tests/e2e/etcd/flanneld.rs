@@ -1,4 +1,4 @@
-//! The agent in flanneld's place: started by its name, with its flags and its environment.
+//! The agent in place of flanneld: invoked by its name, with its flags and environment.
 
 use std::{
     fs,
@@ -21,7 +21,7 @@ use crate::{machine::Need, suite::Suite};
 
 pub(super) fn register(suite: &mut Suite) {
     let tun: &[Need] = &[Need::Tun];
-    suite.add("etcd::runs_under_the_name_flanneld", tun, under_flannelds_name);
+    suite.add("etcd::runs_when_invoked_as_flanneld", tun, invoked_as_flanneld);
 }
 
 /// flanneld as a unit file starts it: some flags with one dash, the rest in the environment.
@@ -39,14 +39,14 @@ fn flanneld(sandbox: &Sandbox, host: &Host, server: &Server, role: &str) -> Resu
     Ok((site, command))
 }
 
-fn under_flannelds_name(sandbox: &Arc<Sandbox>) -> Result<()> {
+fn invoked_as_flanneld(sandbox: &Arc<Sandbox>) -> Result<()> {
     let switch = Switch::build(sandbox, 2)?;
     let server = Server::start(sandbox, &switch.hub, HUB)?;
     let config = r#"{"Network":"10.5.0.0/16","SubnetLen":24,"Backend":{"Type":"UDP","Port":7890}}"#;
     server.put("/flannel/network/config", config.as_bytes(), 0)?;
     let start = |host, role| -> Result<Agent> {
         let (site, command) = flanneld(sandbox, host, &server, role)?;
-        let mut agent = site.begin(command)?;
+        let mut agent = site.launch(command)?;
         agent.wait_until_running()?;
         Ok(agent)
     };
@@ -71,7 +71,7 @@ fn under_flannelds_name(sandbox: &Arc<Sandbox>) -> Result<()> {
         "FLANNEL_NETWORK=10.5.0.0/16\nFLANNEL_SUBNET={gateway}1/24\nFLANNEL_MTU=1472\nFLANNEL_IPMASQ=false\n"
     );
     let text = fs::read_to_string(&file).with_context(|| format!("read {}", file.display()))?;
-    ensure!(text == expected, "the subnet file says {text}");
+    ensure!(text == expected, "the subnet file contains {text}");
     let mode = fs::metadata(&file)?.permissions().mode() & 0o777;
     ensure!(mode == 0o644, "the subnet file has mode {mode:o}");
     a.stop()?;

@@ -1,4 +1,4 @@
-//! What an agent says of itself: to `/healthz`, to systemd, to the store when its host's address changes.
+//! Reports of the agent: over `/healthz`, to systemd, and to the store when the host's address changes.
 
 use std::{
     io::{Read as _, Write as _},
@@ -17,14 +17,14 @@ use overlay_tests::{
     traffic::{ping::ping_with_ttl, udp::every_size},
 };
 
-use super::{Scene, arguments, config, key, server::Server, value};
-use crate::{machine::Need, matrix::needs, wait::wait_until, suite::Suite};
+use super::{Fixture, arguments, config, key, server::Server, value};
+use crate::{machine::Need, matrix::needs, suite::Suite, wait::wait_until};
 
 const HEALTHZ: u16 = 8471;
 
 pub(crate) fn register(suite: &mut Suite) {
-    suite.add("etcd::health_tells_the_truth", &[Need::Tun], health);
-    suite.add("etcd::systemd_hears_of_start_state_and_end", &[Need::Tun], systemd);
+    suite.add("etcd::health_endpoints_follow_the_agents_state", &[Need::Tun], health);
+    suite.add("etcd::systemd_is_notified_of_start_state_and_stop", &[Need::Tun], systemd);
     suite.add("etcd::lease_follows_the_hosts_address", needs(Rung::Tc, Rung::Tc), follows_address);
 }
 
@@ -47,9 +47,9 @@ fn health(sandbox: &Arc<Sandbox>) -> Result<()> {
     let host = &topology.a.host;
     let mut server = Server::prepare(sandbox, &topology.b.host, topology.b.underlay)?;
     let site = Site::new(sandbox, host, "agent-a")?;
-    let mut words = arguments(&server, Rung::Tun);
-    words.extend(["--healthz-ip=127.0.0.1".to_owned(), format!("--healthz-port={HEALTHZ}")]);
-    let mut agent = site.begin(site.run_command(&words))?;
+    let mut arguments = arguments(&server, Rung::Tun);
+    arguments.extend(["--healthz-ip=127.0.0.1".to_owned(), format!("--healthz-port={HEALTHZ}")]);
+    let mut agent = site.launch(site.run_command(&arguments))?;
     let expect = |code: (u16, u16), words: &str| {
         wait_until(&format!("/healthz and /readyz answer {code:?} with `{words}`"), || {
             let Ok((health, ready)) =
@@ -92,12 +92,12 @@ fn systemd(sandbox: &Arc<Sandbox>) -> Result<()> {
     socket.set_read_timeout(Some(Duration::from_secs(20)))?;
     let mut command = site.run_command(&arguments(&server, Rung::Tun));
     command.env("NOTIFY_SOCKET", &path).env("WATCHDOG_USEC", "1000000").env_remove("WATCHDOG_PID");
-    let mut agent = site.begin(command)?;
-    let heard = |words: &str| -> Result<String> {
+    let mut agent = site.launch(command)?;
+    let expect = |words: &str| -> Result<String> {
         let mut buffer = [0; 1024];
         loop {
             let length =
-                socket.recv(&mut buffer).with_context(|| format!("systemd does not hear `{words}`"))?;
+                socket.recv(&mut buffer).with_context(|| format!("systemd is not notified of `{words}`"))?;
             let text = String::from_utf8_lossy(buffer.get(..length).unwrap_or_default()).into_owned();
             ensure!(words == "READY=1" || !text.contains("READY=1"), "ready too early: {text}");
             if text.contains(words) {
@@ -105,35 +105,35 @@ fn systemd(sandbox: &Arc<Sandbox>) -> Result<()> {
             }
         }
     };
-    heard("STATUS=not ready: waiting: ")?;
-    heard("EXTEND_TIMEOUT_USEC=")?;
+    expect("STATUS=not ready: waiting: ")?;
+    expect("EXTEND_TIMEOUT_USEC=")?;
     server.restart()?;
     server.write_config(&config(NETWORK))?;
-    let ready = heard("READY=1")?;
+    let ready = expect("READY=1")?;
     ensure!(ready.contains("STATUS=ok"), "{ready}");
     agent.wait_until_running()?;
-    heard("WATCHDOG=1")?;
+    expect("WATCHDOG=1")?;
     server.kill();
-    heard("STATUS=degraded: ")?;
-    heard("WATCHDOG=1")?;
+    expect("STATUS=degraded: ")?;
+    expect("WATCHDOG=1")?;
     agent.stop()?;
-    heard("STOPPING=1").map(drop)
+    expect("STOPPING=1").map(drop)
 }
 
 fn follows_address(sandbox: &Arc<Sandbox>) -> Result<()> {
-    let scene = Scene::start(sandbox, Rung::Tc, Rung::Tc)?;
-    let b = &scene.topology.b;
+    let fixture = Fixture::start(sandbox, Rung::Tc, Rung::Tc)?;
+    let b = &fixture.topology.b;
     let moved = Ipv4Addr::new(192, 168, 77, 12);
-    let before = scene.server.record(&key(b.subnet))?.context("B has no record")?;
+    let before = fixture.server.record(&key(b.subnet))?.context("B has no record")?;
     b.host.tool(&format!("ip address delete {}/24 dev {UPLINK}", b.underlay))?;
     b.host.tool(&format!("ip address add {moved}/24 dev {UPLINK}"))?;
-    super::wait_for_route(&scene.a, b.subnet, moved)?;
-    let after = scene.server.record(&key(b.subnet))?.context("B's record is gone")?;
+    super::wait_for_route(&fixture.a, b.subnet, moved)?;
+    let after = fixture.server.record(&key(b.subnet))?.context("B's record is gone")?;
     ensure!(after.value == value(moved) && after.lease == before.lease, "{before:?} became {after:?}");
-    let (from, to) = scene.topology.pods();
+    let (from, to) = fixture.topology.pods();
     wait_until("containers reach each other", || Ok(ping_with_ttl(from.netns, to.address, 60).is_ok()))?;
     every_size(from, to, OVERLAY_MTU)?;
-    wait_until("B is well", || Ok(scene.b.status()?.state == "running"))?;
-    ensure!(scene.b.status()?.public_ip == moved, "{:?}", scene.b.status()?);
-    scene.stop().map(drop)
+    wait_until("B runs", || Ok(fixture.b.status()?.state == "running"))?;
+    ensure!(fixture.b.status()?.public_ip == moved, "{:?}", fixture.b.status()?);
+    fixture.stop().map(drop)
 }

@@ -1,4 +1,4 @@
-//! Agents on a real etcd: how they find each other through it, outlive it, and behave when it says what nobody expects.
+//! Agents on a real etcd: discovery, outages, invalid records, health, and replacement of flanneld.
 
 mod credentials;
 mod crowd;
@@ -20,7 +20,7 @@ use overlay_tests::{
     topology::{NETWORK, PodOffload, Side, Topology, UPLINK, Underlay},
 };
 
-use crate::{wait::wait_until, suite::Suite};
+use crate::{suite::Suite, wait::wait_until};
 use server::Server;
 
 pub(crate) fn register(suite: &mut Suite) {
@@ -35,16 +35,16 @@ pub(crate) fn register(suite: &mut Suite) {
     health::register(suite);
 }
 
-/// The reference topology with etcd on host A and an agent on each host, both with a subnet of their pods. They end before
-/// what they run on, in the order of the fields.
-struct Scene {
+/// The reference topology with etcd on host A and an agent on each host, with the subnets of their pods. The order of the fields
+/// stops the agents first.
+struct Fixture {
     a: Agent,
     b: Agent,
     server: Server,
     topology: Topology,
 }
 
-impl Scene {
+impl Fixture {
     fn start(sandbox: &Arc<Sandbox>, rung_a: Rung, rung_b: Rung) -> Result<Self> {
         let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
         let server = Server::start(sandbox, &topology.a.host, topology.a.underlay)?;
@@ -55,7 +55,7 @@ impl Scene {
         Ok(Self { a, b, server, topology })
     }
 
-    /// Both agents end as they should.
+    /// Stops both agents.
     fn stop(self) -> Result<Server> {
         self.a.stop()?;
         self.b.stop()?;
@@ -63,17 +63,17 @@ impl Scene {
     }
 }
 
-/// What flannel's `config` says of a network with its usual port.
+/// flannel's config of a network with the default port.
 fn config(network: &str) -> String {
     format!(r#"{{"Network":"{network}","Backend":{{"Type":"udp"}}}}"#)
 }
 
-/// What flannel's udp backend writes, byte for byte.
+/// The record that flannel's udp backend writes, byte for byte.
 fn value(public_ip: impl Into<Ipv4Addr>) -> String {
     format!(r#"{{"PublicIP":"{}","PublicIPv6":null}}"#, public_ip.into())
 }
 
-/// An underlay address that no host here has, unless the test says otherwise.
+/// An underlay address that no host has by default.
 const fn peer(number: u8) -> Ipv4Addr {
     Ipv4Addr::new(192, 168, 77, number)
 }
@@ -83,7 +83,7 @@ fn key(subnet: &str) -> String {
     subnet.replace('/', "-")
 }
 
-/// The arguments of an agent that takes what subnet it gets.
+/// The arguments of an agent that acquires any subnet.
 fn arguments(server: &Server, rung: Rung) -> Vec<String> {
     let endpoint = server.endpoint();
     let words = ["--etcd-endpoints", &endpoint, "--iface", UPLINK, "--datapath", rung.name()];
@@ -104,16 +104,17 @@ fn wait_for_route(agent: &Agent, subnet: &str, peer: Ipv4Addr) -> Result<()> {
     })
 }
 
-/// Waits for words in the log of an agent.
-fn wait_for_log(site: &Site, words: &str) -> Result<()> {
-    wait_until(&format!("the log says `{words}`"), || Ok(site.log().contains(words)))
+/// Waits for a text in the log of an agent.
+fn wait_for_log(site: &Site, text: &str) -> Result<()> {
+    wait_until(&format!("the log contains `{text}`"), || Ok(site.log().contains(text)))
         .with_context(|| format!("the end of the log:\n{}", site.log_tail()))
 }
 
 /// The lines of a log about routes that were set or removed, sorted.
 fn route_lines(log: &str) -> Vec<&str> {
-    let said = log.lines().filter_map(|line| line.split_once(" INFO ").map(|(_, said)| said.trim()));
-    let mut lines: Vec<_> = said.filter(|said| said.starts_with("route ")).collect();
+    let messages =
+        log.lines().filter_map(|line| line.split_once(" INFO ").map(|(_, message)| message.trim()));
+    let mut lines: Vec<_> = messages.filter(|message| message.starts_with("route ")).collect();
     lines.sort_unstable();
     lines
 }

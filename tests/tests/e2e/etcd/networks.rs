@@ -84,7 +84,7 @@ fn side_by_side(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
         ensure!((status.port, status.device.name.as_str()) == (9285, "blue0"), "{status:?}");
     }
 
-    // Both at once, and then one of them ends while the other carries traffic.
+    // Both run, then one stops while the other forwards traffic.
     without_loss(a, b, || {
         without_loss(blue_a, blue_b, || every_size(blue_b, blue_a, first_mtu(&second)?))?;
         every_size(b, a, first_mtu(&first)?)?;

@@ -1,4 +1,4 @@
-//! etcd goes away under traffic, and comes back with what it had, with something else, or with nothing.
+//! Outages of etcd under traffic; it returns with the same data, with other data, or empty.
 
 use std::{sync::Arc, thread, time::Duration};
 
@@ -10,23 +10,25 @@ use overlay_tests::{
     traffic::{ping::ping_with_ttl, steady::without_loss, udp::every_size},
 };
 
-use super::{Scene, config, key, peer, route_lines, start, value, wait_for_log, wait_for_route, wait_until};
+use super::{
+    Fixture, config, key, peer, route_lines, start, value, wait_for_log, wait_for_route, wait_until,
+};
 use crate::{matrix::needs, suite::Suite};
 
 pub(super) fn register(suite: &mut Suite) {
     let tc = needs(Rung::Tc, Rung::Tun);
-    suite.add("etcd::hosts_find_each_other_and_outlive_etcd", tc, hosts_outlive_etcd);
-    suite.add("etcd::after_an_outage_exactly_what_differs_is_changed", tc, difference_after_outage);
-    suite.add("etcd::wiped_data_removes_no_route_and_is_written_again", tc, wiped_data);
+    suite.add("etcd::hosts_find_each_other_and_survive_an_etcd_outage", tc, hosts_survive_outage);
+    suite.add("etcd::after_an_outage_only_changed_routes_are_updated", tc, difference_after_outage);
+    suite.add("etcd::wiped_data_removes_no_route_and_is_rewritten", tc, wiped_data);
 }
 
 fn wait_for_state(agent: &Agent, state: &str) -> Result<()> {
-    wait_until(&format!("status says {state}"), || Ok(agent.status()?.state == state))
+    wait_until(&format!("status is {state}"), || Ok(agent.status()?.state == state))
 }
 
-fn hosts_outlive_etcd(sandbox: &Arc<Sandbox>) -> Result<()> {
-    let mut scene = Scene::start(sandbox, Rung::Tc, Rung::Tun)?;
-    let Scene { a, b, server, topology } = &mut scene;
+fn hosts_survive_outage(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let mut fixture = Fixture::start(sandbox, Rung::Tc, Rung::Tun)?;
+    let Fixture { a, b, server, topology } = &mut fixture;
     let (from, to) = topology.pods();
     ping_with_ttl(from.netns, to.address, 60)?;
     every_size(from, to, OVERLAY_MTU)?;
@@ -36,31 +38,31 @@ fn hosts_outlive_etcd(sandbox: &Arc<Sandbox>) -> Result<()> {
         "B's record is not what flannel writes: {record:?}"
     );
 
-    // etcd is away under traffic: nothing is lost, nothing is forgotten, and status says so.
+    // During the outage, no packet and no route is lost, and status reports it.
     without_loss(from, to, || {
         server.kill();
         wait_for_state(a, "degraded")?;
         thread::sleep(Duration::from_secs(2));
-        ensure!(a.routes()?.routes.len() == 1, "a route went with etcd");
+        ensure!(a.routes()?.routes.len() == 1, "the outage removed a route");
         server.restart()?;
         wait_for_state(a, "running")
     })?;
 
-    // Our record is removed under us: it comes back.
+    // The agent restores its deleted record.
     server.remove_record(&key(topology.a.subnet))?;
     wait_until("A's record is back", || Ok(server.record(&key(topology.a.subnet))?.is_some()))?;
     wait_for_route(b, topology.a.subnet, topology.a.underlay)?;
     ping_with_ttl(from.netns, to.address, 60)?;
 
     let subnet = key(topology.a.subnet);
-    let server = scene.stop()?;
-    ensure!(server.record(&subnet)?.is_some(), "a normal end gave the subnet away");
+    let server = fixture.stop()?;
+    ensure!(server.record(&subnet)?.is_some(), "stopping the agent released the subnet");
     Ok(())
 }
 
 fn difference_after_outage(sandbox: &Arc<Sandbox>) -> Result<()> {
-    let mut scene = Scene::start(sandbox, Rung::Tc, Rung::Tun)?;
-    let Scene { a, b, server, topology } = &mut scene;
+    let mut fixture = Fixture::start(sandbox, Rung::Tc, Rung::Tun)?;
+    let Fixture { a, b, server, topology } = &mut fixture;
     for number in 3..=6 {
         server.put_record(&format!("10.244.{number}.0-24"), value(peer(number)))?;
     }
@@ -74,14 +76,14 @@ fn difference_after_outage(sandbox: &Arc<Sandbox>) -> Result<()> {
         wait_for_state(a, "degraded")?;
         wait_for_state(b, "degraded")?;
         thread::sleep(Duration::from_secs(8));
-        // On another port only this test finds it. The agents cannot know what happens there, nor read it up later.
+        // On another port, the agents see neither the changes nor, after compaction, their history.
         server.restart_elsewhere()?;
         server.remove_record("10.244.3.0-24")?;
         server.put_record("10.244.4.0-24", value(peer(40)))?;
         server.put_record("10.244.7.0-24", value(peer(7)))?;
         server.compact()?;
         for agent in [&*a, &*b] {
-            ensure!(agent.routes()?.routes.len() == 5, "a route went with etcd");
+            ensure!(agent.routes()?.routes.len() == 5, "the outage removed a route");
         }
         server.restart_back()?;
         for agent in [&*a, &*b] {
@@ -104,13 +106,13 @@ fn difference_after_outage(sandbox: &Arc<Sandbox>) -> Result<()> {
         );
         ensure!(agent.routes()?.routes.len() == 5, "{:?}", agent.routes()?);
     }
-    scene.stop().map(drop)
+    fixture.stop().map(drop)
 }
 
 fn wiped_data(sandbox: &Arc<Sandbox>) -> Result<()> {
-    let mut scene = Scene::start(sandbox, Rung::Tc, Rung::Tun)?;
-    let Scene { a, b, server, topology } = &mut scene;
-    // The host of this one is gone, as far as anybody can tell.
+    let mut fixture = Fixture::start(sandbox, Rung::Tc, Rung::Tun)?;
+    let Fixture { a, b, server, topology } = &mut fixture;
+    // A record whose host does not exist.
     server.put_record("10.244.9.0-24", value(peer(9)))?;
     wait_for_route(a, "10.244.9.0/24", peer(9))?;
     wait_for_route(b, "10.244.9.0/24", peer(9))?;
@@ -119,7 +121,7 @@ fn wiped_data(sandbox: &Arc<Sandbox>) -> Result<()> {
     without_loss(from, to, || {
         server.wipe()?;
         wait_for_state(a, "degraded")?;
-        // Without a config: the agents know what network they are in.
+        // Without a config: the agents already know the network.
         server.restart()?;
         for side in [&topology.a, &topology.b] {
             wait_until("its record is back", || {
@@ -134,7 +136,7 @@ fn wiped_data(sandbox: &Arc<Sandbox>) -> Result<()> {
         }
         Ok(())
     })?;
-    ensure!([a.routes()?, b.routes()?] == routes_before, "the routes are others than before");
+    ensure!([a.routes()?, b.routes()?] == routes_before, "the routes changed");
     for agent in [&*a, &*b] {
         let log = agent.site().log();
         let removed = route_lines(&log).into_iter().find(|line| line.ends_with(" removed"));
@@ -143,7 +145,7 @@ fn wiped_data(sandbox: &Arc<Sandbox>) -> Result<()> {
 
     // With a config, hosts can start again.
     server.write_config(&config(NETWORK))?;
-    let Scene { a, b, server, topology } = scene;
+    let Fixture { a, b, server, topology } = fixture;
     a.stop()?;
     let a = start(sandbox, &topology.a, &server, Rung::Tc)?;
     wait_for_route(&a, topology.b.subnet, topology.b.underlay)?;

@@ -1,4 +1,4 @@
-//! Records that are no routes, among others that are: they are left aside, said once, and harm nothing.
+//! Invalid and foreign records are skipped, logged once, and change no other route.
 
 use std::{net::Ipv4Addr, sync::Arc};
 
@@ -14,22 +14,22 @@ use overlay_tests::{
     },
 };
 
-use super::{Scene, peer, route_lines, value, wait_for_route, wait_until};
+use super::{Fixture, peer, route_lines, value, wait_for_route, wait_until};
 use crate::{matrix::needs, suite::Suite};
 
 /// Longer than any lease, and short of what etcd takes in one request.
 const LONG: usize = 1 << 20;
-/// The longest line that the log may give to one record.
+/// Limit for the log line of one record.
 const LONGEST_LINE: usize = 500;
 
 pub(super) fn register(suite: &mut Suite) {
     let tc = needs(Rung::Tc, Rung::Tun);
-    suite.add("etcd::malformed_records_are_said_once_and_change_no_route", tc, malformed_records);
-    suite.add("etcd::records_of_other_backends_are_no_routes", tc, other_backends);
-    suite.add("etcd::a_peer_whose_address_changes_in_place_is_followed", tc, peer_moves);
+    suite.add("etcd::malformed_records_are_logged_once_and_change_no_route", tc, malformed_records);
+    suite.add("etcd::records_of_other_backends_are_skipped", tc, other_backends);
+    suite.add("etcd::a_peer_that_changes_its_address_is_followed", tc, peer_moves);
 }
 
-/// Records that A must leave aside, with a word of the reason.
+/// Records that A must skip, with a part of the reason.
 fn malformed() -> Vec<(&'static str, Vec<u8>, &'static str)> {
     let good = || value(peer(50)).into_bytes();
     let long_array = format!("[{}0]", "0,".repeat(20_000));
@@ -65,20 +65,20 @@ fn malformed() -> Vec<(&'static str, Vec<u8>, &'static str)> {
     ]
 }
 
-/// How a record's name is shown: without what a terminal would obey.
+/// A record's name as printed, with control characters escaped.
 fn shown(name: &str) -> String {
     name.replace('\u{1b}', "\\u{1b}")
 }
 
-fn is_obeyed(character: char) -> bool {
+fn is_control(character: char) -> bool {
     character.is_control() && character != '\n'
 }
 
 fn malformed_records(sandbox: &Arc<Sandbox>) -> Result<()> {
-    let scene = Scene::start(sandbox, Rung::Tc, Rung::Tun)?;
-    let Scene { a, b, server, topology } = &scene;
+    let fixture = Fixture::start(sandbox, Rung::Tc, Rung::Tun)?;
+    let Fixture { a, b, server, topology } = &fixture;
     let (from, to) = topology.pods();
-    // Good once, broken later: its last good value stays in force.
+    // A valid record that becomes malformed keeps its last valid value.
     server.put_record("10.244.80.0-24", value(peer(80)))?;
     wait_for_route(a, "10.244.80.0/24", peer(80))?;
     let bad = malformed();
@@ -87,7 +87,7 @@ fn malformed_records(sandbox: &Arc<Sandbox>) -> Result<()> {
             server.put_record(name, value)?;
         }
         server.put_record("10.244.80.0-24", "{\"PublicIP\":\"192.168")?;
-        // What a later flannel may add is no reason to leave a record aside.
+        // Unknown keys, as of a later flannel, are no reason to skip a record.
         let unknown =
             r#"{"Zone":{"Rack":[1,null]},"PublicIP":"192.168.77.70","PublicIPv6":null,"BackendData":null}"#;
         server.put_record("10.244.70.0-24", unknown)?;
@@ -100,21 +100,21 @@ fn malformed_records(sandbox: &Arc<Sandbox>) -> Result<()> {
     ensure!(subnets == [topology.b.subnet, "10.244.70.0/24", "10.244.80.0/24"], "A routes {subnets:?}");
     ensure!(a.status()?.state == "running", "{}", a.text("status")?);
 
-    // Said once, also when other records change afterwards and when everything is read anew.
+    // Logged once, even after changes of other records and a new list.
     server.put_record("10.244.70.0-24", value(peer(71)))?;
     wait_for_route(a, "10.244.70.0/24", peer(71))?;
-    let scene = read_anew(scene)?;
-    let log = scene.a.site().log();
+    let fixture = reconnect(fixture)?;
+    let log = fixture.a.site().log();
     for (name, _, _) in &bad {
-        let said = format!("no route for the record {}: ", shown(name));
-        let lines: Vec<_> = log.lines().filter(|line| line.contains(&said)).collect();
+        let message = format!("no route for the record {}: ", shown(name));
+        let lines: Vec<_> = log.lines().filter(|line| line.contains(&message)).collect();
         let [line] = lines.as_slice() else {
-            anyhow::bail!("{name} was said {} times: {lines:?}", lines.len())
+            anyhow::bail!("{name} was logged {} times: {lines:?}", lines.len())
         };
         ensure!(line.len() < LONGEST_LINE, "{name} has a line of {} bytes in the log", line.len());
     }
-    ensure!(!log.contains(is_obeyed), "the log has what a terminal obeys");
-    scene.stop().map(drop)
+    ensure!(!log.contains(is_control), "the log contains control characters");
+    fixture.stop().map(drop)
 }
 
 /// Every bad record is among those that were skipped, with its reason, and the half-written one too.
@@ -123,29 +123,29 @@ fn check_skipped(agent: &Agent, bad: &[(&str, Vec<u8>, &str)]) -> Result<()> {
     for (name, _, reason) in bad {
         let found = skipped.iter().find(|skipped| skipped.record == shown(name));
         let why = &found.with_context(|| format!("{name} is not among {skipped:?}"))?.why;
-        ensure!(why.contains(reason), "{name} was left aside because {why}");
-        ensure!(why.len() < LONGEST_LINE, "{name} was left aside for a reason of {} bytes", why.len());
+        ensure!(why.contains(reason), "{name} was skipped because {why}");
+        ensure!(why.len() < LONGEST_LINE, "{name} was skipped for a reason of {} bytes", why.len());
     }
     let half = skipped.iter().find(|skipped| skipped.record == "10.244.80.0-24");
     ensure!(half.is_some_and(|half| half.why.contains("its last good value stays in force")), "{half:?}");
-    ensure!(skipped.len() == bad.len() + 1, "others were left aside too: {skipped:?}");
+    ensure!(skipped.len() == bad.len() + 1, "others were skipped too: {skipped:?}");
     let table = agent.text("routes")?;
-    ensure!(!table.contains(is_obeyed), "the table has what a terminal obeys");
+    ensure!(!table.contains(is_control), "the table contains control characters");
     Ok(())
 }
 
-/// Breaks the agents' connection with etcd, so that they list all records again.
-fn read_anew(mut scene: Scene) -> Result<Scene> {
-    scene.server.kill();
-    wait_until("A misses etcd", || Ok(scene.a.status()?.state == "degraded"))?;
-    scene.server.restart()?;
-    wait_until("A follows etcd again", || Ok(scene.a.status()?.state == "running"))?;
-    Ok(scene)
+/// Interrupts the agents' connection to etcd, so that they list all records again.
+fn reconnect(mut fixture: Fixture) -> Result<Fixture> {
+    fixture.server.kill();
+    wait_until("A reports that etcd is unreachable", || Ok(fixture.a.status()?.state == "degraded"))?;
+    fixture.server.restart()?;
+    wait_until("A is connected again", || Ok(fixture.a.status()?.state == "running"))?;
+    Ok(fixture)
 }
 
 fn other_backends(sandbox: &Arc<Sandbox>) -> Result<()> {
-    let scene = Scene::start(sandbox, Rung::Tc, Rung::Tun)?;
-    let Scene { a, b, server, topology } = &scene;
+    let fixture = Fixture::start(sandbox, Rung::Tc, Rung::Tun)?;
+    let Fixture { a, b, server, topology } = &fixture;
     let vxlan = |number| {
         format!(
             r#"{{"PublicIP":"{}","PublicIPv6":null,"BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"aa:bb:cc:dd:ee:0f"}}}}"#,
@@ -190,17 +190,17 @@ fn other_backends(sandbox: &Arc<Sandbox>) -> Result<()> {
             "an agent routes to itself: {routes:?}"
         );
     }
-    // B cannot know better about the record with A's address.
+    // To B, the record with A's address is a valid one.
     wait_for_route(b, "10.244.34.0/24", topology.a.underlay)?;
     let (from, to) = topology.pods();
     ping_with_ttl(from.netns, to.address, 60)?;
-    scene.stop().map(drop)
+    fixture.stop().map(drop)
 }
 
 /// The record of a peer is written again and again while the agents run, in the end with the address of B's host.
 fn peer_moves(sandbox: &Arc<Sandbox>) -> Result<()> {
-    let scene = Scene::start(sandbox, Rung::Tc, Rung::Tun)?;
-    let Scene { a, b, server, topology } = &scene;
+    let fixture = Fixture::start(sandbox, Rung::Tc, Rung::Tun)?;
+    let Fixture { a, b, server, topology } = &fixture;
     server.put_record("10.244.41.0-24", value(peer(41)))?;
     wait_for_route(a, "10.244.41.0/24", peer(41))?;
     let before = a.site().log().len();
@@ -215,15 +215,15 @@ fn peer_moves(sandbox: &Arc<Sandbox>) -> Result<()> {
     let log = a.site().log();
     let lines = route_lines(log.get(before..).unwrap_or_default());
     let expected = [42, 43, 44].map(|number| format!("route 10.244.41.0/24 via {}", peer(number)));
-    ensure!(lines == expected, "the agent said {lines:?}");
+    ensure!(lines == expected, "the agent logged {lines:?}");
 
-    // Packets go where the record says now: to B, which does not have that subnet and counts them.
+    // The record now routes packets to B, which does not hold that subnet and drops them.
     ensure!(b.counters()?.wrong_drops().is_empty(), "{:?}", b.counters()?.wrong_drops());
     server.put_record("10.244.41.0-24", value(topology.b.underlay))?;
     wait_for_route(a, "10.244.41.0/24", topology.b.underlay)?;
     let seen = ping(from.netns, Ipv4Addr::new(10, 244, 41, 2), 3)?;
-    ensure!(seen.received == 0, "somebody answers: {seen:?}");
+    ensure!(seen.received == 0, "there are answers: {seen:?}");
     ensure!(!b.counters()?.wrong_drops().is_empty(), "nothing arrived at B: {:?}", b.counters()?);
     ping_with_ttl(from.netns, to.address, 60)?;
-    scene.stop().map(drop)
+    fixture.stop().map(drop)
 }

@@ -1,4 +1,4 @@
-//! etcd in a host's namespace, with a client of its own that reads and writes what it likes.
+//! etcd in a host's namespace, with a client for the test.
 
 use std::{
     net::Ipv4Addr,
@@ -11,22 +11,22 @@ use anyhow::{Context, Result, bail};
 use etcd_client::{Client, ConnectOptions, Error, GetOptions, KeyValue, PutOptions};
 use overlay_tests::{etcd::Etcd, netns::Netns, sandbox::Sandbox};
 
-/// What flannel's keys begin with.
+/// Prefix of flannel's keys.
 pub(crate) const PREFIX: &str = "/coreos.com/network";
-/// How long a server may take to answer: it may be on its way up.
+/// How long a server may take to answer, including its start.
 const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// A record and whose it is.
+/// A record and its etcd lease.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Stored {
     pub(crate) key: String,
     pub(crate) value: String,
     pub(crate) mod_revision: i64,
-    /// The etcd lease that it ends with; 0 for none.
+    /// Its etcd lease; 0 for none.
     pub(crate) lease: i64,
 }
 
-/// The server. What [`Etcd`] can do, this can too.
+/// The server; dereferences to [`Etcd`].
 pub(crate) struct Server {
     etcd: Etcd,
     host: Arc<Netns>,
@@ -60,12 +60,12 @@ impl Server {
         Ok(server)
     }
 
-    /// From now on the client logs in.
+    /// Makes the client log in.
     pub(crate) fn log_in(&mut self, user: &'static str, password: &'static str) {
         self.user = Some((user, password));
     }
 
-    /// Does something with a client, again and again until etcd does it.
+    /// Retries an operation with a client until it succeeds.
     pub(crate) fn ask<T: Send>(
         &self,
         work: impl AsyncFn(&mut Client) -> Result<T, Error> + Sync,
@@ -82,7 +82,7 @@ impl Server {
                     };
                     match tokio::time::timeout(TIMEOUT, attempt).await {
                         Ok(Ok(done)) => return Ok(done),
-                        Ok(Err(error)) if Instant::now() > deadline => bail!("etcd does not do it: {error}"),
+                        Ok(Err(error)) if Instant::now() > deadline => bail!("etcd fails: {error}"),
                         Ok(Err(_)) => tokio::time::sleep(Duration::from_millis(100)).await,
                         Err(_) => bail!("etcd does not answer"),
                     }
@@ -142,12 +142,12 @@ impl Server {
         Ok(self.ask(async |client| client.lease_grant(86400, None).await)?.id())
     }
 
-    /// Ends an etcd lease, with all its keys: what its expiry does.
+    /// Revokes an etcd lease with all its keys, which has the same effect as its expiry.
     pub(crate) fn revoke(&self, lease: i64) -> Result<()> {
         self.ask(async |client| client.lease_revoke(lease).await).map(drop)
     }
 
-    /// Forgets all history before now.
+    /// Compacts the history.
     pub(crate) fn compact(&self) -> Result<()> {
         let answer = self.ask(async |client| client.get("/", None).await)?;
         let revision = answer.header().context("etcd's answer has no header")?.revision();

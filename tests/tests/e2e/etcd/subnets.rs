@@ -1,4 +1,4 @@
-//! A host keeps its subnet: over restarts, over the loss of its lease, and only as long as it is nobody else's.
+//! A host keeps its subnet across restarts and the loss of its lease, unless another host acquired it.
 
 use std::{fs, os::unix::fs::MetadataExt, sync::Arc, thread, time::Duration};
 
@@ -11,7 +11,7 @@ use overlay_tests::{
 };
 
 use super::{
-    Scene, arguments, config, key, peer,
+    Fixture, arguments, config, key, peer,
     server::{PREFIX, Server},
     start, value, wait_for_log, wait_for_route, wait_until,
 };
@@ -20,8 +20,8 @@ use crate::{machine::Need, matrix::needs, suite::Suite};
 pub(super) fn register(suite: &mut Suite) {
     let tc = needs(Rung::Tc, Rung::Tun);
     suite.add("etcd::a_restarted_agent_keeps_its_subnet", &[Need::Tun], restart_keeps_subnet);
-    suite.add("etcd::a_paused_agent_gives_way_to_the_new_owner", tc, paused_agent_gives_way);
-    suite.add("etcd::a_revoked_lease_is_taken_back", tc, revoked_lease_is_taken_back);
+    suite.add("etcd::a_paused_agent_yields_to_the_new_owner", tc, paused_agent_yields);
+    suite.add("etcd::a_revoked_lease_is_acquired_again", tc, revoked_lease_is_acquired_again);
 }
 
 fn restart_keeps_subnet(sandbox: &Arc<Sandbox>) -> Result<()> {
@@ -37,22 +37,22 @@ fn restart_keeps_subnet(sandbox: &Arc<Sandbox>) -> Result<()> {
     let record = server.record(&key(&subnet))?.context("the agent runs without a record")?;
     agent.stop()?;
 
-    // By the record, which carries our address; the file is gone.
+    // By the record with its address, without the file.
     let file = site.subnet_file();
     let text = fs::read_to_string(&file).context("read the subnet file")?;
     fs::remove_file(&file).context("remove the subnet file")?;
     let agent = site.start(&arguments)?;
     ensure!(subnet_of(&agent)? == subnet, "{} is not {subnet}", subnet_of(&agent)?);
-    ensure!(server.record(&key(&subnet))?.as_ref() == Some(&record), "a record that was right was written");
-    ensure!(fs::read_to_string(&file)? == text, "the subnet file is not as it was: {text}");
+    ensure!(server.record(&key(&subnet))?.as_ref() == Some(&record), "a correct record was rewritten");
+    ensure!(fs::read_to_string(&file)? == text, "the subnet file changed: {text}");
 
-    // By the record after a crash, too: nobody waits for the old claim on the address to end.
+    // Also after a crash, without waiting for the expiry of the old claim on the address.
     agent.crash()?;
     let agent = site.start(&arguments)?;
     ensure!(subnet_of(&agent)? == subnet, "{} is not {subnet}", subnet_of(&agent)?);
     agent.stop()?;
 
-    // By the file; the record went while the agent was down.
+    // By the file, when the record expired while the agent was down.
     server.revoke(record.lease)?;
     ensure!(server.records()?.is_empty(), "the record outlived its lease");
     let agent = site.start(&arguments)?;
@@ -61,15 +61,15 @@ fn restart_keeps_subnet(sandbox: &Arc<Sandbox>) -> Result<()> {
     ensure!(again.value == record.value && again.lease != record.lease, "{again:?} after {record:?}");
     agent.stop()?;
 
-    // Not by the file when somebody else has the subnet.
+    // Not by the file when another host holds the subnet.
     server.revoke(again.lease)?;
     server.put_record(&key(&subnet), value(peer(99)))?;
     let agent = site.start(&arguments)?;
-    ensure!(subnet_of(&agent)? != subnet, "{subnet} is somebody else's");
+    ensure!(subnet_of(&agent)? != subnet, "another host holds {subnet}");
     agent.stop()
 }
 
-/// Ends an agent's claims as their expiry does: that on its subnet and that on its address.
+/// Revokes an agent's claims on its subnet and on its address, which has the same effect as their expiry.
 fn expire(server: &Server, subnet: &str) -> Result<()> {
     let claims =
         [format!("{PREFIX}/subnets/{}", key(subnet)), format!("{PREFIX}/overlay-agent/owners/192.168.77.1")];
@@ -80,8 +80,8 @@ fn expire(server: &Server, subnet: &str) -> Result<()> {
     Ok(())
 }
 
-/// A scene in which nobody asked for A's subnet: it has the one of its record. An agent waits for one that was asked for.
-fn without_wishes(sandbox: &Arc<Sandbox>) -> Result<Scene> {
+/// A fixture without --subnet for A, which uses the subnet of its record. With --subnet, an agent waits for that subnet.
+fn without_wishes(sandbox: &Arc<Sandbox>) -> Result<Fixture> {
     let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
     let server = Server::start(sandbox, &topology.a.host, topology.a.underlay)?;
     server.write_config(&config(NETWORK))?;
@@ -91,12 +91,12 @@ fn without_wishes(sandbox: &Arc<Sandbox>) -> Result<Scene> {
     let a = site.start(&arguments(&server, Rung::Tc))?;
     let b = start(sandbox, &topology.b, &server, Rung::Tun)?;
     wait_for_route(&a, topology.b.subnet, topology.b.underlay)?;
-    Ok(Scene { a, b, server, topology })
+    Ok(Fixture { a, b, server, topology })
 }
 
-fn paused_agent_gives_way(sandbox: &Arc<Sandbox>) -> Result<()> {
-    let scene = without_wishes(sandbox)?;
-    let Scene { a, b, server, topology } = &scene;
+fn paused_agent_yields(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let fixture = without_wishes(sandbox)?;
+    let Fixture { a, b, server, topology } = &fixture;
     let (host, old) = (&topology.a.host, topology.a.subnet);
     a.pause()?;
     expire(server, old)?;
@@ -113,7 +113,7 @@ fn paused_agent_gives_way(sandbox: &Arc<Sandbox>) -> Result<()> {
     let (base, _) = subnet.split_once('/').context("a subnet without a length")?;
     let log = a.site().log();
     ensure!(log.contains(&format!("our subnet is {subnet} now, no longer {old}")), "{log}");
-    ensure!(log.contains("192.168.77.99"), "the log does not say whose the old subnet is: {log}");
+    ensure!(log.contains("192.168.77.99"), "the log does not name the new owner: {log}");
     ensure!(server.record(&key(&subnet))?.map(|record| record.value) == Some(value(topology.a.underlay)));
 
     let addresses = host.tool("ip -4 -oneline address show dev ovl0")?;
@@ -125,7 +125,7 @@ fn paused_agent_gives_way(sandbox: &Arc<Sandbox>) -> Result<()> {
     ensure!(routes.contains(NETWORK) && routes.contains(&format!("src {base}")), "ovl0 has {routes}");
     let gateway = base.strip_suffix('0').context("a subnet that does not end in 0")?;
     let line = format!("FLANNEL_SUBNET={gateway}1/24");
-    wait_until(&format!("the subnet file says {line}"), || {
+    wait_until(&format!("the subnet file contains {line}"), || {
         Ok(fs::read_to_string(a.site().subnet_file())?.lines().any(|found| found == line))
     })?;
     wait_for_route(a, old, peer(99))?;
@@ -133,15 +133,15 @@ fn paused_agent_gives_way(sandbox: &Arc<Sandbox>) -> Result<()> {
     wait_for_route(b, &subnet, topology.a.underlay)?;
     ping_with_ttl(&topology.b.host, base.parse()?, 62)?;
 
-    // Whatever was due in its sleep is done by now, and nothing of it to what is theirs.
+    // Everything that was due during the pause is done, and the new owner's record is unchanged.
     thread::sleep(Duration::from_secs(1));
     ensure!(server.record(&key(old))?.as_ref() == Some(&record), "{:?}", server.record(&key(old))?);
-    scene.stop().map(drop)
+    fixture.stop().map(drop)
 }
 
-fn revoked_lease_is_taken_back(sandbox: &Arc<Sandbox>) -> Result<()> {
-    let scene = Scene::start(sandbox, Rung::Tc, Rung::Tun)?;
-    let Scene { a, b, server, topology } = &scene;
+fn revoked_lease_is_acquired_again(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let fixture = Fixture::start(sandbox, Rung::Tc, Rung::Tun)?;
+    let Fixture { a, b, server, topology } = &fixture;
     let subnet = topology.a.subnet;
     let file = fs::metadata(a.site().subnet_file()).context("look at the subnet file")?;
     let lost = server.record(&key(subnet))?.context("the agent runs without a record")?;
@@ -155,11 +155,10 @@ fn revoked_lease_is_taken_back(sandbox: &Arc<Sandbox>) -> Result<()> {
         thread::sleep(Duration::from_secs(1));
         Ok(())
     })?;
-    // B has no route for the moment between the end of the old record and the new one. One packet may be under way then, or
-    // two, and not a stream of them.
+    // B has no route between the end of the old record and the new one: one or two packets may be lost.
     ensure!(flow.lost <= 2 && flow.answered > 20, "{flow:?}");
     every_size(from, to, OVERLAY_MTU)?;
-    let again = server.record(&key(subnet))?.context("the record went again")?;
+    let again = server.record(&key(subnet))?.context("the record is missing again")?;
     ensure!(again.value == lost.value && again.lease != lost.lease, "{again:?} after {lost:?}");
     let now = fs::metadata(a.site().subnet_file()).context("look at the subnet file")?;
     ensure!(
@@ -167,5 +166,5 @@ fn revoked_lease_is_taken_back(sandbox: &Arc<Sandbox>) -> Result<()> {
         "the subnet file was written again"
     );
     ensure!(a.status()?.state == "running", "{}", a.text("status")?);
-    scene.stop().map(drop)
+    fixture.stop().map(drop)
 }

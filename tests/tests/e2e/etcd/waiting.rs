@@ -1,4 +1,4 @@
-//! An agent that is started before what it needs, and one that is told to end while it waits.
+//! An agent that starts before etcd and the config, and one that is stopped while it waits.
 
 use std::{process::Command, sync::Arc};
 
@@ -10,23 +10,23 @@ use overlay_tests::{
 };
 
 use super::{arguments, config, key, server::Server, value, wait_for_log};
-use crate::{machine::Need, wait::wait_until, snapshot::Snapshot, suite::Suite};
+use crate::{machine::Need, snapshot::Snapshot, suite::Suite, wait::wait_until};
 
 const NO_CONFIG: &str = "waiting: there is no /coreos.com/network/config in etcd yet";
 
 pub(super) fn register(suite: &mut Suite) {
     let tun: &[Need] = &[Need::Tun];
     suite.add("etcd::agent_waits_for_etcd_and_for_the_config", tun, agent_waits);
-    suite.add("etcd::a_waiting_agent_ends_at_once_and_leaves_nothing", tun, waiting_agent_ends);
+    suite.add("etcd::a_waiting_agent_stops_immediately_and_leaves_nothing", tun, waiting_agent_ends);
 }
 
-struct Stage {
+struct Fixture {
     server: Server,
     site: Arc<Site>,
     topology: Topology,
 }
 
-impl Stage {
+impl Fixture {
     /// etcd is not started yet.
     fn build(sandbox: &Arc<Sandbox>) -> Result<Self> {
         let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
@@ -43,55 +43,55 @@ impl Stage {
 }
 
 fn agent_waits(sandbox: &Arc<Sandbox>) -> Result<()> {
-    let mut stage = Stage::build(sandbox)?;
-    let no_etcd = format!("waiting: cannot reach etcd at {}", stage.server.endpoint());
-    let mut agent = stage.site.begin(stage.command())?;
-    wait_for_log(&stage.site, &no_etcd)?;
-    ensure!(!stage.site.log().contains(NO_CONFIG), "it knows what is in an etcd that does not run");
-    stage.server.restart()?;
-    wait_for_log(&stage.site, NO_CONFIG)?;
-    ensure!(agent.is_running()?, "it ended for want of a config");
-    ensure!(stage.server.records()?.is_empty(), "it took a subnet without a config");
-    stage.server.write_config(&config(NETWORK))?;
+    let mut fixture = Fixture::build(sandbox)?;
+    let no_etcd = format!("waiting: cannot reach etcd at {}", fixture.server.endpoint());
+    let mut agent = fixture.site.launch(fixture.command())?;
+    wait_for_log(&fixture.site, &no_etcd)?;
+    ensure!(!fixture.site.log().contains(NO_CONFIG), "it reports the content of an etcd that does not run");
+    fixture.server.restart()?;
+    wait_for_log(&fixture.site, NO_CONFIG)?;
+    ensure!(agent.is_running()?, "it ended without a config");
+    ensure!(fixture.server.records()?.is_empty(), "it took a subnet without a config");
+    fixture.server.write_config(&config(NETWORK))?;
     agent.wait_until_running()?;
-    let record = stage.server.record(&key(stage.topology.a.subnet))?.map(|record| record.value);
-    ensure!(record == Some(value(stage.topology.a.underlay)), "the agent runs with the record {record:?}");
-    // What it waits for is said once, however often it asks.
+    let record = fixture.server.record(&key(fixture.topology.a.subnet))?.map(|record| record.value);
+    ensure!(record == Some(value(fixture.topology.a.underlay)), "the agent runs with the record {record:?}");
+    // Each reason is logged once.
     for reason in [no_etcd.as_str(), NO_CONFIG] {
-        let said = stage.site.log().matches(reason).count();
-        ensure!(said == 1, "`{reason}` was said {said} times:\n{}", stage.site.log_tail());
+        let count = fixture.site.log().matches(reason).count();
+        ensure!(count == 1, "`{reason}` was logged {count} times:\n{}", fixture.site.log_tail());
     }
     agent.stop()
 }
 
 fn waiting_agent_ends(sandbox: &Arc<Sandbox>) -> Result<()> {
-    let mut stage = Stage::build(sandbox)?;
-    let before = Snapshot::take(&stage.topology.a.host)?;
-    let agent = stage.site.begin(stage.command())?;
-    wait_for_log(&stage.site, "waiting: cannot reach etcd")?;
-    ends_without_trace(&stage, agent, &before)?;
+    let mut fixture = Fixture::build(sandbox)?;
+    let before = Snapshot::take(&fixture.topology.a.host)?;
+    let agent = fixture.site.launch(fixture.command())?;
+    wait_for_log(&fixture.site, "waiting: cannot reach etcd")?;
+    ends_without_trace(&fixture, agent, &before)?;
 
-    stage.server.restart()?;
-    let agent = stage.site.begin(stage.command())?;
-    wait_for_log(&stage.site, NO_CONFIG)?;
-    ends_without_trace(&stage, agent, &before)?;
-    // `status` and `down` find one that waits, too.
-    let mut agent = stage.site.begin(stage.command())?;
-    wait_for_log(&stage.site, NO_CONFIG)?;
+    fixture.server.restart()?;
+    let agent = fixture.site.launch(fixture.command())?;
+    wait_for_log(&fixture.site, NO_CONFIG)?;
+    ends_without_trace(&fixture, agent, &before)?;
+    // `status` and `down` find a waiting agent.
+    let mut agent = fixture.site.launch(fixture.command())?;
+    wait_for_log(&fixture.site, NO_CONFIG)?;
     let answer = agent.status().err().map(|error| format!("{error:#}")).unwrap_or_default();
-    ensure!(answer.contains("there is no /coreos.com/network/config"), "status says {answer}");
-    stage.site.down()?;
+    ensure!(answer.contains("there is no /coreos.com/network/config"), "status reports {answer}");
+    fixture.site.down()?;
     wait_until("the agent has ended", || Ok(!agent.is_running()?))?;
-    before.is_unchanged(&stage.topology.a.host)?;
-    let left = stage.server.below("/")?;
+    before.is_unchanged(&fixture.topology.a.host)?;
+    let left = fixture.server.below("/")?;
     ensure!(left.is_empty(), "it left {left:?} in etcd");
     Ok(())
 }
 
-fn ends_without_trace(stage: &Stage, agent: Agent, before: &Snapshot) -> Result<()> {
+fn ends_without_trace(fixture: &Fixture, agent: Agent, before: &Snapshot) -> Result<()> {
     agent.stop()?;
-    before.is_unchanged(&stage.topology.a.host)?;
-    for path in [stage.site.socket(), stage.site.subnet_file()] {
+    before.is_unchanged(&fixture.topology.a.host)?;
+    for path in [fixture.site.socket(), fixture.site.subnet_file()] {
         ensure!(!path.exists(), "{} is left", path.display());
     }
     Ok(())
