@@ -1,4 +1,4 @@
-//! `cargo xtask build`: the eBPF programs, and the release binary of the agent with them inside.
+//! `cargo xtask build`: builds the eBPF programs and the release binary of the agent that contains them.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -19,7 +19,7 @@ pub(crate) struct Options {
     ebpf: bool,
 }
 
-/// What was built; absolute paths.
+/// Absolute paths of the build's results.
 pub(crate) struct Built {
     /// The object file of the eBPF programs.
     pub(crate) ebpf_object: PathBuf,
@@ -57,7 +57,7 @@ pub(crate) fn build(toolchain: &Toolchain) -> Result<Built> {
 fn build_ebpf(toolchain: &Toolchain) -> Result<PathBuf> {
     let start = Instant::now();
     step::headline(format_args!("build: eBPF programs ({})", toolchain.compiler));
-    // A directory of its own: another compiler and other flags would rebuild everything each time.
+    // A separate directory: another compiler with other flags would invalidate the main one each time.
     let target = workspace::target_dir()?.join("bpf");
     let mut cargo = toolchain.compiler.cargo(&toolchain.linker)?;
     cargo.args(["build", "--release", "--package", "overlay-ebpf", "--bin", "overlay-ebpf"]);

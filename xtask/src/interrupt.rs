@@ -1,7 +1,7 @@
-//! Ctrl-C and friends: hands the signal to the running child, and lets xtask wait until that child has cleaned up.
+//! Forwards SIGINT, SIGTERM and SIGHUP to the running child, and lets xtask wait until that child has cleaned up.
 //!
-//! Children run in a process group of their own (see [`crate::step`]), because cargo does not pass a signal on to the
-//! test program that it started: the group gets it whole, exactly once, wherever the signal came from.
+//! Children run in their own process group (see [`crate::step`]) and the whole group receives the signal once, because cargo
+//! does not forward signals to its test programs.
 
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -18,7 +18,7 @@ static GROUP: AtomicI32 = AtomicI32::new(0);
 /// The last signal received, 0 when there was none.
 static CAUGHT: AtomicI32 = AtomicI32::new(0);
 
-/// Starts the thread that receives signals. An `exec` ends it and gives the signals their default meaning back.
+/// Starts the thread that receives signals. An `exec` ends it and restores the default handlers.
 pub(crate) fn watch() -> Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("cannot install signal handlers")?;
     thread::spawn(move || {
@@ -30,7 +30,7 @@ pub(crate) fn watch() -> Result<()> {
     Ok(())
 }
 
-/// Fails when a signal asked xtask to end.
+/// Fails after a signal was received.
 pub(crate) fn check() -> Result<()> {
     if caught().is_some() {
         bail!("interrupted");
@@ -38,15 +38,15 @@ pub(crate) fn check() -> Result<()> {
     Ok(())
 }
 
-/// The exit code of a command that a signal ended, as shells count it.
+/// The exit code after a signal, 128 + its number, as in shells.
 pub(crate) fn exit_code() -> Option<ExitCode> {
     caught().map(|signal| u8::try_from(128 + signal).map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
-/// Marks the process group `id` as the one that gets signals until the returned guard is dropped.
+/// Forwards signals to the process group `id` until the returned guard is dropped.
 pub(crate) fn attend(id: u32) -> Attended {
     GROUP.store(i32::try_from(id).unwrap_or(0), Ordering::SeqCst);
-    // A signal that came between the start of the child and the line above found no group.
+    // A signal since the start of the child has not been forwarded.
     if let Some(signal) = caught() {
         forward(signal);
     }
@@ -72,7 +72,7 @@ fn caught() -> Option<i32> {
 fn forward(signal: i32) {
     let group = GROUP.load(Ordering::SeqCst);
     if let (1.., Ok(signal)) = (group, Signal::try_from(signal)) {
-        // The only error is a group that has just ended.
+        // Fails only if the group has just ended.
         let _ = killpg(Pid::from_raw(group), signal);
     }
 }

@@ -1,4 +1,4 @@
-//! Blanks out comments and literals in Rust source, so that `tidy` finds words only where they are code.
+//! Blanks out comments and literals in Rust source, so that `tidy` can search code only.
 
 /// The source with every character of a comment, string or character literal replaced by a space. Line breaks stay, so
 /// that line numbers do too.
@@ -91,7 +91,7 @@ fn raw_string(text: &str) -> Option<usize> {
     Some(length)
 }
 
-/// The length of a character literal; a lifetime is none.
+/// The length of a character literal; `None` for a lifetime.
 fn character(text: &str) -> Option<usize> {
     let mut chars = text.strip_prefix('\'')?.char_indices();
     match chars.next()?.1 {
@@ -113,23 +113,23 @@ mod tests {
     }
 
     #[test]
-    fn comments_are_no_code() {
+    fn comments_are_blanked() {
         assert_eq!(words("a // b\nc /* d /* e */ f */ g //"), ["a", "c", "g"]);
     }
 
     #[test]
-    fn literals_are_no_code() {
+    fn literals_are_blanked() {
         assert_eq!(words(r#"a "b \" // c" d 'e' f"#), ["a", "d", "f"]);
         assert_eq!(words("a r#\"b \" c\"# d br\"\\\" e"), ["a", "d", "e"]);
     }
 
     #[test]
-    fn quotes_in_character_literals_open_no_string() {
+    fn quotes_in_character_literals_do_not_open_a_string() {
         assert_eq!(words(r#"a '"' b '\'' c '\\' d '\u{41}' e '"' f"#), ["a", "b", "c", "d", "e", "f"]);
     }
 
     #[test]
-    fn lifetimes_are_code() {
+    fn lifetimes_are_kept() {
         assert_eq!(
             words("fn f<'a>(x: &'a str) 'label: loop"),
             ["fn", "f<'a>(x:", "&'a", "str)", "'label:", "loop"]

@@ -1,4 +1,4 @@
-//! Runs other programs so that a reader sees what is going on: streamed, condensed to one moving line, or captured.
+//! Runs other programs with their output streamed, condensed to one progress line, or captured.
 
 use std::collections::VecDeque;
 use std::fmt::Display;
@@ -13,9 +13,9 @@ use anyhow::{Context, Result, bail};
 
 use crate::interrupt;
 
-/// How many of the last lines of a failed command are shown.
+/// Number of last lines that are printed of a failed command.
 const TAIL: usize = 30;
-/// Without a terminal, a line this often shows that a long step moves.
+/// Interval of progress lines of a long step without a terminal.
 const HEARTBEAT: Duration = Duration::from_secs(10);
 
 /// Prints the headline of a group of steps.
@@ -28,7 +28,7 @@ pub(crate) fn elapsed(start: Instant) -> String {
     format!("{:.1} s", start.elapsed().as_secs_f64())
 }
 
-/// Runs a command whose own output goes straight to the reader, such as a cargo build.
+/// Runs a command with its output passed through, such as a cargo build.
 pub(crate) fn stream(command: &mut Command) -> Result<()> {
     flush();
     let name = display(command);
@@ -40,12 +40,12 @@ pub(crate) fn stream(command: &mut Command) -> Result<()> {
     succeeded(&name, status)
 }
 
-/// Runs a long command and condenses its output to one line that moves. `label` says what is being done. On failure the
-/// last lines of the output are printed.
+/// Runs a long command and condenses its output to one progress line with `label`. On failure, prints the last lines of its
+/// output.
 pub(crate) fn condense(label: &str, command: &mut Command) -> Result<()> {
     let name = display(command);
     let start = Instant::now();
-    let mut line = MovingLine::new(label);
+    let mut line = ProgressLine::new(label);
     line.show(start, "");
     let mut child = spawn(command.stdout(Stdio::piped()).stderr(Stdio::piped()))?;
     let attended = interrupt::attend(child.id());
@@ -79,7 +79,7 @@ pub(crate) fn condense(label: &str, command: &mut Command) -> Result<()> {
     succeeded(&name, status)
 }
 
-/// Runs a short command and returns what it wrote to its standard output.
+/// Runs a short command and returns its standard output.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
     let name = display(command);
     let output = command.stdin(Stdio::null()).output().with_context(|| format!("cannot start `{name}`"))?;
@@ -91,7 +91,7 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// Starts a command in a process group of its own, without input. Give the group to [`interrupt::attend`].
+/// Starts a command without input in its own process group, which the caller passes to [`interrupt::attend`].
 pub(crate) fn spawn(command: &mut Command) -> Result<Child> {
     interrupt::check()?;
     let name = display(command);
@@ -99,7 +99,7 @@ pub(crate) fn spawn(command: &mut Command) -> Result<Child> {
     command.spawn().with_context(|| format!("cannot start `{name}`"))
 }
 
-/// The command as one would type it, without its environment.
+/// The command line, without environment variables.
 pub(crate) fn display(command: &Command) -> String {
     let program = std::path::Path::new(command.get_program());
     let program = program.file_name().unwrap_or(command.get_program());
@@ -107,9 +107,9 @@ pub(crate) fn display(command: &Command) -> String {
     words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
 }
 
-/// Flushes standard output, so that what a child writes comes after it.
+/// Flushes standard output before a child writes to it.
 pub(crate) fn flush() {
-    // A reader that went away is noticed by the next println.
+    // The next println reports a closed reader.
     let _ = std::io::stdout().flush();
 }
 
@@ -124,21 +124,21 @@ fn send_lines(stream: Option<impl Read + Send + 'static>, sender: Sender<String>
     let Some(stream) = stream else { return };
     thread::spawn(move || {
         for line in BufReader::new(stream).split(b'\n').map_while(Result::ok) {
-            // The receiver outlives the stream unless xtask is ending.
+            // Without a receiver, xtask is exiting.
             let _ = sender.send(String::from_utf8_lossy(&line).trim_end().to_owned());
         }
     });
 }
 
-/// One line that is rewritten on a terminal, and repeated now and then elsewhere.
-struct MovingLine {
+/// A line that is rewritten on a terminal, and printed at intervals elsewhere.
+struct ProgressLine {
     label: String,
     terminal: bool,
     width: usize,
     last: Option<Instant>,
 }
 
-impl MovingLine {
+impl ProgressLine {
     fn new(label: &str) -> Self {
         let columns = std::env::var("COLUMNS").ok().and_then(|columns| columns.parse().ok());
         let terminal = std::io::stdout().is_terminal();

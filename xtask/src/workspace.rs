@@ -1,4 +1,4 @@
-//! Where things are: the repository root, cargo's target directory, and the cargo that runs this xtask.
+//! Locates the repository root, cargo's target directory, and the cargo that runs this xtask.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use crate::step;
 
 /// The repository root.
 pub(crate) fn root() -> Result<PathBuf> {
-    // Cargo sets the variable for `cargo run`; the compiled-in path serves a binary that is started by hand.
+    // `cargo run` sets the variable; otherwise the path from the build is used.
     let manifest = env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
     let root = Path::new(&manifest).parent().context("the xtask directory has no parent")?;
     Ok(root.to_path_buf())
@@ -28,7 +28,7 @@ pub(crate) fn cargo_program() -> PathBuf {
     env::var_os("CARGO").map_or_else(|| PathBuf::from("cargo"), PathBuf::from)
 }
 
-/// Cargo's target directory, with every environment variable and configuration file that moves it applied.
+/// Cargo's target directory, according to its environment variables and configuration files.
 pub(crate) fn target_dir() -> Result<PathBuf> {
     let metadata = step::output(cargo()?.args(["metadata", "--no-deps", "--format-version", "1"]))?;
     let metadata: serde_json::Value =
@@ -40,7 +40,7 @@ pub(crate) fn target_dir() -> Result<PathBuf> {
 /// Whether xtask runs as root.
 pub(crate) fn is_root() -> bool {
     use std::os::unix::fs::MetadataExt;
-    // The owner of one's own directory in /proc is the effective user.
+    // The effective user owns /proc/self.
     std::fs::metadata("/proc/self").is_ok_and(|meta| meta.uid() == 0)
 }
 

@@ -1,4 +1,4 @@
-//! Debian packages: asks dpkg what is there, and lets apt-get install what is not, without starting any service.
+//! Queries dpkg for installed packages and installs others with apt-get, without starting services.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -25,31 +25,31 @@ impl Apt {
         if !is_root() {
             bail!(
                 "packages are missing and only root can install them: run this command as root, or `sudo {}`",
-                by_hand(packages)
+                manual(packages)
             );
         }
         let start = Instant::now();
         if !self.updated {
             self.updated = true;
-            // A third-party source that is away must not stop us: the installation shows whether the lists will do.
+            // An unreachable third-party source is not fatal: the old lists may suffice for the installation.
             if let Err(error) =
                 step::condense("apt-get update: refreshing package lists", apt_get().arg("update"))
             {
                 crate::interrupt::check()?;
-                eprintln!("warning: {error:#}; going on with the package lists that are there");
+                eprintln!("warning: {error:#}; continuing with the old package lists");
             }
         }
         let policy = NoServices::start()?;
         let label = format!("apt-get install: {}", packages.join(" "));
-        // Nothing that is installed may go: rustc-web, for one, conflicts with Debian's rustc and rustup.
+        // Do not remove installed packages: rustc-web, for example, conflicts with Debian's rustc and rustup.
         let mut install = apt_get();
         install.args(["install", "--yes", "--no-install-recommends", "--no-remove"]).args(packages);
         let result = step::condense(&label, &mut install);
         drop(policy);
         result.with_context(|| {
             format!(
-                "cannot install packages (is there a network?); install them by hand: `{}`",
-                by_hand(packages)
+                "cannot install packages (is there a network?); install them manually: `{}`",
+                manual(packages)
             )
         })?;
         if packages.iter().any(|name| name == "etcd-server") {
@@ -66,7 +66,7 @@ pub(super) fn is_here() -> bool {
 }
 
 /// The command that installs `packages`, for a reader.
-pub(super) fn by_hand(packages: &[String]) -> String {
+pub(super) fn manual(packages: &[String]) -> String {
     format!("apt-get install --no-install-recommends {}", packages.join(" "))
 }
 
@@ -74,7 +74,7 @@ pub(super) fn by_hand(packages: &[String]) -> String {
 pub(super) fn installed(names: &BTreeSet<String>) -> Result<Option<BTreeSet<String>>> {
     let mut query = Command::new("dpkg-query");
     query.args(["--show", "--showformat", "${Package} ${db:Status-Status}\n"]).args(names);
-    // It fails when one of the names is unknown, and lists the others all the same.
+    // It fails when one of the names is unknown, but lists the others.
     let output = match query.stdin(Stdio::null()).output() {
         Ok(output) => output,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
@@ -102,7 +102,7 @@ fn parse_installed(listing: &str) -> BTreeSet<String> {
 
 fn apt_get() -> Command {
     let mut command = Command::new("apt-get");
-    // Another package manager may be at work: wait for it.
+    // Wait for other package managers.
     command.args(["--option", "DPkg::Lock::Timeout=300"]);
     command.env("DEBIAN_FRONTEND", "noninteractive").env("LC_ALL", "C.UTF-8");
     command
@@ -118,7 +118,7 @@ fn disable_etcd() {
     }
 }
 
-/// Keeps the packages' services from being started for as long as it lives, by Debian's policy-rc.d.
+/// Prevents the start of the packages' services until it is dropped, with Debian's policy-rc.d.
 struct NoServices {
     ours: bool,
 }
@@ -132,12 +132,12 @@ impl NoServices {
         let created = fs::OpenOptions::new().write(true).create_new(true).mode(0o755).open(POLICY);
         match created {
             Ok(mut file) => {
-                // From here on the file is removed on every way out.
+                // From here on, the file is removed on every exit.
                 let policy = Self { ours: true };
                 file.write_all(POLICY_TEXT.as_bytes()).with_context(|| format!("cannot write {POLICY}"))?;
                 Ok(policy)
             }
-            // The machine's own policy is left alone. One of ours that a killed run left behind is removed in the end.
+            // A foreign policy is unchanged; one that a killed run left is removed.
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {
                 let text = fs::read_to_string(POLICY).unwrap_or_default();
                 Ok(Self { ours: text == POLICY_TEXT })
@@ -152,7 +152,7 @@ impl Drop for NoServices {
         if self.ours
             && let Err(error) = fs::remove_file(POLICY)
         {
-            eprintln!("warning: cannot remove {POLICY}: {error}; remove it by hand");
+            eprintln!("warning: cannot remove {POLICY}: {error}; remove it manually");
         }
     }
 }

@@ -13,13 +13,13 @@ use crate::{step, workspace};
 /// The Debian packages of a rustc and its sources.
 pub(super) const PACKAGES: [&str; 2] = ["rustc-web", "rust-web-src"];
 
-/// What to do when there is no compiler and none can be installed.
+/// The remedy when there is no compiler and none can be installed.
 pub(super) const REMEDY: &str = "no rustc 1.95 or newer with its sources and an LLVM that bpf-linker supports (21 to 23) \
      was found: install Debian's packages rustc-web and rust-web-src (Debian 12 has them among its security updates; \
      they conflict with Debian's rustc and rustup packages), or with rustup: `rustup toolchain install nightly \
      --profile minimal --component rust-src`";
 
-/// The other way, for systems without these packages.
+/// The alternative on systems without these packages.
 pub(super) const NIGHTLY: &str = "a nightly rustc with its sources (`rustup toolchain install nightly --profile minimal --component rust-src`)";
 
 /// The oldest release that builds this workspace.
@@ -97,7 +97,7 @@ impl Display for Compiler {
     }
 }
 
-/// rustup's nightly, if it is there with its sources.
+/// rustup's nightly, if installed with its sources.
 pub(super) fn nightly() -> Option<Compiler> {
     let sysroot = step::output(rustup_nightly("rustc").args(["--print", "sysroot"])).ok()?;
     if !Path::new(sysroot.trim()).join("lib/rustlib/src/rust/library/core").exists() {
@@ -107,7 +107,7 @@ pub(super) fn nightly() -> Option<Compiler> {
     Some(Compiler::Nightly { release, llvm })
 }
 
-/// Debian's rustc, if it is there with its sources.
+/// Debian's rustc, if installed with its sources.
 pub(super) fn debian() -> Option<Compiler> {
     if !Path::new(DEBIAN_RUSTC).exists() || !Path::new(DEBIAN_SOURCES).exists() {
         return None;
@@ -116,8 +116,8 @@ pub(super) fn debian() -> Option<Compiler> {
     Some(Compiler::Debian { release, llvm })
 }
 
-/// Chooses between what was found: the nightly first, because it was put there to build with. `linkable` says whether a
-/// bpf-linker for an LLVM is there or can be built on this machine.
+/// Selects one of the compilers, preferably the nightly. `linkable` tests whether a bpf-linker for an LLVM exists or can be built
+/// on this machine.
 pub(super) fn choose(
     nightly: Option<Compiler>,
     debian: Option<Compiler>,

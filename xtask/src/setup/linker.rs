@@ -1,5 +1,5 @@
-//! Finds or builds bpf-linker for one LLVM, in a directory of its own per LLVM: a bpf-linker that the user installed may
-//! belong to another LLVM, and is neither used nor overwritten.
+//! Finds or builds bpf-linker for one LLVM, in one directory per LLVM. A bpf-linker that the user installed may be built for
+//! another LLVM, and is neither used nor overwritten.
 
 use std::env;
 use std::ops::RangeInclusive;
@@ -34,7 +34,7 @@ pub(super) fn find(llvm: u32) -> Option<PathBuf> {
     if !linker.exists() {
         return None;
     }
-    // It does not start when the shared LLVM library that it was linked against is gone.
+    // It does not start without its shared LLVM library.
     let version = step::output(Command::new(&linker).arg("--version")).ok()?;
     is_of_series(&version).then_some(linker)
 }
@@ -45,14 +45,14 @@ pub(super) fn install(llvm: u32) -> Result<PathBuf> {
     let root = root(llvm)?;
     let prefix = env::var_os("LLVM_PREFIX")
         .map_or_else(|| PathBuf::from(format!("/usr/lib/llvm-{llvm}")), PathBuf::from);
-    // Kept until the installation has succeeded, so that an interrupted one goes on where it was.
+    // Kept until the installation succeeds, so that an interrupted one can resume.
     let build = root.with_file_name(format!("build-llvm-{llvm}"));
     let mut cargo = command(llvm, &root, &prefix, &build);
-    let by_hand = format!("LLVM_PREFIX={} {}", prefix.display(), step::display(&cargo));
+    let manual = format!("LLVM_PREFIX={} {}", prefix.display(), step::display(&cargo));
     let label = format!("bpf-linker: cargo install for LLVM {llvm}, about a minute");
     step::condense(&label, &mut cargo).with_context(|| {
         format!(
-            "cannot install bpf-linker {SERIES}: if there is no network, run `{by_hand}` where there is and copy {} here; \
+            "cannot install bpf-linker {SERIES}: if there is no network, run `{manual}` where there is and copy {} here; \
              it needs the packages {}",
             root.display(),
             packages(llvm).join(" "),
@@ -63,7 +63,7 @@ pub(super) fn install(llvm: u32) -> Result<PathBuf> {
     println!("done     bpf-linker {SERIES} for LLVM {llvm} in {} ({})", root.display(), elapsed(start));
     let Some(linker) = find(llvm) else {
         bail!(
-            "the bpf-linker just built does not run: start {} by hand to see why",
+            "the bpf-linker just built does not run: run {} to see why",
             root.join("bin/bpf-linker").display()
         );
     };

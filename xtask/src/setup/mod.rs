@@ -1,4 +1,4 @@
-//! `cargo xtask setup`: installs what building and testing need and the machine lacks. Does nothing when all is there.
+//! `cargo xtask setup`: installs missing tools and packages for the build and the tests.
 
 mod apt;
 mod compiler;
@@ -16,26 +16,26 @@ use crate::step::{self, elapsed};
 use crate::workspace::has_program;
 pub(crate) use compiler::Compiler;
 
-/// Install what building and testing need: a BPF compiler, bpf-linker and Debian packages
+/// Install the tools for the build and the tests: a BPF compiler, bpf-linker and Debian packages
 ///
-/// Does nothing when everything is there. Never touches the rustup default, another bpf-linker, or running services.
+/// Installs only what is missing. Does not change the rustup default, another bpf-linker, or running services.
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Only report; the exit code is 1 if something is missing
+    /// Report only; the exit code is 1 if something is missing
     #[arg(long)]
     check: bool,
 }
 
-/// What is to be set up.
+/// Extent of the set-up.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Scope {
-    /// What `build` needs.
+    /// Tools for `build`.
     Build,
-    /// What the demo and the tests need on top.
+    /// Also tools for the demo and the tests.
     Everything,
 }
 
-/// What builds the eBPF programs.
+/// Tools that build the eBPF programs.
 pub(crate) struct Toolchain {
     /// A rustc for BPF, with the sources of `core`.
     pub(crate) compiler: Compiler,
@@ -53,19 +53,19 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Installs what is missing for `scope`. Steps with nothing to do are listed only if `verbose`.
+/// Installs missing tools for `scope`. With `verbose`, also lists installed ones.
 pub(crate) fn ensure(scope: Scope, verbose: bool) -> Result<Toolchain> {
     let start = Instant::now();
     let mut did = 0;
     let mut apt = apt::Apt::default();
-    // Which LLVM is needed is known only when a compiler is there: on a fresh machine the packages come in two rounds.
+    // The compiler determines the LLVM version: on a fresh machine, packages are installed in two rounds.
     let mut facts = Facts::gather(scope)?;
     while let missing = missing_packages(&facts)
         && !missing.is_empty()
     {
         let before = missing.clone();
         if !apt::is_here() {
-            bail!("this is not a Debian system, install what is missing by hand: {}", by_hand(&missing));
+            bail!("this is not a Debian system, install manually: {}", manual(&missing));
         }
         apt.install(&missing)?;
         did += 1;
@@ -86,12 +86,12 @@ pub(crate) fn ensure(scope: Scope, verbose: bool) -> Result<Toolchain> {
         facts.linker = Some(linker.clone());
         facts.print();
     }
-    let what = match (scope, did) {
-        (_, 1..) => "everything is there now",
-        (Scope::Build, _) => "everything for the build is there",
-        (Scope::Everything, _) => "everything is there",
+    let state = match (scope, did) {
+        (_, 1..) => "complete, installed the missing tools",
+        (Scope::Build, _) => "complete for the build",
+        (Scope::Everything, _) => "complete",
     };
-    println!("setup: {what} ({})", elapsed(start));
+    println!("setup: {state} ({})", elapsed(start));
     step::flush();
     Ok(Toolchain { compiler, linker })
 }
@@ -101,24 +101,24 @@ fn check(start: Instant) -> Result<ExitCode> {
     facts.print();
     let missing = missing_packages(&facts);
     if !missing.is_empty() {
-        println!("missing  install by hand: {}", by_hand(&missing));
+        println!("missing  install manually: {}", manual(&missing));
     }
     if facts.compiler.is_none() || facts.linker.is_none() || !missing.is_empty() {
-        let remedy = if apt::is_here() { "; `cargo xtask setup` installs it" } else { "" };
-        println!("setup: something is missing{remedy} ({})", elapsed(start));
+        let remedy = if apt::is_here() { "; run `cargo xtask setup`" } else { "" };
+        println!("setup: incomplete{remedy} ({})", elapsed(start));
         return Ok(ExitCode::FAILURE);
     }
-    println!("setup: everything is there ({})", elapsed(start));
+    println!("setup: complete ({})", elapsed(start));
     Ok(ExitCode::SUCCESS)
 }
 
-/// A Debian package and a program in it, by which a machine without dpkg shows that it has the same.
+/// A Debian package, and a program in it that proves its presence on machines without dpkg.
 struct Package {
     name: &'static str,
     program: &'static str,
 }
 
-/// What the demo and the tests run.
+/// Tools of the demo and the tests.
 const TOOLS: [Package; 8] = [
     Package { name: "etcd-server", program: "etcd" },
     Package { name: "iperf3", program: "iperf3" },
@@ -130,15 +130,15 @@ const TOOLS: [Package; 8] = [
     Package { name: "nftables", program: "nft" },
 ];
 
-/// The compiler of protocol descriptions, and the descriptions that come with it: etcd's client is built with them.
+/// The protobuf compiler with its .proto files, which the build of etcd's client needs.
 const PROTOC: [&str; 2] = ["protobuf-compiler", "libprotobuf-dev"];
 
-/// What this machine has.
+/// The state of this machine.
 struct Facts {
     scope: Scope,
-    /// Of all packages that may be needed, those that are there.
+    /// The installed ones of all packages that may be needed.
     installed: BTreeSet<String>,
-    /// A C compiler with the headers of the C library: Rust links through it.
+    /// A C compiler with the headers of the C library, which links Rust programs.
     cc: bool,
     /// What [`PROTOC`] provides.
     protoc: bool,
@@ -163,14 +163,14 @@ impl Facts {
             let packages = linker::packages(llvm);
             linker::find(llvm).is_some()
                 || linker::custom_llvm()
-                // Elsewhere LLVM has to be there already, under whatever name.
+                // Other systems must provide LLVM already.
                 || !apt::is_here()
                 || packages.iter().all(|name| installed.contains(name) || apt::is_known(name))
         };
         let compiler = compiler::choose(compiler::nightly(), compiler::debian(), linkable);
         let linker = compiler.as_ref().and_then(|compiler| linker::find(compiler.llvm()));
         let cc = has_program("cc") && std::path::Path::new("/usr/include/stdio.h").exists();
-        // Elsewhere than on Debian the descriptions come with the compiler, wherever it keeps them.
+        // On other systems than Debian, the .proto files are part of the compiler's package.
         let descriptions = std::path::Path::new("/usr/include/google/protobuf/descriptor.proto");
         let protoc = has_program("protoc") && (descriptions.exists() || !apt::is_here());
         Ok(Self { scope, installed, cc, protoc, compiler, linker })
@@ -221,10 +221,10 @@ fn missing_packages(facts: &Facts) -> Vec<String> {
     wanted
 }
 
-/// How to install `packages`, or what is in them, without this command.
-fn by_hand(packages: &[String]) -> String {
+/// How to install `packages`, or their contents, manually.
+fn manual(packages: &[String]) -> String {
     if apt::is_here() {
-        return apt::by_hand(packages);
+        return apt::manual(packages);
     }
     let contents = packages.iter().map(|name| match TOOLS.iter().find(|tool| tool.name == name) {
         Some(tool) => format!("the program `{}`", tool.program),
@@ -240,7 +240,7 @@ fn by_hand(packages: &[String]) -> String {
     contents.join(", ")
 }
 
-/// What to say when packages were installed and nevertheless are missing.
+/// The error when packages are missing after their installation.
 fn still_missing(packages: &[String]) -> String {
     let mut text = format!("apt-get installed {}, but they cannot be used", packages.join(" "));
     if packages.iter().any(|name| compiler::PACKAGES.contains(&name.as_str())) {
@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn the_build_needs_the_compiler_of_protocols_and_its_descriptions() {
+    fn the_build_needs_protoc_and_its_files() {
         let mut facts = machine(Scope::Build, &[]);
         facts.protoc = false;
         assert_eq!(missing_packages(&facts), ["protobuf-compiler", "libprotobuf-dev"]);

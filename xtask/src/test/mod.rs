@@ -1,4 +1,4 @@
-//! `cargo xtask test`: every test in one run, with one summary whose last line is the counts.
+//! `cargo xtask test`: runs all tests and prints a summary; its last line is the counts.
 
 mod part;
 mod tally;
@@ -16,10 +16,10 @@ use build::Built;
 use part::Part;
 use tally::Tally;
 
-/// Run every test, or the selected parts, with one summary
+/// Run all tests, or the selected parts, and print one summary
 ///
-/// Without --unit, --programs, --etcd or --e2e all four parts run. All but unit need root: they load eBPF programs, create
-/// network namespaces and run servers. What they need is set up and built first. The last line is `N passed, N failed, N skipped`.
+/// Without --unit, --programs, --etcd or --e2e, all four parts run. All but unit need root: they load eBPF programs, create
+/// network namespaces and run servers, and are set up and built first. The last line is `N passed, N failed, N skipped`.
 #[derive(Args, Default)]
 pub(crate) struct Options {
     /// Unit tests of all crates; needs neither root nor a BPF compiler
@@ -67,7 +67,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 
     for part in parts {
         if part.needs_root() && built.is_none() {
-            lines.push(format!("{:<9} not run, because there is no agent to test", part.name()));
+            lines.push(format!("{:<9} not run, because the build failed", part.name()));
             continue;
         }
         let start = Instant::now();

@@ -1,4 +1,4 @@
-//! The parts of the test run: which cargo calls each consists of, and how their output is passed on and counted.
+//! The parts of the test run: runs the cargo commands of each, passes their output through and counts results.
 
 use std::io::{Read, Write};
 use std::process::{Command, Stdio};
@@ -14,7 +14,7 @@ use crate::build::{Built, OBJECT_VARIABLE};
 use crate::{interrupt, step, workspace};
 
 /// How long test programs may clean up after cargo has ended.
-const CLEAN_UP: Duration = Duration::from_secs(60);
+const CLEAN_UP_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A part of the test run.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -30,7 +30,7 @@ pub(super) enum Part {
 }
 
 impl Part {
-    /// As in the option that selects it.
+    /// Name of the option that selects it.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Unit => "unit",
@@ -40,7 +40,7 @@ impl Part {
         }
     }
 
-    /// For its headline.
+    /// Headline.
     pub(super) fn title(self) -> &'static str {
         match self {
             Self::Unit => "unit tests and documentation tests",
@@ -50,13 +50,13 @@ impl Part {
         }
     }
 
-    /// Whether it loads programs, creates namespaces or runs servers that setup installs, and so needs a built agent too.
+    /// Whether it needs root, the tools of setup and a built agent.
     pub(super) fn needs_root(self) -> bool {
         self != Self::Unit
     }
 
-    /// What its `cargo test` calls select. All are for the whole workspace, so that every crate they depend on has the
-    /// same features in each and is compiled once.
+    /// Arguments of its `cargo test` commands. All select the whole workspace: with the same features in each, dependencies are
+    /// compiled once.
     fn calls(self) -> &'static [&'static [&'static str]] {
         match self {
             Self::Unit => &[&["--lib", "--bins"], &["--doc"]],
@@ -67,16 +67,16 @@ impl Part {
     }
 }
 
-/// Runs one part and counts. A failed test is a count and not an error.
+/// Runs one part and counts results. A failed test is no error.
 pub(super) fn run(part: Part, filter: Option<&str>, built: Option<&Built>) -> Result<Tally> {
     let mut tally = Tally::default();
     for call in part.calls() {
         let mut cargo = workspace::cargo()?;
         cargo.args(["test", "--workspace", "--no-fail-fast"]).args(*call).args(filter);
-        // A colour code in front of a result line would hide it from the count.
+        // The tally does not recognize result lines with colour codes.
         cargo.env("CARGO_TERM_COLOR", "never");
         if part == Part::Etcd {
-            // Most of the time they wait, for leases to end and connections to be given up.
+            // Most of the time, these tests wait for leases and timeouts.
             cargo.env("RUST_TEST_THREADS", "4");
         }
         if let Some(built) = built {
@@ -96,7 +96,7 @@ fn run_call(cargo: &mut Command) -> Result<Tally> {
     let output = pass_on(child.stdout.take(), std::io::stdout());
     let errors = pass_on(child.stderr.take(), std::io::stderr());
     let status = child.wait().with_context(|| format!("cannot wait for `{name}`"))?;
-    // The test program may outlive an interrupted cargo while it cleans up, and it keeps the streams open.
+    // After an interrupted cargo, the test program may still clean up with the streams open.
     let (output, errors) = (output.finish(), errors.finish());
     drop(attended);
 
@@ -105,7 +105,7 @@ fn run_call(cargo: &mut Command) -> Result<Tally> {
     Ok(tally)
 }
 
-/// Copies a stream to `to` byte by byte as it comes, and keeps it.
+/// Copies a stream to `to` without buffering, and collects its lines.
 fn pass_on(mut from: Option<impl Read + Send + 'static>, mut to: impl Write + Send + 'static) -> PassedOn {
     let lines = Arc::new(Mutex::new(Lines::default()));
     let (ended, end) = mpsc::channel();
@@ -116,7 +116,7 @@ fn pass_on(mut from: Option<impl Read + Send + 'static>, mut to: impl Write + Se
             && let Ok(length @ 1..) = stream.read(&mut buffer)
         {
             let bytes = buffer.get(..length).unwrap_or_default();
-            // A reader that went away must not stop the tests: they clean up after themselves.
+            // Without a reader, the tests still have to finish and clean up.
             let _ = to.write_all(bytes).and_then(|()| to.flush());
             lock(&kept).push(bytes);
         }
@@ -132,17 +132,17 @@ struct PassedOn {
 }
 
 impl PassedOn {
-    /// Waits for the end of the stream and returns its lines. A process that a test left behind can hold a stream open for
-    /// ever: that is waited for only so long.
+    /// Waits for the end of the stream and returns its lines. The wait is limited, because a leaked process can hold a stream
+    /// open.
     fn finish(self) -> Lines {
-        if let Err(RecvTimeoutError::Timeout) = self.end.recv_timeout(CLEAN_UP) {
-            eprintln!("warning: a process that the tests left behind still holds their output open");
+        if let Err(RecvTimeoutError::Timeout) = self.end.recv_timeout(CLEAN_UP_TIMEOUT) {
+            eprintln!("warning: a process leaked by the tests holds their output open");
         }
         std::mem::take(&mut lock(&self.lines))
     }
 }
 
 fn lock(lines: &Mutex<Lines>) -> MutexGuard<'_, Lines> {
-    // Nothing panics while it holds the lock, and bytes are whole at any time.
+    // The bytes are valid even after a panic.
     lines.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,12 +1,12 @@
-//! Counts tests by the result lines that libtest, and programs that write its format, print.
+//! Counts tests by libtest's result lines.
 
-/// What a test run has shown.
+/// Results of a test run.
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct Tally {
     passed: u64,
     failed: u64,
     skipped: u64,
-    /// How many result lines were seen: one per test program.
+    /// Number of result lines: one per test program.
     results: usize,
     /// The names of the failed tests.
     pub(super) failures: Vec<String>,
@@ -21,7 +21,7 @@ impl Tally {
     /// Counts the standard output of test programs.
     pub(super) fn parse(output: &Lines) -> Self {
         let mut tally = Self::default();
-        // The names follow the last `failures:` line before the result line; an earlier one heads the tests' output.
+        // Of two `failures:` lines before the result line, the second precedes the names, the first the tests' output.
         let mut names: Option<Vec<String>> = None;
         for line in output.iter() {
             if let Some(result) = parse_result(&line) {
@@ -43,8 +43,8 @@ impl Tally {
         tally
     }
 
-    /// Adds what the result lines cannot show, given how many programs cargo started and whether it succeeded: a program
-    /// that died without a result, or nothing that ran because it did not compile, counts as one failure.
+    /// Adds one failure for each program that died without a result, or one if cargo failed otherwise, for example because of a
+    /// compile error.
     pub(super) fn complete(&mut self, call: &str, started: usize, success: bool) {
         if success {
             return;
@@ -55,8 +55,8 @@ impl Tally {
             self.failures.push(format!("{silent} test program(s) of `{call}` ended without a result"));
         } else if self.failed == 0 {
             self.failed += 1;
-            let what = if started == 0 { "did not build" } else { "failed" };
-            self.failures.push(format!("`{call}` {what}"));
+            let outcome = if started == 0 { "did not build" } else { "failed" };
+            self.failures.push(format!("`{call}` {outcome}"));
         }
     }
 
@@ -87,7 +87,7 @@ impl Tally {
         format!("{} passed, {} failed, {} skipped", self.passed, self.failed, self.skipped)
     }
 
-    /// Whether no test was even skipped.
+    /// Whether no test was selected.
     pub(super) fn is_empty(&self) -> bool {
         self.passed + self.failed + self.skipped == 0
     }
@@ -98,13 +98,13 @@ impl Tally {
     }
 }
 
-/// How many test programs cargo says it started. (A documentation test may print several results for one.)
+/// Number of test programs that cargo started. (A documentation test may print several results for one.)
 pub(super) fn started_programs(errors: &Lines) -> usize {
     let heads = |line: &str| line.starts_with("Running ") || line.starts_with("Doc-tests ");
     errors.iter().filter(|line| line.starts_with(' ') && heads(line.trim_start())).count()
 }
 
-/// Output, to be read line by line.
+/// Collected output, read by line.
 #[derive(Default)]
 pub(super) struct Lines {
     bytes: Vec<u8>,
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn a_run_without_tests_is_no_success() {
+    fn a_run_without_tests_is_a_failure() {
         assert!(!Tally::default().is_success());
         assert!(Tally::default().is_empty());
         assert!(Tally::parse(&lines(PASSED)).is_success());
