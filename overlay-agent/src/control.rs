@@ -60,7 +60,7 @@ pub type Answer<T = Value> = Result<T, String>;
 /// A query for the agent's main loop, with the channel for its answer.
 pub type QueryRequest = (Query, oneshot::Sender<Answer>);
 
-/// What a client sends.
+/// A client's message.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Request {
@@ -70,7 +70,7 @@ struct Request {
     watch: bool,
 }
 
-/// What the agent sends. Without `error`, `data` holds the answer.
+/// The agent's message: `data` holds the answer unless `error` is set.
 #[derive(Debug, Serialize, Deserialize)]
 struct Response {
     version: u32,
@@ -154,7 +154,7 @@ impl Control {
 
 impl Drop for Control {
     fn drop(&mut self) {
-        // Already gone is as good.
+        // The file may be gone already.
         let _ = std::fs::remove_file(&self.path);
     }
 }
@@ -180,7 +180,7 @@ async fn serve_client(stream: UnixStream, queries: mpsc::Sender<QueryRequest>) -
         }
         tokio::select! {
             () = sleep(WATCH_INTERVAL) => {}
-            // The client closed the connection; it has nothing more to send.
+            // The client closed the connection: it sends only one request.
             _ = reader.read_u8() => return Ok(()),
             () = queries.closed() => return Ok(()),
         }
@@ -430,7 +430,7 @@ mod tests {
             seen.push(query);
             drop(sender.send(Ok(Value::from(count))));
         }
-        // At most one query of the first client was under way.
+        // At most one query of the first client was pending.
         assert!(seen.iter().filter(|query| **query == Query::Status).count() <= 1, "{seen:?}");
         assert!(staying.next::<Value>().await.unwrap().is_some());
     }

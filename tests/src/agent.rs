@@ -90,7 +90,7 @@ pub struct Site {
 }
 
 impl Site {
-    /// A site with directories of its own.
+    /// A site with new directories.
     ///
     /// # Errors
     ///
@@ -120,7 +120,7 @@ impl Site {
         self.run_directory().join(format!("{}.sock", self.device))
     }
 
-    /// The command that enters the namespace by hand.
+    /// The command line that enters the namespace.
     pub fn enter_command(&self) -> String {
         format!("nsenter --net=/run/netns/{}", self.netns.name())
     }
@@ -135,7 +135,7 @@ impl Site {
         &self.netns
     }
 
-    /// Where the agent writes its subnet for container runtimes.
+    /// The agent's subnet.env.
     pub fn subnet_file(&self) -> PathBuf {
         self.directory.join("subnet.env")
     }
@@ -288,7 +288,7 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Where it runs.
+    /// Its site.
     pub fn site(&self) -> &Arc<Site> {
         &self.site
     }

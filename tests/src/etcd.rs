@@ -59,7 +59,7 @@ impl Home {
         }
     }
 
-    /// Does something where the server's addresses are.
+    /// Runs `work` in the server's namespace.
     fn run<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         match self {
             Self::Loopback(_) => work(),

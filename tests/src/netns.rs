@@ -2,7 +2,7 @@
 //!
 //! Only the *network* namespace is entered. `ip netns exec` would add a private mount namespace with a fresh /sys, in
 //! which an agent finds no bpffs and loses the one it mounts. A program inherits the namespace of the thread that starts
-//! it, so a thread that enters, starts it and ends is all that is needed.
+//! it, so a short-lived thread enters and starts it.
 
 use std::{
     fs::File,

@@ -127,7 +127,7 @@ pub struct Pair {
     pub b: Agent,
     /// Their store.
     pub store: Store,
-    /// Where they run.
+    /// Their hosts.
     pub topology: Topology,
 }
 

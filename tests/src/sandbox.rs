@@ -27,9 +27,9 @@ use signal_hook::{
 
 use crate::netns::run_tool;
 
-/// Where sandboxes keep stores, sockets and logs.
+/// Parent directory of the stores, sockets and logs.
 const DIRECTORY: &str = "/run/overlay-tests";
-/// Where `ip netns` keeps its names.
+/// Directory of `ip netns`.
 const NETNS_DIRECTORY: &str = "/run/netns";
 
 /// Purpose of a sandbox; the first part of its name.
@@ -169,7 +169,7 @@ struct Owner<'a> {
 }
 
 impl<'a> Owner<'a> {
-    /// Reads `<kind>-<pid>` or `<kind>-<pid>-...`; `None` for names that are not ours.
+    /// Reads `<kind>-<pid>` or `<kind>-<pid>-...`; `None` for foreign names.
     fn parse(name: &'a str) -> Option<Self> {
         let mut parts = name.split('-');
         let kind = parts.next()?;

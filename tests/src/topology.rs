@@ -18,7 +18,7 @@ pub const UPLINK: &str = "eth0";
 /// Name of the device in a host that leads to its pod.
 pub const POD_LINK: &str = "veth0";
 
-/// How the hosts are connected.
+/// The link between the hosts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Underlay {
     /// All offloads on: unsegmented packets without checksums cross whole, as between the VMs of one machine.
@@ -68,7 +68,7 @@ pub struct Side {
 /// One end of traffic: a place and its address.
 #[derive(Clone, Copy, Debug)]
 pub struct Endpoint<'a> {
-    /// Where programs and sockets of this end live.
+    /// Namespace of the programs and sockets of this end.
     pub netns: &'a Netns,
     /// Its overlay address.
     pub address: Ipv4Addr,

@@ -9,7 +9,7 @@ use crate::{
     traffic::{ping::ping_with_ttl, tcp, udp},
 };
 
-/// What to expect of a connected topology, and how much to send.
+/// Expected properties of a connected topology, and the amount of traffic.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
     /// TTL that a host's ping of the other host shows.
@@ -28,7 +28,7 @@ impl Plan {
         Self { host_ttl: 62, pod_ttl: 60, mtu: OVERLAY_MTU, tcp_bytes }
     }
 
-    /// Where nothing but the hosts' own routing decrements the TTL.
+    /// TTLs when only the hosts' routing decrements them.
     pub const fn plain(mtu: usize, tcp_bytes: u64) -> Self {
         Self { host_ttl: 64, pod_ttl: 62, mtu, tcp_bytes }
     }

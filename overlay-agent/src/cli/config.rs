@@ -94,7 +94,7 @@ pub(super) struct CheckArgs {
     store: StoreArgs,
 }
 
-/// Where a configuration comes from.
+/// Source of a config.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Input {
     Standard,
@@ -181,7 +181,7 @@ async fn set(args: SetArgs) -> Result<()> {
     let config = NetworkConfig::parse(&text).with_context(|| args.input.to_string())?;
     let store = Store::open(args.store).await?;
     let before = store.config_text().await?.and_then(|text| NetworkConfig::parse(&text).ok());
-    // Where the subnets stay the same, hosts keep what they have.
+    // Hosts keep their subnets when only the port changes.
     let same = before.is_some_and(|before| NetworkConfig { port: config.port, ..before } == config);
     let misfits = if same { Vec::new() } else { misfits(&config, &claims(&store).await?) };
     if let (Some(first), false) = (misfits.first(), args.force) {

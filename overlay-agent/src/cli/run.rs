@@ -35,7 +35,7 @@ pub(super) struct RunArgs {
     /// UDP port of all hosts [default: from the config, else 8285]
     #[arg(long, env = "OVERLAY_AGENT_PORT", value_parser = clap::value_parser!(u16).range(1..))]
     port: Option<u16>,
-    /// Datapath
+    /// Datapath of both directions
     #[arg(long, env = "OVERLAY_AGENT_DATAPATH", value_enum, default_value_t)]
     datapath: Request,
     /// Attachment of tc programs

@@ -41,12 +41,12 @@ impl Claim {
         lease::parse_key(&self.record().key).ok()
     }
 
-    /// The holder and, where it is another one than udp, its backend.
+    /// The holder and, unless it is udp, the backend.
     pub(super) fn value(&self) -> Option<lease::LeaseValue> {
         lease::parse_value(&self.record().value).ok()
     }
 
-    /// Whether it is an operator's word. Those in a directory look all the same.
+    /// Whether an operator wrote it. Unknown in a directory.
     pub(super) fn is_reservation(&self) -> bool {
         match self {
             Self::Dir(_) => false,
@@ -54,7 +54,7 @@ impl Claim {
         }
     }
 
-    /// `None` where it does not end, or the store was not asked.
+    /// `None` when it does not expire or the remaining time was not queried.
     pub(super) fn expires_in(&self) -> Option<Duration> {
         match self {
             Self::Dir(_) => None,
@@ -73,7 +73,7 @@ impl Store {
         }
     }
 
-    /// Where the records are, for messages.
+    /// Location of the records, for messages.
     pub(super) fn name(&self) -> String {
         match self {
             Self::Dir(store) => store.root().display().to_string(),
@@ -81,7 +81,7 @@ impl Store {
         }
     }
 
-    /// Where the network's configuration is, for messages.
+    /// Location of the network config, for messages.
     pub(super) fn config_location(&self) -> String {
         match self {
             Self::Dir(store) => store.config_path().display().to_string(),
@@ -125,7 +125,7 @@ impl Store {
         Ok(leases.into_iter().map(Claim::Etcd).collect())
     }
 
-    /// The running agent that speaks for an address, as far as the store can tell.
+    /// The running agent with this public address, if the store has owner keys.
     pub(super) async fn owner(&self, public_ip: Ipv4Addr) -> Result<Option<String>> {
         match self {
             Self::Dir(_) => Ok(None),

@@ -58,7 +58,7 @@ pub(super) struct Options {
     check: bool,
 }
 
-/// What was measured.
+/// Measured values.
 struct Outcome {
     /// From the start of the process to its first route.
     first_route: Duration,
@@ -70,7 +70,7 @@ struct Outcome {
     requests: Requests,
 }
 
-/// What `--json` writes.
+/// The output of `--json`.
 #[derive(Serialize)]
 struct Report {
     leases: u32,
@@ -178,11 +178,10 @@ fn with_log(error: anyhow::Error, agent: &Agent) -> anyhow::Error {
     error.context(format!("the end of the agent's log:\n{}", agent.site().log_tail()))
 }
 
-/// Makes one change and waits until the kernel's map shows it. In turn: a new host, a host with another address, a host that
-/// goes.
+/// Makes one change and waits for it in the kernel's map. In turn: a new host, a moved host, a removed host.
 async fn change(hosts: &mut Hosts, observer: &Observer, number: u32, leases: u32) -> Result<Duration> {
     let (kind, round) = (number % 3, number / 3);
-    // The new hosts are the ones that go; the moved ones are spread over all.
+    // The new hosts are removed again; the moved ones are spread over all.
     let new = network::subnet(leases + round);
     let moved = network::subnet(round.wrapping_mul(7919) % leases);
     let address = network::public_ip(network::MOST + round);

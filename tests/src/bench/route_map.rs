@@ -55,7 +55,7 @@ impl RouteMap {
         }
     }
 
-    /// How many routes there are.
+    /// Number of routes.
     pub(super) fn len(&self) -> Result<usize> {
         let mut count = 0;
         for key in self.0.keys() {

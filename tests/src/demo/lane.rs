@@ -18,7 +18,7 @@ use crate::{
 /// Limit of bytes of a TCP transfer over routing or VXLAN, which the demo does not have to prove.
 const COMPARISON_BYTES: u64 = 16 << 20;
 
-/// How the hosts reach each other's containers.
+/// The connection between the hosts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Connection {
     /// Without the agent.
@@ -65,7 +65,7 @@ impl Lane {
         }
     }
 
-    /// How it is connected.
+    /// Its connection.
     pub const fn connection(&self) -> Connection {
         self.connection
     }
@@ -156,12 +156,12 @@ impl Lane {
         Rates::median(&self.rates)
     }
 
-    /// What failed, each with the lane's name.
+    /// Failures, each with the lane's name.
     pub fn failures(&self) -> Vec<String> {
         self.failures.iter().map(|failure| format!("{}: {failure}", self.name())).collect()
     }
 
-    /// How many checks passed, of how many.
+    /// Passed checks of all checks.
     pub fn verified(&self) -> String {
         if self.network.is_none() && self.failures.is_empty() {
             return "not here".to_owned();

@@ -139,7 +139,7 @@ fn measure(lanes: &mut [Lane], options: &Options, progress: &Progress) {
     }
 }
 
-/// How long each rate is measured, per direction and round. iperf3 measures whole seconds.
+/// Duration of each measurement, per direction and round. iperf3 measures whole seconds.
 pub(crate) const TCP_DURATION: Duration = Duration::from_secs(1);
 /// See [`TCP_DURATION`].
 pub(crate) const SMALL_DURATION: Duration = Duration::from_millis(400);

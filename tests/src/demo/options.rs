@@ -22,7 +22,7 @@ Examples:
 #[derive(Clone, Debug, Parser)]
 #[command(name = "cargo xtask demo", bin_name = "cargo xtask demo", after_help = EXAMPLES)]
 pub struct Options {
-    /// How the two hosts are connected
+    /// Underlay between the two hosts
     #[arg(long, value_enum, default_value = "virtual")]
     pub underlay: Underlay,
     /// Run only these pairs: a rung for both hosts (tc), or for host A and host B (xdp/tun)
@@ -72,7 +72,7 @@ impl Options {
         if self.quick { 16 << 20 } else { 256 << 20 }
     }
 
-    /// How many times each rate is measured.
+    /// Number of measurements of each rate.
     pub const fn rounds(&self) -> usize {
         if self.quick { 1 } else { 3 }
     }

@@ -11,7 +11,7 @@ use crate::{
     traffic::rate::{round_trip, small_packets, tcp_throughput},
 };
 
-/// What one lane carries, container to container.
+/// Rates of one lane, container to container.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Rates {
     /// TCP from A to B in Gbit/s.

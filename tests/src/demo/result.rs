@@ -36,7 +36,7 @@ pub fn print(lanes: &[Lane], options: &Options, on_etcd: &str) {
     println!("\n{}", render(&TITLES, &rows));
     println!(
         "Underlay: {}. Rates container to container: one TCP stream, 64-byte UDP from one thread, median of {} round(s).\n\
-         Packets and drops: those of the verified traffic, both hosts; a packet of many segments counts once. Verified: \
+         Packets and drops: of the verified traffic, both hosts; a packet of many segments counts once. Verified: \
          ping with its TTL,\nUDP of every size, in fragments and segmented, {} MiB over TCP each way by SHA-256; each \
          host to host and container to container.",
         options.underlay.name(),
@@ -47,11 +47,11 @@ pub fn print(lanes: &[Lane], options: &Options, on_etcd: &str) {
 }
 
 const NEXT: &str = "
-What to look at next:
+Next steps:
   cargo xtask demo --underlay wire     the same over frames of MTU size, as on a cable
-  cargo xtask demo --keep              leave two hosts up: status, routes and counters of their agents, tcpdump
+  cargo xtask demo --keep              leave two hosts running, with status, routes and counters of their agents
   cargo xtask test                     every test
-  README.md, ARCHITECTURE.md           how to run it on real hosts; how it is built";
+  README.md, ARCHITECTURE.md           use on real hosts, and the design";
 
 /// Writes the table's numbers.
 ///

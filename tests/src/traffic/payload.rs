@@ -10,8 +10,8 @@ pub fn datagram(index: u32, size: usize) -> Vec<u8> {
     bytes
 }
 
-/// What an echo server makes of a datagram: the bytes in reverse order, each inverted. An echo of that form has crossed
-/// the network twice with different contents, so bytes that were right by accident show.
+/// The echo server's answer to a datagram: the bytes in reverse order, each inverted. Request and answer differ, so a check of
+/// the answer does not pass by accident.
 pub fn answer(bytes: &[u8]) -> Vec<u8> {
     bytes.iter().rev().map(|byte| !byte).collect()
 }

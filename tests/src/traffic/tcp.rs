@@ -1,7 +1,7 @@
 //! A TCP transfer of random bytes, verified by SHA-256 at both ends.
 //!
 //! Hashing costs more than sending on CPUs without instructions for it. So every transfer of one length sends the same
-//! random bytes, which are hashed once, followed by a tail of its own.
+//! random bytes, which are hashed once, followed by a unique tail.
 
 use std::{
     collections::BTreeMap,
@@ -20,7 +20,7 @@ use sha2::{Digest, Sha256};
 
 use crate::topology::Endpoint;
 
-/// How long either end waits for the other to move at all.
+/// How long either end waits for progress of the other.
 const STALL: Duration = Duration::from_secs(5);
 /// Bytes per read and write.
 const CHUNK: usize = 256 * 1024;

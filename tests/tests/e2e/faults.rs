@@ -48,7 +48,7 @@ pub(crate) fn register(suite: &mut Suite) {
     }
     suite.add("faults::disabled_device_is_enabled_again", &[Need::Tun], device_down);
     suite.add("faults::agent_under_load_stops_on_sigterm", &[Need::Tun], ends_under_load);
-    suite.add("faults::recreated_underlay_is_followed", needs(Rung::Tc, Rung::Tc), underlay_made_anew);
+    suite.add("faults::recreated_underlay_is_followed", needs(Rung::Tc, Rung::Tc), underlay_recreated);
     suite.add("faults::container_cannot_spoof_a_peer", needs(Rung::Tc, Rung::Tun), container_forges);
     suite.add(
         "faults::refused_agent_leaves_the_device_of_another_agent",
@@ -174,7 +174,7 @@ fn second_network_comes_and_goes(sandbox: &Arc<Sandbox>, topology: &Topology) ->
 }
 
 /// Both ends of the underlay go and come back under the same names, with other indices.
-fn underlay_made_anew(sandbox: &Arc<Sandbox>) -> Result<()> {
+fn underlay_recreated(sandbox: &Arc<Sandbox>) -> Result<()> {
     let pair = pair(sandbox, Rung::Tc)?;
     let (a, b) = (&pair.topology.a, &pair.topology.b);
     a.host.tool("ip link delete eth0")?;
@@ -247,7 +247,7 @@ fn refused_on_held_device(sandbox: &Arc<Sandbox>) -> Result<()> {
 fn malformed_frames(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
     let pair = pair(sandbox, rung)?;
     for (subnet, peer) in OTHER_PEERS {
-        // Answers to what is delivered go there: somebody must be there, or sending fails.
+        // Replies to delivered packets need this neighbour entry, or sending fails.
         pair.topology.b.host.tool(&format!("ip address add {peer}/24 dev eth0"))?;
         pair.store.write_lease(subnet, peer)?;
     }
@@ -305,7 +305,7 @@ fn golden_frames() -> Result<Vec<GoldenFrame>> {
     Ok(frames)
 }
 
-/// How often each reason must be counted: by the fast path, and by the slow path for what reaches it.
+/// The expected count of each drop reason, on the fast path and on the slow path.
 fn expected_drops(vectors: &[GoldenFrame], rung: Rung) -> BTreeMap<String, u64> {
     let mut drops = BTreeMap::new();
     for vector in vectors {
@@ -326,14 +326,13 @@ fn expected_drops(vectors: &[GoldenFrame], rung: Rung) -> BTreeMap<String, u64> 
     drops
 }
 
-/// Whether the UDP header says less than the IP header: the kernel's socket then hands over what the UDP header says, which
-/// is less than the whole inner packet.
+/// Whether the UDP length is shorter than the IP length: the kernel's socket then returns a truncated inner packet.
 fn is_trimmed_by_kernel(vector: &GoldenFrame) -> bool {
-    let word = |at: usize| match vector.frame.get(at..at + 2) {
+    let field = |at: usize| match vector.frame.get(at..at + 2) {
         Some([high, low]) => usize::from(u16::from_be_bytes([*high, *low])),
         _ => 0,
     };
-    let (total_length, udp_length) = (word(16), word(38));
+    let (total_length, udp_length) = (field(16), field(38));
     let outer_length = vector.fast.get("reason").is_some_and(|reason| reason == "outer_length");
     outer_length
         && total_length + 14 <= vector.frame.len()

@@ -1,4 +1,4 @@
-//! Frames as bytes, sent from a device as they are.
+//! Raw frames, sent from a device.
 
 use std::os::fd::AsRawFd;
 

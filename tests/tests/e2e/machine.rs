@@ -1,4 +1,4 @@
-//! What this machine has of the things that tests need.
+//! Detects the requirements of tests on this machine.
 
 use std::{env, path::Path, process::Command};
 
@@ -7,7 +7,7 @@ use nix::unistd::Uid;
 /// The commands that the harness runs.
 const TOOLS: [&str; 7] = ["ip", "bridge", "tc", "ethtool", "ping", "iperf3", "sysctl"];
 
-/// Something that not every machine has.
+/// A requirement that some machines do not fulfil.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Need {
     /// The kernel's VXLAN device.

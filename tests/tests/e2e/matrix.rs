@@ -34,7 +34,7 @@ pub(crate) fn register(suite: &mut Suite) {
     }
 }
 
-/// What agents on these rungs need of the machine.
+/// Requirements of agents on these rungs.
 pub(crate) const fn needs(a: Rung, b: Rung) -> &'static [Need] {
     if a.is_fast() || b.is_fast() { &[Need::Tun, Need::Ebpf] } else { &[Need::Tun] }
 }
@@ -54,7 +54,7 @@ fn every_check(sandbox: &Arc<Sandbox>, rung_a: Rung, rung_b: Rung, underlay: Und
     b.stop()
 }
 
-/// What helps to understand a failed check: the counters and logs of both agents.
+/// Context for a failed check: the counters and logs of both agents.
 pub(crate) fn diagnosis(pair: &Pair, step: &str) -> String {
     let counters = match pair.counters() {
         Ok(counters) => format!("{counters:?}"),

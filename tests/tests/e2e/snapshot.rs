@@ -1,4 +1,4 @@
-//! What a host looks like to the outside: taken before and after, it shows what an agent left.
+//! The configuration of a host, compared before and after an agent ran.
 
 use anyhow::{Result, bail, ensure};
 use aya::programs::{SchedClassifier, tc::TcAttachType};
@@ -31,7 +31,7 @@ impl Snapshot {
         Ok(Self(views))
     }
 
-    /// Checks that the host looks as it did when this was taken.
+    /// Checks that the host's configuration is the same as when this was taken.
     pub(crate) fn is_unchanged(&self, host: &Netns) -> Result<()> {
         for ((view, before), (_, now)) in self.0.iter().zip(Self::take(host)?.0) {
             let Some((before, now)) = first_difference(before, &now) else { continue };
@@ -40,7 +40,7 @@ impl Snapshot {
         Ok(())
     }
 
-    /// Checks that the host does not look as it did, so that comparing means something.
+    /// Checks that the host's configuration changed, which proves that the comparison works.
     pub(crate) fn is_changed(&self, host: &Netns) -> Result<()> {
         ensure!(*self != Self::take(host)?, "an agent runs, and the host looks as if none did");
         Ok(())

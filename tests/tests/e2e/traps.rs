@@ -1,4 +1,4 @@
-//! Packets that the kernel leaves unfinished or merges, where rungs meet: each has broken an overlay before.
+//! Packets with unfinished checksums, unsegmented or merged, between different rungs.
 
 use std::{sync::Arc, time::Duration};
 
@@ -24,7 +24,7 @@ const AT_SPEED: f64 = 300e6;
 pub(crate) fn register(suite: &mut Suite) {
     for rung in [Rung::Xdp, Rung::Tc] {
         let word = rung.name();
-        // The inner checksum is still to be completed when the outer packet reaches a socket; nothing else would do it.
+        // The inner checksum is unfinished when the outer packet reaches a socket, and nothing else completes it.
         suite.add(
             format!("traps::partial_inner_checksum_from_{word}_reaches_tun_host"),
             needs(rung, Rung::Tun),
@@ -33,8 +33,8 @@ pub(crate) fn register(suite: &mut Suite) {
                 verified_at_speed(&pair)
             },
         );
-        // The outer checksum is still to be completed when the program removes the outer headers; the link to the pod
-        // then makes the host complete whatever it believes to be unfinished.
+        // The outer checksum is unfinished when the program removes the outer headers; on the link to the pod, the host then
+        // completes a checksum at the old offset.
         suite.add(
             format!("traps::partial_outer_checksum_from_tun_host_survives_{word}_decap"),
             needs(rung, Rung::Tun),
@@ -70,7 +70,7 @@ fn start(sandbox: &Arc<Sandbox>, underlay: Underlay, offload: PodOffload, a: Run
     Pair::start(sandbox, Topology::build(sandbox, underlay, offload)?, a, b)
 }
 
-/// Sends TCP and segmented UDP both ways between the containers and between the hosts, and expects all of it, at speed.
+/// Sends TCP and segmented UDP both ways between the containers and between the hosts, without loss and at speed.
 fn verified_at_speed(pair: &Pair) -> Result<()> {
     let topology = &pair.topology;
     let (pods, hosts) = (topology.pods(), topology.hosts());

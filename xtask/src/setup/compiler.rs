@@ -27,7 +27,7 @@ const OLDEST: (u32, u32) = (1, 95);
 
 /// Debian's rustc.
 const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
-/// Where its packages keep the sources of `core`.
+/// The sources of `core` in its packages.
 const DEBIAN_SOURCES: &str = "/usr/lib/rustlib/src/rust/library/core";
 
 /// A rustc that can build for BPF.
@@ -35,14 +35,14 @@ const DEBIAN_SOURCES: &str = "/usr/lib/rustlib/src/rust/library/core";
 pub(crate) enum Compiler {
     /// rustup's toolchain `nightly`, with its component rust-src.
     Nightly {
-        /// As rustc prints it.
+        /// Release, as printed by rustc.
         release: String,
         /// The major version of its LLVM.
         llvm: u32,
     },
     /// Debian's stable rustc with the package of its sources; `RUSTC_BOOTSTRAP` makes it accept unstable flags.
     Debian {
-        /// As rustc prints it.
+        /// Release, as printed by rustc.
         release: String,
         /// The major version of its LLVM.
         llvm: u32,

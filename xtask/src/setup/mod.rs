@@ -140,7 +140,7 @@ struct Facts {
     installed: BTreeSet<String>,
     /// A C compiler with the headers of the C library, which links Rust programs.
     cc: bool,
-    /// What [`PROTOC`] provides.
+    /// Whether the contents of [`PROTOC`] are installed.
     protoc: bool,
     compiler: Option<Compiler>,
     linker: Option<PathBuf>,

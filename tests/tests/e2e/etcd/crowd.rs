@@ -41,11 +41,11 @@ fn forty_hosts(sandbox: &Arc<Sandbox>) -> Result<()> {
     let server = Server::start(sandbox, &switch.hub, HUB)?;
     server.write_config(CONFIG)?;
     let (late, crowd) = switch.hosts.split_last().context("there are no hosts")?;
-    let begin = |host| {
+    let launch = |host| {
         let site = site(sandbox, host)?;
         site.launch(site.run_command(&arguments(&server, Rung::Tun)))
     };
-    let mut agents = crowd.iter().map(begin).collect::<Result<Vec<_>>>()?;
+    let mut agents = crowd.iter().map(launch).collect::<Result<Vec<_>>>()?;
     for agent in &mut agents {
         agent.wait_until_running()?;
     }

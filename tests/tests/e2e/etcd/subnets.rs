@@ -143,7 +143,7 @@ fn revoked_lease_is_acquired_again(sandbox: &Arc<Sandbox>) -> Result<()> {
     let fixture = Fixture::start(sandbox, Rung::Tc, Rung::Tun)?;
     let Fixture { a, b, server, topology } = &fixture;
     let subnet = topology.a.subnet;
-    let file = fs::metadata(a.site().subnet_file()).context("look at the subnet file")?;
+    let file = fs::metadata(a.site().subnet_file()).context("read the metadata of the subnet file")?;
     let lost = server.record(&key(subnet))?.context("the agent runs without a record")?;
     let (from, to) = topology.pods();
     let ((), flow) = steady::meanwhile(from, to, || {
@@ -160,7 +160,7 @@ fn revoked_lease_is_acquired_again(sandbox: &Arc<Sandbox>) -> Result<()> {
     every_size(from, to, OVERLAY_MTU)?;
     let again = server.record(&key(subnet))?.context("the record is missing again")?;
     ensure!(again.value == lost.value && again.lease != lost.lease, "{again:?} after {lost:?}");
-    let now = fs::metadata(a.site().subnet_file()).context("look at the subnet file")?;
+    let now = fs::metadata(a.site().subnet_file()).context("read the metadata of the subnet file")?;
     ensure!(
         (now.ino(), now.mtime_nsec()) == (file.ino(), file.mtime_nsec()),
         "the subnet file was written again"
