@@ -16,7 +16,7 @@ use rtnetlink::{
     },
 };
 
-/// A connection to the kernel in the current network namespace.
+/// A connection to the kernel in the current network namespace. All methods fail when the kernel returns an error.
 #[derive(Clone, Debug)]
 pub struct Netlink {
     handle: Handle,
@@ -80,10 +80,6 @@ impl Netlink {
     }
 
     /// All devices.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel returns an error.
     pub async fn links(&self) -> Result<Vec<Link>> {
         let links: Vec<LinkMessage> =
             self.handle.link().get().execute().try_collect().await.context("list network devices")?;
@@ -91,19 +87,11 @@ impl Netlink {
     }
 
     /// The device with this name.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel returns an error.
     pub async fn link(&self, name: &str) -> Result<Option<Link>> {
         Ok(self.links().await?.into_iter().find(|link| link.name == name))
     }
 
     /// All IPv4 addresses with the index of their device.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel returns an error.
     pub async fn addresses(&self) -> Result<Vec<(u32, Ipv4Net)>> {
         let messages: Vec<_> =
             self.handle.address().get().execute().try_collect().await.context("list addresses")?;
@@ -121,10 +109,6 @@ impl Netlink {
     }
 
     /// All unicast IPv4 routes of the main table.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel returns an error.
     pub async fn routes(&self) -> Result<Vec<Route>> {
         let request = RouteMessageBuilder::<Ipv4Addr>::new().build();
         let messages: Vec<_> =
@@ -149,10 +133,6 @@ impl Netlink {
     }
 
     /// The device of the default route, the preferred one of several.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel returns an error.
     pub async fn default_route(&self) -> Result<Option<u32>> {
         let routes = self.routes().await?;
         let defaults = routes.iter().filter(|route| route.destination.prefix_len() == 0);
@@ -184,20 +164,12 @@ impl Netlink {
     }
 
     /// Sets a device's alias.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel returns an error.
     pub async fn set_alias(&self, index: u32, alias: &str) -> Result<()> {
         let message = LinkUnspec::new_with_index(index).alias(alias).build();
         self.handle.link().change(message).execute().await.context("set the device's alias")
     }
 
     /// Sets a device's MTU and sets the device up.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel returns an error.
     pub async fn set_up(&self, index: u32, mtu: u32) -> Result<()> {
         let message = LinkUnspec::new_with_index(index).mtu(mtu).up().build();
         self.handle
@@ -209,19 +181,11 @@ impl Netlink {
     }
 
     /// Removes a device.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel returns an error.
     pub async fn delete_link(&self, index: u32) -> Result<()> {
         self.handle.link().del(index).execute().await.context("remove the device")
     }
 
     /// Replaces all IPv4 addresses of a device by this one.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel returns an error.
     pub async fn set_only_address(&self, index: u32, address: Ipv4Net) -> Result<()> {
         let messages: Vec<_> = self
             .handle
@@ -251,10 +215,6 @@ impl Netlink {
     }
 
     /// Routes a network through a device, with `source` as the preferred source address.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel returns an error.
     pub async fn add_route(&self, network: Ipv4Net, index: u32, source: Ipv4Addr) -> Result<()> {
         let route = RouteMessageBuilder::<Ipv4Addr>::new()
             .destination_prefix(network.network(), network.prefix_len())
@@ -273,20 +233,12 @@ impl Netlink {
 
     /// Adds a blackhole route with the lowest preference. It belongs to no device and stays until
     /// [`Netlink::remove_blackhole`].
-    ///
-    /// # Errors
-    ///
-    /// When the kernel returns an error.
     pub async fn add_blackhole(&self, subnet: Ipv4Net) -> Result<()> {
         let request = self.handle.route().add(blackhole(subnet)).replace().execute();
         request.await.with_context(|| format!("add the blackhole route for {subnet}"))
     }
 
     /// Subnets with a route from [`Netlink::add_blackhole`].
-    ///
-    /// # Errors
-    ///
-    /// When the kernel returns an error.
     pub async fn blackholes(&self) -> Result<Vec<Ipv4Net>> {
         let request = RouteMessageBuilder::<Ipv4Addr>::new().build();
         let messages: Vec<_> =
@@ -307,10 +259,6 @@ impl Netlink {
     }
 
     /// Removes the route from [`Netlink::add_blackhole`]. `false` when it does not exist.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel returns an error.
     pub async fn remove_blackhole(&self, subnet: Ipv4Net) -> Result<bool> {
         match self.handle.route().del(blackhole(subnet)).execute().await {
             Ok(()) => Ok(true),

@@ -65,10 +65,6 @@ impl Rung {
 }
 
 /// Path of the agent's binary: `OVERLAY_AGENT`, or the release build of this workspace.
-///
-/// # Errors
-///
-/// When there is no such file, naming the command that builds it.
 pub fn binary() -> Result<PathBuf> {
     let built = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/release/overlay-agent");
     let path = env::var_os("OVERLAY_AGENT").map_or_else(built, PathBuf::from);
@@ -91,19 +87,11 @@ pub struct Site {
 
 impl Site {
     /// A site with new directories.
-    ///
-    /// # Errors
-    ///
-    /// When there is no agent to run, or a directory cannot be created.
     pub fn new(sandbox: &Sandbox, netns: &Arc<Netns>, role: &str) -> Result<Arc<Self>> {
         Self::of_device(sandbox, netns, role, DEVICE)
     }
 
     /// A site whose agent creates the overlay device `device`, for several agents in one namespace.
-    ///
-    /// # Errors
-    ///
-    /// As [`Site::new`].
     pub fn of_device(sandbox: &Sandbox, netns: &Arc<Netns>, role: &str, device: &str) -> Result<Arc<Self>> {
         let directory = sandbox.new_directory(role)?;
         let (netns, device) = (Arc::clone(netns), device.to_owned());
@@ -166,10 +154,6 @@ impl Site {
     }
 
     /// Starts an agent and does not wait for it.
-    ///
-    /// # Errors
-    ///
-    /// When the command cannot be run.
     pub fn launch(self: &Arc<Self>, command: Command) -> Result<Agent> {
         let child = self.spawn(command)?;
         Ok(Agent { site: Arc::clone(self), child, ended: false })
@@ -210,28 +194,16 @@ impl Site {
     }
 
     /// Removes what an agent left in this namespace.
-    ///
-    /// # Errors
-    ///
-    /// When `overlay-agent down` fails.
     pub fn down(&self) -> Result<()> {
         self.run("down", &[]).map(drop)
     }
 
     /// The output of `overlay-agent SUBCOMMAND` with `arguments`, for the agent here.
-    ///
-    /// # Errors
-    ///
-    /// When the command fails.
     pub fn output(&self, subcommand: &str, arguments: &[&str]) -> Result<String> {
         Ok(String::from_utf8_lossy(&self.run(subcommand, arguments)?).into_owned())
     }
 
     /// Starts `overlay-agent status --watch -o json` for the agent here.
-    ///
-    /// # Errors
-    ///
-    /// When the command cannot be started.
     pub fn watch_status(&self) -> Result<Child> {
         let mut command = self.subcommand("status");
         command
@@ -294,37 +266,21 @@ impl Agent {
     }
 
     /// Its state.
-    ///
-    /// # Errors
-    ///
-    /// When the query fails, or its output cannot be parsed.
     pub fn status(&self) -> Result<Status> {
         self.report("status")
     }
 
     /// Its routes.
-    ///
-    /// # Errors
-    ///
-    /// As [`Agent::status`].
     pub fn routes(&self) -> Result<Routes> {
         self.report("routes")
     }
 
     /// Its counters.
-    ///
-    /// # Errors
-    ///
-    /// As [`Agent::status`].
     pub fn counters(&self) -> Result<Counters> {
         self.report("counters")
     }
 
     /// The text output of `overlay-agent SUBCOMMAND`.
-    ///
-    /// # Errors
-    ///
-    /// When the command fails.
     pub fn text(&self, subcommand: &str) -> Result<String> {
         self.site.output(subcommand, &[])
     }
@@ -354,10 +310,6 @@ impl Agent {
     }
 
     /// Whether the process still runs.
-    ///
-    /// # Errors
-    ///
-    /// When its state cannot be read.
     pub fn is_running(&mut self) -> Result<bool> {
         Ok(self.child.try_wait().context("read the state of an agent")?.is_none())
     }
@@ -368,19 +320,11 @@ impl Agent {
     }
 
     /// Pauses the process with SIGSTOP.
-    ///
-    /// # Errors
-    ///
-    /// When it is gone.
     pub fn pause(&self) -> Result<()> {
         self.signal(Signal::SIGSTOP)
     }
 
     /// Resumes a paused process.
-    ///
-    /// # Errors
-    ///
-    /// When it is gone.
     pub fn resume(&self) -> Result<()> {
         self.signal(Signal::SIGCONT)
     }
@@ -410,10 +354,6 @@ impl Agent {
     }
 
     /// Kills the agent, like a crash, without cleaning up.
-    ///
-    /// # Errors
-    ///
-    /// When the signal cannot be sent.
     pub fn crash(mut self) -> Result<Arc<Site>> {
         self.child.kill().context("kill an agent")?;
         self.child.wait().context("wait for a killed agent")?;

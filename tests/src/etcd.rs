@@ -99,19 +99,11 @@ pub struct Etcd {
 
 impl Etcd {
     /// Starts a server that speaks plain HTTP.
-    ///
-    /// # Errors
-    ///
-    /// When etcd is not installed or does not come to listen.
     pub fn start() -> Result<Self> {
         Self::start_with(None)
     }
 
     /// Starts a server.
-    ///
-    /// # Errors
-    ///
-    /// When etcd is not installed or does not come to listen.
     pub fn start_with(tls: Option<ServerTls>) -> Result<Self> {
         let mut last = None;
         for _ in 0..ATTEMPTS {
@@ -133,10 +125,6 @@ impl Etcd {
     }
 
     /// A server at `address` in a host's namespace, on etcd's own ports. [`Self::restart`] starts it.
-    ///
-    /// # Errors
-    ///
-    /// When its directory cannot be made.
     pub fn prepare(sandbox: &Sandbox, netns: &Arc<Netns>, address: Ipv4Addr) -> Result<Self> {
         let directory = sandbox.new_directory("etcd")?;
         Ok(Self {
@@ -155,10 +143,6 @@ impl Etcd {
     }
 
     /// Starts the server again, with the data that it had.
-    ///
-    /// # Errors
-    ///
-    /// When it does not come to listen.
     pub fn restart(&mut self) -> Result<()> {
         self.kill();
         let log = self.home.directory().join("log");
@@ -201,10 +185,6 @@ impl Etcd {
     }
 
     /// Starts the server on another port, which only [`Self::endpoint`] knows, so that it stays unreachable for its clients.
-    ///
-    /// # Errors
-    ///
-    /// When it does not come to listen.
     pub fn restart_elsewhere(&mut self) -> Result<()> {
         let address = self.home.address();
         self.client_port = self.home.run(|| free_port(address))?;
@@ -212,10 +192,6 @@ impl Etcd {
     }
 
     /// Starts the server on its port from before [`Self::restart_elsewhere`].
-    ///
-    /// # Errors
-    ///
-    /// When it does not come to listen.
     pub fn restart_back(&mut self) -> Result<()> {
         self.client_port = self.known_port;
         self.restart()
@@ -231,29 +207,17 @@ impl Etcd {
     }
 
     /// Kills the server and deletes its data.
-    ///
-    /// # Errors
-    ///
-    /// When the data cannot be removed.
     pub fn wipe(&mut self) -> Result<()> {
         self.kill();
         std::fs::remove_dir_all(self.data()).context("remove etcd's data")
     }
 
     /// Pauses the server: connections stay open, requests are not answered.
-    ///
-    /// # Errors
-    ///
-    /// When it does not run.
     pub fn pause(&self) -> Result<()> {
         self.signal(Signal::SIGSTOP)
     }
 
     /// Resumes a paused server.
-    ///
-    /// # Errors
-    ///
-    /// When it does not run.
     pub fn resume(&self) -> Result<()> {
         self.signal(Signal::SIGCONT)
     }

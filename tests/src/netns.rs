@@ -27,10 +27,6 @@ pub struct Netns {
 
 impl Netns {
     /// Creates a namespace for `role` with its loopback device up.
-    ///
-    /// # Errors
-    ///
-    /// When `ip netns add` fails.
     pub fn create(sandbox: &Arc<Sandbox>, role: &str) -> Result<Arc<Self>> {
         let name = sandbox.netns_name(role);
         let creating = hold();
@@ -50,10 +46,6 @@ impl Netns {
 
     /// Runs `work` in a thread inside the namespace and returns its result. A socket that `work` creates stays in the
     /// namespace and can be used from any thread.
-    ///
-    /// # Errors
-    ///
-    /// When the namespace cannot be entered.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
         let inside = || {
             setns(&self.handle, CloneFlags::CLONE_NEWNET)
@@ -64,10 +56,6 @@ impl Netns {
     }
 
     /// Starts a program in the namespace.
-    ///
-    /// # Errors
-    ///
-    /// When the namespace cannot be entered or the program cannot be started.
     pub fn spawn(&self, command: &mut Command) -> Result<Child> {
         self.run(|| {
             let _creating = hold();
@@ -87,10 +75,6 @@ impl Netns {
     }
 
     /// Runs a command line, split at white space, in the namespace and returns what it prints.
-    ///
-    /// # Errors
-    ///
-    /// When the command cannot be started or fails; with what it wrote to stderr.
     pub fn tool(&self, line: &str) -> Result<String> {
         let mut words = line.split_whitespace();
         let Some(program) = words.next() else { bail!("run an empty command line in {}", self.name) };
@@ -112,10 +96,6 @@ impl Drop for Netns {
 }
 
 /// Runs a program outside of any namespace and returns what it prints.
-///
-/// # Errors
-///
-/// When the program cannot be started or fails; with what it wrote to stderr.
 pub fn run_tool(words: &[&str]) -> Result<String> {
     let [program, arguments @ ..] = words else { bail!("run an empty command line") };
     let mut command = Command::new(program);

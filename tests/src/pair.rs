@@ -24,10 +24,6 @@ pub struct Store {
 
 impl Store {
     /// An empty store of the reference network.
-    ///
-    /// # Errors
-    ///
-    /// When its files cannot be written.
     pub fn create(sandbox: &Sandbox) -> Result<Self> {
         let store = Self { directory: sandbox.new_directory("store")? };
         let subnets = store.directory.join("subnets");
@@ -40,10 +36,6 @@ impl Store {
     }
 
     /// Writes a record as a tool that syncs the store would: whole or not at all.
-    ///
-    /// # Errors
-    ///
-    /// When the file cannot be written.
     pub fn write(&self, record: &str, value: &str) -> Result<()> {
         let (path, temporary) = (self.directory.join(record), self.directory.join("record.tmp"));
         fs::write(&temporary, value)
@@ -52,39 +44,23 @@ impl Store {
     }
 
     /// Writes the lease record of a subnet, given as `10.244.3.0-24`.
-    ///
-    /// # Errors
-    ///
-    /// As [`Store::write`].
     pub fn write_lease(&self, subnet: &str, public_ip: &str) -> Result<()> {
         self.write(&format!("subnets/{subnet}"), &format!(r#"{{"PublicIP":"{public_ip}"}}"#))
     }
 
     /// The value of a record.
-    ///
-    /// # Errors
-    ///
-    /// When it is not there.
     pub fn read(&self, record: &str) -> Result<String> {
         let path = self.directory.join(record);
         fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))
     }
 
     /// Removes a record.
-    ///
-    /// # Errors
-    ///
-    /// When it is not there.
     pub fn remove(&self, record: &str) -> Result<()> {
         let path = self.directory.join(record);
         fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))
     }
 
     /// Renames the store's directory, so that agents do not find it.
-    ///
-    /// # Errors
-    ///
-    /// When it cannot be moved.
     pub fn move_away(&self) -> Result<MovedStore> {
         let moved = MovedStore { from: self.directory.clone(), to: self.directory.with_extension("away") };
         fs::rename(&moved.from, &moved.to).with_context(|| format!("move {} away", moved.from.display()))?;
@@ -109,10 +85,6 @@ pub struct MovedStore {
 
 impl MovedStore {
     /// Moves the store back.
-    ///
-    /// # Errors
-    ///
-    /// When it cannot be moved.
     pub fn move_back(self) -> Result<()> {
         fs::rename(&self.to, &self.from).with_context(|| format!("move {} back", self.from.display()))
     }
@@ -165,10 +137,6 @@ impl Pair {
     }
 
     /// Counters of both agents, A first.
-    ///
-    /// # Errors
-    ///
-    /// When an agent does not answer.
     pub fn counters(&self) -> Result<[Counters; 2]> {
         Ok([self.a.counters()?, self.b.counters()?])
     }

@@ -66,10 +66,6 @@ pub struct Sandbox {
 
 impl Sandbox {
     /// Starts a sandbox, after removing what killed runs of the same kind left behind.
-    ///
-    /// # Errors
-    ///
-    /// When this process is not root, or the sandbox's directory cannot be created.
     pub fn start(kind: Kind) -> Result<Arc<Self>> {
         if !Uid::effective().is_root() {
             bail!("building network namespaces needs root: run this as root or with sudo");
@@ -89,10 +85,6 @@ impl Sandbox {
     }
 
     /// A new, empty directory for `role`, removed with the sandbox.
-    ///
-    /// # Errors
-    ///
-    /// When the directory cannot be created.
     pub fn new_directory(&self, role: &str) -> Result<PathBuf> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let path = Path::new(DIRECTORY).join(&self.name).join(format!("{number}-{role}"));
@@ -112,10 +104,6 @@ impl Sandbox {
 
     /// On SIGINT, SIGTERM or SIGHUP removes everything this process created, in all its sandboxes, and exits with
     /// 128 + the signal's number.
-    ///
-    /// # Errors
-    ///
-    /// When the signal handlers cannot be installed.
     pub fn remove_on_signals() -> Result<()> {
         let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])
             .context("install handlers for SIGINT, SIGTERM and SIGHUP")?;
@@ -146,10 +134,6 @@ impl Drop for Sandbox {
 }
 
 /// Removes what earlier `demo --keep` runs left up, agents included. Returns how many topologies there were.
-///
-/// # Errors
-///
-/// When a namespace or a file cannot be removed.
 pub fn remove_kept() -> Result<usize> {
     remove_where(|owner| owner.kind == Kind::Kept.prefix())
 }

@@ -33,10 +33,6 @@ pub struct Switch {
 
 impl Switch {
     /// Builds the namespaces, links and underlay addresses.
-    ///
-    /// # Errors
-    ///
-    /// When one of the commands fails, with its command line.
     pub fn build(sandbox: &Arc<Sandbox>, hosts: u8) -> Result<Self> {
         let hub = Netns::create(sandbox, "hub")?;
         hub.tool("ip link add switch type bridge")?;

@@ -85,10 +85,6 @@ pub struct Topology {
 
 impl Topology {
     /// Builds the namespaces, links, addresses and the pods' routes.
-    ///
-    /// # Errors
-    ///
-    /// When one of the commands fails, with its command line.
     pub fn build(sandbox: &Arc<Sandbox>, underlay: Underlay, pod_offload: PodOffload) -> Result<Self> {
         let a = Side::build(sandbox, "a", 1, pod_offload).context("build host and pod A")?;
         let b = Side::build(sandbox, "b", 2, pod_offload).context("build host and pod B")?;

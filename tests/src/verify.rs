@@ -43,10 +43,6 @@ pub struct Check {
 
 impl Check {
     /// Runs the check and returns a short description of the result.
-    ///
-    /// # Errors
-    ///
-    /// When the check fails.
     pub fn run(&self, topology: &Topology, plan: &Plan) -> Result<String> {
         (self.run)(topology, plan)
     }

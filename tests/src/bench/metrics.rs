@@ -14,10 +14,6 @@ use anyhow::{Context, Result, ensure};
 pub(super) type Requests = BTreeMap<String, u64>;
 
 /// Reads etcd's counters, in the network namespace of this thread.
-///
-/// # Errors
-///
-/// When etcd does not answer.
 pub(super) fn requests(endpoint: &str) -> Result<Requests> {
     let address = endpoint.strip_prefix("http://").context("etcd speaks TLS: its counters cannot be read")?;
     let read = || -> std::io::Result<String> {
@@ -66,10 +62,6 @@ pub(super) struct Memory {
 }
 
 /// Reads a process's memory.
-///
-/// # Errors
-///
-/// When the process is gone.
 pub(super) fn memory(pid: u32) -> Result<Memory> {
     let path = format!("/proc/{pid}/status");
     let status = fs::read_to_string(&path).with_context(|| format!("read {path}: has the agent ended?"))?;

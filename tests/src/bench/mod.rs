@@ -25,10 +25,6 @@ enum Benchmark {
 }
 
 /// Runs a benchmark. With `--check`, the exit code is 1 when a limit is missed.
-///
-/// # Errors
-///
-/// When the measurement fails, for example without root or without a built agent.
 pub fn run(options: &Options) -> Result<ExitCode> {
     match &options.benchmark {
         Benchmark::Control(options) => control::run(options),

@@ -30,10 +30,6 @@ const NAME: &str = "flanneld";
 const TCP_BYTES: u64 = 16 << 20;
 
 /// Runs this part and returns its output for the end of the demo.
-///
-/// # Errors
-///
-/// With the failed step.
 pub(super) fn run(sandbox: &Arc<Sandbox>, options: &Options, progress: &Progress) -> Result<String> {
     let topology = Topology::build(sandbox, options.underlay, PodOffload::On)?;
     let (a, b) = (&topology.a, &topology.b);

@@ -79,10 +79,6 @@ impl Lane {
     }
 
     /// Builds the topology and connects it. Returns a short description.
-    ///
-    /// # Errors
-    ///
-    /// When a command fails or an agent does not start.
     pub fn connect(&mut self, sandbox: &Arc<Sandbox>, underlay: Underlay) -> Result<String> {
         let topology = Topology::build(sandbox, underlay, PodOffload::On)?;
         match self.connection {
@@ -112,10 +108,6 @@ impl Lane {
     }
 
     /// Runs one check.
-    ///
-    /// # Errors
-    ///
-    /// When it does not pass.
     pub fn check(&mut self, check: &Check) -> Result<String> {
         let topology = self.topology().context("the lane is not connected")?;
         let seen = check.run(topology, &self.plan)?;
@@ -124,10 +116,6 @@ impl Lane {
     }
 
     /// Reads the agents' counters of the verified traffic, and checks them; `None` where there are no agents.
-    ///
-    /// # Errors
-    ///
-    /// When packets were dropped or took another path than expected.
     pub fn read_counters(&mut self) -> Result<Option<String>> {
         let (Some(Network::Overlay(pair)), Connection::Overlay(a, b)) = (&self.network, self.connection)
         else {

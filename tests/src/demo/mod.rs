@@ -27,10 +27,6 @@ use crate::{
 };
 
 /// Runs the demo and prints its table. The exit code says whether everything was verified.
-///
-/// # Errors
-///
-/// When the demo cannot start, for example without root or without a built agent.
 pub fn run(options: &Options) -> Result<ExitCode> {
     if options.remove {
         println!("removed {} kept demo(s)", remove_kept()?);

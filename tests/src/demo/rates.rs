@@ -28,10 +28,6 @@ pub struct Rates {
 
 impl Rates {
     /// Measures each rate, one at a time.
-    ///
-    /// # Errors
-    ///
-    /// When a measurement fails.
     pub fn measure(a: Endpoint<'_>, b: Endpoint<'_>) -> Result<Self> {
         Ok(Self {
             trip: round_trip(a, b, TRIP_DURATION)?.as_secs_f64() * 1e6,

@@ -54,10 +54,6 @@ Next steps:
   README.md, ARCHITECTURE.md           use on real hosts, and the design";
 
 /// Writes the table's numbers.
-///
-/// # Errors
-///
-/// When the file cannot be written.
 pub fn write_json(path: &Path, lanes: &[Lane], options: &Options) -> Result<()> {
     let vxlan = vxlan_rates(lanes);
     let rows: Vec<serde_json::Value> = lanes.iter().map(|lane| json_row(lane, vxlan.as_ref())).collect();

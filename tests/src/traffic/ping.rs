@@ -34,10 +34,6 @@ pub fn ping(from: &Netns, to: Ipv4Addr, count: u32) -> Result<Ping> {
 }
 
 /// Pings and checks that every answer came, with TTL `ttl`.
-///
-/// # Errors
-///
-/// When an answer is missing or has another TTL.
 pub fn ping_with_ttl(from: &Netns, to: Ipv4Addr, ttl: u8) -> Result<Ping> {
     let seen = ping(from, to, 3)?;
     ensure!(seen.received == seen.sent, "{} of {} echo requests to {to} answered", seen.received, seen.sent);

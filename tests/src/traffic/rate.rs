@@ -20,10 +20,6 @@ const SMALL: usize = 64;
 const PORT: &str = "5201";
 
 /// TCP throughput of one stream in bits per second, as iperf3's receiver counts it.
-///
-/// # Errors
-///
-/// When iperf3 cannot be run, or no byte arrives.
 pub fn tcp_throughput(from: Endpoint<'_>, to: Endpoint<'_>, duration: Duration) -> Result<f64> {
     let address = to.address.to_string();
     let mut server = Command::new("iperf3");
@@ -59,10 +55,6 @@ fn throughput(report: &serde_json::Value) -> Result<f64> {
 }
 
 /// Small UDP packets per second that arrive when one thread sends as many as it can.
-///
-/// # Errors
-///
-/// When a socket cannot be created, or no packet arrives.
 pub fn small_packets(from: Endpoint<'_>, to: Endpoint<'_>, duration: Duration) -> Result<f64> {
     let receiver = to.netns.run(|| UdpSocket::bind((to.address, 0)))?.context("bind the receiver")?;
     // Room for what arrives while the receiver waits for its turn on the CPU.
@@ -102,10 +94,6 @@ fn count(receiver: &UdpSocket, finished: &AtomicBool) -> u64 {
 }
 
 /// Median round-trip time of one-byte UDP datagrams, one at a time.
-///
-/// # Errors
-///
-/// When a socket cannot be created or a datagram is lost.
 pub fn round_trip(from: Endpoint<'_>, to: Endpoint<'_>, duration: Duration) -> Result<Duration> {
     with_echo(from, to, |socket| {
         let deadline = Instant::now() + duration;

@@ -46,10 +46,6 @@ pub fn every_size(from: Endpoint<'_>, to: Endpoint<'_>, mtu: usize) -> Result<us
 }
 
 /// Sends datagrams larger than the MTU, which cross in fragments, and checks every answer. Returns their number.
-///
-/// # Errors
-///
-/// As [`every_size`].
 pub fn oversize(from: Endpoint<'_>, to: Endpoint<'_>) -> Result<usize> {
     let sizes = [1473, 3000, 9000, 20_000, 60_000, LARGEST];
     with_echo(from, to, |socket| {
@@ -101,10 +97,6 @@ pub fn is_answered(socket: &UdpSocket, index: u32, timeout: Duration) -> Result<
 }
 
 /// Runs an echo server at `to` while `work` uses a socket at `from` that is connected to it.
-///
-/// # Errors
-///
-/// When a socket cannot be created, and whatever `work` returns.
 pub fn with_echo<T>(
     from: Endpoint<'_>,
     to: Endpoint<'_>,
@@ -216,10 +208,6 @@ fn receive_all<K: Ord + Copy + std::fmt::Display>(
 }
 
 /// A socket in a namespace, bound to one address and port.
-///
-/// # Errors
-///
-/// When the address is not there or the port is taken.
 pub fn occupy(endpoint: Endpoint<'_>, address: Ipv4Addr, port: u16) -> Result<UdpSocket> {
     endpoint
         .netns
