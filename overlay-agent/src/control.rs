@@ -348,9 +348,9 @@ mod tests {
         responses
     }
 
-    /// Reports `state` from a main loop until `answers` of the answers were collected.
-    async fn report(queries: &mut mpsc::Receiver<QueryRequest>, state: Answer, answers: usize) {
-        for _ in 0..answers {
+    /// Answers this many queries with `state`, as the main loop does.
+    async fn answer(queries: &mut mpsc::Receiver<QueryRequest>, state: Answer, count: usize) {
+        for _ in 0..count {
             let (_, sender) = queries.recv().await.unwrap();
             drop(sender.send(state.clone()));
         }
@@ -404,12 +404,12 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let (path, mut queries) = server(directory.path()).await;
         let mut responses = watch(&path, Query::Status).await.unwrap();
-        for (state, answers) in [
+        for (state, count) in [
             (Err("starting".to_owned()), 1),
             (Ok(Value::from("running")), 3),
             (Ok(Value::from("degraded")), 1),
         ] {
-            report(&mut queries, state.clone(), answers).await;
+            answer(&mut queries, state.clone(), count).await;
             assert_eq!(responses.next::<Value>().await.unwrap(), Some(state));
         }
         drop(queries);
@@ -421,7 +421,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let (path, mut queries) = server(directory.path()).await;
         let leaving = watch(&path, Query::Status).await.unwrap();
-        report(&mut queries, Ok(Value::from(1)), 1).await;
+        answer(&mut queries, Ok(Value::from(1)), 1).await;
         let mut staying = watch(&path, Query::Routes).await.unwrap();
         drop(leaving);
         let mut seen = Vec::new();
