@@ -1,4 +1,4 @@
-//! `cargo xtask tidy`: rules of this repository that the compiler does not check.
+//! `cargo xtask tidy`: checks conventions of this repository that the compiler does not check.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use crate::scan::code_only;
 use crate::workspace;
 
-/// The only files that may contain `unsafe`. ARCHITECTURE.md, "Invariants", says why each does.
+/// The only files that may contain `unsafe`; see "Invariants" in ARCHITECTURE.md.
 const UNSAFE_ALLOWED: [&str; 6] = [
     "overlay-ebpf/src/programs/egress.rs",
     "overlay-ebpf/src/programs/ingress.rs",
@@ -19,23 +19,29 @@ const UNSAFE_ALLOWED: [&str; 6] = [
     "overlay-ebpf/src/programs/xdp.rs",
 ];
 
-/// A file longer than this asks to be split by concept.
+/// A longer file has to be split by concept.
 const MAX_LINES: usize = 600;
 
-/// Code that is not finished, or not run.
+/// Code that is unfinished or does not run.
 const UNFINISHED: [&str; 3] = ["todo!(", "unimplemented!(", "#[ignore"];
 
-/// A mark in a comment that says the same. In two pieces, because this file is checked too.
+/// Marks unfinished code in a comment. In two pieces, because this file is checked, too.
 const MARK: &str = concat!("FIX", "ME");
 
-/// The documents whose paths are checked, and the directories by which a path is recognised as one of this repository.
+/// Phrases that are not plain technical English, in lower case.
+const BANNED: [&str; 8] =
+    ["fares", "anew", "whoever", "whom", "nobody", "in one breath", "put right", "a word to"];
+/// The only file that may contain them.
+const BANNED_ALLOWED: &str = "xtask/src/tidy.rs";
+
+/// The documents whose paths are checked, and the top-level directories of such paths.
 const DOCUMENTS: [&str; 3] = ["README.md", "ARCHITECTURE.md", "CHANGELOG.md"];
 const DIRECTORIES: [&str; 7] = ["overlay-ebpf", "overlay-agent", "xtask", "tests", "docs", ".ci", ".cargo"];
 
 /// Runs the command.
 pub(crate) fn run() -> Result<ExitCode> {
     check()?;
-    println!("tidy: nothing found");
+    println!("tidy: no findings");
     Ok(ExitCode::SUCCESS)
 }
 
@@ -43,19 +49,26 @@ pub(crate) fn run() -> Result<ExitCode> {
 pub(crate) fn check() -> Result<()> {
     let root = workspace::root()?;
     let mut files = Vec::new();
-    rust_files(&root, &mut files)?;
+    source_files(&root, &mut files)?;
     files.sort();
 
     let mut findings = Vec::new();
     for file in &files {
         let path = file.strip_prefix(&root).unwrap_or(file).to_string_lossy().into_owned();
-        let source = read(file)?;
-        findings.extend(check_source(&path, &source, UNSAFE_ALLOWED.contains(&path.as_str())));
+        let text = read(file)?;
+        if path.ends_with(".rs") {
+            findings.extend(check_source(&path, &text, UNSAFE_ALLOWED.contains(&path.as_str())));
+            if file.with_extension("").is_dir() {
+                let directory = path.trim_end_matches(".rs");
+                findings.push(format!("{path}:1: the module has a directory: move it to {directory}/mod.rs"));
+            }
+        }
+        if path != BANNED_ALLOWED {
+            findings.extend(check_language(&path, &text));
+        }
     }
     for path in UNSAFE_ALLOWED.into_iter().filter(|path| !root.join(path).exists()) {
-        findings.push(format!(
-            "xtask/src/tidy.rs:1: {path} may contain unsafe, but does not exist: take it off the list"
-        ));
+        findings.push(format!("xtask/src/tidy.rs:1: {path} does not exist: remove it from UNSAFE_ALLOWED"));
     }
     for name in DOCUMENTS {
         let path = root.join(name);
@@ -72,17 +85,17 @@ pub(crate) fn check() -> Result<()> {
     }
     match findings.len() {
         0 => Ok(()),
-        1 => bail!("tidy found 1 thing to put right"),
-        count => bail!("tidy found {count} things to put right"),
+        1 => bail!("1 finding"),
+        count => bail!("{count} findings"),
     }
 }
 
-/// All findings in one Rust file, each as `path:line: what`.
+/// All findings in one Rust file, each as `path:line: finding`.
 fn check_source(path: &str, source: &str, unsafe_allowed: bool) -> Vec<String> {
     let mut findings = Vec::new();
-    let mut find = |line: usize, what: &str| findings.push(format!("{path}:{line}: {what}"));
+    let mut find = |line: usize, finding: &str| findings.push(format!("{path}:{line}: {finding}"));
     if !source.starts_with("//!") {
-        find(1, "the file does not open with a `//!` comment that names its one job");
+        find(1, "the file does not start with a `//!` comment that describes its purpose");
     }
     let length = source.lines().count();
     if length > MAX_LINES {
@@ -98,35 +111,54 @@ fn check_source(path: &str, source: &str, unsafe_allowed: bool) -> Vec<String> {
             if !unsafe_allowed {
                 find(
                     number,
-                    "unsafe outside of the files that may contain it (the list is in xtask/src/tidy.rs)",
+                    "unsafe outside of the files that may contain it (UNSAFE_ALLOWED in xtask/src/tidy.rs)",
                 );
             }
         }
         for unfinished in UNFINISHED.into_iter().filter(|unfinished| code.contains(unfinished)) {
-            find(number, &format!("`{unfinished}`: finish it, or leave it out"));
+            find(number, &format!("`{unfinished}`: finish or remove it"));
         }
         if line.contains(MARK) {
-            find(number, &format!("`{MARK}`: do it, or write down why not"));
+            find(number, &format!("`{MARK}`: finish or remove it"));
         }
     }
     if unsafe_allowed && !has_unsafe {
-        find(1, "the file may contain unsafe and does not: take it off the list in xtask/src/tidy.rs");
+        find(1, "the file has no unsafe: remove it from UNSAFE_ALLOWED in xtask/src/tidy.rs");
     }
     findings
+}
+
+/// All banned phrases in a file, also in identifiers.
+fn check_language(path: &str, text: &str) -> Vec<String> {
+    let mut findings = Vec::new();
+    for (number, line) in current_lines(path, text) {
+        let words: Vec<_> =
+            line.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty()).collect();
+        let words = format!(" {} ", words.join(" ").to_lowercase());
+        let found = BANNED.into_iter().filter(|phrase| words.contains(&format!(" {phrase} ")));
+        findings
+            .extend(found.map(|phrase| format!("{path}:{number}: `{phrase}`: use plain technical terms")));
+    }
+    findings
+}
+
+/// The numbered lines of a file; of a changelog only those up to the first release, because later sections describe old trees.
+fn current_lines<'a>(path: &str, text: &'a str) -> impl Iterator<Item = (usize, &'a str)> {
+    let limit = if path == "CHANGELOG.md" { 1 } else { usize::MAX };
+    let mut sections = 0;
+    (1..).zip(text.lines()).take_while(move |(_, line)| {
+        sections += usize::from(line.starts_with("## "));
+        sections <= limit
+    })
 }
 
 /// All paths of this repository that a document names in backticks and that do not exist.
 fn check_document(name: &str, text: &str, exists: &dyn Fn(&str) -> bool) -> Vec<String> {
     let mut findings = Vec::new();
     let mut in_block = false;
-    let mut sections = 0;
-    for (number, line) in (1..).zip(text.lines()) {
+    for (number, line) in current_lines(name, text) {
         in_block ^= line.trim_start().starts_with("```");
-        if line.starts_with("## ") {
-            sections += 1;
-        }
-        // Past releases name the files of their time: of a changelog only the first section is about this tree.
-        if in_block || (name == "CHANGELOG.md" && sections > 1) {
+        if in_block {
             continue;
         }
         let spans = line.split('`').skip(1).step_by(2);
@@ -136,7 +168,7 @@ fn check_document(name: &str, text: &str, exists: &dyn Fn(&str) -> bool) -> Vec<
     findings
 }
 
-/// The path of this repository that a span of code names, up to its first wildcard, if it looks like one.
+/// The path up to its first wildcard, if a span of code is a path of this repository.
 fn repository_path(span: &str) -> Option<&str> {
     let is_path_char = |c: char| c.is_ascii_alphanumeric() || "/._-*{},".contains(c);
     if !span.chars().all(is_path_char) {
@@ -155,8 +187,8 @@ fn is_word_in(word: &str, code: &str) -> bool {
     code.split(|c: char| !c.is_alphanumeric() && c != '_').any(|found| found == word)
 }
 
-/// Collects the Rust files below `directory`, without build output and hidden directories.
-fn rust_files(directory: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+/// Collects the Rust files and documents below `directory`, except in build output and hidden directories.
+fn source_files(directory: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     let context = || format!("cannot list {}", directory.display());
     for entry in fs::read_dir(directory).with_context(context)? {
         let entry = entry.with_context(context)?;
@@ -164,9 +196,9 @@ fn rust_files(directory: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
         let name = entry.file_name().to_string_lossy().into_owned();
         if entry.file_type().with_context(context)?.is_dir() {
             if name != "target" && !name.starts_with('.') {
-                rust_files(&path, files)?;
+                source_files(&path, files)?;
             }
-        } else if name.ends_with(".rs") {
+        } else if name.ends_with(".rs") || name.ends_with(".md") {
             files.push(path);
         }
     }
@@ -194,9 +226,9 @@ mod tests {
     }
 
     #[test]
-    fn every_file_names_its_job() {
-        assert!(found("fn f() {}\n")[0].starts_with("a.rs:1: the file does not open"));
-        assert!(found("")[0].starts_with("a.rs:1: the file does not open"));
+    fn every_file_describes_its_purpose() {
+        assert!(found("fn f() {}\n")[0].starts_with("a.rs:1: the file does not start"));
+        assert!(found("")[0].starts_with("a.rs:1: the file does not start"));
     }
 
     #[test]
@@ -212,7 +244,7 @@ mod tests {
         let source = "//! x\n#![allow(unsafe_code)]\nfn f() {\n    unsafe { g() }\n}\n";
         assert!(found(source)[0].starts_with("a.rs:4: unsafe outside"));
         assert_eq!(check_source("a.rs", source, true), [""; 0]);
-        assert!(check_source("a.rs", "//! x\n", true)[0].contains("take it off the list"));
+        assert!(check_source("a.rs", "//! x\n", true)[0].contains("remove it from"));
     }
 
     #[test]
@@ -223,6 +255,15 @@ mod tests {
     }
 
     #[test]
+    fn banned_phrases_are_found_in_text_and_identifiers() {
+        let text = "Nobody.\nlet keeps_nobody_out = \"put  right\";\nfaresome, a word, renewed\n";
+        let findings = check_language("a.rs", text);
+        let starts: Vec<_> =
+            findings.iter().filter_map(|finding| finding.split_once("`: ")).map(|(start, _)| start).collect();
+        assert_eq!(starts, ["a.rs:1: `nobody", "a.rs:2: `nobody", "a.rs:2: `put right"]);
+    }
+
+    #[test]
     fn paths_in_documents_must_exist() {
         let text = "See `xtask/src/main.rs` and `xtask/src/gone.rs`.\n```\n`tests/gone`\n```\n`cargo xtask/x y` `/etc/x`\n";
         let findings = check_document("README.md", text, &|path| path == "xtask/src/main.rs");
@@ -230,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_first_section_of_a_changelog_is_about_this_tree() {
+    fn only_the_first_section_of_a_changelog_is_checked() {
         let text = "# Changelog\n## Unreleased\n`docs/a.md`\n## 0.1.0\n`docs/b.md`\n";
         assert_eq!(
             check_document("CHANGELOG.md", text, &|_| false),
