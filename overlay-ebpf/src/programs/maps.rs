@@ -8,7 +8,7 @@ use aya_ebpf::{
 use overlay_ebpf::{
     abi::{Config, Counters, MAX_ROUTES, RouteValue},
     route::Routes,
-    verdict::{DropReason, PuntReason},
+    reason::{DropReason, PuntReason},
 };
 
 #[map]
@@ -20,18 +20,6 @@ static ROUTES: LpmTrie<[u8; 4], RouteValue> = LpmTrie::with_max_entries(MAX_ROUT
 #[map]
 static COUNTERS: PerCpuArray<Counters> = PerCpuArray::with_max_entries(1, 0);
 
-/// Bytes of link-layer header in front of the packets that the egress program sees: 0 on the overlay device, 14 where the
-/// program hangs on an Ethernet device. Set by the loader, constant for the verifier.
-#[unsafe(no_mangle)]
-static LINK_HEADER: u32 = 0;
-
-/// Bytes of link-layer header in front of an inner packet on egress.
-#[inline(always)]
-pub(super) fn link_header() -> usize {
-    // SAFETY: a static; volatile because the loader writes it where the compiler cannot see.
-    unsafe { core::ptr::read_volatile(&raw const LINK_HEADER) as usize }
-}
-
 /// The kernel's route map, for the packet core.
 pub(super) struct RouteMap;
 
@@ -42,7 +30,7 @@ impl Routes for RouteMap {
     }
 }
 
-/// What the agent says about this host. `None` cannot happen: an array map always has its entry.
+/// This host's configuration. The verifier requires the check for `None`; an array map always has its entry.
 #[inline(always)]
 pub(super) fn config() -> Option<&'static Config> {
     CONFIG.get(0)
@@ -77,7 +65,7 @@ pub(super) fn count_drop(reason: DropReason) {
 #[inline(always)]
 fn with_counters(count: impl FnOnce(&mut Counters)) {
     if let Some(counters) = COUNTERS.get_ptr_mut(0) {
-        // SAFETY: the entry is this CPU's, and networking programs run with bottom halves off: nobody else is in it.
+        // SAFETY: the entry is this CPU's, and networking programs run with bottom halves off: no other reference exists.
         count(unsafe { &mut *counters });
     }
 }
