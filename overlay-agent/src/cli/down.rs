@@ -12,7 +12,7 @@ use super::{QueryArgs, query::print};
 use crate::{
     control,
     datapath::ebpf::detach_filter,
-    device::{self, Note},
+    device::{self, DeviceAlias},
     firewall,
     netlink::Netlink,
 };
@@ -35,7 +35,7 @@ pub(super) async fn down(QueryArgs { agent: args, output }: &QueryArgs) -> Resul
     let socket = control::path(&args.run_dir, &args.device);
     let netlink = Netlink::connect()?;
     // What a killed agent noted on its device must be read before the device goes.
-    let note = netlink.link(&args.device).await?.and_then(|link| Note::parse(&link.alias?));
+    let note = netlink.link(&args.device).await?.and_then(|link| DeviceAlias::parse(&link.alias?));
     if let Some(pid) = control::listener(&socket)? {
         tokio::task::spawn_blocking(move || stop(pid)).await.context("wait for the agent")??;
         removed.push(format!("the agent (process {pid})"));
@@ -49,7 +49,7 @@ pub(super) async fn down(QueryArgs { agent: args, output }: &QueryArgs) -> Resul
     }
     // Those of networks that other agents run on this host stay.
     let others: Vec<_> =
-        netlink.links().await?.into_iter().filter_map(|link| Note::parse(&link.alias?)).collect();
+        netlink.links().await?.into_iter().filter_map(|link| DeviceAlias::parse(&link.alias?)).collect();
     for subnet in netlink.blackholes().await? {
         let anothers = others.iter().any(|other| other.network.contains(&subnet));
         if !anothers && netlink.remove_blackhole(subnet).await? {
