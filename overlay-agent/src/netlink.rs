@@ -3,7 +3,7 @@
 
 use std::net::Ipv4Addr;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use futures_util::TryStreamExt as _;
 use ipnet::Ipv4Net;
 use rtnetlink::{
@@ -362,6 +362,18 @@ impl Netlink {
             Err(error) => Err(error).with_context(|| format!("remove the blackhole route for {subnet}")),
         }
     }
+}
+
+/// The name of a device.
+///
+/// # Errors
+///
+/// When the device is gone.
+pub fn device_name(index: u32) -> Result<String> {
+    // Without such a device the library returns an empty name.
+    let name = nix::net::if_::if_indextoname(index).unwrap_or_default();
+    ensure!(!name.is_empty(), "the device {index} is gone");
+    Ok(name.to_string_lossy().into_owned())
 }
 
 /// Tells our blackhole routes from an administrator's: a number that iproute2 gives to no program.

@@ -13,7 +13,7 @@ use crate::{
         overlay_set::{EGRESS, INGRESS, XDP},
         self_test,
     },
-    netlink::Netlink,
+    netlink::{Netlink, device_name},
     route::{RouteChange, Routes},
 };
 
@@ -331,7 +331,7 @@ impl FastPath {
         let mut unlisted = Vec::new();
         for Attachment { target, .. } in &self.attachments {
             // With its device a program goes too; the plan has the device's successor.
-            let Ok(device) = target.device() else { continue };
+            let Ok(device) = device_name(target.ifindex) else { continue };
             if !set.programs.is_attached(netlink, *target).await? {
                 report.repaired.push(format!("program {} on {device}", target.hook.program));
                 unlisted.push(*target);

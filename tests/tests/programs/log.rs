@@ -68,7 +68,7 @@ fn failures_are_logged_on_request_and_rate_limited() {
     assert_eq!(lines[0], "egress: adjust_room refused to add headers: error -524");
 }
 
-/// Instructions that the kernel keeps of a program, and those that its verifier walked through.
+/// Instructions that the kernel keeps of a program, and those that its verifier walked through on all paths.
 fn size(hook: Hook, log: bool) -> (u32, u32) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
@@ -81,7 +81,8 @@ fn size(hook: Hook, log: bool) -> (u32, u32) {
 
 #[test]
 fn programs_stay_small_and_logging_costs_nothing_when_off() {
-    let limits = [(EGRESS, 9000, 9000), (EGRESS_ETHERNET, 9000, 9000), (INGRESS, 9000, 9000), (XDP, 9000, 9000)];
+    // A little above what kernel 6.18 counts.
+    let limits = [(EGRESS, 700, 950), (EGRESS_ETHERNET, 675, 880), (INGRESS, 750, 1100), (XDP, 720, 920)];
     for (hook, kept, verified) in limits {
         let (off, on) = (size(hook, false), size(hook, true));
         println!("{}: {off:?} instructions, with logging {on:?}", hook.program);

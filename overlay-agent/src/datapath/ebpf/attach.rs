@@ -11,7 +11,7 @@ use aya::{
 };
 
 use super::{Hook, HookKind, ProgramSet};
-use crate::netlink::Netlink;
+use crate::netlink::{Netlink, device_name};
 
 /// Position of our filters among those of a clsact qdisc: first.
 const FILTER_PRIORITY: u16 = 1;
@@ -77,19 +77,6 @@ impl TcAttach {
     }
 }
 
-impl Target {
-    /// The name of the device.
-    ///
-    /// # Errors
-    ///
-    /// When the device is gone.
-    pub fn device(&self) -> Result<String> {
-        let name = nix::net::if_::if_indextoname(self.ifindex)
-            .with_context(|| format!("find the device {} for {}", self.ifindex, self.hook.program))?;
-        Ok(name.to_string_lossy().into_owned())
-    }
-}
-
 impl ProgramSet {
     /// Loads a program if it is not, attaches it, and checks that the kernel runs it there.
     ///
@@ -98,7 +85,7 @@ impl ProgramSet {
     /// When the kernel refuses; nothing stays attached then. For XDP also when the driver has no native XDP or another program
     /// is there.
     pub async fn attach(&mut self, netlink: &Netlink, target: Target) -> Result<Attachment> {
-        let device = target.device()?;
+        let device = device_name(target.ifindex)?;
         self.load_program(target.hook)?;
         let link = match target.hook.kind {
             HookKind::TcIngress => self.attach_tc(target, TcAttachType::Ingress, &device)?,
@@ -125,8 +112,9 @@ impl ProgramSet {
         };
         match target.mode {
             TcMode::Tcx => {
-                let (_, programs) = SchedClassifier::query_tcx(&target.device()?, direction)
-                    .with_context(|| format!("list the tcx programs around {}", target.hook.program))?;
+                let device = device_name(target.ifindex)?;
+                let (_, programs) = SchedClassifier::query_tcx(&device, direction)
+                    .with_context(|| format!("list the tcx programs on {device}"))?;
                 Ok(programs.iter().any(|info| info.id() == own))
             }
             TcMode::Clsact { handle } => {

@@ -8,12 +8,13 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use nix::{
     errno::Errno,
-    net::if_::if_indextoname,
     sys::socket::{
         AddressFamily, SockFlag, SockType, SockaddrIn, bind as bind_socket, setsockopt, socket, sockopt,
     },
 };
 use rustix::net::sockopt::Ipv4PathMtuDiscovery;
+
+use crate::netlink::device_name;
 
 /// Room for a burst of 1472-byte packets while the thread is not scheduled.
 const SOCKET_BUFFER: usize = 4 << 20;
@@ -63,8 +64,7 @@ impl Socket {
     /// When the port is taken, the address is not this host's, or the device is gone.
     pub fn bind(endpoint: Endpoint) -> Result<Self> {
         let Endpoint { address, ifindex } = endpoint;
-        let device = if_indextoname(ifindex).with_context(|| format!("find the underlay device {ifindex}"))?;
-        let device = device.to_string_lossy().into_owned();
+        let device = device_name(ifindex)?;
         let fd = socket(
             AddressFamily::Inet,
             SockType::Datagram,
