@@ -209,8 +209,11 @@ mod tests {
 
     #[test]
     fn an_alias_tells_that_an_agent_made_the_device() {
-        let alias =
-            DeviceAlias { network: "10.244.0.0/16".parse().unwrap(), port: 8285, underlay: "eth0".to_owned() };
+        let alias = DeviceAlias {
+            network: "10.244.0.0/16".parse().unwrap(),
+            port: 8285,
+            underlay: "eth0".to_owned(),
+        };
         assert_eq!(DeviceAlias::parse(&alias.to_string()), Some(alias));
         assert_eq!(DeviceAlias::parse("my own tunnel"), None);
         assert_eq!(DeviceAlias::parse("overlay-agent"), None);

@@ -215,9 +215,9 @@ impl Netlink {
             .await
             .with_context(|| format!("list the tc filters of the device {index}"))?;
         let handle = TcHandle { major: 0, minor: handle };
-        Ok(filters.iter().any(|filter| {
-            filter.header.handle == handle && filter.header.info >> 16 == u32::from(priority)
-        }))
+        Ok(filters
+            .iter()
+            .any(|filter| filter.header.handle == handle && filter.header.info >> 16 == u32::from(priority)))
     }
 
     /// Sets a device's alias, which tells who made it.

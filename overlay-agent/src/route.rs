@@ -179,8 +179,7 @@ mod tests {
         let [two, three, four, five] = [2, 3, 4, 5].map(|third| subnet(&format!("10.244.{third}.0/24")));
         let current = Routes::from([(two, PEER), (three, PEER), (four, PEER)]);
         let desired = Routes::from([(two, PEER), (three, OTHER), (five, PEER)]);
-        let steps =
-            [RouteChange::set(three, OTHER), RouteChange::set(five, PEER), RouteChange::Remove(four)];
+        let steps = [RouteChange::set(three, OTHER), RouteChange::set(five, PEER), RouteChange::Remove(four)];
         assert_eq!(diff(&current, &desired), steps);
         assert!(diff(&desired, &desired).is_empty());
     }

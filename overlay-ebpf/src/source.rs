@@ -1,6 +1,6 @@
 //! Source validation: who may send a packet from which overlay address (BCP 38 for the overlay).
 
-use crate::{abi::Config, route::Routes, reason::DropReason};
+use crate::{abi::Config, reason::DropReason, route::Routes};
 
 /// Checks an inner packet that leaves this host.
 ///

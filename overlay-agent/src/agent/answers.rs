@@ -61,7 +61,9 @@ impl Agent {
     }
 
     fn datapath(&self) -> Result<&Datapath> {
-        self.up.then_some(&self.datapath).context("the datapath is down and being made again; the log says why")
+        self.up
+            .then_some(&self.datapath)
+            .context("the datapath is down and being made again; the log says why")
     }
 
     fn state(&self) -> &'static str {

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     ebpf::TcAttach,
-    fast::{Plan, Underlay},
+    plan::{Plan, Underlay},
 };
 use crate::{
     device::DeviceSpec,

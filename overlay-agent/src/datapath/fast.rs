@@ -1,4 +1,4 @@
-//! The fast path: which programs hang where, and the steps from what is attached to what should be.
+//! The fast path: the loaded programs, their maps and their attachments.
 
 use std::time::{Duration, Instant};
 
@@ -6,10 +6,13 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use overlay_ebpf::abi::{Config, Counters};
 use tracing::{debug, info, warn};
 
-use super::{Choice, Report, Request, Rung};
+use super::{
+    Choice, Report, Request, Rung,
+    plan::{Plan, Refusals, Step, next_step},
+};
 use crate::{
     datapath::ebpf::{
-        self, Attachment, Hook, OverlaySet, Target, TcMode,
+        self, Attachment, OverlaySet, Target,
         overlay_set::{EGRESS, INGRESS, XDP},
         self_test,
     },
@@ -19,148 +22,6 @@ use crate::{
 
 /// The route map is read back at most in this share of the time: 1 in 1000.
 const READ_BACK_SHARE: u32 = 1000;
-
-/// A device that carries outer packets, as far as the choice of rungs depends on it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Underlay {
-    pub(super) name: String,
-    pub(super) ifindex: u32,
-    /// What kind of virtual device it is; `None` for hardware and virtio.
-    pub(super) kind: Option<String>,
-    pub(super) ethernet: bool,
-}
-
-/// What the programs that should be attached depend on.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Plan {
-    pub(super) request: Request,
-    pub(super) mode: TcMode,
-    pub(super) underlays: Vec<Underlay>,
-    pub(super) overlay_ifindex: u32,
-    pub(super) log: bool,
-}
-
-/// What the kernel refused under a plan of [`Request::Auto`]. It is not asked again until the plan changes.
-#[derive(Debug, Default)]
-struct Refusals {
-    /// Why there are no programs at all.
-    programs: Option<String>,
-    targets: Vec<(Target, String)>,
-}
-
-impl Refusals {
-    fn why(&self, target: Target) -> Option<&str> {
-        self.targets.iter().find(|(refused, _)| *refused == target).map(|(_, why)| why.as_str())
-    }
-}
-
-impl Plan {
-    fn target(&self, hook: Hook, ifindex: u32) -> Target {
-        Target { hook, ifindex, mode: self.mode }
-    }
-
-    fn wants_xdp(&self, underlay: &Underlay) -> bool {
-        match self.request {
-            Request::Xdp => true,
-            // Virtual devices with native XDP lose more elsewhere (veth: TSO of the peer, and a copy).
-            Request::Auto => underlay.kind.is_none(),
-            Request::Tc | Request::Tun => false,
-        }
-    }
-
-    /// The programs that should be attached, in the order of attaching: what XDP passes on needs the tc program behind it.
-    fn targets(&self, refusals: &Refusals) -> Vec<Target> {
-        if self.request == Request::Tun || refusals.programs.is_some() {
-            return Vec::new();
-        }
-        let mut targets = Vec::new();
-        for underlay in &self.underlays {
-            let ingress = self.target(INGRESS, underlay.ifindex);
-            targets.push(ingress);
-            if self.wants_xdp(underlay) && refusals.why(ingress).is_none() {
-                targets.push(self.target(XDP, underlay.ifindex));
-            }
-        }
-        targets.push(self.target(EGRESS, self.overlay_ifindex));
-        targets.retain(|target| refusals.why(*target).is_none());
-        targets
-    }
-
-    /// How inner packets leave.
-    fn egress(&self, refusals: &Refusals) -> Choice {
-        self.without_programs(refusals).unwrap_or_else(|| {
-            match (self.asked(), refusals.why(self.target(EGRESS, self.overlay_ifindex))) {
-                (Some(why), _) => Choice { rung: Rung::Tc, why },
-                (None, Some(why)) => {
-                    Choice { rung: Rung::Tun, why: format!("no tc program on the overlay device: {why}") }
-                }
-                (None, None) => Choice {
-                    rung: Rung::Tc,
-                    why: "the kernel runs tc programs on the overlay device".to_owned(),
-                },
-            }
-        })
-    }
-
-    /// How outer packets arrive: the slowest way of several underlay devices.
-    fn ingress(&self, refusals: &Refusals) -> Choice {
-        let choices = self.underlays.iter().map(|underlay| self.ingress_of(underlay, refusals));
-        let slowest = choices.max_by_key(|choice| choice.rung);
-        slowest.unwrap_or(Choice { rung: Rung::Tun, why: "there is no underlay device".to_owned() })
-    }
-
-    fn ingress_of(&self, underlay: &Underlay, refusals: &Refusals) -> Choice {
-        if let Some(choice) = self.without_programs(refusals) {
-            return choice;
-        }
-        if let Some(why) = self.asked() {
-            return Choice { rung: if self.request == Request::Xdp { Rung::Xdp } else { Rung::Tc }, why };
-        }
-        if let Some(why) = refusals.why(self.target(INGRESS, underlay.ifindex)) {
-            return Choice { rung: Rung::Tun, why: format!("no tc program on the underlay: {why}") };
-        }
-        match (&underlay.kind, refusals.why(self.target(XDP, underlay.ifindex))) {
-            (Some(kind), _) => Choice {
-                rung: Rung::Tc,
-                why: format!("{} is a {kind} device, which tc serves better than XDP", underlay.name),
-            },
-            (None, Some(why)) => Choice { rung: Rung::Tc, why: format!("no XDP: {why}") },
-            (None, None) => {
-                Choice { rung: Rung::Xdp, why: "the underlay's driver has native XDP".to_owned() }
-            }
-        }
-    }
-
-    fn without_programs(&self, refusals: &Refusals) -> Option<Choice> {
-        let why = match (&refusals.programs, self.request) {
-            (_, Request::Tun) => self.asked().unwrap_or_default(),
-            (Some(why), _) => format!("eBPF cannot be had: {why}"),
-            (None, Request::Auto | Request::Xdp | Request::Tc) => return None,
-        };
-        Some(Choice { rung: Rung::Tun, why })
-    }
-
-    fn asked(&self) -> Option<String> {
-        (self.request != Request::Auto).then(|| format!("asked for with --datapath {}", self.request.name()))
-    }
-}
-
-/// One step from what is attached to what should be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Step {
-    Attach(Target),
-    Detach(Target),
-}
-
-/// The next step. New programs are attached before old ones are detached, and XDP is detached before the tc program behind
-/// it: packets that XDP decapsulated would reach the stack as the underlay's own.
-fn next_step(attached: &[Target], wanted: &[Target]) -> Option<Step> {
-    if let Some(missing) = wanted.iter().find(|target| !attached.contains(target)) {
-        return Some(Step::Attach(*missing));
-    }
-    let surplus = attached.iter().filter(|target| !wanted.contains(target));
-    surplus.min_by_key(|target| target.hook.kind).map(|target| Step::Detach(*target))
-}
 
 /// The programs, and where they are attached.
 pub(super) struct FastPath {
@@ -276,7 +137,9 @@ impl FastPath {
 
     fn choose(&mut self, plan: &Plan) {
         let (egress, ingress) = (plan.egress(&self.refusals), plan.ingress(&self.refusals));
-        for (direction, before, now) in [("egress", &self.egress, &egress), ("ingress", &self.ingress, &ingress)] {
+        for (direction, before, now) in
+            [("egress", &self.egress, &egress), ("ingress", &self.ingress, &ingress)]
+        {
             if before != now {
                 info!("{direction}: {:?}, {}", now.rung, now.why);
             }

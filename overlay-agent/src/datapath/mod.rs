@@ -4,6 +4,7 @@
 mod desired;
 pub mod ebpf;
 mod fast;
+mod plan;
 pub mod tun;
 
 pub use desired::{Choice, Desired, PathCounters, Report, Request, Rung, UnderlayDevice};
@@ -74,8 +75,7 @@ impl Datapath {
         match (opened, &self.slow) {
             (Some(device), _) => {
                 let counters = Arc::clone(&self.counters);
-                self.slow =
-                    Some(TunRung::start(device, settings, desired.routes, counters, &self.failures)?);
+                self.slow = Some(TunRung::start(device, settings, desired.routes, counters, &self.failures)?);
             }
             (None, Some(rung)) => {
                 rung.set_settings(settings);
@@ -117,9 +117,7 @@ impl Datapath {
         report: &mut Report,
     ) -> Result<Option<OverlayDevice>> {
         let link = match self.slow.as_ref().filter(|rung| rung.is_alive()) {
-            Some(rung) => {
-                self.netlink.link(&spec.name).await?.filter(|link| link.index == rung.ifindex)
-            }
+            Some(rung) => self.netlink.link(&spec.name).await?.filter(|link| link.index == rung.ifindex),
             None => None,
         };
         let Some(link) = link else {

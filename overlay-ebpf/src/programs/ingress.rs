@@ -94,8 +94,7 @@ fn is_segmented(ctx: &TcContext) -> bool {
 #[inline(always)]
 fn decapsulate(ctx: &TcContext, config: &Config, decap: &Decap) -> i32 {
     // Without FIXED_GSO the kernel would grow the segments by what is taken off.
-    if let Err(error) =
-        ctx.adjust_room(-(OVERHEAD as i32), BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO as u64)
+    if let Err(error) = ctx.adjust_room(-(OVERHEAD as i32), BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO as u64)
     {
         log_failure!(ctx, "ingress: adjust_room refused to remove headers: error {}", error);
         return failed();

@@ -60,7 +60,10 @@ fn decapsulate(ctx: &XdpContext, decap: &Decap) -> u32 {
         return failed();
     }
     if write_headers(ctx, ethernet, decap).is_none() {
-        log_failure!(ctx, "xdp: the frame has no inner header or no mark behind the headers that were removed");
+        log_failure!(
+            ctx,
+            "xdp: the frame has no inner header or no mark behind the headers that were removed"
+        );
         return failed();
     }
     maps::count_ingress(decap.inner_len);

@@ -283,7 +283,10 @@ fn refused(session: &Arc<Session>) -> Result<()> {
         attach_xdp(&a.host, &session.new_directory("foreign")?)?;
         let mut host = Host::new(a, b, Request::Xdp)?;
         let Err(error) = host.reconcile().await else { bail!("XDP was attached") };
-        ensure!(format!("{error:#}").contains("--datapath xdp cannot be had: another XDP program"), "{error:#}");
+        ensure!(
+            format!("{error:#}").contains("--datapath xdp cannot be had: another XDP program"),
+            "{error:#}"
+        );
         ensure!(hook(UPLINK, TcAttachType::Ingress)?.1.is_empty(), "a program stayed attached");
         host.request = Request::Auto;
         host.reconcile().await?;

@@ -41,8 +41,7 @@ fn fail_to_encapsulate(log: bool) -> OverlaySet {
     set.programs.load_program(EGRESS).unwrap();
     set.set_config(&file.config()).unwrap();
     set.set_routes(&file.routes()).unwrap();
-    let mut packet =
-        vec![0x45, 0, 0, 84, 0, 0, 0x40, 0, 64, 17, 0, 0, 10, 244, 1, 2, 10, 244, 2, 2];
+    let mut packet = vec![0x45, 0, 0, 84, 0, 0, 0x40, 0, 64, 17, 0, 0, 10, 244, 1, 2, 10, 244, 2, 2];
     packet.resize(84, 0);
     for _ in 0..3 {
         set.programs.test_run(EGRESS, &packet).unwrap();

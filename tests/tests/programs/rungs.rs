@@ -155,12 +155,16 @@ impl Kernel {
             (HookKind::TcEgress, TC_ACT_REDIRECT, [Event::Carried]) => Verdict::Encap { bytes: inner() },
             (HookKind::TcIngress, TC_ACT_REDIRECT, [Event::Carried]) => Verdict::Decap { bytes: inner() },
             (HookKind::Xdp, XDP_PASS, [Event::Carried]) if marked => Verdict::Decap { bytes: inner() },
-            (HookKind::TcEgress | HookKind::TcIngress, TC_ACT_SHOT, [Event::Drop(reason)]) => Verdict::dropped(*reason),
+            (HookKind::TcEgress | HookKind::TcIngress, TC_ACT_SHOT, [Event::Drop(reason)]) => {
+                Verdict::dropped(*reason)
+            }
             (HookKind::Xdp, XDP_DROP, [Event::Drop(reason)]) => Verdict::dropped(*reason),
             (HookKind::TcEgress | HookKind::TcIngress, TC_ACT_UNSPEC, [Event::Punt(reason)]) if untouched => {
                 Verdict::punted(*reason)
             }
-            (HookKind::TcIngress, TC_ACT_UNSPEC, []) | (HookKind::Xdp, XDP_PASS, []) if untouched => Verdict::Pass,
+            (HookKind::TcIngress, TC_ACT_UNSPEC, []) | (HookKind::Xdp, XDP_PASS, []) if untouched => {
+                Verdict::Pass
+            }
             (_, action, events) => panic!(
                 "{:?} returned {action}, counted {events:?}, left {} of {} bytes{}",
                 self.hook,

@@ -93,7 +93,10 @@ impl ProgramSet {
             HookKind::Xdp => self.attach_xdp(target, &device)?,
         };
         if !self.is_attached(netlink, target).await? {
-            bail!("attach {} to {device}: the kernel took the program but does not list it", target.hook.program);
+            bail!(
+                "attach {} to {device}: the kernel took the program but does not list it",
+                target.hook.program
+            );
         }
         Ok(Attachment { target, _link: link })
     }

@@ -7,9 +7,7 @@ use anyhow::{Context as _, Result, anyhow};
 use aya::{
     Ebpf, EbpfLoader,
     maps::{Map, MapError},
-    programs::{
-        ProgramError, ProgramInfo, SchedClassifier, TestRun as _, TestRunAttrs, TestRunOptions, Xdp,
-    },
+    programs::{ProgramError, ProgramInfo, SchedClassifier, TestRun as _, TestRunAttrs, TestRunOptions, Xdp},
 };
 use aya_log::EbpfLogger;
 use tokio::task::JoinHandle;
@@ -67,12 +65,10 @@ impl ProgramSet {
     /// With `log` outside of a tokio runtime.
     pub fn load(name: &'static str, object: &[u8], log: bool) -> Result<Self> {
         let log_failures = u32::from(log);
-        let mut ebpf = EbpfLoader::new()
-            .override_global("LOG_FAILURES", &log_failures, log)
-            .load(object)
-            .with_context(|| {
-                format!("load the eBPF maps of {name}: root and kernel 5.10 or later are needed")
-            })?;
+        let mut ebpf =
+            EbpfLoader::new().override_global("LOG_FAILURES", &log_failures, log).load(object).with_context(
+                || format!("load the eBPF maps of {name}: root and kernel 5.10 or later are needed"),
+            )?;
         let log = if log { Some(forward_log(&mut ebpf)?) } else { None };
         Ok(Self { name, ebpf, log })
     }

@@ -106,7 +106,7 @@ fn receive(
     settings: &Settings,
     socket: &Socket,
     buffer: &mut [u8],
-    control: &mut Vec<u8>,
+    control: &mut [u8],
 ) -> Result<()> {
     let routes = shared.routes.load();
     for _ in 0..BUDGET {
@@ -181,6 +181,7 @@ fn wait(shared: &Shared, wake: &EventFd, sources: &[BorrowedFd<'_>]) -> Result<O
 /// Waits until the egress thread's socket can take another packet; `false` when there are new settings.
 fn is_writable(shared: &Shared, socket: &Socket) -> bool {
     let [wake, _] = &shared.wakes;
-    let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT), PollFd::new(wake.as_fd(), PollFlags::POLLIN)];
+    let mut fds =
+        [PollFd::new(socket.as_fd(), PollFlags::POLLOUT), PollFd::new(wake.as_fd(), PollFlags::POLLIN)];
     poll(&mut fds, PollTimeout::NONE).is_ok() && !fds[1].any().unwrap_or(false)
 }

@@ -2,8 +2,9 @@
 
 use overlay_ebpf::{
     abi::Config,
-    egress, ingress,
+    egress,
     hop::Rewrite,
+    ingress,
     reason::DropReason,
     route::Routes,
     verdict::{EgressVerdict, InnerVerdict},

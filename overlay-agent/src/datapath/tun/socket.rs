@@ -85,7 +85,8 @@ impl Socket {
         }
         // The outer header carries the inner one's ECN and DSCP, so it must be known on arrival.
         setsockopt(&fd, sockopt::IpRecvTos, &true).context("ask for the TOS of datagrams")?;
-        setsockopt(&fd, sockopt::RcvBufForce, &SOCKET_BUFFER).context("enlarge the socket's receive buffer")?;
+        setsockopt(&fd, sockopt::RcvBufForce, &SOCKET_BUFFER)
+            .context("enlarge the socket's receive buffer")?;
         setsockopt(&fd, sockopt::SndBufForce, &SOCKET_BUFFER).context("enlarge the socket's send buffer")?;
         // DF on every outer packet. Unlike IP_PMTUDISC_DO this does not believe ICMP about the path: ports and addresses are
         // known, so anybody could shrink it (the eBPF rungs do not listen to it either).
