@@ -109,7 +109,7 @@ impl OverlayDevice {
             let link = netlink.link(&spec.name).await?.context("the device vanished")?;
             forbid_ipv6(&spec.name);
             reconcile(netlink, &link, spec).await?;
-            // Last: until here the device goes with its descriptor, whatever happens to us.
+            // Last: until here the kernel removes the device when its descriptor is closed, also when the agent is killed.
             fd.persist().context("make the device persistent")?;
             anyhow::Ok(link.index)
         };
@@ -146,7 +146,7 @@ pub async fn reconcile(netlink: &Netlink, link: &Link, spec: &DeviceSpec) -> Res
     if !netlink.routes().await?.iter().any(routed) {
         set.push("route");
     }
-    // With another address the route is replaced before the old address goes: the kernel would remove the route with it.
+    // Before the old address is removed: the kernel removes the route that has it as its source.
     if other_addresses || set.contains(&"route") {
         netlink.add_route(network, index, spec.subnet.base()).await?;
     }

@@ -61,7 +61,7 @@ pub fn decide<P: Bytes + ?Sized>(
 }
 
 /// Decides about the inner packet at `offset` in `packet`, the payload of a datagram from `peer` that is `payload` bytes
-/// long and whose outer header said `outer_tos`.
+/// long and with `outer_tos` in its outer header.
 #[inline(always)]
 pub fn decide_inner<P: Bytes + ?Sized>(
     packet: &P,

@@ -73,7 +73,7 @@ impl FastPath {
         let started = !self.attachments.is_empty();
         let done = self.take_steps(netlink, plan, config, routes, report).await;
         if done.is_err() && !started {
-            self.detach_all();
+            self.unload();
         }
         match request {
             Request::Auto => done,
@@ -99,7 +99,7 @@ impl FastPath {
             }
             self.plan = Some(plan.clone());
         }
-        if plan.request != Request::Tun && self.refusals.programs.is_none() {
+        if !plan.targets(&self.refusals).is_empty() {
             if let Err(error) = self.load(&plan) {
                 if plan.request != Request::Auto {
                     return Err(error);
@@ -124,7 +124,12 @@ impl FastPath {
                         debug!("{} is not attached: {error:#}", target.hook.program);
                         self.refusals.targets.push((target, format!("{error:#}")));
                     }
-                    Err(error) => return Err(error),
+                    Err(error) => {
+                        if target.hook == INGRESS {
+                            self.detach_xdp(target.ifindex);
+                        }
+                        return Err(error);
+                    }
                 },
             }
         }
@@ -193,7 +198,7 @@ impl FastPath {
         let Some(set) = &self.set else { return Ok(()) };
         let mut unlisted = Vec::new();
         for Attachment { target, .. } in &self.attachments {
-            // With its device a program goes too; the plan has the device's successor.
+            // The kernel removes a program with its device; the plan has the successor of the device.
             let Ok(device) = device_name(target.ifindex) else { continue };
             if !set.programs.is_attached(netlink, *target).await? {
                 report.repaired.push(format!("program {} on {device}", target.hook.program));
@@ -235,14 +240,14 @@ impl FastPath {
         Ok(sum)
     }
 
-    /// Detaches all programs, XDP first.
-    pub(super) fn detach_all(&mut self) {
-        self.attachments.drain(..).for_each(drop);
-        self.unload();
+    /// Detaches XDP from a device without a tc program that would deliver what XDP decapsulates.
+    fn detach_xdp(&mut self, ifindex: u32) {
+        self.attachments.retain(|Attachment { target, .. }| target.hook != XDP || target.ifindex != ifindex);
     }
 
-    fn unload(&mut self) {
-        self.attachments.drain(..).for_each(drop);
+    /// Detaches all programs, XDP first, and closes their maps.
+    pub(super) fn unload(&mut self) {
+        self.attachments.clear();
         match self.counters() {
             Ok(counters) => self.counted = counters,
             Err(error) => warn!("the counters of the eBPF programs are lost: {error:#}"),

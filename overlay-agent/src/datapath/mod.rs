@@ -83,7 +83,7 @@ impl Datapath {
             }
             (None, None) => {}
         }
-        // Predecessors end with the settings that named them.
+        // Replaced sockets are closed with the settings that had them.
         self.sockets = sockets;
         let plan = desired.plan(ifindex);
         self.fast.reconcile(&self.netlink, plan, &config, desired.routes, &mut report).await?;
@@ -121,7 +121,7 @@ impl Datapath {
             None => None,
         };
         let Some(link) = link else {
-            // Its threads end, if they have not, and with their descriptor what is left of the device's name.
+            // Ends what is left of it: the name is free only when its descriptor is closed.
             self.slow = None;
             device::preflight(&self.netlink, &spec.name, spec.alias.network).await?;
             let device = OverlayDevice::open(&self.netlink, spec).await?;
@@ -196,7 +196,7 @@ impl Datapath {
     ///
     /// When the device is not ours any more or the kernel refuses.
     pub async fn remove(&mut self) -> Result<()> {
-        self.fast.detach_all();
+        self.fast.unload();
         self.slow = None;
         self.sockets.clear();
         if let Some(spec) = self.device.take() {

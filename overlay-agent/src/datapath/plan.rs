@@ -227,7 +227,11 @@ mod tests {
         assert_eq!(steps(xdp.clone(), &tc), [Step::Detach(target(XDP, 1))]);
         assert!(steps(tc.clone(), &tc).is_empty());
         let to_tun = steps(xdp, &targets(Request::Tun));
-        assert_eq!(to_tun[0], Step::Detach(target(XDP, 1)), "XDP goes before the tc program behind it");
+        assert_eq!(
+            to_tun[0],
+            Step::Detach(target(XDP, 1)),
+            "XDP is detached before the tc program behind it"
+        );
         assert_eq!(to_tun.len(), 3);
     }
 

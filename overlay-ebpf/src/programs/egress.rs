@@ -35,7 +35,7 @@ const HEADERS: usize = Ipv4::LEN + 4;
 /// `EALREADY`: the kernel allows one level of encapsulation per socket buffer.
 const EALREADY: i64 = 114;
 
-/// `TC_ACT_UNSPEC` goes on to the next program and then to the device, whose other end is the agent.
+/// `TC_ACT_UNSPEC` continues with the next program and then to the device, whose other end is the agent.
 const TO_THE_AGENT: i32 = TC_ACT_UNSPEC;
 
 /// Runs on an inner packet behind `LINK` bytes of link-layer header: 0 or 14.

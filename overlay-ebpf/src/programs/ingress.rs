@@ -26,7 +26,7 @@ use super::{
 /// Ethernet, outer and inner headers. An outer header with options may reach further; the stack handles those anyway.
 const HEADERS: usize = INNER_OFFSET + Ipv4::LEN;
 
-/// `TC_ACT_UNSPEC` goes on to the next program and then to the kernel's stack, where the agent's socket is.
+/// `TC_ACT_UNSPEC` continues with the next program and then to the kernel's stack, where the agent's socket is.
 const TO_THE_STACK: i32 = TC_ACT_UNSPEC;
 
 /// Runs on a frame with its Ethernet header, after GRO: it may be a super-packet.

@@ -237,7 +237,7 @@ fn detached_filter(session: &Arc<Session>) -> Result<()> {
         a.host.tool(&format!("tc qdisc delete dev {DEVICE} clsact"))?;
         host.repairs(&["program ovl_egress on ovl0"]).await?;
 
-        // The other way to attach comes before the present one goes.
+        // The other way to attach is used before the present one ends.
         host.tc_attach = TcAttach::Tcx;
         let report = host.reconcile().await?;
         ensure!(report.made.len() == 4 && host.hooks()?.iter().all(|(_, ids)| ids.len() == 1), "{report:?}");

@@ -13,7 +13,7 @@ use crate::{
     vectors::{Disposer, File, Vector, Verdict},
 };
 
-/// Runs all vectors of a file and reports every one that goes wrong. `judge` returns what was expected and what was
+/// Runs all vectors of a file and reports every wrong one. `judge` returns what was expected and what was
 /// decided, or `None` for a vector that does not concern it; of those there may be `apart`.
 fn check(file: &File, apart: usize, mut judge: impl FnMut(&Vector) -> Option<(Verdict, Verdict)>) {
     let mut wrong = Vec::new();

@@ -29,7 +29,7 @@ const LONGEST: usize = 65535;
 /// Packets moved before looking at the settings.
 const BUDGET: usize = 256;
 
-/// Moves packets from the overlay device to peers until told to stop.
+/// Moves packets from the overlay device to peers until the rung stops.
 pub(super) fn egress(shared: &Shared) -> Result<()> {
     let mut raw = vec![0u8; VIRTIO_NET_HDR_LEN + LONGEST];
     let mut packets = vec![vec![0u8; LONGEST]; IDEAL_BATCH_SIZE];
@@ -85,7 +85,7 @@ fn send(shared: &Shared, settings: &Settings, packet: &[u8], to: shell::Send) {
     }
 }
 
-/// Moves packets from peers to the overlay device until told to stop.
+/// Moves packets from peers to the overlay device until the rung stops.
 pub(super) fn ingress(shared: &Shared) -> Result<()> {
     let mut buffer = vec![0u8; VIRTIO_NET_HDR_LEN + LONGEST];
     let mut control = cmsg_space!(libc::c_int);

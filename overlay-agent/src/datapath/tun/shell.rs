@@ -36,7 +36,7 @@ pub fn egress(packet: &mut [u8], config: &Config, routes: &impl Routes) -> Resul
     }
 }
 
-/// Decides about the payload of a datagram from `peer` whose outer header said `tos`, and rewrites it in place. It is then
+/// Decides about the payload of a datagram from `peer` with `tos` in its outer header, and rewrites it in place. It is then
 /// to be written to the overlay device.
 ///
 /// # Errors
