@@ -76,7 +76,7 @@ impl Agent {
 
     /// Puts right what someone changed under us, and tries again what did not work.
     pub(super) async fn care(&mut self) {
-        if self.up && self.datapath.is_alive() {
+        if self.up {
             self.restart_datapath().await;
         }
         if self.running && self.problems.get(Concern::SubnetFile).is_some() {

@@ -42,7 +42,7 @@ pub(super) struct RunArgs {
     #[arg(long, env = "OVERLAY_AGENT_TC_ATTACH", value_enum, default_value_t)]
     tc_attach: TcAttach,
     /// Log failures inside the eBPF programs (rate-limited)
-    #[arg(long, env = "OVERLAY_AGENT_DATAPATH_LOG")]
+    #[arg(long, env = "OVERLAY_AGENT_DATAPATH_LOG", value_parser = clap::builder::FalseyValueParser::new())]
     datapath_log: bool,
     /// Write FLANNEL_NETWORK, FLANNEL_SUBNET, FLANNEL_MTU and FLANNEL_IPMASQ to this file, for container runtimes
     /// [default: /run/flannel/subnet.env with leases in etcd, else none]

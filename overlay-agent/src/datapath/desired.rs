@@ -1,6 +1,7 @@
 //! What a datapath should be, and what it reports.
 
 use anyhow::{Context as _, Result};
+use clap::ValueEnum as _;
 use overlay_ebpf::abi::{Config, Counters};
 use serde::{Deserialize, Serialize};
 
@@ -30,13 +31,9 @@ pub enum Request {
 
 impl Request {
     /// As on the command line.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Auto => "auto",
-            Self::Xdp => "xdp",
-            Self::Tc => "tc",
-            Self::Tun => "tun",
-        }
+    pub(super) fn flag(self) -> String {
+        let value = self.to_possible_value();
+        value.map_or_else(String::new, |value| format!("--datapath {}", value.get_name()))
     }
 }
 
@@ -75,7 +72,8 @@ pub struct UnderlayDevice {
 pub struct Desired<'a> {
     /// The overlay device, with network, port and subnet.
     pub device: &'a DeviceSpec,
-    /// The devices on which outer packets arrive. They leave through the first.
+    /// The devices on which outer packets arrive, at least one. They leave through the first, and the eBPF programs know only
+    /// its address: packets to another one take the slow path.
     pub underlays: &'a [UnderlayDevice],
     /// Which rung.
     pub request: Request,

@@ -78,7 +78,7 @@ impl FastPath {
         match request {
             Request::Auto => done,
             Request::Xdp | Request::Tc | Request::Tun => {
-                done.with_context(|| format!("--datapath {} cannot be had", request.name()))
+                done.with_context(|| format!("{} cannot be had", request.flag()))
             }
         }
     }

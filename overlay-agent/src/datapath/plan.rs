@@ -74,17 +74,11 @@ impl Plan {
 
     /// How inner packets leave.
     pub(super) fn egress(&self, refusals: &Refusals) -> Choice {
-        self.without_programs(refusals).unwrap_or_else(|| {
-            match (self.asked(), refusals.why(self.target(EGRESS, self.overlay_ifindex))) {
-                (Some(why), _) => Choice { rung: Rung::Tc, why },
-                (None, Some(why)) => {
-                    Choice { rung: Rung::Tun, why: format!("no tc program on the overlay device: {why}") }
-                }
-                (None, None) => Choice {
-                    rung: Rung::Tc,
-                    why: "the kernel runs tc programs on the overlay device".to_owned(),
-                },
-            }
+        let refused = refusals.why(self.target(EGRESS, self.overlay_ifindex));
+        let rung = if refused.is_some() { Rung::Tun } else { Rung::Tc };
+        self.choice(refusals, rung, || match refused {
+            Some(why) => format!("no tc program on the overlay device: {why}"),
+            None => "the kernel runs tc programs on the overlay device".to_owned(),
         })
     }
 
@@ -96,38 +90,32 @@ impl Plan {
     }
 
     fn ingress_of(&self, underlay: &Underlay, refusals: &Refusals) -> Choice {
-        if let Some(choice) = self.without_programs(refusals) {
-            return choice;
-        }
-        if let Some(why) = self.asked() {
-            return Choice { rung: if self.request == Request::Xdp { Rung::Xdp } else { Rung::Tc }, why };
-        }
-        if let Some(why) = refusals.why(self.target(INGRESS, underlay.ifindex)) {
-            return Choice { rung: Rung::Tun, why: format!("no tc program on the underlay: {why}") };
-        }
-        match (&underlay.kind, refusals.why(self.target(XDP, underlay.ifindex))) {
-            (Some(kind), _) => Choice {
-                rung: Rung::Tc,
-                why: format!("{} is a {kind} device, which tc serves better than XDP", underlay.name),
-            },
-            (None, Some(why)) => Choice { rung: Rung::Tc, why: format!("no XDP: {why}") },
-            (None, None) => {
-                Choice { rung: Rung::Xdp, why: "the underlay's driver has native XDP".to_owned() }
-            }
-        }
-    }
-
-    fn without_programs(&self, refusals: &Refusals) -> Option<Choice> {
-        let why = match (&refusals.programs, self.request) {
-            (_, Request::Tun) => self.asked().unwrap_or_default(),
-            (Some(why), _) => format!("eBPF cannot be had: {why}"),
-            (None, Request::Auto | Request::Xdp | Request::Tc) => return None,
+        let [no_tc, no_xdp] = [INGRESS, XDP].map(|hook| refusals.why(self.target(hook, underlay.ifindex)));
+        let rung = match (no_tc, no_xdp) {
+            (Some(_), _) => Rung::Tun,
+            (None, None) if self.wants_xdp(underlay) => Rung::Xdp,
+            (None, _) => Rung::Tc,
         };
-        Some(Choice { rung: Rung::Tun, why })
+        self.choice(refusals, rung, || match (no_tc, &underlay.kind, no_xdp) {
+            (Some(why), ..) => format!("no tc program on the underlay: {why}"),
+            (None, Some(kind), _) => {
+                format!("{} is a {kind} device, which tc serves better than XDP", underlay.name)
+            }
+            (None, None, Some(why)) => format!("no XDP: {why}"),
+            (None, None, None) => "the underlay's driver has native XDP".to_owned(),
+        })
     }
 
-    fn asked(&self) -> Option<String> {
-        (self.request != Request::Auto).then(|| format!("asked for with --datapath {}", self.request.name()))
+    /// `rung`, unless there are no programs; `why` if it was not asked for.
+    fn choice(&self, refusals: &Refusals, rung: Rung, why: impl FnOnce() -> String) -> Choice {
+        let asked = || format!("asked for with {}", self.request.flag());
+        let (rung, why) = match (self.request, &refusals.programs) {
+            (Request::Tun, _) => (Rung::Tun, asked()),
+            (_, Some(why)) => (Rung::Tun, format!("eBPF cannot be had: {why}")),
+            (Request::Xdp | Request::Tc, None) => (rung, asked()),
+            (Request::Auto, None) => (rung, why()),
+        };
+        Choice { rung, why }
     }
 }
 

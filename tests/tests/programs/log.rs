@@ -5,6 +5,7 @@ use std::{
     time::Duration,
 };
 
+use aya::maps::{MapData, RingBuf};
 use overlay_agent::datapath::ebpf::{
     Hook, OverlaySet,
     overlay_set::{EGRESS, EGRESS_ETHERNET, INGRESS, XDP},
@@ -56,7 +57,9 @@ fn failures_are_logged_on_request_and_rate_limited() {
     log::set_max_level(log::LevelFilter::Trace);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     runtime.block_on(async {
-        drop(fail_to_encapsulate(false));
+        let mut silent = fail_to_encapsulate(false);
+        let mut ring: RingBuf<MapData> = silent.programs.take_map("AYA_LOGS").unwrap();
+        assert!(ring.next().is_none(), "logged although it is off");
         let _set = fail_to_encapsulate(true);
         tokio::time::sleep(Duration::from_millis(300)).await;
     });

@@ -61,6 +61,8 @@ struct Shared {
     routes: ArcSwap<Lookup>,
     counters: Arc<SlowCounters>,
     stop: AtomicBool,
+    /// Whether a thread has ended by itself.
+    failed: AtomicBool,
     /// Readable when settings or `stop` have changed: of egress, of ingress.
     wakes: [EventFd; 2],
 }
@@ -88,6 +90,7 @@ impl TunRung {
             routes: ArcSwap::from_pointee(Lookup::new(routes)),
             counters,
             stop: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
             wakes: [wake()?, wake()?],
         });
         let mut rung = Self { ifindex: device.index, shared, threads: Vec::new() };
@@ -98,6 +101,7 @@ impl TunRung {
             let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
                 if let Err(failure) = direction(&shared) {
                     error!("the slow path stopped: {failure:#}");
+                    shared.failed.store(true, Ordering::Release);
                     // Full or closed: one message of a loss is enough, and none while the agent shuts down.
                     let _ = failures.try_send(format!("{failure:#}"));
                 }
@@ -109,7 +113,7 @@ impl TunRung {
 
     /// Whether both threads run.
     pub fn is_alive(&self) -> bool {
-        !self.threads.iter().any(JoinHandle::is_finished)
+        !self.shared.failed.load(Ordering::Acquire)
     }
 
     /// Replaces the settings if they differ.
