@@ -48,6 +48,7 @@ struct Host<'a> {
     request: Request,
     tc_attach: TcAttach,
     routes: Routes,
+    log: bool,
 }
 
 impl<'a> Host<'a> {
@@ -67,6 +68,7 @@ impl<'a> Host<'a> {
             request,
             tc_attach: TcAttach::Auto,
             routes: Routes::from([(peer.subnet.parse()?, Peer::from(peer.underlay))]),
+            log: false,
         })
     }
 
@@ -78,7 +80,7 @@ impl<'a> Host<'a> {
             request: self.request,
             tc_attach: self.tc_attach,
             routes: &self.routes,
-            log: false,
+            log: self.log,
         };
         self.datapath.reconcile(&desired).await
     }
@@ -171,6 +173,13 @@ fn changes(session: &Arc<Session>) -> Result<()> {
         host.request = Request::Auto;
         let report = host.reconcile().await?;
         ensure!(report == Report::default() && host.hooks()? == hooks, "{report:?}");
+
+        // Logging is a constant of the programs: others take their place, and count on.
+        host.log = true;
+        host.reconcile().await?;
+        host.is_settled().await?;
+        let after = host.send()?.max(after);
+        ensure!(host.hooks()? != hooks && host.rungs() == [Rung::Tc; 2], "{:?}", host.hooks()?);
 
         host.request = Request::Tun;
         host.reconcile().await?;
