@@ -1,17 +1,20 @@
-//! The overlay device: a persistent tun device that is recognisably ours.
+//! The overlay device: a persistent tun device, marked as ours by its alias.
 
 use anyhow::{Context as _, Result, bail};
 use ipnet::Ipv4Net;
 use tun_rs::{DeviceBuilder, Layer, SyncDevice};
 
-use crate::netlink::{Link, Netlink};
+use crate::{
+    netlink::{Link, Netlink},
+    route::Subnet,
+};
 
 /// Begins the alias of every device that an agent made, so that no agent touches one that another made.
 const ALIAS: &str = "overlay-agent";
 
-/// The device's alias: whose it is, and what `down` must know of an agent that is gone.
+/// The alias of an overlay device: tells that an agent made it, and what `down` must know when that agent is gone.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Note {
+pub struct DeviceAlias {
     /// The whole overlay.
     pub network: Ipv4Net,
     /// UDP port of the network.
@@ -20,13 +23,13 @@ pub struct Note {
     pub underlay: String,
 }
 
-impl std::fmt::Display for Note {
+impl std::fmt::Display for DeviceAlias {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{ALIAS} {} {} {}", self.network, self.port, self.underlay)
     }
 }
 
-impl Note {
+impl DeviceAlias {
     /// Reads an alias; `None` when it is not one of ours.
     pub fn parse(alias: &str) -> Option<Self> {
         let mut words = alias.strip_prefix(ALIAS)?.split_whitespace();
@@ -35,21 +38,30 @@ impl Note {
     }
 }
 
-/// The overlay device of one network.
-pub struct OverlayDevice {
+/// An overlay device as it should be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceSpec {
     /// Name.
     pub name: String,
-    /// Index.
-    pub index: u32,
+    /// Alias, with the network that is routed through the device.
+    pub alias: DeviceAlias,
+    /// This host's subnet; the device has its first address, which no container has.
+    pub subnet: Subnet,
     /// Largest inner packet in bytes.
     pub mtu: u32,
+}
+
+/// The overlay device of one network.
+pub struct OverlayDevice {
+    /// Index.
+    pub index: u32,
     /// The agent's end of it.
     pub fd: SyncDevice,
 }
 
 /// Whether an agent made the device.
 pub fn is_ours(link: &Link) -> bool {
-    link.kind.as_deref() == Some("tun") && link.alias.as_deref().and_then(Note::parse).is_some()
+    link.kind.as_deref() == Some("tun") && link.alias.as_deref().and_then(DeviceAlias::parse).is_some()
 }
 
 /// Checks, without changing anything, that the device can be made: its name is free or an earlier agent's, and nothing else
@@ -86,71 +98,62 @@ pub async fn preflight(netlink: &Netlink, name: &str, network: Ipv4Net) -> Resul
 }
 
 impl OverlayDevice {
-    /// Makes the device, or takes over the one that an earlier agent left, and gives it address, MTU and route.
+    /// Makes the device, or takes over the one that an earlier agent left, and sets its attributes.
     ///
     /// # Errors
     ///
     /// When another process holds it or the kernel refuses.
-    pub async fn create(
-        netlink: &Netlink,
-        name: &str,
-        note: &Note,
-        subnet: Ipv4Net,
-        mtu: u32,
-    ) -> Result<Self> {
-        let fd = open(name)?;
+    pub async fn open(netlink: &Netlink, spec: &DeviceSpec) -> Result<Self> {
+        let fd = open_tun(&spec.name)?;
         let configure = async {
-            let link = netlink.link(name).await?.with_context(|| format!("the device {name} vanished"))?;
-            netlink.set_alias(link.index, &note.to_string()).await?;
-            forbid_ipv6(name);
-            netlink.set_only_address(link.index, address(subnet)).await?;
-            netlink.set_up(link.index, mtu).await?;
-            netlink.add_route(note.network, link.index, subnet.network()).await?;
-            // Last: until here the device goes with its descriptor, whatever happens to us.
+            let link = netlink.link(&spec.name).await?.context("the device vanished")?;
+            forbid_ipv6(&spec.name);
+            reconcile(netlink, &link, spec).await?;
+            // Last: until here the kernel removes the device when its descriptor is closed, also when the agent is killed.
             fd.persist().context("make the device persistent")?;
             anyhow::Ok(link.index)
         };
-        let index = configure.await.with_context(|| format!("set up the overlay device {name}"))?;
-        Ok(Self { name: name.to_owned(), index, mtu, fd })
+        let index = configure.await.with_context(|| format!("set up the overlay device {}", spec.name))?;
+        Ok(Self { index, fd })
     }
 }
 
-/// Puts back what someone took from the device while the agent runs, and says what it was. A device that is gone is for
-/// the slow path to notice, whose descriptor dies with it.
+/// Sets the attributes of the device `link` that are not as `spec` says, and returns their names.
 ///
 /// # Errors
 ///
 /// When the kernel refuses.
-pub async fn restore(
-    netlink: &Netlink,
-    name: &str,
-    network: Ipv4Net,
-    subnet: Ipv4Net,
-    mtu: u32,
-) -> Result<Vec<&'static str>> {
-    let mut restored = Vec::new();
-    let Some(link) = netlink.link(name).await?.filter(is_ours) else {
-        return Ok(restored);
-    };
-    if !netlink.addresses().await?.contains(&(link.index, address(subnet))) {
-        netlink.set_only_address(link.index, address(subnet)).await?;
-        restored.push("address");
+pub async fn reconcile(netlink: &Netlink, link: &Link, spec: &DeviceSpec) -> Result<Vec<&'static str>> {
+    let (index, network, mut set) = (link.index, spec.alias.network, Vec::new());
+    let alias = spec.alias.to_string();
+    if link.alias.as_ref() != Some(&alias) {
+        netlink.set_alias(index, &alias).await?;
+        set.push("alias");
     }
-    if !link.up || link.mtu != mtu {
-        netlink.set_up(link.index, mtu).await?;
-        restored.push("state and MTU");
+    let wanted = Ipv4Net::from(spec.subnet.base());
+    let addresses = netlink.addresses().await?;
+    let addresses = addresses.iter().filter(|(device, _)| *device == index).map(|(_, address)| *address);
+    let other_addresses = !addresses.eq([wanted]);
+    if other_addresses {
+        netlink.add_address(index, wanted).await?;
+        set.push("address");
     }
-    let routed = |route: &crate::netlink::Route| route.destination == network && route.index == link.index;
+    if !link.up || link.mtu != spec.mtu {
+        netlink.set_up(index, spec.mtu).await?;
+        set.push("state and MTU");
+    }
+    let routed = |route: &crate::netlink::Route| route.destination == network && route.index == index;
     if !netlink.routes().await?.iter().any(routed) {
-        netlink.add_route(network, link.index, subnet.network()).await?;
-        restored.push("route");
+        set.push("route");
     }
-    Ok(restored)
-}
-
-/// The device's address: the subnet's first, which no container has.
-fn address(subnet: Ipv4Net) -> Ipv4Net {
-    Ipv4Net::from(subnet.network())
+    // Before the old address is removed: the kernel removes the route that has it as its source.
+    if other_addresses || set.contains(&"route") {
+        netlink.add_route(network, index, spec.subnet.base()).await?;
+    }
+    if other_addresses {
+        netlink.remove_other_addresses(index, wanted).await?;
+    }
+    Ok(set)
 }
 
 /// Removes the device if an agent made it; its addresses, routes and programs go with it. `false` when there is none.
@@ -169,7 +172,7 @@ pub async fn remove(netlink: &Netlink, name: &str) -> Result<bool> {
     Ok(true)
 }
 
-fn open(name: &str) -> Result<SyncDevice> {
+fn open_tun(name: &str) -> Result<SyncDevice> {
     if !std::fs::exists("/dev/net/tun").unwrap_or(false) {
         bail!(
             "there is no /dev/net/tun: load the kernel module tun (modprobe tun), or give the container the device"
@@ -205,11 +208,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_alias_says_whose_a_device_is() {
-        let note =
-            Note { network: "10.244.0.0/16".parse().unwrap(), port: 8285, underlay: "eth0".to_owned() };
-        assert_eq!(Note::parse(&note.to_string()), Some(note));
-        assert_eq!(Note::parse("my own tunnel"), None);
-        assert_eq!(Note::parse("overlay-agent"), None);
+    fn an_alias_tells_that_an_agent_made_the_device() {
+        let alias = DeviceAlias {
+            network: "10.244.0.0/16".parse().unwrap(),
+            port: 8285,
+            underlay: "eth0".to_owned(),
+        };
+        assert_eq!(DeviceAlias::parse(&alias.to_string()), Some(alias));
+        assert_eq!(DeviceAlias::parse("my own tunnel"), None);
+        assert_eq!(DeviceAlias::parse("overlay-agent"), None);
     }
 }

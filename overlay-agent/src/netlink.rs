@@ -3,7 +3,7 @@
 
 use std::net::Ipv4Addr;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use futures_util::TryStreamExt as _;
 use ipnet::Ipv4Net;
 use rtnetlink::{
@@ -11,8 +11,9 @@ use rtnetlink::{
     packet_route::{
         AddressFamily,
         address::AddressAttribute,
-        link::{LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
+        link::{LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, LinkXdp},
         route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType},
+        tc::TcHandle,
     },
 };
 
@@ -163,7 +164,47 @@ impl Netlink {
         Ok(index.map(|index| Hop { index, source }))
     }
 
-    /// Sets a device's alias.
+    /// Id of the XDP program on a device, in whatever mode; `None` when there is none.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses or the device is gone.
+    pub async fn xdp_program(&self, index: u32) -> Result<Option<u32>> {
+        let mut links = self.handle.link().get().match_index(index).execute();
+        let link = links.try_next().await.with_context(|| format!("look up the device {index}"))?;
+        Ok(link.into_iter().flat_map(|link| link.attributes).find_map(|attribute| match attribute {
+            LinkAttribute::Xdp(xdp) => xdp.into_iter().find_map(|xdp| match xdp {
+                LinkXdp::ProgId(id) | LinkXdp::DrvProgId(id) | LinkXdp::SkbProgId(id) => Some(id),
+                _ => None,
+            }),
+            _ => None,
+        }))
+    }
+
+    /// Whether a clsact qdisc of a device has a filter with this priority and minor handle.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses or the device is gone.
+    pub async fn has_filter(&self, index: u32, egress: bool, priority: u16, handle: u16) -> Result<bool> {
+        let filters = self.handle.traffic_filter(index as i32).get();
+        let filters = if egress { filters.egress() } else { filters.ingress() };
+        let filters: Vec<_> = filters
+            .execute()
+            .try_collect()
+            .await
+            .with_context(|| format!("list the tc filters of the device {index}"))?;
+        let handle = TcHandle { major: 0, minor: handle };
+        Ok(filters
+            .iter()
+            .any(|filter| filter.header.handle == handle && filter.header.info >> 16 == u32::from(priority)))
+    }
+
+    /// Sets a device's alias, which tells who made it.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
     pub async fn set_alias(&self, index: u32, alias: &str) -> Result<()> {
         let message = LinkUnspec::new_with_index(index).alias(alias).build();
         self.handle.link().change(message).execute().await.context("set the device's alias")
@@ -185,8 +226,22 @@ impl Netlink {
         self.handle.link().del(index).execute().await.context("remove the device")
     }
 
-    /// Replaces all IPv4 addresses of a device by this one.
-    pub async fn set_only_address(&self, index: u32, address: Ipv4Net) -> Result<()> {
+    /// Adds an IPv4 address to a device, unless it has it.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    pub async fn add_address(&self, index: u32, address: Ipv4Net) -> Result<()> {
+        let request = self.handle.address().add(index, address.addr().into(), address.prefix_len());
+        request.replace().execute().await.with_context(|| format!("add the address {address}"))
+    }
+
+    /// Removes all IPv4 addresses of a device but this one.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    pub async fn remove_other_addresses(&self, index: u32, address: Ipv4Net) -> Result<()> {
         let messages: Vec<_> = self
             .handle
             .address()
@@ -196,20 +251,13 @@ impl Netlink {
             .try_collect()
             .await
             .context("list addresses")?;
-        let mut present = false;
         for message in messages.into_iter().filter(|message| message.header.family == AddressFamily::Inet) {
             let local = message.attributes.iter().any(|attribute| {
                 matches!(attribute, AddressAttribute::Local(std::net::IpAddr::V4(local)) if *local == address.addr())
             });
-            if local && message.header.prefix_len == address.prefix_len() {
-                present = true;
-            } else {
+            if !local || message.header.prefix_len != address.prefix_len() {
                 self.handle.address().del(message).execute().await.context("remove a stale address")?;
             }
-        }
-        if !present {
-            let request = self.handle.address().add(index, address.addr().into(), address.prefix_len());
-            request.execute().await.with_context(|| format!("add the address {address}"))?;
         }
         Ok(())
     }
@@ -272,7 +320,19 @@ impl Netlink {
     }
 }
 
-/// Distinguishes the agent's blackhole routes from others; iproute2 assigns this protocol number to no program.
+/// The name of a device.
+///
+/// # Errors
+///
+/// When the device is gone.
+pub fn device_name(index: u32) -> Result<String> {
+    // Without such a device the library returns an empty name.
+    let name = nix::net::if_::if_indextoname(index).unwrap_or_default();
+    ensure!(!name.is_empty(), "the device {index} is gone");
+    Ok(name.to_string_lossy().into_owned())
+}
+
+/// Tells our blackhole routes from an administrator's: a number that iproute2 gives to no program.
 const BLACKHOLE_MARK: RouteProtocol = RouteProtocol::Other(0x6f);
 
 /// With the lowest preference: the containers' bridge may have a route to the same subnet.

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, net::Ipv4Addr};
 
 use ipnet::Ipv4Net;
-use overlay_ebpf::verdict::{DropReason, PuntReason};
+use overlay_ebpf::reason::{DropReason, PuntReason};
 use serde::{Deserialize, Serialize};
 
 use crate::{

@@ -2,15 +2,22 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::verdict::{DropReason, PuntReason};
+use crate::reason::{DropReason, PuntReason};
 
 /// Most routes that the kernel's map holds. A /16 network with /24 leases needs 256; flannel's smallest subnets (/30) in
 /// a /14 would need 65536.
 pub const MAX_ROUTES: u32 = 65536;
 
-/// What XDP writes in front of a packet that it decapsulated and validated ("ovl" and a version). Only an XDP program on
-/// the same device can put metadata there, so nothing on the wire can forge it.
-pub const DECAPPED_MARK: [u8; 8] = *b"ovldcap1";
+/// Version of everything in this file. Increment it when the layout or the meaning of a map's key or value, or of the mark of
+/// XDP, changes: agents and programs of different versions must not share maps. It is part of the path of pinned objects.
+pub const ABI_VERSION: u32 = 1;
+
+/// What XDP writes in front of a packet that it decapsulated and validated: "ovld" and [`ABI_VERSION`], big endian. Only an
+/// XDP program on the same device can put metadata there, so no packet on the wire can forge it.
+pub const DECAPPED_MARK: [u8; 8] = {
+    let [v0, v1, v2, v3] = ABI_VERSION.to_be_bytes();
+    [b'o', b'v', b'l', b'd', v0, v1, v2, v3]
+};
 
 /// An IPv4 prefix: address and mask, network byte order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
@@ -36,7 +43,7 @@ impl Prefix {
     }
 }
 
-/// What a host knows about itself: the one entry of the map `CONFIG`.
+/// This host's place in the network: the one entry of the map `CONFIG`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct Config {
@@ -44,7 +51,7 @@ pub struct Config {
     pub public_ip: [u8; 4],
     /// The whole overlay.
     pub network: Prefix,
-    /// This host's own part of it.
+    /// This host's subnet.
     pub subnet: Prefix,
     /// UDP port of the network, host byte order.
     pub port: u16,
@@ -61,7 +68,7 @@ impl Config {
         Self { public_ip, network, subnet, port, reserved: 0, underlay_ifindex: 0, overlay_ifindex: 0 }
     }
 
-    /// The same host with its devices, which only the eBPF programs need.
+    /// The same configuration with the devices, which only the eBPF programs need.
     pub fn with_devices(self, underlay_ifindex: u32, overlay_ifindex: u32) -> Self {
         Self { underlay_ifindex, overlay_ifindex, ..self }
     }
@@ -81,11 +88,11 @@ pub struct RouteValue {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct Counters {
-    /// Inner packets wrapped and handed to the underlay's stack, which may still drop them (no route, no neighbour).
+    /// Inner packets encapsulated and handed to the underlay's stack, which may still drop them (no route, no neighbour).
     pub egress_packets: u64,
     /// Their bytes.
     pub egress_bytes: u64,
-    /// Inner packets unwrapped and delivered.
+    /// Inner packets decapsulated and delivered.
     pub ingress_packets: u64,
     /// Their bytes.
     pub ingress_bytes: u64,

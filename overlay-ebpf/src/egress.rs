@@ -1,39 +1,25 @@
 //! Egress: what to do with an inner packet that was routed to the overlay device.
 
-use bytemuck::{Pod, Zeroable};
-
 use crate::{
     abi::Config,
     entropy,
+    hop::Rewrite,
+    inner,
+    reason::DropReason,
     route::Routes,
     source,
-    verdict::{DropReason, EgressVerdict, PuntReason},
-    wire::{Bytes, Ipv4, OVERHEAD, Udp, inner, ipv4::Rewrite},
+    verdict::{EgressVerdict, Encap, Outer},
+    wire::{
+        Bytes, Ipv4, OVERHEAD, Udp,
+        ipv4::{FLAG_DF, PROTOCOL_UDP},
+    },
 };
 
-/// Longest inner packet whose outer total length IPv4 can still say: 65507 bytes.
+/// Longest inner packet whose outer total length fits the header field: 65507 bytes.
 const MAX_INNER_LEN: usize = u16::MAX as usize - OVERHEAD;
 
-/// How to wrap an inner packet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Encap {
-    /// The headers to put in front of it.
-    pub outer: Outer,
-    /// The inner header's new fields.
-    pub rewrite: Rewrite,
-    /// Underlay address of the peer, network byte order.
-    pub peer: [u8; 4],
-}
-
-/// Outer IPv4 and UDP header as they go on the wire: 28 bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
-#[repr(C)]
-pub struct Outer {
-    /// IPv4 header.
-    pub ipv4: Ipv4,
-    /// UDP header.
-    pub udp: Udp,
-}
+/// TTL of outer packets: what flannel's UDP socket sends with (RFC 1700).
+const OUTER_TTL: u8 = 64;
 
 /// Decides about the inner packet that starts at `offset` in `packet` and is `len` bytes long (of which `packet` need not
 /// show all, but headers).
@@ -45,12 +31,10 @@ pub fn decide<P: Bytes + ?Sized>(
     config: &Config,
     routes: &impl Routes,
 ) -> EgressVerdict {
-    let header = match inner(packet, offset, len) {
+    let header = match inner::header(packet, offset, len) {
         Ok(header) => header,
         // A TCP super-packet beyond 64 KiB ("BIG TCP") says 0: the device that cannot send it whole gets segments.
-        Err(DropReason::BadTotalLength) if len > u16::MAX as usize => {
-            return EgressVerdict::Punt(PuntReason::TooLong);
-        }
+        Err(DropReason::BadTotalLength) if len > u16::MAX as usize => return EgressVerdict::TooLong,
         Err(reason) => return EgressVerdict::Drop(reason),
     };
     if header.total_len() < len {
@@ -70,7 +54,7 @@ pub fn decide<P: Bytes + ?Sized>(
         return EgressVerdict::Drop(DropReason::TtlExpired);
     }
     if header.total_len() > MAX_INNER_LEN {
-        return EgressVerdict::Punt(PuntReason::TooLong);
+        return EgressVerdict::TooLong;
     }
     EgressVerdict::Encap(Encap {
         outer: outer(&header, entropy::source_port(packet, offset, &header), config, peer),
@@ -80,12 +64,14 @@ pub fn decide<P: Bytes + ?Sized>(
     })
 }
 
+/// Outer headers: DF and identification 0 (an atomic datagram, RFC 6864), no UDP checksum, TOS copied from the inner header.
 #[inline(always)]
 fn outer(header: &Ipv4, source_port: u16, config: &Config, peer: [u8; 4]) -> Outer {
     let udp_len = (header.total_len() + Udp::LEN) as u16;
+    let (total_len, source) = (udp_len + Ipv4::LEN as u16, config.public_ip);
     Outer {
-        ipv4: Ipv4::outer(header.tos(), udp_len + Ipv4::LEN as u16, config.public_ip, peer),
-        udp: Udp::outer(source_port, config.port, udp_len),
+        ipv4: Ipv4::new(header.tos(), total_len, FLAG_DF, OUTER_TTL, PROTOCOL_UDP, source, peer),
+        udp: Udp::new(source_port, config.port, udp_len),
     }
 }
 
@@ -94,7 +80,7 @@ mod tests {
     use super::*;
     use crate::abi::Prefix;
 
-    /// One peer that claims everything, also what is ours.
+    /// One peer that claims every address, also ours.
     struct Greedy;
 
     impl Routes for Greedy {

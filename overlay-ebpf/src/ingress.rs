@@ -1,36 +1,27 @@
 //! Ingress: what to do with a packet that arrived on the underlay.
 //!
-//! Two stages. [`decide`] looks at a whole Ethernet frame and finds out whether it is one of ours; the eBPF programs call
-//! it. [`decide_inner`] judges what is inside; the tun datapath, whose outer headers the kernel's UDP socket has taken
-//! off, enters there.
+//! Two stages. [`decide`] takes a whole Ethernet frame and checks whether it is addressed to this overlay; the eBPF programs
+//! call it. [`decide_inner`] decides about the inner packet; the tun datapath, for which the kernel's UDP socket has removed
+//! the outer headers, starts there.
 
 use crate::{
     abi::Config,
     checksum,
+    hop::Rewrite,
+    inner,
+    reason::{DropReason, PuntReason},
     route::Routes,
     source,
-    verdict::{DropReason, IngressVerdict, PuntReason},
+    verdict::{Decap, IngressVerdict, InnerVerdict},
     wire::{
         Bytes, Ethernet, Ipv4, OVERHEAD, Udp,
         ethernet::ETHERTYPE_IPV4,
-        inner,
-        ipv4::{ECN_CE, ECN_ECT0, ECN_ECT1, ECN_MASK, ECN_NOT_ECT, PROTOCOL_UDP, Rewrite},
+        ipv4::{ECN_CE, ECN_ECT0, ECN_ECT1, ECN_MASK, ECN_NOT_ECT, PROTOCOL_UDP},
     },
 };
 
 /// Where the inner packet starts in a frame whose outer header has no options: 42 bytes.
 pub const INNER_OFFSET: usize = Ethernet::LEN + OVERHEAD;
-
-/// How to unwrap a packet: take off what is in front of the inner header and apply `rewrite` to it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Decap {
-    /// The inner header's new fields.
-    pub rewrite: Rewrite,
-    /// Length of the inner packet in bytes.
-    pub inner_len: usize,
-    /// Protocol of the inner packet's payload.
-    pub protocol: u8,
-}
 
 /// Decides about an Ethernet frame of `len` bytes (of which `frame` need not show all, but headers).
 #[inline(always)]
@@ -49,7 +40,7 @@ pub fn decide<P: Bytes + ?Sized>(
     if ipv4.is_fragment() {
         return IngressVerdict::Punt(PuntReason::OuterFragment);
     }
-    if !checksum::header_is_valid(&ipv4) {
+    if !ipv4.has_valid_checksum() {
         return IngressVerdict::Punt(PuntReason::OuterHeaderChecksum);
     }
     if Ethernet::LEN + ipv4.total_len() > len
@@ -61,11 +52,16 @@ pub fn decide<P: Bytes + ?Sized>(
     if is_partial(&ipv4, &udp) {
         return IngressVerdict::Punt(PuntReason::OuterChecksumPartial);
     }
-    decide_inner(frame, INNER_OFFSET, udp.len() - Udp::LEN, ipv4.source(), ipv4.tos(), config, routes)
+    let payload = udp.len() - Udp::LEN;
+    match decide_inner(frame, INNER_OFFSET, payload, ipv4.source(), ipv4.tos(), config, routes) {
+        InnerVerdict::Decap(decap) => IngressVerdict::Decap(decap),
+        InnerVerdict::TrailingBytes => IngressVerdict::Punt(PuntReason::OuterGro),
+        InnerVerdict::Drop(reason) => IngressVerdict::Drop(reason),
+    }
 }
 
 /// Decides about the inner packet at `offset` in `packet`, the payload of a datagram from `peer` that is `payload` bytes
-/// long and whose outer header said `outer_tos`.
+/// long and with `outer_tos` in its outer header.
 #[inline(always)]
 pub fn decide_inner<P: Bytes + ?Sized>(
     packet: &P,
@@ -75,27 +71,27 @@ pub fn decide_inner<P: Bytes + ?Sized>(
     outer_tos: u8,
     config: &Config,
     routes: &impl Routes,
-) -> IngressVerdict {
-    let header = match inner(packet, offset, payload) {
+) -> InnerVerdict {
+    let header = match inner::header(packet, offset, payload) {
         Ok(header) => header,
-        Err(reason) => return IngressVerdict::Drop(reason),
+        Err(reason) => return InnerVerdict::Drop(reason),
     };
     if header.total_len() < payload {
-        return IngressVerdict::Punt(PuntReason::OuterGro);
+        return InnerVerdict::TrailingBytes;
     }
     if let Err(reason) = source::check_ingress(config, routes, header.source(), peer) {
-        return IngressVerdict::Drop(reason);
+        return InnerVerdict::Drop(reason);
     }
     if !config.subnet.contains(header.destination()) {
-        return IngressVerdict::Drop(DropReason::NotForUs);
+        return InnerVerdict::Drop(DropReason::NotForUs);
     }
     if header.ttl() <= 1 {
-        return IngressVerdict::Drop(DropReason::TtlExpired);
+        return InnerVerdict::Drop(DropReason::TtlExpired);
     }
     let Some(tos) = decap_tos(outer_tos, header.tos()) else {
-        return IngressVerdict::Drop(DropReason::EcnCongestion);
+        return InnerVerdict::Drop(DropReason::EcnCongestion);
     };
-    IngressVerdict::Decap(Decap {
+    InnerVerdict::Decap(Decap {
         rewrite: Rewrite::next_hop(&header, tos),
         inner_len: header.total_len(),
         protocol: header.protocol(),
@@ -121,8 +117,8 @@ fn ours<P: Bytes + ?Sized>(frame: &P, config: &Config) -> Option<(Ipv4, Udp)> {
     (udp.destination_port() == config.port).then_some((ipv4, udp))
 }
 
-/// Whether the outer UDP checksum is the bare pseudo header's sum: the sender's kernel left it to hardware that was never
-/// met, as veth and virtio allow. The kernel then keeps a pointer to the outer UDP header, which must not be cut off
+/// Whether the outer UDP checksum is the bare pseudo header's sum: the sender's kernel left it to offload hardware, and on veth
+/// and virtio there is none. The kernel then keeps a pointer to the outer UDP header, which must not be cut off
 /// under it: a later completion would write into the wrong bytes. One finished checksum in 65536 looks the same; the slow
 /// path handles that datagram just as well.
 #[inline(always)]

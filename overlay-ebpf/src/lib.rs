@@ -4,8 +4,9 @@
 //! that call [`egress::decide`] and [`ingress::decide`] and act on the verdict. So the kernel, user space and the tests
 //! cannot disagree about a packet.
 //!
-//! Reading order: [`wire`] (typed header views), [`checksum`], [`route`] (the lookup trait), [`source`] (who may send
-//! what), [`entropy`] (the outer source port), [`verdict`], [`egress`], [`ingress`], [`abi`] (what lies in shared maps).
+//! Reading order: [`checksum`], [`wire`] (typed header views), [`reason`] (why a packet is dropped or punted), [`abi`] (types in
+//! shared maps), [`route`] (the lookup trait), [`source`] (source validation), [`entropy`] (the outer source port), [`inner`],
+//! [`hop`], [`verdict`], [`egress`], [`ingress`].
 //!
 //! # Panics
 //!
@@ -18,7 +19,10 @@ pub mod abi;
 pub mod checksum;
 pub mod egress;
 pub mod entropy;
+pub mod hop;
 pub mod ingress;
+pub mod inner;
+pub mod reason;
 pub mod route;
 pub mod source;
 pub mod verdict;

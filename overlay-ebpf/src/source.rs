@@ -1,11 +1,11 @@
 //! Source validation: who may send a packet from which overlay address (BCP 38 for the overlay).
 
-use crate::{abi::Config, route::Routes, verdict::DropReason};
+use crate::{abi::Config, reason::DropReason, route::Routes};
 
 /// Checks an inner packet that leaves this host.
 ///
-/// Its source may be an address of our own subnet, or one outside the overlay (the host's own, say: what the receiver
-/// makes of it is the receiver's choice). An overlay address that another host holds is spoofed.
+/// Its source may be an address of our own subnet, or one outside the overlay, such as the host's own: the receiver
+/// decides whether to accept that. An overlay address that another host holds is spoofed.
 ///
 /// # Errors
 ///

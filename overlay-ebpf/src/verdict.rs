@@ -1,14 +1,20 @@
 //! What the packet core decides about one packet.
 
-use crate::{egress::Encap, ingress::Decap};
+use bytemuck::{Pod, Zeroable};
+
+use crate::{
+    hop::Rewrite,
+    reason::{DropReason, PuntReason},
+    wire::{Ipv4, Udp},
+};
 
 /// What to do with an inner packet that was routed to the overlay device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EgressVerdict {
-    /// Wrap it and send it to a peer.
+    /// Encapsulate it and send it to a peer.
     Encap(Encap),
-    /// Hand it to the slow path.
-    Punt(PuntReason),
+    /// Longer than one outer packet can be: a program punts it, and the slow path receives it in segments.
+    TooLong,
     /// Discard and count it.
     Drop(DropReason),
 }
@@ -18,7 +24,7 @@ pub enum EgressVerdict {
 pub enum IngressVerdict {
     /// Not addressed to this overlay: leave it alone.
     Pass,
-    /// Unwrap it and deliver what is inside.
+    /// Decapsulate it and deliver the inner packet.
     Decap(Decap),
     /// Hand it to the slow path.
     Punt(PuntReason),
@@ -26,123 +32,45 @@ pub enum IngressVerdict {
     Drop(DropReason),
 }
 
-/// Declares an enum of counted reasons with, for each, the name under which scripts find it and a text for people.
-macro_rules! reasons {
-    ($(#[$meta:meta])* $name:ident { $($variant:ident = $label:literal: $text:literal,)+ }) => {
-        $(#[$meta])*
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-        #[repr(u8)]
-        pub enum $name { $(#[doc = $text] $variant,)+ }
-
-        impl $name {
-            /// Every reason, in the order of the counters.
-            pub const ALL: &[Self] = &[$(Self::$variant,)+];
-            /// How many reasons there are.
-            pub const COUNT: usize = Self::ALL.len();
-
-            /// The name used in counters and metrics.
-            pub const fn name(self) -> &'static str {
-                match self { $(Self::$variant => $label,)+ }
-            }
-
-            /// What it means, in one sentence.
-            pub const fn describe(self) -> &'static str {
-                match self { $(Self::$variant => $text,)+ }
-            }
-
-            /// Position of this reason's counter.
-            #[inline(always)]
-            pub const fn index(self) -> usize {
-                self as usize
-            }
-        }
-    };
+/// What to do with the payload of a datagram that was addressed to this overlay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InnerVerdict {
+    /// Deliver the inner packet.
+    Decap(Decap),
+    /// Bytes follow the inner packet: datagrams that the kernel merged, which its socket separates, or a malformed one.
+    TrailingBytes,
+    /// Discard and count it.
+    Drop(DropReason),
 }
 
-reasons! {
-    /// Why a packet was discarded. Each discarded packet increments the counter of exactly one of these.
-    DropReason {
-        Truncated = "truncated": "The packet ends before its own headers or total length say.",
-        BadVersion = "bad_version": "The inner packet is neither IPv4 nor IPv6.",
-        Ipv6 = "ipv6": "The inner packet is IPv6, which this network does not carry; not an error.",
-        BadHeaderLength = "bad_header_length": "The inner header length is less than 20 bytes.",
-        BadTotalLength = "bad_total_length": "The inner total length is less than the header length.",
-        TrailingBytes = "trailing_bytes": "Bytes follow the inner packet.",
-        SpoofedSource = "spoofed_source": "The sender does not hold the lease of the inner source address.",
-        UnknownSource = "unknown_source": "No lease covers the inner source address.",
-        NotForUs = "not_for_us": "The inner destination is not in this host's subnet.",
-        NoRoute = "no_route": "No peer holds a lease for the inner destination.",
-        TtlExpired = "ttl_expired": "The inner TTL is used up.",
-        EcnCongestion = "ecn_congestion": "The underlay marked congestion and the inner transport does not understand ECN (RFC 6040 section 4.2).",
-        TooLong = "too_long": "The packet with its outer headers exceeds what IPv4 can say, 65535 bytes.",
-        MtuExceeded = "mtu_exceeded": "The packet with its outer headers exceeds the path MTU to the peer.",
-        EncapFailed = "encap_failed": "The kernel refused to make room for the outer headers or to redirect the packet.",
-        DecapFailed = "decap_failed": "The kernel refused to remove the outer headers.",
-        SendFailed = "send_failed": "The kernel refused to send the packet to the peer.",
-        DeviceFailed = "device_failed": "The overlay device refused the packet.",
-    }
+/// How to encapsulate an inner packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Encap {
+    /// The headers to put in front of it.
+    pub outer: Outer,
+    /// The inner header's new fields.
+    pub rewrite: Rewrite,
+    /// Underlay address of the peer, network byte order.
+    pub peer: [u8; 4],
 }
 
-reasons! {
-    /// Why the fast path handed a packet to the slow path.
-    PuntReason {
-        OuterOptions = "outer_options": "The outer header has IP options, which the kernel's stack must see.",
-        OuterFragment = "outer_fragment": "The outer packet is a first fragment: the kernel's stack reassembles it.",
-        OuterHeaderChecksum = "outer_header_checksum": "The outer header's checksum is wrong: the kernel's stack discards it.",
-        OuterLength = "outer_length": "The outer lengths disagree: the kernel's stack trims or discards it.",
-        OuterChecksumPartial = "outer_checksum_partial": "The outer checksum is still to be completed, so the kernel's state points at it.",
-        OuterGro = "outer_gro": "Several datagrams were merged by the kernel's receive offload.",
-        SegmentedDatagrams = "segmented_datagrams": "The kernel left several UDP datagrams in one packet, which only its own decapsulation can cut.",
-        TooLong = "too_long": "The packet with its outer headers exceeds 65535 bytes: the slow path gets it in segments.",
-        NoRoomForMark = "no_room_for_mark": "The driver leaves XDP no room to mark a packet: the tc program unwraps it instead.",
-        AlreadyEncapsulated = "already_encapsulated": "The packet is inside another tunnel's encapsulation.",
-    }
+/// Outer IPv4 and UDP header as they go on the wire: 28 bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Outer {
+    /// IPv4 header.
+    pub ipv4: Ipv4,
+    /// UDP header.
+    pub udp: Udp,
 }
 
-impl DropReason {
-    /// Whether such drops mean that something is wrong. IPv6 is not: every Linux host sends router solicitations and
-    /// neighbour discovery into every device.
-    pub const fn is_error(self) -> bool {
-        !matches!(self, Self::Ipv6)
-    }
-}
-
-impl PuntReason {
-    /// What becomes of a packet that still gives this reason on the slow path, where nothing is left to hand it to.
-    pub const fn unresolved(self) -> DropReason {
-        match self {
-            Self::OuterOptions | Self::OuterFragment | Self::OuterHeaderChecksum | Self::OuterLength => {
-                DropReason::Truncated
-            }
-            Self::OuterChecksumPartial | Self::OuterGro | Self::SegmentedDatagrams => {
-                DropReason::TrailingBytes
-            }
-            Self::TooLong => DropReason::TooLong,
-            Self::NoRoomForMark | Self::AlreadyEncapsulated => DropReason::EncapFailed,
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::HashSet;
-
-    use super::*;
-
-    #[test]
-    fn names_are_unique_and_indices_dense() {
-        let names: HashSet<_> = DropReason::ALL.iter().map(|reason| reason.name()).collect();
-        assert_eq!(names.len(), DropReason::COUNT);
-        for (position, reason) in DropReason::ALL.iter().enumerate() {
-            assert_eq!(reason.index(), position);
-        }
-        let names: HashSet<_> = PuntReason::ALL.iter().map(|reason| reason.name()).collect();
-        assert_eq!(names.len(), PuntReason::COUNT);
-    }
-
-    #[test]
-    fn only_ipv6_is_no_error() {
-        let harmless: Vec<_> = DropReason::ALL.iter().filter(|reason| !reason.is_error()).collect();
-        assert_eq!(harmless, [&DropReason::Ipv6]);
-    }
+/// How to decapsulate a packet: remove the bytes in front of the inner header and apply `rewrite` to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Decap {
+    /// The inner header's new fields.
+    pub rewrite: Rewrite,
+    /// Length of the inner packet in bytes.
+    pub inner_len: usize,
+    /// Protocol of the inner packet's payload.
+    pub protocol: u8,
 }

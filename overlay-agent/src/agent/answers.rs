@@ -44,12 +44,12 @@ impl Agent {
             port: *port,
             device: Device {
                 name: self.options.device.clone(),
-                ifindex: datapath.overlay_ifindex,
+                ifindex: datapath.overlay_ifindex().unwrap_or_default(),
                 mtu: *mtu,
             },
             underlay: Device::from(&underlay.link),
-            egress: datapath.egress.clone(),
-            ingress: datapath.ingress.clone(),
+            egress: datapath.egress().clone(),
+            ingress: datapath.ingress().clone(),
             routes: self.table.routes().len(),
             store: report::Store { name: self.leasing.name(), lost: self.problems.get(Concern::Store) },
             drops: report::errors(&self.counters()?),
@@ -57,11 +57,13 @@ impl Agent {
     }
 
     fn counters(&self) -> Result<PathCounters> {
-        Ok(self.counted.plus(&self.datapath()?.counters()?))
+        self.datapath()?.counters()
     }
 
     fn datapath(&self) -> Result<&Datapath> {
-        self.datapath.as_ref().context("the datapath is down and being made again; the log says why")
+        self.up
+            .then_some(&self.datapath)
+            .context("the datapath is down and being made again; the log says why")
     }
 
     fn state(&self) -> &'static str {
@@ -94,7 +96,7 @@ impl Agent {
         if let Some(why) = grave.into_iter().find_map(|concern| self.problems.get(concern)) {
             return Err(why);
         }
-        if self.datapath.is_none() {
+        if !self.up {
             return Err("the datapath is down and being made again; the log says why".to_owned());
         }
         let why = || self.problems.get(Concern::Lease).unwrap_or_default();

@@ -13,34 +13,32 @@ mod upkeep;
 
 use std::{
     net::{Ipv4Addr, SocketAddrV4},
-    os::fd::OwnedFd,
     pin::pin,
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 pub use options::{HostOptions, Options, StoreOption};
 
 use checks::{check_addresses, inner_mtu};
 use claim::Claim;
 use host::Host;
-use ipnet::Ipv4Net;
 use leasing::{Lease, Leasing};
 use outlook::Outlook;
-use overlay_ebpf::abi::{self, Prefix};
 use problems::{Concern, Problems};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc,
     time::{Instant, MissedTickBehavior, sleep_until},
 };
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::{
     control::{self, Control, QueryRequest},
-    datapath::{Datapath, PathCounters, Plan, tun},
-    device::{self, Note, OverlayDevice},
+    datapath::{Datapath, Desired, UnderlayDevice, tun},
+    device::{self, DeviceAlias, DeviceSpec},
     netlink::Netlink,
+    route::{Routes, Subnet},
     route_table::{Own, RouteTable},
     store::Event,
     subnet_env,
@@ -122,7 +120,6 @@ struct Prepared {
     leasing: Leasing,
     lease: Lease,
     place: Place,
-    socket: OwnedFd,
 }
 
 impl Prepared {
@@ -138,12 +135,13 @@ impl Prepared {
         check_addresses(&options, &config, &underlay)?;
         device::preflight(netlink, &options.device, config.network).await?;
         let mtu = inner_mtu(&underlay.link)?;
-        let socket = tun::bind(SocketAddrV4::new(underlay.local_ip, config.port), &underlay.link.name)?;
+        let address = SocketAddrV4::new(underlay.local_ip, config.port);
+        drop(tun::Socket::bind(tun::Endpoint { address, ifindex: underlay.link.index })?);
         let lease = leasing.acquire(&options, &config, underlay.public_ip, outlook).await?;
         let subnet = lease.subnet().context("the lease has no subnet")?;
         let own = Own { network: config.network, subnet, public_ip: underlay.public_ip };
         info!("{} is {} in {}, MTU {mtu}, port {}", own.public_ip, own.subnet, own.network, config.port);
-        Ok(Self { options, leasing, lease, place: Place { underlay, own, port: config.port, mtu }, socket })
+        Ok(Self { options, leasing, lease, place: Place { underlay, own, port: config.port, mtu } })
     }
 }
 
@@ -151,8 +149,9 @@ struct Agent {
     options: Options,
     netlink: Netlink,
     place: Place,
-    /// `None` while a lost one is being made again.
-    datapath: Option<Datapath>,
+    datapath: Datapath,
+    /// Whether the datapath is as desired; a lost one is being made again.
+    up: bool,
     retry_at: Option<Instant>,
     retries: u32,
     made_at: Option<Instant>,
@@ -169,11 +168,7 @@ struct Agent {
     informed: bool,
     /// Whether everything was there once.
     running: bool,
-    /// Whether the overlay device is ours to remove.
-    device_made: bool,
     host: Option<Host>,
-    /// What datapaths counted that are gone.
-    counted: PathCounters,
     events: mpsc::Receiver<Event>,
     event_sender: mpsc::Sender<Event>,
     underlay_changes: mpsc::Receiver<UnderlayChange>,
@@ -188,15 +183,17 @@ impl Agent {
         outlook: Outlook,
         questions: mpsc::Receiver<QueryRequest>,
     ) -> Result<Self> {
-        let Prepared { options, leasing, lease, place, socket } = prepared;
+        let Prepared { options, leasing, lease, place } = prepared;
         let (event_sender, events) = mpsc::channel(4);
         let own = place.own;
         let table = RouteTable::new(own, options.peers.clone());
+        let failures = mpsc::channel(2);
         let mut agent = Self {
             options,
+            datapath: Datapath::new(netlink.clone(), failures.0.clone()),
             netlink,
             place,
-            datapath: None,
+            up: false,
             retry_at: None,
             retries: 0,
             made_at: None,
@@ -209,17 +206,15 @@ impl Agent {
             outlook,
             informed: false,
             running: false,
-            device_made: false,
             host: None,
-            counted: PathCounters::ZERO,
             events,
             event_sender,
             underlay_changes: mpsc::channel(1).1,
             questions,
-            failures: mpsc::channel(2),
+            failures,
         };
         let finish = async {
-            agent.start_datapath(socket).await?;
+            agent.reconcile().await?;
             agent.host = Some(Host::prepare(&agent.options, &agent.netlink, own.network, own.subnet).await?);
             agent.underlay_changes = underlay::watch(agent.place.underlay.clone(), &agent.options.underlay)?;
             if let Some(records) = agent.leasing.list()? {
@@ -244,7 +239,7 @@ impl Agent {
 
     /// The agent says that it runs, and container runtimes learn the subnet, once everything is there.
     fn run_if_ready(&mut self) {
-        if self.running || !self.informed || self.datapath.is_none() {
+        if self.running || !self.informed || !self.up {
             return;
         }
         self.write_subnet_file();
@@ -270,26 +265,40 @@ impl Agent {
         }
     }
 
-    async fn start_datapath(&mut self, socket: OwnedFd) -> Result<()> {
+    async fn reconcile(&mut self) -> Result<()> {
         let Place { underlay, own, port, mtu } = &self.place;
-        let note = Note { network: own.network, port: *port, underlay: underlay.link.name.clone() };
-        let device =
-            OverlayDevice::create(&self.netlink, &self.options.device, &note, own.subnet, *mtu).await?;
-        self.device_made = true;
-        let config =
-            abi::Config::new(underlay.local_ip.octets(), prefix(own.network), prefix(own.subnet), *port);
-        let plan = Plan {
+        let spec = DeviceSpec {
+            name: self.options.device.clone(),
+            alias: DeviceAlias { network: own.network, port: *port, underlay: underlay.link.name.clone() },
+            subnet: Subnet::containing(own.subnet),
+            mtu: *mtu,
+        };
+        let routes = self.routes();
+        let desired = Desired {
+            device: &spec,
+            underlays: &[UnderlayDevice { link: underlay.link.clone(), local_ip: underlay.local_ip }],
             request: self.options.datapath,
             tc_attach: self.options.tc_attach,
-            config,
-            underlay: &underlay.link,
+            routes: &routes,
+            log: self.options.datapath_log,
         };
-        let mut datapath = Datapath::start(&plan, device, socket, self.failures.0.clone())?;
-        let written = datapath.set_routes(self.table.routes());
-        self.datapath = Some(datapath);
-        self.made_at = Some(Instant::now());
-        self.note_routes(written);
+        let report = self.datapath.reconcile(&desired).await?;
+        if !report.made.is_empty() {
+            debug!("datapath: {}", report.made.join(", "));
+        }
+        if !report.repaired.is_empty() {
+            warn!("repaired what others had changed: {}", report.repaired.join(", "));
+        }
+        if !self.up {
+            (self.up, self.made_at) = (true, Some(Instant::now()));
+        }
+        self.note_routes(report.routes_behind.map_or(Ok(()), |why| Err(anyhow!(why))));
         Ok(())
+    }
+
+    fn routes(&self) -> Routes {
+        let routes = self.table.routes().iter();
+        routes.map(|(subnet, peer)| (Subnet::containing(*subnet), (*peer).into())).collect()
     }
 
     /// Follows the store and answers questions until told to stop.
@@ -349,21 +358,12 @@ impl Agent {
         removed
     }
 
-    /// Programs first, then the device: nothing may redirect into what is gone.
     async fn remove_from_host(&mut self) -> Result<()> {
-        self.datapath = None;
         if let Some(host) = self.host.take() {
             host.clear(&self.netlink).await;
         }
-        if self.device_made {
-            device::remove(&self.netlink, &self.options.device).await?;
-        }
-        Ok(())
+        self.datapath.remove().await
     }
-}
-
-fn prefix(net: Ipv4Net) -> Prefix {
-    Prefix::new(net.network().octets(), net.prefix_len())
 }
 
 fn warn_about_forwarding() {

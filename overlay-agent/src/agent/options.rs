@@ -47,6 +47,8 @@ pub struct Options {
     pub datapath: Request,
     /// How tc programs are attached.
     pub tc_attach: TcAttach,
+    /// Whether the eBPF programs log failures.
+    pub datapath_log: bool,
     /// Where to write `subnet.env`.
     pub subnet_file: Option<PathBuf>,
     /// Directory of the control socket.

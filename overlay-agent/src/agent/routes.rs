@@ -4,7 +4,10 @@ use anyhow::Result;
 use tracing::{info, warn};
 
 use super::{Agent, problems::Concern};
-use crate::route_table::{Change, Outcome, Record, Skipped};
+use crate::{
+    route::{RouteChange, Subnet},
+    route_table::{Change, Outcome, Record, Skipped},
+};
 
 /// How many changes of one kind are told one by one.
 const TOLD: usize = 5;
@@ -29,8 +32,16 @@ impl Agent {
     /// Tells what has changed, and makes the datapath follow.
     pub(super) fn apply(&mut self, outcome: &Outcome) {
         tell(outcome);
-        let Some(datapath) = &mut self.datapath else { return };
-        let written = datapath.change_routes(&outcome.changes, self.table.routes());
+        if !self.up {
+            return;
+        }
+        let change = |change: &Change| match *change {
+            Change::Set(subnet, peer) => RouteChange::set(Subnet::containing(subnet), peer.into()),
+            Change::Remove(subnet) => RouteChange::Remove(Subnet::containing(subnet)),
+        };
+        let changes: Vec<_> = outcome.changes.iter().map(change).collect();
+        let routes = self.routes();
+        let written = self.datapath.apply_routes(&changes, &routes);
         self.note_routes(written);
     }
 

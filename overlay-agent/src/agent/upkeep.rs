@@ -1,9 +1,9 @@
 //! Keeping the host as it should be: a datapath that failed, a device that someone changed, an underlay that moved.
 
-use std::{net::SocketAddrV4, time::Duration};
+use std::time::Duration;
 
 use tokio::time::Instant;
-use tracing::{error, info, warn};
+use tracing::{error, info};
 
 use super::{
     Agent,
@@ -11,12 +11,7 @@ use super::{
     host::Host,
     problems::Concern,
 };
-use crate::{
-    datapath::tun,
-    device,
-    route_table::Own,
-    underlay::{Underlay, UnderlayChange},
-};
+use crate::underlay::{Underlay, UnderlayChange};
 
 /// First pause before a lost datapath is made again.
 const RETRY: Duration = Duration::from_secs(1);
@@ -26,33 +21,22 @@ const LONGEST_RETRY: Duration = Duration::from_secs(30);
 const STABLE: Duration = Duration::from_secs(10);
 
 impl Agent {
-    /// Drops the datapath and schedules a new one.
+    /// Schedules a new attempt.
     pub(super) fn on_failure(&mut self, failure: &str) {
-        if self.datapath.is_some() {
+        // What a thread reported that a reconciliation has replaced since needs nothing.
+        if self.up && !self.datapath.is_alive() {
             error!("the datapath failed and is made again: {failure}");
-            self.drop_datapath();
+            self.up = false;
             self.retry_at = Some(self.next_retry());
         }
     }
 
-    /// Makes the datapath anew where it has to be another one.
+    /// Makes the datapath follow our place.
     pub(super) async fn remake_datapath(&mut self, why: &str) {
-        if self.datapath.is_some() {
-            info!("the datapath is made anew: {why}");
-            self.drop_datapath();
+        if self.up {
+            info!("the datapath follows: {why}");
             self.restart_datapath().await;
         }
-    }
-
-    fn drop_datapath(&mut self) {
-        if let Some(datapath) = self.datapath.take() {
-            match datapath.counters() {
-                Ok(counters) => self.counted = self.counted.plus(&counters),
-                Err(error) => warn!("the lost datapath's counters are lost too: {error:#}"),
-            }
-        }
-        // Its threads have ended: what they still said is about what is gone.
-        while self.failures.1.try_recv().is_ok() {}
     }
 
     /// At once after a long life, later and later after short ones.
@@ -69,22 +53,19 @@ impl Agent {
     }
 
     pub(super) async fn restart_datapath(&mut self) {
-        let attempt = async {
-            device::preflight(&self.netlink, &self.options.device, self.place.own.network).await?;
-            let underlay = &self.place.underlay;
-            let socket =
-                tun::bind(SocketAddrV4::new(underlay.local_ip, self.place.port), &underlay.link.name)?;
-            self.start_datapath(socket).await
-        };
-        self.retry_at = match attempt.await {
+        let was_up = self.up;
+        self.retry_at = match self.reconcile().await {
             Ok(()) => {
                 self.problems.clear(Concern::Datapath);
-                info!("the datapath is back");
+                if !was_up {
+                    info!("the datapath is back");
+                }
                 None
             }
             Err(error) => {
                 let why = format!("the datapath cannot be made, trying again: {error:#}");
                 self.problems.set(Concern::Datapath, why);
+                self.up = false;
                 // Not at once, however long the last one lived.
                 self.made_at = Some(Instant::now());
                 self.retries = self.retries.max(1);
@@ -95,15 +76,8 @@ impl Agent {
 
     /// Puts right what someone changed under us, and tries again what did not work.
     pub(super) async fn care(&mut self) {
-        let restored = self.put_device_right().await;
-        if !restored.is_empty() {
-            warn!("someone changed {}: restored its {}", self.options.device, restored.join(", "));
-        }
-        if self.problems.get(Concern::Routes).is_some()
-            && let Some(datapath) = &mut self.datapath
-        {
-            let written = datapath.set_routes(self.table.routes());
-            self.note_routes(written);
+        if self.up {
+            self.restart_datapath().await;
         }
         if self.running && self.problems.get(Concern::SubnetFile).is_some() {
             self.write_subnet_file();
@@ -152,9 +126,8 @@ impl Agent {
             let why =
                 if remade { "the underlay device was made anew" } else { "the underlay's address changed" };
             self.remake_datapath(why).await;
-        } else if let Some(datapath) = &self.datapath {
-            datapath.set_mtu(mtu);
-            self.put_device_right().await;
+        } else if resized {
+            self.remake_datapath("the underlay's MTU changed").await;
         }
         if public_ip != own.public_ip {
             self.place.own.public_ip = public_ip;
@@ -165,17 +138,6 @@ impl Agent {
         }
         if resized && self.running {
             self.write_subnet_file();
-        }
-    }
-
-    async fn put_device_right(&mut self) -> Vec<&'static str> {
-        let Own { network, subnet, .. } = self.place.own;
-        match device::restore(&self.netlink, &self.options.device, network, subnet, self.place.mtu).await {
-            Ok(restored) => restored,
-            Err(error) => {
-                warn!("look after {}: {error:#}", self.options.device);
-                Vec::new()
-            }
         }
     }
 }

@@ -12,7 +12,7 @@ use super::{QueryArgs, query::print};
 use crate::{
     control,
     datapath::ebpf::detach_filter,
-    device::{self, Note},
+    device::{self, DeviceAlias},
     firewall,
     netlink::Netlink,
 };
@@ -34,8 +34,8 @@ pub(super) async fn down(QueryArgs { agent: args, output }: &QueryArgs) -> Resul
     let mut removed = Vec::new();
     let socket = args.socket();
     let netlink = Netlink::connect()?;
-    // The note on a killed agent's device must be read before the device is removed.
-    let note = netlink.link(&args.device).await?.and_then(|link| Note::parse(&link.alias?));
+    // The alias of a killed agent's device must be read before the device is removed.
+    let note = netlink.link(&args.device).await?.and_then(|link| DeviceAlias::parse(&link.alias?));
     if let Some(pid) = control::listener(&socket)? {
         tokio::task::spawn_blocking(move || stop(pid)).await.context("wait for the agent")??;
         removed.push(format!("the agent (process {pid})"));
@@ -49,7 +49,7 @@ pub(super) async fn down(QueryArgs { agent: args, output }: &QueryArgs) -> Resul
     }
     // Blackhole routes in the networks of other agents on this host stay.
     let others: Vec<_> =
-        netlink.links().await?.into_iter().filter_map(|link| Note::parse(&link.alias?)).collect();
+        netlink.links().await?.into_iter().filter_map(|link| DeviceAlias::parse(&link.alias?)).collect();
     for subnet in netlink.blackholes().await? {
         let foreign = others.iter().any(|other| other.network.contains(&subnet));
         if !foreign && netlink.remove_blackhole(subnet).await? {

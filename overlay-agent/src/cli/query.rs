@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use comfy_table::{Table, presets};
-use overlay_ebpf::verdict::{DropReason, PuntReason};
+use overlay_ebpf::reason::{DropReason, PuntReason};
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::{Output, QueryArgs};

@@ -41,6 +41,9 @@ pub(super) struct RunArgs {
     /// Attachment of tc programs
     #[arg(long, env = "OVERLAY_AGENT_TC_ATTACH", value_enum, default_value_t)]
     tc_attach: TcAttach,
+    /// Log failures inside the eBPF programs (rate-limited)
+    #[arg(long, env = "OVERLAY_AGENT_DATAPATH_LOG", value_parser = clap::builder::FalseyValueParser::new())]
+    datapath_log: bool,
     /// Write FLANNEL_NETWORK, FLANNEL_SUBNET, FLANNEL_MTU and FLANNEL_IPMASQ to this file, for container runtimes
     /// [default: /run/flannel/subnet.env with leases in etcd, else none]
     #[arg(long, env = "OVERLAY_AGENT_SUBNET_FILE", value_name = "PATH")]
@@ -118,6 +121,7 @@ impl RunArgs {
             port: self.port,
             datapath: self.datapath,
             tc_attach: self.tc_attach,
+            datapath_log: self.datapath_log,
             subnet_file,
             run_dir: self.agent.run_dir,
             host: self.host.into(),

@@ -1,302 +1,207 @@
-//! How packets move: which rung carries each direction, and everything that runs for it.
+//! How packets move. [`Datapath::reconcile`] takes the desired state, compares it with what it made and with what the kernel
+//! says, and makes the steps that differ.
 
+mod desired;
 pub mod ebpf;
+mod fast;
+mod plan;
 pub mod tun;
 
-use std::{collections::BTreeMap, net::Ipv4Addr, os::fd::OwnedFd};
+pub use desired::{Choice, Desired, PathCounters, Report, Request, Rung, UnderlayDevice};
 
-use anyhow::{Context as _, Result, anyhow, bail};
-use ebpf::{Attachment, Hook, Programs, TcAttach, self_test};
-use ipnet::Ipv4Net;
-use overlay_ebpf::abi::{Config, Counters};
-use serde::{Deserialize, Serialize};
+use std::{net::SocketAddrV4, sync::Arc};
+
+use anyhow::{Context as _, Result, bail};
 use tokio::sync::mpsc;
-use tracing::{info, warn};
-use tun::TunRung;
+use tun::{Endpoint, Settings, SlowCounters, Socket, TunRung};
 
-use crate::{device::OverlayDevice, netlink::Link, route_table::Change};
+use crate::{
+    device::{self, DeviceSpec, OverlayDevice},
+    netlink::Netlink,
+    route::{RouteChange, Routes},
+};
+use fast::FastPath;
 
-/// What `--datapath` asks for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum Request {
-    /// The best rung that this host can have, for each direction
-    #[default]
-    Auto,
-    /// Native XDP on the underlay, tc on the overlay device
-    Xdp,
-    /// tc in both directions
-    Tc,
-    /// No eBPF: every packet through the agent
-    Tun,
-}
-
-/// One of the ways to move packets.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Rung {
-    /// Native XDP.
-    Xdp,
-    /// tcx or clsact.
-    Tc,
-    /// User space.
-    Tun,
-}
-
-/// The rung of one direction, and why it is that one.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Choice {
-    /// The rung.
-    pub rung: Rung,
-    /// One sentence.
-    pub why: String,
-}
-
-/// What a datapath is made for.
-pub struct Plan<'a> {
-    /// What the operator asked for.
-    pub request: Request,
-    /// How tc programs are attached.
-    pub tc_attach: TcAttach,
-    /// Who this host is; the devices are filled in.
-    pub config: Config,
-    /// The device that carries outer packets.
-    pub underlay: &'a Link,
-}
-
-/// A running datapath. Dropping it detaches the programs and stops the threads.
+/// A datapath: the overlay device, the slow path on it, and as much of the fast path as was asked for and can be had.
+/// Dropping it detaches the programs and stops the threads; [`Datapath::remove`] also removes the device.
 pub struct Datapath {
-    /// How inner packets leave.
-    pub egress: Choice,
-    /// How outer packets arrive.
-    pub ingress: Choice,
-    /// Index of the overlay device.
-    pub overlay_ifindex: u32,
-    // Fields end in this order, and attachments from the front: the last one attached first. XDP goes before the tc program
-    // behind it, or unwrapped packets would reach the stack as the underlay's own.
-    _attachments: Vec<Attachment>,
-    programs: Option<Programs>,
-    tun: TunRung,
-    /// Whether the kernel's map may lack what the slow path has.
+    netlink: Netlink,
+    failures: mpsc::Sender<String>,
+    // Dropped first: no program may redirect to a device that is gone.
+    fast: FastPath,
+    slow: Option<TunRung>,
+    sockets: Vec<Arc<Socket>>,
+    counters: Arc<SlowCounters>,
+    /// What the last reconciliation made of the device.
+    device: Option<DeviceSpec>,
+    /// Whether the kernel's route map may lack what the slow path has.
     behind: bool,
 }
 
-/// Counters of both paths.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PathCounters {
-    /// The eBPF programs'.
-    pub fast: Counters,
-    /// The agent's.
-    pub slow: Counters,
-}
-
-impl PathCounters {
-    /// All counters at zero.
-    pub const ZERO: Self = Self { fast: Counters::ZERO, slow: Counters::ZERO };
-
-    /// Adds what another datapath counted.
-    #[must_use]
-    pub fn plus(mut self, other: &Self) -> Self {
-        self.fast.add(&other.fast);
-        self.slow.add(&other.slow);
-        self
-    }
-}
-
 impl Datapath {
-    /// Starts the slow path, then as much of the fast path as was asked for and can be had.
+    /// A datapath without device and programs. When its slow path has to stop, the reason comes through `failures`; the next
+    /// [`Datapath::reconcile`] makes what was lost again.
+    pub fn new(netlink: Netlink, failures: mpsc::Sender<String>) -> Self {
+        Self {
+            netlink,
+            failures,
+            fast: FastPath::new(),
+            slow: None,
+            sockets: Vec::new(),
+            counters: Arc::default(),
+            device: None,
+            behind: false,
+        }
+    }
+
+    /// Makes the datapath what `desired` says, and repairs what was changed by others. Programs, threads and sockets that
+    /// `desired` does not change stay as they are.
     ///
     /// # Errors
     ///
-    /// When the slow path cannot start, or an explicit request cannot be met; nothing stays attached then.
-    pub fn start(
-        plan: &Plan<'_>,
-        device: OverlayDevice,
-        socket: OwnedFd,
-        failures: mpsc::Sender<String>,
-    ) -> Result<Self> {
-        let config = plan.config.with_devices(plan.underlay.index, device.index);
-        let name = device.name.clone();
-        let tun = TunRung::start(config, device.mtu, device.fd, socket, failures)?;
-        let fast = FastPath::start(plan, &config, &name)?;
-        info!("egress: {:?}, {}", fast.egress.rung, fast.egress.why);
-        info!("ingress: {:?}, {}", fast.ingress.rung, fast.ingress.why);
-        let FastPath { egress, ingress, attachments, programs } = fast;
-        Ok(Self {
-            egress,
-            ingress,
-            overlay_ifindex: config.overlay_ifindex,
-            _attachments: attachments,
-            programs,
-            tun,
-            behind: false,
-        })
+    /// Names the step that failed: the slow path cannot be had, or an explicit request cannot be met. The steps before it stay,
+    /// and the next call continues; but programs are detached when none were attached before.
+    pub async fn reconcile(&mut self, desired: &Desired<'_>) -> Result<Report> {
+        let mut report = Report::default();
+        let sockets = self.bind_sockets(desired, &mut report)?;
+        let opened = self.reconcile_device(desired.device, &mut report).await?;
+        let ifindex = match (&opened, &self.slow) {
+            (Some(device), _) => device.index,
+            (None, Some(rung)) => rung.ifindex,
+            (None, None) => bail!("the overlay device is not open"),
+        };
+        let config = desired.config(ifindex)?;
+        let settings = Settings { config, mtu: desired.device.mtu as usize, sockets: sockets.clone() };
+        match (opened, &self.slow) {
+            (Some(device), _) => {
+                let counters = Arc::clone(&self.counters);
+                self.slow = Some(TunRung::start(device, settings, desired.routes, counters, &self.failures)?);
+            }
+            (None, Some(rung)) => {
+                rung.set_settings(settings);
+                rung.set_routes(desired.routes);
+            }
+            (None, None) => {}
+        }
+        // Replaced sockets are closed with the settings that had them.
+        self.sockets = sockets;
+        let plan = desired.plan(ifindex);
+        self.fast.reconcile(&self.netlink, plan, &config, desired.routes, &mut report).await?;
+        self.behind = report.routes_behind.is_some();
+        Ok(report)
     }
 
-    /// Makes both paths route exactly `routes`.
+    /// A socket for each underlay device: the present one where it is bound to the same address, port and device.
+    fn bind_sockets(&self, desired: &Desired<'_>, report: &mut Report) -> Result<Vec<Arc<Socket>>> {
+        let mut sockets = Vec::new();
+        for UnderlayDevice { link, local_ip } in desired.underlays {
+            let address = SocketAddrV4::new(*local_ip, desired.device.alias.port);
+            let endpoint = Endpoint { address, ifindex: link.index };
+            let present = self.sockets.iter().find(|socket| socket.endpoint == endpoint);
+            sockets.push(match present {
+                Some(socket) => Arc::clone(socket),
+                None => {
+                    let socket = Socket::bind(endpoint)?;
+                    report.made.push(format!("UDP socket {address} on {}", link.name));
+                    Arc::new(socket)
+                }
+            });
+        }
+        Ok(sockets)
+    }
+
+    /// Opens the overlay device if it is missing, else repairs its attributes.
+    async fn reconcile_device(
+        &mut self,
+        spec: &DeviceSpec,
+        report: &mut Report,
+    ) -> Result<Option<OverlayDevice>> {
+        let link = match self.slow.as_ref().filter(|rung| rung.is_alive()) {
+            Some(rung) => self.netlink.link(&spec.name).await?.filter(|link| link.index == rung.ifindex),
+            None => None,
+        };
+        let Some(link) = link else {
+            // Ends what is left of it: the name is free only when its descriptor is closed.
+            self.slow = None;
+            device::preflight(&self.netlink, &spec.name, spec.alias.network).await?;
+            let device = OverlayDevice::open(&self.netlink, spec).await?;
+            let lost = self.device.replace(spec.clone()).is_some_and(|before| before.name == spec.name);
+            let steps = if lost { &mut report.repaired } else { &mut report.made };
+            steps.push(format!("device {}", spec.name));
+            return Ok(Some(device));
+        };
+        let set = device::reconcile(&self.netlink, &link, spec)
+            .await
+            .with_context(|| format!("set up the overlay device {}", spec.name))?;
+        let same = self.device.as_ref() == Some(spec);
+        let steps = if same { &mut report.repaired } else { &mut report.made };
+        steps.extend(set.iter().map(|attribute| format!("{attribute} of {}", spec.name)));
+        self.device = Some(spec.clone());
+        Ok(None)
+    }
+
+    /// Makes `changes` in both paths; `routes` is what they lead to. After an error, the next call compares all routes.
     ///
     /// # Errors
     ///
     /// When the kernel refuses an update of its map, or the map is full; the slow path has the routes then all the same.
-    pub fn set_routes(&mut self, routes: &BTreeMap<Ipv4Net, Ipv4Addr>) -> Result<()> {
-        self.tun.set_routes(routes);
-        self.update_programs(|programs| programs.set_routes(routes))
-    }
-
-    /// Makes `changes` in both paths; `routes` is what they lead to. After an error, the next call sees to all routes again.
-    ///
-    /// # Errors
-    ///
-    /// As [`Datapath::set_routes`].
-    pub fn change_routes(&mut self, changes: &[Change], routes: &BTreeMap<Ipv4Net, Ipv4Addr>) -> Result<()> {
-        if self.behind {
-            return self.set_routes(routes);
-        }
-        if changes.is_empty() {
+    pub fn apply_routes(&mut self, changes: &[RouteChange], routes: &Routes) -> Result<()> {
+        if changes.is_empty() && !self.behind {
             return Ok(());
         }
-        self.tun.change_routes(changes);
-        self.update_programs(|programs| programs.change_routes(changes))
+        if let Some(rung) = &self.slow {
+            rung.apply_routes(changes);
+        }
+        let done = match self.behind {
+            true => self.fast.set_routes(routes),
+            false => self.fast.apply_routes(changes),
+        };
+        self.behind = done.is_err();
+        done
     }
 
-    fn update_programs(&mut self, update: impl FnOnce(&mut Programs) -> Result<()>) -> Result<()> {
-        let updated = self.programs.as_mut().map_or(Ok(()), update);
-        self.behind = updated.is_err();
-        updated
+    /// How inner packets leave.
+    pub fn egress(&self) -> &Choice {
+        &self.fast.egress
     }
 
-    /// The overlay device carries inner packets of up to `mtu` bytes now.
-    pub fn set_mtu(&self, mtu: u32) {
-        self.tun.set_mtu(mtu);
+    /// How outer packets arrive.
+    pub fn ingress(&self) -> &Choice {
+        &self.fast.ingress
     }
 
-    /// What both paths counted.
+    /// Index of the overlay device; `None` while there is none.
+    pub fn overlay_ifindex(&self) -> Option<u32> {
+        self.slow.as_ref().map(|rung| rung.ifindex)
+    }
+
+    /// Whether the slow path runs, without which no packet is sure to move.
+    pub fn is_alive(&self) -> bool {
+        self.slow.as_ref().is_some_and(TunRung::is_alive)
+    }
+
+    /// What both paths have counted since this value was made.
     ///
     /// # Errors
     ///
     /// When the kernel's map cannot be read.
     pub fn counters(&self) -> Result<PathCounters> {
-        let fast = match &self.programs {
-            Some(programs) => programs.counters()?,
-            None => Counters::ZERO,
-        };
-        Ok(PathCounters { fast, slow: self.tun.counters().read() })
+        Ok(PathCounters { fast: self.fast.counters()?, slow: self.counters.read() })
     }
-}
 
-/// The eBPF part while it is being put together.
-struct FastPath {
-    egress: Choice,
-    ingress: Choice,
-    /// The latest first.
-    attachments: Vec<Attachment>,
-    programs: Option<Programs>,
-}
-
-impl FastPath {
-    fn start(plan: &Plan<'_>, config: &Config, overlay: &str) -> Result<Self> {
-        match plan.request {
-            Request::Tun => Ok(Self::none("asked for with --datapath tun")),
-            Request::Tc => Self::explicit(plan, config, overlay, Rung::Tc),
-            Request::Xdp => Self::explicit(plan, config, overlay, Rung::Xdp),
-            Request::Auto => Ok(Self::best(plan, config, overlay)),
+    /// Detaches the programs, stops the threads and removes the overlay device, in this order: nothing may redirect to a
+    /// device that is gone.
+    ///
+    /// # Errors
+    ///
+    /// When the device is not ours any more or the kernel refuses.
+    pub async fn remove(&mut self) -> Result<()> {
+        self.fast.unload();
+        self.slow = None;
+        self.sockets.clear();
+        if let Some(spec) = self.device.take() {
+            device::remove(&self.netlink, &spec.name).await?;
         }
-    }
-
-    fn none(why: &str) -> Self {
-        let choice = Choice { rung: Rung::Tun, why: why.to_owned() };
-        Self { egress: choice.clone(), ingress: choice, attachments: Vec::new(), programs: None }
-    }
-
-    /// All of what was asked for, or an error.
-    fn explicit(plan: &Plan<'_>, config: &Config, overlay: &str, rung: Rung) -> Result<Self> {
-        let asked = if rung == Rung::Xdp { "xdp" } else { "tc" };
-        let attempt = || {
-            let (programs, object) = load(plan, config)?;
-            let why = format!("asked for with --datapath {asked}");
-            let mut path = Self {
-                egress: Choice { rung: Rung::Tc, why: why.clone() },
-                ingress: Choice { rung, why },
-                attachments: Vec::new(),
-                programs: Some(programs),
-            };
-            path.attach_tc(plan, Hook::Ingress, &plan.underlay.name)?;
-            if rung == Rung::Xdp {
-                path.attach_xdp(plan, object)?;
-            }
-            path.attach_tc(plan, Hook::Egress, overlay)?;
-            Ok(path)
-        };
-        attempt().map_err(|error: anyhow::Error| error.context(format!("--datapath {asked} cannot be had")))
-    }
-
-    /// The best that works, direction by direction.
-    fn best(plan: &Plan<'_>, config: &Config, overlay: &str) -> Self {
-        let (programs, object) = match load(plan, config) {
-            Ok(loaded) => loaded,
-            Err(error) => {
-                warn!("no eBPF datapath: {error:#}");
-                return Self::none(&format!("eBPF cannot be had: {error:#}"));
-            }
-        };
-        let mut path = Self { programs: Some(programs), ..Self::none("") };
-        path.ingress = match path.attach_tc(plan, Hook::Ingress, &plan.underlay.name) {
-            Err(error) => {
-                Choice { rung: Rung::Tun, why: format!("no tc program on the underlay: {error:#}") }
-            }
-            Ok(()) => match &plan.underlay.kind {
-                // Every virtual device that has native XDP pays for it elsewhere (veth: no TSO from its peer, and a copy).
-                Some(kind) => {
-                    let why =
-                        format!("{} is a {kind} device, which tc serves better than XDP", plan.underlay.name);
-                    Choice { rung: Rung::Tc, why }
-                }
-                None => match path.attach_xdp(plan, object) {
-                    Ok(()) => {
-                        Choice { rung: Rung::Xdp, why: "the underlay's driver has native XDP".to_owned() }
-                    }
-                    Err(error) => Choice { rung: Rung::Tc, why: format!("no XDP: {error:#}") },
-                },
-            },
-        };
-        path.egress = match path.attach_tc(plan, Hook::Egress, overlay) {
-            Ok(()) => {
-                Choice { rung: Rung::Tc, why: "the kernel runs tc programs on the overlay device".to_owned() }
-            }
-            Err(error) => {
-                Choice { rung: Rung::Tun, why: format!("no tc program on the overlay device: {error:#}") }
-            }
-        };
-        path
-    }
-
-    fn attach_tc(&mut self, plan: &Plan<'_>, hook: Hook, device: &str) -> Result<()> {
-        let programs = self.programs.as_mut().context("no programs are loaded")?;
-        let attachment = programs.attach_tc(hook, device, plan.tc_attach, plan.config.port)?;
-        self.attachments.insert(0, attachment);
         Ok(())
     }
-
-    fn attach_xdp(&mut self, plan: &Plan<'_>, object: &[u8]) -> Result<()> {
-        let programs = self.programs.as_mut().context("no programs are loaded")?;
-        programs.load_program(Hook::Xdp)?;
-        self_test::run(object, &[Hook::Xdp])?;
-        let attachment = programs.attach_xdp(&plan.underlay.name)?;
-        self.attachments.insert(0, attachment);
-        Ok(())
-    }
-}
-
-/// Loads and tests the tc programs. They are configured before anything can run them.
-fn load(plan: &Plan<'_>, config: &Config) -> Result<(Programs, &'static [u8])> {
-    let object = ebpf::OBJECT.ok_or_else(|| {
-        anyhow!("this binary was built without eBPF programs: build it with `cargo xtask build`")
-    })?;
-    if !plan.underlay.ethernet {
-        bail!("the underlay {} is no Ethernet device", plan.underlay.name);
-    }
-    let hooks = [Hook::Egress, Hook::Ingress];
-    let mut programs = Programs::load(object, &hooks, 0)?;
-    self_test::run(object, &hooks).context("the kernel does not run the eBPF programs as it should")?;
-    programs.configure(config)?;
-    Ok((programs, object))
 }

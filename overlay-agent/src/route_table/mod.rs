@@ -1,10 +1,9 @@
 //! Which peer holds which subnet, derived from lease records. Pure: no store, no kernel.
 //!
 //! `claims` decides about one subnet from the records that name it, [`RouteTable`] keeps all of them up to date record by
-//! record, [`Lookup`] answers for the tun datapath.
+//! record.
 
 mod claims;
-mod lookup;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -17,7 +16,6 @@ use std::{
 
 use claims::Claims;
 use ipnet::Ipv4Net;
-pub use lookup::Lookup;
 use serde::{Deserialize, Serialize};
 
 use crate::{

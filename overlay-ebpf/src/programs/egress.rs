@@ -12,12 +12,14 @@ use aya_ebpf::{
 };
 use overlay_ebpf::{
     abi::Config,
-    egress::{self, Encap, Outer},
-    verdict::{DropReason, EgressVerdict, PuntReason},
+    egress,
+    reason::{DropReason, PuntReason},
+    verdict::{EgressVerdict, Encap, Outer},
     wire::{Bytes as _, Ethernet, Ipv4, OVERHEAD},
 };
 
 use super::{
+    log::log_failure,
     maps::{self, RouteMap},
     memory::{self, Packet},
 };
@@ -33,28 +35,28 @@ const HEADERS: usize = Ipv4::LEN + 4;
 /// `EALREADY`: the kernel allows one level of encapsulation per socket buffer.
 const EALREADY: i64 = 114;
 
-/// `TC_ACT_UNSPEC` goes on to the next program and then to the device, whose other end is the agent.
+/// `TC_ACT_UNSPEC` continues with the next program and then to the device, whose other end is the agent.
 const TO_THE_AGENT: i32 = TC_ACT_UNSPEC;
 
-/// Runs on an inner packet, behind the device's link-layer header if it has one.
+/// Runs on an inner packet behind `LINK` bytes of link-layer header: 0 or 14.
 #[inline(always)]
-pub(super) fn run(ctx: &TcContext) -> i32 {
+pub(super) fn run<const LINK: usize>(ctx: &TcContext) -> i32 {
     let Some(config) = maps::config() else {
+        log_failure!(ctx, "egress: the configuration map has no entry");
         return TO_THE_AGENT;
     };
-    let link_header = maps::link_header();
-    memory::make_visible(ctx, link_header + HEADERS);
-    if let Some(header) = Packet::of_skb(ctx).view::<Ipv4>(link_header)
+    memory::pull_headers(ctx, LINK + HEADERS);
+    if let Some(header) = Packet::of_skb(ctx).view::<Ipv4>(LINK)
         && header.header_len() > Ipv4::LEN
     {
-        let headers = link_header + header.header_len() + 4;
-        memory::make_visible(ctx, headers);
+        let headers = LINK + header.header_len() + 4;
+        memory::pull_headers(ctx, headers);
     }
-    let len = ctx.len() as usize - link_header;
-    match egress::decide(&Packet::of_skb(ctx), link_header, len, config, &RouteMap) {
-        EgressVerdict::Encap(encap) => redirect(ctx, config, &encap, link_header, len),
-        EgressVerdict::Punt(reason) => {
-            maps::count_punt(reason);
+    let len = ctx.len() as usize - LINK;
+    match egress::decide(&Packet::of_skb(ctx), LINK, len, config, &RouteMap) {
+        EgressVerdict::Encap(encap) => redirect::<LINK>(ctx, config, &encap, len),
+        EgressVerdict::TooLong => {
+            maps::count_punt(PuntReason::TooLong);
             TO_THE_AGENT
         }
         EgressVerdict::Drop(reason) => {
@@ -64,37 +66,45 @@ pub(super) fn run(ctx: &TcContext) -> i32 {
     }
 }
 
-/// Wraps the packet and hands it to the underlay, where the kernel resolves the neighbour as for any routed packet.
+/// Encapsulates the packet and hands it to the underlay, where the kernel resolves the neighbour as for any routed packet.
 #[inline(always)]
-fn redirect(ctx: &TcContext, config: &Config, encap: &Encap, link_header: usize, len: usize) -> i32 {
+fn redirect<const LINK: usize>(ctx: &TcContext, config: &Config, encap: &Encap, len: usize) -> i32 {
     match ctx.adjust_room(OVERHEAD as i32, BPF_ADJ_ROOM_MAC, ENCAP_FLAGS) {
         Ok(()) => {}
         Err(error) if error == -EALREADY => {
             maps::count_punt(PuntReason::AlreadyEncapsulated);
             return TO_THE_AGENT;
         }
-        Err(_) => return failed(),
+        Err(error) => {
+            log_failure!(ctx, "egress: adjust_room refused to add headers: error {}", error);
+            return failed();
+        }
     }
-    // SAFETY: the context is the one the kernel gave us; the helper checks the length.
-    if link_header == 0 && unsafe { bpf_skb_change_head(ctx.as_ptr().cast(), Ethernet::LEN as u32, 0) } != 0 {
+    if LINK == 0 {
+        // SAFETY: the context is the one the kernel gave us; the helper checks the length.
+        let error = unsafe { bpf_skb_change_head(ctx.as_ptr().cast(), Ethernet::LEN as u32, 0) };
+        if error != 0 {
+            log_failure!(ctx, "egress: change_head refused to add an Ethernet header: error {}", error);
+            return failed();
+        }
+    }
+    if write_headers(ctx, encap).is_none() {
+        log_failure!(ctx, "egress: the packet has no room for the headers that were added");
         return failed();
     }
-    let mut packet = Packet::of_skb(ctx);
-    let Some(inner) = packet.view_mut::<Ipv4>(Ethernet::LEN + OVERHEAD) else {
-        return failed();
-    };
-    inner.apply(encap.rewrite);
-    let Some(outer) = packet.view_mut::<Outer>(Ethernet::LEN) else {
-        return failed();
-    };
-    *outer = encap.outer;
-    let Some(ethernet) = packet.view_mut::<Ethernet>(0) else {
-        return failed();
-    };
-    *ethernet = Ethernet::UNRESOLVED_IPV4;
     maps::count_egress(len);
     // SAFETY: no parameters: the kernel looks up the next hop of the outer destination itself.
     unsafe { bpf_redirect_neigh(config.underlay_ifindex, core::ptr::null_mut(), 0, 0) as i32 }
+}
+
+/// Writes the new headers into the room that was made for them. `None` when it is not there.
+#[inline(always)]
+fn write_headers(ctx: &TcContext, encap: &Encap) -> Option<()> {
+    let mut packet = Packet::of_skb(ctx);
+    encap.rewrite.apply(packet.view_mut::<Ipv4>(Ethernet::LEN + OVERHEAD)?);
+    *packet.view_mut::<Outer>(Ethernet::LEN)? = encap.outer;
+    *packet.view_mut::<Ethernet>(0)? = Ethernet::UNRESOLVED_IPV4;
+    Some(())
 }
 
 #[inline(always)]

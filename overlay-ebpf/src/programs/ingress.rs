@@ -1,4 +1,4 @@
-//! tc ingress of the underlay: delivers what XDP unwrapped, acts on the packet core's verdict about the rest.
+//! tc ingress of the underlay: delivers packets that XDP decapsulated, acts on the packet core's verdict about the others.
 #![allow(unsafe_code, reason = "kernel helpers that aya does not wrap")]
 
 use aya_ebpf::{
@@ -11,26 +11,29 @@ use aya_ebpf::{
 };
 use overlay_ebpf::{
     abi::{Config, DECAPPED_MARK},
-    ingress::{self, Decap, INNER_OFFSET},
-    verdict::{DropReason, IngressVerdict, PuntReason},
+    ingress::{self, INNER_OFFSET},
+    reason::{DropReason, PuntReason},
+    verdict::{Decap, IngressVerdict},
     wire::{Ethernet, Ipv4, OVERHEAD, ipv4::PROTOCOL_TCP},
 };
 
 use super::{
+    log::log_failure,
     maps::{self, RouteMap},
     memory::{self, Packet},
 };
 
-/// Ethernet, outer and inner headers. An outer header with options may reach further; the stack sees to those anyway.
+/// Ethernet, outer and inner headers. An outer header with options may reach further; the stack handles those anyway.
 const HEADERS: usize = INNER_OFFSET + Ipv4::LEN;
 
-/// `TC_ACT_UNSPEC` goes on to the next program and then to the kernel's stack, where the agent's socket is.
+/// `TC_ACT_UNSPEC` continues with the next program and then to the kernel's stack, where the agent's socket is.
 const TO_THE_STACK: i32 = TC_ACT_UNSPEC;
 
 /// Runs on a frame with its Ethernet header, after GRO: it may be a super-packet.
 #[inline(always)]
 pub(super) fn run(ctx: &TcContext) -> i32 {
     let Some(config) = maps::config() else {
+        log_failure!(ctx, "ingress: the configuration map has no entry");
         return TO_THE_STACK;
     };
     if take_mark(ctx) {
@@ -39,16 +42,16 @@ pub(super) fn run(ctx: &TcContext) -> i32 {
     if has_vlan_tag(ctx) {
         return TO_THE_STACK;
     }
-    memory::make_visible(ctx, HEADERS);
+    memory::pull_headers(ctx, HEADERS);
     match ingress::decide(&Packet::of_skb(ctx), ctx.len() as usize, config, &RouteMap) {
         IngressVerdict::Pass => TO_THE_STACK,
-        // The kernel would go on to believe that a segmented packet is in a tunnel (before 7.x nothing takes that back).
-        // TCP does not care; cutting UDP would take the inner UDP header for the tunnel's.
+        // The kernel still marks a segmented packet as tunnelled (before 7.x no helper clears that). TCP is segmented
+        // correctly all the same; segmentation of UDP would take the inner UDP header for the tunnel's.
         IngressVerdict::Decap(decap) if decap.protocol != PROTOCOL_TCP && is_segmented(ctx) => {
             maps::count_punt(PuntReason::SegmentedDatagrams);
             TO_THE_STACK
         }
-        IngressVerdict::Decap(decap) => unwrap(ctx, config, &decap),
+        IngressVerdict::Decap(decap) => decapsulate(ctx, config, &decap),
         IngressVerdict::Punt(reason) => {
             maps::count_punt(reason);
             TO_THE_STACK
@@ -60,8 +63,8 @@ pub(super) fn run(ctx: &TcContext) -> i32 {
     }
 }
 
-/// Whether XDP on this device unwrapped the frame. The mark is wiped: the buffer may pass other hooks, also those of
-/// another overlay, where it would say more than is true.
+/// Whether XDP on this device decapsulated the frame. The mark is erased: the buffer may pass other hooks, also those of
+/// another overlay, which must not take it for theirs.
 #[inline(always)]
 fn take_mark(ctx: &TcContext) -> bool {
     let mut metadata = Packet::metadata_of_skb(ctx);
@@ -89,22 +92,25 @@ fn is_segmented(ctx: &TcContext) -> bool {
 }
 
 #[inline(always)]
-fn unwrap(ctx: &TcContext, config: &Config, decap: &Decap) -> i32 {
+fn decapsulate(ctx: &TcContext, config: &Config, decap: &Decap) -> i32 {
     // Without FIXED_GSO the kernel would grow the segments by what is taken off.
-    if ctx.adjust_room(-(OVERHEAD as i32), BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO as u64).is_err() {
+    if let Err(error) = ctx.adjust_room(-(OVERHEAD as i32), BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO as u64)
+    {
+        log_failure!(ctx, "ingress: adjust_room refused to remove headers: error {}", error);
         return failed();
     }
     let mut packet = Packet::of_skb(ctx);
     // Writing past the kernel's running checksum is right here: an IPv4 header sums to the same before and after.
     let Some(inner) = packet.view_mut::<Ipv4>(Ethernet::LEN) else {
+        log_failure!(ctx, "ingress: the packet has no inner header behind those that were removed");
         return failed();
     };
-    inner.apply(decap.rewrite);
+    decap.rewrite.apply(inner);
     maps::count_ingress(decap.inner_len);
     deliver(config)
 }
 
-/// Lets the packet enter the host through the overlay device, as one that the agent had written there.
+/// Delivers the packet through the ingress of the overlay device, like one that the agent writes there.
 #[inline(always)]
 fn deliver(config: &Config) -> i32 {
     // SAFETY: a helper without pointers.

@@ -2,13 +2,14 @@
 #![allow(unsafe_code, reason = "map entries are shared with other CPUs and with the agent")]
 
 use aya_ebpf::{
+    helpers::bpf_ktime_get_ns,
     macros::map,
     maps::{Array, LpmTrie, PerCpuArray, lpm_trie::Key},
 };
 use overlay_ebpf::{
     abi::{Config, Counters, MAX_ROUTES, RouteValue},
+    reason::{DropReason, PuntReason},
     route::Routes,
-    verdict::{DropReason, PuntReason},
 };
 
 #[map]
@@ -20,16 +21,33 @@ static ROUTES: LpmTrie<[u8; 4], RouteValue> = LpmTrie::with_max_entries(MAX_ROUT
 #[map]
 static COUNTERS: PerCpuArray<Counters> = PerCpuArray::with_max_entries(1, 0);
 
-/// Bytes of link-layer header in front of the packets that the egress program sees: 0 on the overlay device, 14 where the
-/// program hangs on an Ethernet device. Set by the loader, constant for the verifier.
-#[unsafe(no_mangle)]
-static LINK_HEADER: u32 = 0;
+/// When each CPU logged its last line, in nanoseconds since boot.
+#[map]
+static LAST_LINE: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 
-/// Bytes of link-layer header in front of an inner packet on egress.
+/// Whether failures are logged. Set by the loader, constant for the verifier, which removes the logging code if it is 0.
+#[unsafe(no_mangle)]
+static LOG_FAILURES: u32 = 0;
+
+/// Whether failures are logged.
 #[inline(always)]
-pub(super) fn link_header() -> usize {
+pub(super) fn logs_failures() -> bool {
     // SAFETY: a static; volatile because the loader writes it where the compiler cannot see.
-    unsafe { core::ptr::read_volatile(&raw const LINK_HEADER) as usize }
+    unsafe { core::ptr::read_volatile(&raw const LOG_FAILURES) != 0 }
+}
+
+/// Calls `check` with the time of this CPU's last line; `false` without such an entry, which cannot be.
+#[inline(always)]
+pub(super) fn with_last_line(check: impl FnOnce(&mut u64) -> bool) -> bool {
+    // SAFETY: the entry is this CPU's, and networking programs run with bottom halves off: no other reference exists.
+    LAST_LINE.get_ptr_mut(0).is_some_and(|last| check(unsafe { &mut *last }))
+}
+
+/// Nanoseconds since boot.
+#[inline(always)]
+pub(super) fn now() -> u64 {
+    // SAFETY: a helper without parameters.
+    unsafe { bpf_ktime_get_ns() }
 }
 
 /// The kernel's route map, for the packet core.
@@ -42,7 +60,7 @@ impl Routes for RouteMap {
     }
 }
 
-/// What the agent says about this host. `None` cannot happen: an array map always has its entry.
+/// This host's configuration. The verifier requires the check for `None`; an array map always has its entry.
 #[inline(always)]
 pub(super) fn config() -> Option<&'static Config> {
     CONFIG.get(0)
@@ -77,7 +95,7 @@ pub(super) fn count_drop(reason: DropReason) {
 #[inline(always)]
 fn with_counters(count: impl FnOnce(&mut Counters)) {
     if let Some(counters) = COUNTERS.get_ptr_mut(0) {
-        // SAFETY: the entry is this CPU's, and networking programs run with bottom halves off: nobody else is in it.
+        // SAFETY: the entry is this CPU's, and networking programs run with bottom halves off: no other reference exists.
         count(unsafe { &mut *counters });
     }
 }

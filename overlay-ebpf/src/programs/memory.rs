@@ -11,7 +11,7 @@ use overlay_ebpf::wire::Bytes;
 /// Brings the first `headers` bytes of a socket buffer, or all of a shorter one, into its linear part. Views taken before
 /// are void. If the kernel has no memory for it, the core sees what is there.
 #[inline(always)]
-pub(super) fn make_visible(ctx: &TcContext, headers: usize) {
+pub(super) fn pull_headers(ctx: &TcContext, headers: usize) {
     let wanted = headers.min(ctx.len() as usize);
     if ctx.data() + wanted > ctx.data_end() {
         let _ = ctx.pull_data(wanted as u32);

@@ -1,8 +1,9 @@
-//! Entry points: one per hook. `egress` on the overlay device, `ingress` and `xdp` on the underlay.
+//! Entry points, one per hook: egress on the overlay device, ingress and XDP on the underlay.
 #![allow(unsafe_code, reason = "the kernel finds programs, maps and licence by exported symbols")]
 
 mod egress;
 mod ingress;
+mod log;
 mod maps;
 mod memory;
 mod xdp;
@@ -11,26 +12,33 @@ use aya_ebpf::{
     macros::{classifier, xdp},
     programs::{TcContext, XdpContext},
 };
+use overlay_ebpf::wire::Ethernet;
 
-/// tcx or clsact egress of the overlay device: wraps inner packets.
+/// tcx or clsact egress of the overlay device, whose packets have no link-layer header: encapsulates inner packets.
 #[classifier]
 fn ovl_egress(ctx: TcContext) -> i32 {
-    egress::run(&ctx)
+    egress::run::<0>(&ctx)
 }
 
-/// tcx or clsact ingress of the underlay: delivers what XDP unwrapped, unwraps the rest.
+/// The same for devices whose packets have an Ethernet header, as in test runs.
+#[classifier]
+fn ovl_egress_ethernet(ctx: TcContext) -> i32 {
+    egress::run::<{ Ethernet::LEN }>(&ctx)
+}
+
+/// tcx or clsact ingress of the underlay: delivers packets that XDP decapsulated, decapsulates the others.
 #[classifier]
 fn ovl_ingress(ctx: TcContext) -> i32 {
     ingress::run(&ctx)
 }
 
-/// Native XDP of the underlay: unwraps packets before the kernel allocates a socket buffer.
+/// Native XDP of the underlay: decapsulates packets before the kernel allocates a socket buffer.
 #[xdp(frags)]
 fn ovl_xdp(ctx: XdpContext) -> u32 {
     xdp::run(&ctx)
 }
 
-/// What the kernel's GPL-only helpers ask for.
+/// The licence that the kernel's GPL-only helpers require.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,4 +1,4 @@
-//! XDP of the underlay: unwraps a frame before GRO and marks it for the tc program behind it, which delivers it.
+//! XDP of the underlay: decapsulates a frame before GRO and marks it for the tc program behind it, which delivers it.
 #![allow(unsafe_code, reason = "kernel helpers that aya does not wrap")]
 
 use aya_ebpf::{
@@ -8,12 +8,14 @@ use aya_ebpf::{
 };
 use overlay_ebpf::{
     abi::DECAPPED_MARK,
-    ingress::{self, Decap},
-    verdict::{DropReason, IngressVerdict, PuntReason},
+    ingress,
+    reason::{DropReason, PuntReason},
+    verdict::{Decap, IngressVerdict},
     wire::{Bytes as _, Ethernet, Ipv4, OVERHEAD},
 };
 
 use super::{
+    log::log_failure,
     maps::{self, RouteMap},
     memory::Packet,
 };
@@ -22,13 +24,14 @@ use super::{
 #[inline(always)]
 pub(super) fn run(ctx: &XdpContext) -> u32 {
     let Some(config) = maps::config() else {
+        log_failure!(ctx, "xdp: the configuration map has no entry");
         return XDP_PASS;
     };
     // SAFETY: the context is the one the kernel gave us.
     let len = unsafe { bpf_xdp_get_buff_len(ctx.ctx) } as usize;
     match ingress::decide(&Packet::of_xdp(ctx), len, config, &RouteMap) {
         IngressVerdict::Pass => XDP_PASS,
-        IngressVerdict::Decap(decap) => unwrap(ctx, &decap),
+        IngressVerdict::Decap(decap) => decapsulate(ctx, &decap),
         // Not counted: the tc program sees the same frame, comes to the same verdict and counts it.
         IngressVerdict::Punt(_) => XDP_PASS,
         IngressVerdict::Drop(reason) => {
@@ -39,36 +42,42 @@ pub(super) fn run(ctx: &XdpContext) -> u32 {
 }
 
 #[inline(always)]
-fn unwrap(ctx: &XdpContext, decap: &Decap) -> u32 {
-    // The mark first: a driver may have no room for it, and then the frame is still whole for the tc program to unwrap.
+fn decapsulate(ctx: &XdpContext, decap: &Decap) -> u32 {
+    // The mark first: a driver may have no room for it, and then the tc program decapsulates the unchanged frame.
     // SAFETY: the context is the one the kernel gave us.
     if unsafe { bpf_xdp_adjust_meta(ctx.ctx, -(DECAPPED_MARK.len() as i32)) } != 0 {
         maps::count_punt(PuntReason::NoRoomForMark);
         return XDP_PASS;
     }
     let Some(ethernet) = Packet::of_xdp(ctx).view::<Ethernet>(0).copied() else {
+        log_failure!(ctx, "xdp: the frame has no Ethernet header");
         return failed();
     };
     // SAFETY: the context is the one the kernel gave us. The metadata moves along.
-    if unsafe { bpf_xdp_adjust_head(ctx.ctx, OVERHEAD as i32) } != 0 {
+    let error = unsafe { bpf_xdp_adjust_head(ctx.ctx, OVERHEAD as i32) };
+    if error != 0 {
+        log_failure!(ctx, "xdp: adjust_head refused to remove headers: error {}", error);
         return failed();
     }
-    let mut packet = Packet::of_xdp(ctx);
-    let Some(inner) = packet.view_mut::<Ipv4>(Ethernet::LEN) else {
+    if write_headers(ctx, ethernet, decap).is_none() {
+        log_failure!(
+            ctx,
+            "xdp: the frame has no inner header or no mark behind the headers that were removed"
+        );
         return failed();
-    };
-    inner.apply(decap.rewrite);
-    let Some(header) = packet.view_mut::<Ethernet>(0) else {
-        return failed();
-    };
-    *header = ethernet;
-    let mut metadata = Packet::metadata_of_xdp(ctx);
-    let Some(mark) = metadata.view_mut::<[u8; 8]>(0) else {
-        return failed();
-    };
-    *mark = DECAPPED_MARK;
+    }
     maps::count_ingress(decap.inner_len);
     XDP_PASS
+}
+
+/// Writes the Ethernet header in front of the inner packet, and the mark in front of both. `None` when there is no room.
+#[inline(always)]
+fn write_headers(ctx: &XdpContext, ethernet: Ethernet, decap: &Decap) -> Option<()> {
+    let mut packet = Packet::of_xdp(ctx);
+    decap.rewrite.apply(packet.view_mut::<Ipv4>(Ethernet::LEN)?);
+    *packet.view_mut::<Ethernet>(0)? = ethernet;
+    *Packet::metadata_of_xdp(ctx).view_mut::<[u8; 8]>(0)? = DECAPPED_MARK;
+    Some(())
 }
 
 #[inline(always)]

@@ -2,6 +2,8 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use crate::checksum;
+
 /// Protocol number of TCP (RFC 9293).
 pub const PROTOCOL_TCP: u8 = 6;
 /// Protocol number of UDP (RFC 768).
@@ -47,23 +49,30 @@ impl Ipv4 {
     /// Length in bytes, without options.
     pub const LEN: usize = 20;
 
-    /// A header without options, identification 0 and flags DF (an atomic datagram, RFC 6864), TTL 64. The checksum is
-    /// complete.
+    /// A header without options, with identification 0 and a complete checksum. Arguments in the order of the fields.
     #[inline(always)]
-    pub fn outer(tos: u8, total_length: u16, source: [u8; 4], destination: [u8; 4]) -> Self {
+    pub fn new(
+        tos: u8,
+        total_len: u16,
+        flags_fragment: u16,
+        ttl: u8,
+        protocol: u8,
+        source: [u8; 4],
+        destination: [u8; 4],
+    ) -> Self {
         let mut header = Self {
             version_ihl: 0x45,
             tos,
-            total_length: total_length.to_be_bytes(),
+            total_length: total_len.to_be_bytes(),
             identification: [0; 2],
-            flags_fragment: FLAG_DF.to_be_bytes(),
-            ttl: 64,
-            protocol: PROTOCOL_UDP,
+            flags_fragment: flags_fragment.to_be_bytes(),
+            ttl,
+            protocol,
             checksum: [0; 2],
             source,
             destination,
         };
-        header.checksum = crate::checksum::of_header(&header).to_be_bytes();
+        header.set_checksum(header.right_checksum());
         header
     }
 
@@ -141,49 +150,42 @@ impl Ipv4 {
         pairs.map(u16::from_be_bytes)
     }
 
-    /// Replaces what an overlay end changes in an inner header. The addresses and lengths stay.
+    /// Replaces the type of service. The checksum stays.
     #[inline(always)]
-    pub fn apply(&mut self, rewrite: Rewrite) {
-        self.tos = rewrite.tos;
-        self.ttl = rewrite.ttl;
-        self.checksum = rewrite.checksum.to_be_bytes();
+    pub fn set_tos(&mut self, tos: u8) {
+        self.tos = tos;
     }
-}
 
-/// The fields of an inner header after an overlay end: TTL one less, ECN perhaps marked, checksum updated to match
-/// (RFC 1624, so a wrong checksum stays wrong and the receiver discards the packet).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Rewrite {
-    /// Type of service.
-    pub tos: u8,
-    /// Time to live, in hops.
-    pub ttl: u8,
-    /// Header checksum, host byte order.
-    pub checksum: u16,
-}
-
-impl Rewrite {
-    /// One hop on: TTL one less, `tos` as given. The caller has checked that the TTL is at least 1.
+    /// Replaces the time to live, in hops. The checksum stays.
     #[inline(always)]
-    pub fn next_hop(header: &Ipv4, tos: u8) -> Self {
-        let ttl = header.ttl.wrapping_sub(1);
-        let [old_tos_word, _, _, _, old_ttl_word, ..] = header.words();
-        let new_tos_word = u16::from_be_bytes([header.version_ihl, tos]);
-        let new_ttl_word = u16::from_be_bytes([ttl, header.protocol]);
-        let checksum = crate::checksum::update(header.checksum(), old_ttl_word, new_ttl_word);
-        let checksum = if tos == header.tos {
-            checksum
-        } else {
-            crate::checksum::update(checksum, old_tos_word, new_tos_word)
-        };
-        Self { tos, ttl, checksum }
+    pub fn set_ttl(&mut self, ttl: u8) {
+        self.ttl = ttl;
+    }
+
+    /// Replaces the header checksum.
+    #[inline(always)]
+    pub fn set_checksum(&mut self, checksum: u16) {
+        self.checksum = checksum.to_be_bytes();
+    }
+
+    /// The checksum that the header should carry if it has no options.
+    #[inline(always)]
+    fn right_checksum(&self) -> u16 {
+        let [w0, w1, w2, w3, w4, _checksum, w6, w7, w8, w9] = self.words();
+        checksum::of([w0, w1, w2, w3, w4, w6, w7, w8, w9])
+    }
+
+    /// Whether the checksum of a header without options is right (RFC 791: zero and all ones are the same sum).
+    #[inline(always)]
+    pub fn has_valid_checksum(&self) -> bool {
+        let right = self.right_checksum();
+        self.checksum() == right || (right == 0 && self.checksum() == 0xffff)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checksum;
 
     /// An ICMP echo request, TTL 64, DF; the checksum 0x21be worked out by hand.
     const ECHO_REQUEST: [u8; 20] = [
@@ -205,32 +207,20 @@ mod tests {
     }
 
     #[test]
-    fn next_hop_keeps_the_checksum_right_for_every_ttl_and_tos() {
-        for ttl in 1..=255 {
-            for tos in 0..=255 {
-                let mut header = echo_request();
-                header.ttl = ttl;
-                header.checksum = checksum::of_header(&header).to_be_bytes();
-                header.apply(Rewrite::next_hop(&header, tos));
-                assert_eq!((header.ttl(), header.tos()), (ttl - 1, tos));
-                assert!(checksum::header_is_valid(&header), "ttl {ttl} tos {tos}");
-            }
-        }
+    fn a_new_header_has_its_fields_and_a_valid_checksum() {
+        let header = Ipv4::new(0, 84, FLAG_DF, 64, 1, [10, 244, 1, 2], [10, 244, 2, 2]);
+        assert_eq!(bytemuck::bytes_of(&header), ECHO_REQUEST);
+        assert!(header.has_valid_checksum());
     }
 
     #[test]
-    fn a_wrong_checksum_stays_wrong() {
+    fn setters_replace_one_field_each() {
         let mut header = echo_request();
-        header.checksum = [0x12, 0x34];
-        header.apply(Rewrite::next_hop(&header, header.tos()));
-        assert!(!checksum::header_is_valid(&header));
-    }
-
-    #[test]
-    fn outer_header_is_an_atomic_datagram_with_a_valid_checksum() {
-        let header = Ipv4::outer(0xb8, 1500, [192, 168, 77, 1], [192, 168, 77, 2]);
-        assert!(checksum::header_is_valid(&header));
-        assert_eq!((header.tos(), header.total_len(), header.ttl(), header.protocol()), (0xb8, 1500, 64, 17));
-        assert!(!header.is_fragment());
+        header.set_ttl(63);
+        assert!(!header.has_valid_checksum());
+        header.set_checksum(0x22be);
+        assert!(header.has_valid_checksum());
+        header.set_tos(1);
+        assert_eq!((header.tos(), header.ttl(), header.checksum()), (1, 63, 0x22be));
     }
 }

@@ -1,15 +1,13 @@
 //! Typed views of packet headers: one header per file, network byte order inside, host byte order at the accessors.
 //!
-//! A view is a plain byte array with alignment 1, so it can be laid over packet memory at any address. Whoever creates
-//! one has checked once that the bytes are there; after that no accessor can fail.
+//! A view is a plain byte array with alignment 1, so it can be laid over packet memory at any address. [`Bytes::view`]
+//! checks once that the bytes are there; after that no accessor can fail.
 
 pub mod ethernet;
-mod inner;
 pub mod ipv4;
 pub mod udp;
 
 pub use ethernet::Ethernet;
-pub use inner::inner;
 pub use ipv4::Ipv4;
 pub use udp::Udp;
 

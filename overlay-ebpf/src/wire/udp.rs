@@ -18,7 +18,7 @@ impl Udp {
 
     /// A header without checksum (zero, which IPv4 allows: RFC 768). `length` counts this header and the payload.
     #[inline(always)]
-    pub fn outer(source_port: u16, destination_port: u16, length: u16) -> Self {
+    pub fn new(source_port: u16, destination_port: u16, length: u16) -> Self {
         Self {
             source_port: source_port.to_be_bytes(),
             destination_port: destination_port.to_be_bytes(),
@@ -67,6 +67,6 @@ mod tests {
         let header: Udp = bytemuck::cast([0xc0u8, 0x01, 0x20, 0x5d, 0x00, 0x5c, 0x12, 0x34]);
         assert_eq!((header.source_port(), header.destination_port()), (49153, 8285));
         assert_eq!((header.len(), header.checksum()), (92, 0x1234));
-        assert_eq!(Udp::outer(49153, 8285, 92).checksum(), 0);
+        assert_eq!(Udp::new(49153, 8285, 92).checksum(), 0);
     }
 }

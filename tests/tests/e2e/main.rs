@@ -3,6 +3,7 @@
 //! One binary, one topology per test, one test at a time: they share two CPUs, and rates and losses count.
 
 mod comparison;
+mod datapath;
 mod etcd;
 mod faults;
 mod firewall;
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
     refusals::register(&mut suite);
     node::register(&mut suite);
     underlay::register(&mut suite);
+    datapath::register(&mut suite);
     firewall::register(&mut suite);
     run(&arguments, suite.into_trials()).exit_code()
 }

@@ -1,7 +1,10 @@
 //! Generated packets: the golden ones with bytes changed, cut and appended. Whatever comes out, the core must decide
 //! without panicking, and the kernel's programs and the tun shell must decide the same.
 
-use overlay_agent::{datapath::ebpf::Hook, route_table::Lookup};
+use overlay_agent::datapath::{
+    ebpf::overlay_set::{EGRESS_ETHERNET, INGRESS, XDP},
+    tun::Lookup,
+};
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _};
 
 use crate::{
@@ -52,7 +55,7 @@ fn generate(file: &File, headers: usize, mut check: impl FnMut(&[u8])) {
 fn kernel_egress_program_agrees_with_the_core_on_generated_packets() {
     let file = File::read("egress.json");
     let (config, routes) = (file.config(), Lookup::new(&file.routes()));
-    let mut kernel = Kernel::load(Hook::Egress, &config, &file.routes());
+    let mut kernel = Kernel::load(EGRESS_ETHERNET, &config, &file.routes());
     let mut carried = 0;
     generate(&file, 24, |packet| {
         let core = rungs::core_egress(packet, &config, &routes);
@@ -68,8 +71,8 @@ fn kernel_egress_program_agrees_with_the_core_on_generated_packets() {
 fn kernel_ingress_programs_agree_with_the_core_on_generated_packets() {
     let file = File::read("ingress.json");
     let (config, routes) = (file.config(), Lookup::new(&file.routes()));
-    let mut tc = Kernel::load(Hook::Ingress, &config, &file.routes());
-    let mut xdp = Kernel::load(Hook::Xdp, &config, &file.routes());
+    let mut tc = Kernel::load(INGRESS, &config, &file.routes());
+    let mut xdp = Kernel::load(XDP, &config, &file.routes());
     let mut carried = 0;
     generate(&file, 66, |frame| {
         let core = rungs::core_ingress(frame, &config, &routes);

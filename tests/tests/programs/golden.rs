@@ -1,13 +1,19 @@
 //! Every golden vector through every implementation.
 
-use overlay_agent::{datapath::ebpf::Hook, route_table::Lookup};
+use overlay_agent::datapath::{
+    ebpf::{
+        Hook,
+        overlay_set::{EGRESS_ETHERNET, INGRESS, XDP},
+    },
+    tun::Lookup,
+};
 
 use crate::{
     rungs::{self, Kernel},
     vectors::{Disposer, File, Vector, Verdict},
 };
 
-/// Runs all vectors of a file and reports every one that goes wrong. `judge` returns what was expected and what was
+/// Runs all vectors of a file and reports every wrong one. `judge` returns what was expected and what was
 /// decided, or `None` for a vector that does not concern it; of those there may be `apart`.
 fn check(file: &File, apart: usize, mut judge: impl FnMut(&Vector) -> Option<(Verdict, Verdict)>) {
     let mut wrong = Vec::new();
@@ -84,8 +90,8 @@ fn tun_shell_decides_every_ingress_vector_that_reaches_a_socket() {
 #[test]
 fn kernel_egress_program_decides_every_egress_vector() {
     let file = File::read("egress.json");
-    let mut kernel = Kernel::load(Hook::Egress, &file.config(), &file.routes());
-    check(&file, not_taken(&file, Hook::Egress), |vector| {
+    let mut kernel = Kernel::load(EGRESS_ETHERNET, &file.config(), &file.routes());
+    check(&file, not_taken(&file, EGRESS_ETHERNET), |vector| {
         Some((vector.fast.clone(), kernel.verdict(&vector.packet)?))
     });
 }
@@ -93,8 +99,8 @@ fn kernel_egress_program_decides_every_egress_vector() {
 #[test]
 fn kernel_ingress_program_decides_every_ingress_vector() {
     let file = File::read("ingress.json");
-    let mut kernel = Kernel::load(Hook::Ingress, &file.config(), &file.routes());
-    check(&file, not_taken(&file, Hook::Ingress), |vector| {
+    let mut kernel = Kernel::load(INGRESS, &file.config(), &file.routes());
+    check(&file, not_taken(&file, INGRESS), |vector| {
         Some((vector.fast.clone(), kernel.verdict(&vector.packet)?))
     });
 }
@@ -102,8 +108,8 @@ fn kernel_ingress_program_decides_every_ingress_vector() {
 #[test]
 fn kernel_xdp_program_decides_every_ingress_vector() {
     let file = File::read("ingress.json");
-    let mut kernel = Kernel::load(Hook::Xdp, &file.config(), &file.routes());
-    check(&file, not_taken(&file, Hook::Xdp), |vector| {
+    let mut kernel = Kernel::load(XDP, &file.config(), &file.routes());
+    check(&file, not_taken(&file, XDP), |vector| {
         Some((as_xdp_shows_it(&vector.fast), kernel.verdict(&vector.packet)?))
     });
 }

@@ -13,5 +13,6 @@
 mod capacity;
 mod generated;
 mod golden;
+mod log;
 mod rungs;
 mod vectors;

@@ -1,20 +1,23 @@
 //! The same question to each implementation: what becomes of this packet? The answer in the words of the vector files.
 
-use std::{collections::BTreeMap, net::Ipv4Addr};
-
-use ipnet::Ipv4Net;
 use overlay_agent::{
     datapath::{
-        ebpf::{Hook, Programs, self_test::TC_ACT_REDIRECT, self_test::XDP_PASS},
-        tun::shell,
+        ebpf::{
+            Hook, HookKind, OverlaySet,
+            self_test::{TC_ACT_REDIRECT, XDP_PASS},
+        },
+        tun::{Lookup, shell},
     },
-    route_table::Lookup,
+    route::Routes,
 };
 use overlay_ebpf::{
-    abi::{Config, Counters},
-    egress, ingress,
-    verdict::{DropReason, EgressVerdict, IngressVerdict, PuntReason},
-    wire::{Ethernet, Ipv4, ipv4::Rewrite},
+    abi::{Config, Counters, DECAPPED_MARK},
+    egress,
+    hop::Rewrite,
+    ingress,
+    reason::{DropReason, PuntReason},
+    verdict::{EgressVerdict, IngressVerdict},
+    wire::{Ethernet, Ipv4},
 };
 
 use crate::vectors::Verdict;
@@ -33,7 +36,7 @@ const ETHERNET: [u8; 14] = [2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0];
 fn rewritten(packet: &[u8], rewrite: Rewrite) -> Vec<u8> {
     let mut packet = packet.to_vec();
     let header: &mut Ipv4 = bytemuck::from_bytes_mut(&mut packet[..Ipv4::LEN]);
-    header.apply(rewrite);
+    rewrite.apply(header);
     packet
 }
 
@@ -42,7 +45,7 @@ pub(crate) fn core_egress(packet: &[u8], config: &Config, routes: &Lookup) -> Ve
         EgressVerdict::Encap(encap) => Verdict::Encap {
             bytes: [bytemuck::bytes_of(&encap.outer), &rewritten(packet, encap.rewrite)].concat(),
         },
-        EgressVerdict::Punt(reason) => Verdict::punted(reason),
+        EgressVerdict::TooLong => Verdict::punted(PuntReason::TooLong),
         EgressVerdict::Drop(reason) => Verdict::dropped(reason),
     }
 }
@@ -92,67 +95,82 @@ pub(crate) fn tun_ingress(frame: &[u8], config: &Config, routes: &Lookup) -> Ver
 
 /// The frame by which to show a packet to a loaded program, or `None` when the kernel does not take it for a test run.
 pub(crate) fn test_frame(hook: Hook, packet: &[u8]) -> Option<Vec<u8>> {
-    let frame = match hook {
-        Hook::Egress => [&ETHERNET[..], packet].concat(),
-        Hook::Ingress | Hook::Xdp => packet.to_vec(),
+    let frame = match hook.kind {
+        HookKind::TcEgress => [&ETHERNET[..], packet].concat(),
+        HookKind::TcIngress | HookKind::Xdp => packet.to_vec(),
     };
     // For tc programs, kernel 6.18 wants the header that the EtherType announces (net/bpf/test_run.c).
-    let shortest = match (hook, frame.get(12..14)) {
-        (Hook::Egress | Hook::Ingress, Some([0x08, 0x00])) => 14 + 20,
-        (Hook::Egress | Hook::Ingress, Some([0x86, 0xdd])) => 14 + 40,
+    let shortest = match (hook.kind, frame.get(12..14)) {
+        (HookKind::TcEgress | HookKind::TcIngress, Some([0x08, 0x00])) => 14 + 20,
+        (HookKind::TcEgress | HookKind::TcIngress, Some([0x86, 0xdd])) => 14 + 40,
         _ => 14,
     };
     (shortest..=LONGEST_TEST_RUN).contains(&frame.len()).then_some(frame)
 }
 
+/// The compiled programs.
+pub(crate) fn object() -> Vec<u8> {
+    let object = std::env::var("OVERLAY_EBPF_OBJECT")
+        .expect("OVERLAY_EBPF_OBJECT names the eBPF object: run the tests with `cargo xtask test`");
+    std::fs::read(&object).unwrap_or_else(|error| panic!("{object}: {error}"))
+}
+
 /// The programs as the kernel runs them.
 pub(crate) struct Kernel {
     hook: Hook,
-    programs: Programs,
+    set: OverlaySet,
     counted: Counters,
 }
 
 impl Kernel {
-    pub(crate) fn load(hook: Hook, config: &Config, routes: &BTreeMap<Ipv4Net, Ipv4Addr>) -> Self {
-        let object = std::env::var("OVERLAY_EBPF_OBJECT")
-            .expect("OVERLAY_EBPF_OBJECT names the eBPF object: run the tests with `cargo xtask test`");
-        let object = std::fs::read(&object).unwrap_or_else(|error| panic!("{object}: {error}"));
-        let mut programs =
-            Programs::load(&object, &[hook], ETHERNET.len() as u32).expect("the programs load, as root");
-        programs.configure(config).unwrap();
-        programs.set_routes(routes).unwrap();
-        assert_eq!(&programs.routes().unwrap(), routes);
-        Self { hook, programs, counted: Counters::ZERO }
+    pub(crate) fn load(hook: Hook, config: &Config, routes: &Routes) -> Self {
+        let mut set = OverlaySet::load(&object(), false).expect("the maps load, as root");
+        set.programs.load_program(hook).unwrap();
+        set.set_config(config).unwrap();
+        assert_eq!(&set.config().unwrap(), config);
+        set.set_routes(routes).unwrap();
+        assert_eq!(&set.routes().unwrap(), routes);
+        Self { hook, set, counted: Counters::ZERO }
     }
 
     /// What the loaded program does with a packet, or `None` when the kernel does not take such a packet for a test run.
     pub(crate) fn verdict(&mut self, packet: &[u8]) -> Option<Verdict> {
         let input = test_frame(self.hook, packet)?;
-        let outcome = self
+        let mut outcome = self
+            .set
             .programs
-            .run(self.hook, &input)
+            .test_run(self.hook, &input)
             .unwrap_or_else(|error| panic!("{} bytes: {error:#}", input.len()));
-        let counters = self.programs.counters().unwrap();
+        // The kernel returns XDP's metadata in front of the packet.
+        let marked = self.hook.kind == HookKind::Xdp && outcome.packet.starts_with(&DECAPPED_MARK);
+        if marked {
+            outcome.packet.drain(..DECAPPED_MARK.len());
+        }
+        let counters = self.set.counters().unwrap();
         let events = events(&self.counted, &counters);
         self.counted = counters;
-        let untouched = outcome.packet == input && !outcome.marked;
+        let untouched = outcome.packet == input && !marked;
         let inner = || without_padding(&outcome.packet[Ethernet::LEN..]);
-        let verdict = match (self.hook, outcome.action, events.as_slice()) {
-            (Hook::Egress, TC_ACT_REDIRECT, [Event::Carried]) => Verdict::Encap { bytes: inner() },
-            (Hook::Ingress, TC_ACT_REDIRECT, [Event::Carried]) => Verdict::Decap { bytes: inner() },
-            (Hook::Xdp, XDP_PASS, [Event::Carried]) if outcome.marked => Verdict::Decap { bytes: inner() },
-            (Hook::Egress | Hook::Ingress, TC_ACT_SHOT, [Event::Drop(reason)]) => Verdict::dropped(*reason),
-            (Hook::Xdp, XDP_DROP, [Event::Drop(reason)]) => Verdict::dropped(*reason),
-            (Hook::Egress | Hook::Ingress, TC_ACT_UNSPEC, [Event::Punt(reason)]) if untouched => {
+        let verdict = match (self.hook.kind, outcome.action, events.as_slice()) {
+            (HookKind::TcEgress, TC_ACT_REDIRECT, [Event::Carried]) => Verdict::Encap { bytes: inner() },
+            (HookKind::TcIngress, TC_ACT_REDIRECT, [Event::Carried]) => Verdict::Decap { bytes: inner() },
+            (HookKind::Xdp, XDP_PASS, [Event::Carried]) if marked => Verdict::Decap { bytes: inner() },
+            (HookKind::TcEgress | HookKind::TcIngress, TC_ACT_SHOT, [Event::Drop(reason)]) => {
+                Verdict::dropped(*reason)
+            }
+            (HookKind::Xdp, XDP_DROP, [Event::Drop(reason)]) => Verdict::dropped(*reason),
+            (HookKind::TcEgress | HookKind::TcIngress, TC_ACT_UNSPEC, [Event::Punt(reason)]) if untouched => {
                 Verdict::punted(*reason)
             }
-            (Hook::Ingress, TC_ACT_UNSPEC, []) | (Hook::Xdp, XDP_PASS, []) if untouched => Verdict::Pass,
+            (HookKind::TcIngress, TC_ACT_UNSPEC, []) | (HookKind::Xdp, XDP_PASS, []) if untouched => {
+                Verdict::Pass
+            }
             (_, action, events) => panic!(
                 "{:?} returned {action}, counted {events:?}, left {} of {} bytes{}",
                 self.hook,
                 outcome.packet.len(),
                 input.len(),
-                if outcome.marked { ", marked" } else { "" }
+                if marked { ", marked" } else { "" }
             ),
         };
         Some(verdict)

@@ -1,11 +1,12 @@
 //! The golden vectors as files have them (tests/vectors/README.md).
 
-use std::{collections::BTreeMap, net::Ipv4Addr, path::Path};
+use std::{net::Ipv4Addr, path::Path};
 
 use ipnet::Ipv4Net;
+use overlay_agent::route::{Routes, Subnet, abi_prefix};
 use overlay_ebpf::{
-    abi::{Config, Prefix},
-    verdict::{DropReason, PuntReason},
+    abi::Config,
+    reason::{DropReason, PuntReason},
 };
 use serde::Deserialize;
 
@@ -26,7 +27,7 @@ struct FileConfig {
 
 #[derive(Deserialize)]
 struct Route {
-    subnet: Ipv4Net,
+    subnet: Subnet,
     peer: Ipv4Addr,
 }
 
@@ -40,7 +41,7 @@ pub(crate) struct Vector {
     pub(crate) tun: Disposer,
 }
 
-/// Who disposes of a packet on the tun rung.
+/// What handles a packet on the tun rung.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Disposer {
@@ -88,13 +89,12 @@ impl File {
     }
 
     pub(crate) fn config(&self) -> Config {
-        let prefix = |net: Ipv4Net| Prefix::new(net.network().octets(), net.prefix_len());
         let FileConfig { public_ip, network, subnet, port } = &self.config;
-        Config::new(public_ip.octets(), prefix(*network), prefix(*subnet), *port).with_devices(1, 1)
+        Config::new(public_ip.octets(), abi_prefix(*network), abi_prefix(*subnet), *port).with_devices(1, 1)
     }
 
-    pub(crate) fn routes(&self) -> BTreeMap<Ipv4Net, Ipv4Addr> {
-        self.routes.iter().map(|route| (route.subnet, route.peer)).collect()
+    pub(crate) fn routes(&self) -> Routes {
+        self.routes.iter().map(|route| (route.subnet, route.peer.into())).collect()
     }
 }
 

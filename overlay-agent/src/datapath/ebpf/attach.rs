@@ -10,9 +10,10 @@ use aya::{
     util::KernelVersion,
 };
 
-use super::{Hook, Programs};
+use super::{Hook, HookKind, ProgramSet};
+use crate::netlink::{Netlink, device_name};
 
-/// Where our filters stand among those of a clsact qdisc: first.
+/// Position of our filters among those of a clsact qdisc: first.
 const FILTER_PRIORITY: u16 = 1;
 
 /// How tc programs are attached.
@@ -27,80 +28,133 @@ pub enum TcAttach {
     Clsact,
 }
 
+/// [`TcAttach`], decided for this kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TcMode {
+    /// tcx links.
+    Tcx,
+    /// clsact filters with this handle, which tells filters of several agents on one device apart.
+    Clsact {
+        /// The minor number of the handle.
+        handle: u16,
+    },
+}
+
+/// A program on a hook of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// The program.
+    pub hook: Hook,
+    /// Index of the device.
+    pub ifindex: u32,
+    /// How it is attached if it is a tc program.
+    pub mode: TcMode,
+}
+
 /// An attached program. Dropping it detaches.
-pub enum Attachment {
-    /// A link that the kernel removes with its last file descriptor, so also when the agent is killed.
-    Link {
-        /// The link.
-        _link: FdLink,
-    },
-    /// A filter that stays until someone removes it.
-    Filter {
-        /// The link.
-        _link: SchedClassifierLink,
-    },
+pub struct Attachment {
+    /// Which, and where.
+    pub target: Target,
+    _link: Link,
+}
+
+enum Link {
+    /// The kernel removes it with its last file descriptor, so also when the agent is killed.
+    Descriptor { _link: FdLink },
+    /// Stays until it is removed.
+    Filter { _link: SchedClassifierLink },
 }
 
 impl TcAttach {
-    /// Whether tcx is to be used on this kernel.
-    fn tcx(self) -> bool {
-        match self {
+    /// Decides for this kernel; clsact filters get `handle`.
+    pub fn mode(self, handle: u16) -> TcMode {
+        let tcx = match self {
             Self::Auto => KernelVersion::current().is_ok_and(|kernel| kernel >= KernelVersion::new(6, 6, 0)),
             Self::Tcx => true,
             Self::Clsact => false,
-        }
+        };
+        if tcx { TcMode::Tcx } else { TcMode::Clsact { handle } }
     }
 }
 
-impl Programs {
-    /// Attaches a tc program and checks that the kernel runs it there.
+impl ProgramSet {
+    /// Loads a program if it is not, attaches it, and checks that the kernel runs it there.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses; nothing stays attached then.
-    pub fn attach_tc(&mut self, hook: Hook, device: &str, how: TcAttach, port: u16) -> Result<Attachment> {
-        let direction = match hook {
-            Hook::Egress => TcAttachType::Egress,
-            Hook::Ingress => TcAttachType::Ingress,
-            Hook::Xdp => bail!("ovl_xdp is no tc program"),
+    /// When the kernel refuses; nothing stays attached then. For XDP also when the driver has no native XDP or another program
+    /// is there.
+    pub async fn attach(&mut self, netlink: &Netlink, target: Target) -> Result<Attachment> {
+        let device = device_name(target.ifindex)?;
+        self.load_program(target.hook)?;
+        let link = match target.hook.kind {
+            HookKind::TcIngress => self.attach_tc(target, TcAttachType::Ingress, &device)?,
+            HookKind::TcEgress => self.attach_tc(target, TcAttachType::Egress, &device)?,
+            HookKind::Xdp => self.attach_xdp(target, &device)?,
         };
-        let tcx = how.tcx();
-        let program = self.tc(hook)?;
-        let options = if tcx {
-            // Before all others: what they see on the underlay is not ours any more.
-            TcAttachOptions::TcxOrder(LinkOrder::first())
-        } else {
-            ensure_clsact(device)?;
-            detach_filter(device, direction, port);
-            TcAttachOptions::Netlink(NlOptions {
-                priority: FILTER_PRIORITY,
-                handle: filter_handle(port),
-                ..NlOptions::default()
-            })
-        };
-        let context = || format!("attach {} to {device}", hook.program());
-        let id = program.attach_with_options(device, direction, options).with_context(context)?;
-        let link = program.take_link(id).with_context(context)?;
-        if !tcx {
-            return Ok(Attachment::Filter { _link: link });
+        if !self.is_attached(netlink, target).await? {
+            bail!(
+                "attach {} to {device}: the kernel took the program but does not list it",
+                target.hook.program
+            );
         }
-        let attachment = Attachment::Link { _link: FdLink::try_from(link).with_context(context)? };
-        let own = program.info().with_context(context)?.id();
-        let (_, attached) = SchedClassifier::query_tcx(device, direction).with_context(context)?;
-        if !attached.iter().any(|info| info.id() == own) {
-            bail!("{}: the kernel took the program but does not list it", context());
-        }
-        Ok(attachment)
+        Ok(Attachment { target, _link: link })
     }
 
-    /// Attaches the XDP program in native mode.
+    /// Whether the kernel lists our program on its hook.
     ///
     /// # Errors
     ///
-    /// When the driver has no native XDP, another program is there, or the kernel refuses.
-    pub fn attach_xdp(&mut self, device: &str) -> Result<Attachment> {
-        let program = self.xdp()?;
-        let id = match program.attach(device, XdpMode::Driver) {
+    /// When the kernel cannot be asked or the device is gone.
+    pub async fn is_attached(&self, netlink: &Netlink, target: Target) -> Result<bool> {
+        let own = self.info(target.hook)?.id();
+        let direction = match target.hook.kind {
+            HookKind::Xdp => return Ok(netlink.xdp_program(target.ifindex).await? == Some(own)),
+            HookKind::TcIngress => TcAttachType::Ingress,
+            HookKind::TcEgress => TcAttachType::Egress,
+        };
+        match target.mode {
+            TcMode::Tcx => {
+                let device = device_name(target.ifindex)?;
+                let (_, programs) = SchedClassifier::query_tcx(&device, direction)
+                    .with_context(|| format!("list the tcx programs on {device}"))?;
+                Ok(programs.iter().any(|info| info.id() == own))
+            }
+            TcMode::Clsact { handle } => {
+                let egress = target.hook.kind == HookKind::TcEgress;
+                netlink.has_filter(target.ifindex, egress, FILTER_PRIORITY, handle).await
+            }
+        }
+    }
+
+    fn attach_tc(&mut self, target: Target, direction: TcAttachType, device: &str) -> Result<Link> {
+        let options = match target.mode {
+            // Before all others: they would see outer packets that are for the overlay alone.
+            TcMode::Tcx => TcAttachOptions::TcxOrder(LinkOrder::first()),
+            TcMode::Clsact { handle } => {
+                ensure_clsact(device)?;
+                detach_filter(device, direction, handle);
+                TcAttachOptions::Netlink(NlOptions {
+                    priority: FILTER_PRIORITY,
+                    handle: TcHandle::new(0, handle),
+                    ..NlOptions::default()
+                })
+            }
+        };
+        let context = || format!("attach {} to {device}", target.hook.program);
+        let program = self.tc(target.hook)?;
+        let id = program.attach_with_options(device, direction, options).with_context(context)?;
+        let link = program.take_link(id).with_context(context)?;
+        Ok(match target.mode {
+            TcMode::Tcx => Link::Descriptor { _link: FdLink::try_from(link).with_context(context)? },
+            TcMode::Clsact { .. } => Link::Filter { _link: link },
+        })
+    }
+
+    fn attach_xdp(&mut self, target: Target, device: &str) -> Result<Link> {
+        let program = self.xdp(target.hook)?;
+        let context = || format!("attach {} to {device}", target.hook.program);
+        let id = match program.attach_to_if_index(target.ifindex, XdpMode::Driver) {
             Ok(id) => id,
             Err(ProgramError::SyscallError(error))
                 if matches!(error.io_error.raw_os_error(), Some(nix::libc::EBUSY | nix::libc::EEXIST)) =>
@@ -114,25 +168,21 @@ impl Programs {
             {
                 bail!("the driver of {device} has no native XDP: choose --datapath tc")
             }
-            Err(error) => return Err(error).with_context(|| format!("attach ovl_xdp to {device}")),
+            Err(error) => return Err(error).with_context(context),
         };
-        // The library falls back to an attachment that outlives us when the kernel has no XDP links; taking it detaches it.
+        // When the kernel has no XDP links, the library falls back to an attachment that outlives us; taking it detaches it.
         let link = program.take_link(id)?;
         let link = FdLink::try_from(link)
-            .with_context(|| format!("attach ovl_xdp to {device}: the kernel has no XDP links (5.9)"))?;
-        Ok(Attachment::Link { _link: link })
+            .with_context(|| format!("{}: the kernel has no XDP links (5.9)", context()))?;
+        Ok(Link::Descriptor { _link: link })
     }
 }
 
-/// Removes the filter that a killed agent of the network on `port` left, if there is one. tcx and XDP links leave nothing.
-pub fn detach_filter(device: &str, direction: TcAttachType, port: u16) {
-    // Dropping the link detaches what is there; that nothing is there is the rule.
-    drop(SchedClassifierLink::attached(device, direction, FILTER_PRIORITY, filter_handle(port), None));
-}
-
-/// Filters of agents for several networks share a device; their ports tell them apart.
-fn filter_handle(port: u16) -> TcHandle {
-    TcHandle::new(0, port)
+/// Removes the filter with this handle that a killed agent left, if there is one. tcx and XDP links leave nothing.
+pub fn detach_filter(device: &str, direction: TcAttachType, handle: u16) {
+    // Dropping the link detaches the filter; usually there is none.
+    let handle = TcHandle::new(0, handle);
+    drop(SchedClassifierLink::attached(device, direction, FILTER_PRIORITY, handle, None));
 }
 
 fn ensure_clsact(device: &str) -> Result<()> {

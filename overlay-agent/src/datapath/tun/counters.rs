@@ -1,8 +1,8 @@
-//! Counters of the slow path, written by its two threads and read by whoever asks.
+//! Counters of the slow path, written by its two threads.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use overlay_ebpf::{abi::Counters, verdict::DropReason};
+use overlay_ebpf::{abi::Counters, reason::DropReason};
 
 /// The slow path's share of [`Counters`]; it never punts.
 #[derive(Debug, Default)]

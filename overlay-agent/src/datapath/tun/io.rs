@@ -3,7 +3,7 @@
 use std::{
     io::{ErrorKind, IoSliceMut},
     net::{Ipv4Addr, SocketAddrV4},
-    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
+    os::fd::{AsFd as _, BorrowedFd},
     sync::atomic::Ordering,
 };
 
@@ -13,69 +13,30 @@ use nix::{
     errno::Errno,
     libc,
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::socket::{
-        AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, SockaddrIn,
-        bind as bind_socket, recvmsg, sendmsg, setsockopt, socket, sockopt,
+    sys::{
+        eventfd::EventFd,
+        socket::{ControlMessage, ControlMessageOwned, MsgFlags, SockaddrIn, recvmsg, sendmsg},
     },
 };
-use overlay_ebpf::verdict::DropReason;
-use rustix::net::sockopt::Ipv4PathMtuDiscovery;
+use overlay_ebpf::reason::DropReason;
 use tun_rs::{IDEAL_BATCH_SIZE, VIRTIO_NET_HDR_LEN};
 
-use super::{Shared, partial, shell};
+use super::{Settings, Shared, Socket, partial, shell};
 
 /// Longest packet that IPv4 allows; eBPF peers on veth or virtio may send one.
 const LONGEST: usize = 65535;
 
-/// Packets moved before looking whether to stop.
+/// Packets moved before looking at the settings.
 const BUDGET: usize = 256;
 
-/// Room for a burst of 1472-byte packets while the thread is not scheduled.
-const SOCKET_BUFFER: usize = 4 << 20;
-
-/// Opens the network's UDP socket. It takes datagrams that arrive on `device` only: a container could otherwise send one
-/// with a peer's address to the host's, and be taken for that peer.
-///
-/// # Errors
-///
-/// When the port is taken or the address is not this host's.
-pub fn bind(address: SocketAddrV4, device: &str) -> Result<OwnedFd> {
-    let fd = socket(
-        AddressFamily::Inet,
-        SockType::Datagram,
-        SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
-        None,
-    )
-    .context("open a UDP socket")?;
-    setsockopt(&fd, sockopt::BindToDevice, &device.into())
-        .with_context(|| format!("bind the UDP socket to {device}"))?;
-    match bind_socket(fd.as_raw_fd(), &SockaddrIn::from(address)) {
-        Ok(()) => {}
-        Err(Errno::EADDRINUSE) => {
-            bail!(
-                "UDP {address} is in use: stop what uses it (flanneld, or another overlay-agent?) or choose another port"
-            )
-        }
-        Err(error) => return Err(error).with_context(|| format!("bind UDP {address}")),
-    }
-    // The outer header carries the inner one's ECN and DSCP, so it must be known on arrival.
-    setsockopt(&fd, sockopt::IpRecvTos, &true).context("ask for the TOS of datagrams")?;
-    setsockopt(&fd, sockopt::RcvBufForce, &SOCKET_BUFFER).context("enlarge the socket's receive buffer")?;
-    setsockopt(&fd, sockopt::SndBufForce, &SOCKET_BUFFER).context("enlarge the socket's send buffer")?;
-    // DF on every outer packet. Unlike IP_PMTUDISC_DO this does not believe ICMP about the path: ports and addresses are
-    // known, so anybody could shrink it (the eBPF rungs do not listen to it either).
-    rustix::net::sockopt::set_ip_mtu_discover(&fd, Ipv4PathMtuDiscovery::PROBE)
-        .context("set DF on datagrams")?;
-    Ok(fd)
-}
-
-/// Moves packets from the overlay device to peers until told to stop.
+/// Moves packets from the overlay device to peers until the rung stops.
 pub(super) fn egress(shared: &Shared) -> Result<()> {
     let mut raw = vec![0u8; VIRTIO_NET_HDR_LEN + LONGEST];
     let mut packets = vec![vec![0u8; LONGEST]; IDEAL_BATCH_SIZE];
     let mut sizes = vec![0usize; IDEAL_BATCH_SIZE];
-    while wait(shared, shared.device.as_fd())? {
-        let routes = shared.routes.load();
+    let [wake, _] = &shared.wakes;
+    while wait(shared, wake, &[shared.device.as_fd()])?.is_some() {
+        let (settings, routes) = (shared.settings.load_full(), shared.routes.load());
         for _ in 0..BUDGET {
             // A super-packet comes out as the packets it stands for, with their checksums complete.
             let count = match shared.device.recv_multiple(&mut raw, &mut packets, &mut sizes, 0) {
@@ -85,7 +46,7 @@ pub(super) fn egress(shared: &Shared) -> Result<()> {
                 Err(error) if error.raw_os_error().is_some() => {
                     return Err(error).context("read from the overlay device: was it removed?");
                 }
-                // The library could not make sense of this one packet.
+                // The library does not understand this one packet.
                 Err(_) => {
                     shared.counters.dropped(DropReason::DeviceFailed);
                     continue;
@@ -93,8 +54,8 @@ pub(super) fn egress(shared: &Shared) -> Result<()> {
             };
             for (packet, size) in packets.iter_mut().zip(&sizes).take(count) {
                 let packet = packet.get_mut(..*size).unwrap_or_default();
-                match shell::egress(packet, &shared.config, &**routes) {
-                    Ok(to) => send(shared, packet, to),
+                match shell::egress(packet, &settings.config, &**routes) {
+                    Ok(to) => send(shared, &settings, packet, to),
                     Err(reason) => shared.counters.dropped(reason),
                 }
             }
@@ -103,83 +64,94 @@ pub(super) fn egress(shared: &Shared) -> Result<()> {
     Ok(())
 }
 
-fn send(shared: &Shared, packet: &[u8], to: shell::Send) {
-    let address = SockaddrIn::from(SocketAddrV4::new(Ipv4Addr::from(to.peer), shared.config.port));
+fn send(shared: &Shared, settings: &Settings, packet: &[u8], to: shell::Send) {
+    let Some(socket) = settings.sockets.first() else {
+        return shared.counters.dropped(DropReason::SendFailed);
+    };
+    let address = SockaddrIn::from(SocketAddrV4::new(Ipv4Addr::from(to.peer), settings.config.port));
     let tos = [ControlMessage::Ipv4Tos(&to.tos)];
     // Most packets have TOS 0, which is the socket's.
     let control = if to.tos == 0 { &tos[..0] } else { &tos[..] };
     loop {
         let payload = [std::io::IoSlice::new(packet)];
-        return match sendmsg(shared.socket.as_raw_fd(), &payload, control, MsgFlags::empty(), Some(&address))
-        {
+        return match sendmsg(socket.raw(), &payload, control, MsgFlags::empty(), Some(&address)) {
             Ok(_) => shared.counters.sent(packet.len()),
             Err(Errno::EINTR) => continue,
-            // The underlay's queue is full: let it drain as a blocking sender would, unless it is time to stop.
-            Err(Errno::EAGAIN) if writable(shared) => continue,
+            // The underlay's queue is full: wait as a blocking sender would, unless the settings change.
+            Err(Errno::EAGAIN) if is_writable(shared, socket) => continue,
             Err(Errno::EMSGSIZE) => shared.counters.dropped(DropReason::MtuExceeded),
             Err(_) => shared.counters.dropped(DropReason::SendFailed),
         };
     }
 }
 
-/// Moves packets from peers to the overlay device until told to stop.
+/// Moves packets from peers to the overlay device until the rung stops.
 pub(super) fn ingress(shared: &Shared) -> Result<()> {
     let mut buffer = vec![0u8; VIRTIO_NET_HDR_LEN + LONGEST];
     let mut control = cmsg_space!(libc::c_int);
-    while wait(shared, shared.socket.as_fd())? {
-        let routes = shared.routes.load();
-        for _ in 0..BUDGET {
-            let Some((header, payload)) = buffer.split_at_mut_checked(VIRTIO_NET_HDR_LEN) else {
-                bail!("the receive buffer is too short");
-            };
-            let mut parts = [IoSliceMut::new(payload)];
-            let received = recvmsg::<SockaddrIn>(
-                shared.socket.as_raw_fd(),
-                &mut parts,
-                Some(&mut control),
-                MsgFlags::empty(),
-            );
-            let (len, from, tos) = match received {
-                Ok(message) => {
-                    let mut tos = 0;
-                    for message in message.cmsgs().into_iter().flatten() {
-                        if let ControlMessageOwned::Ipv4Tos(received) = message {
-                            tos = received;
-                        }
+    let [_, wake] = &shared.wakes;
+    loop {
+        let settings = shared.settings.load_full();
+        let sources: Vec<_> = settings.sockets.iter().map(|socket| socket.as_fd()).collect();
+        let Some(ready) = wait(shared, wake, &sources)? else { return Ok(()) };
+        for (socket, _) in settings.sockets.iter().zip(ready).filter(|(_, ready)| *ready) {
+            receive(shared, &settings, socket, &mut buffer, &mut control)?;
+        }
+    }
+}
+
+/// Moves the packets that wait in one socket, up to the budget.
+fn receive(
+    shared: &Shared,
+    settings: &Settings,
+    socket: &Socket,
+    buffer: &mut [u8],
+    control: &mut [u8],
+) -> Result<()> {
+    let routes = shared.routes.load();
+    for _ in 0..BUDGET {
+        let Some((header, payload)) = buffer.split_at_mut_checked(VIRTIO_NET_HDR_LEN) else {
+            bail!("the receive buffer is too short");
+        };
+        let mut parts = [IoSliceMut::new(payload)];
+        let received = recvmsg::<SockaddrIn>(socket.raw(), &mut parts, Some(control), MsgFlags::empty());
+        let (len, from, tos) = match received {
+            Ok(message) => {
+                let mut tos = 0;
+                for message in message.cmsgs().into_iter().flatten() {
+                    if let ControlMessageOwned::Ipv4Tos(received) = message {
+                        tos = received;
                     }
-                    (message.bytes, message.address, tos)
                 }
-                Err(Errno::EAGAIN) => break,
-                // An ICMP error for something sent earlier: the datagrams behind it are still there.
-                Err(
-                    Errno::EINTR
-                    | Errno::ECONNREFUSED
-                    | Errno::EHOSTUNREACH
-                    | Errno::ENETUNREACH
-                    | Errno::EMSGSIZE,
-                ) => continue,
-                Err(error) => return Err(error).context("receive from the UDP socket"),
-            };
-            let (Some(from), Some(payload)) = (from, payload.get_mut(..len)) else {
-                continue;
-            };
-            let from = u32::from(from.ip()).to_be_bytes();
-            if let Err(reason) = shell::ingress(payload, from, tos, &shared.config, &**routes) {
-                shared.counters.dropped(reason);
-                continue;
+                (message.bytes, message.address, tos)
             }
-            header.copy_from_slice(bytemuck::bytes_of(&partial::header(
-                payload,
-                shared.mtu.load(Ordering::Relaxed),
-            )));
-            let whole = buffer.get(..VIRTIO_NET_HDR_LEN + len).unwrap_or_default();
-            match shared.device.send(whole) {
-                Ok(_) => shared.counters.delivered(len),
-                Err(error) if device_is_gone(&error) => {
-                    return Err(error).context("write to the overlay device: was it removed?");
-                }
-                Err(_) => shared.counters.dropped(DropReason::DeviceFailed),
+            Err(Errno::EAGAIN) => break,
+            // An ICMP error for a datagram sent earlier: those behind it are still there.
+            Err(
+                Errno::EINTR
+                | Errno::ECONNREFUSED
+                | Errno::EHOSTUNREACH
+                | Errno::ENETUNREACH
+                | Errno::EMSGSIZE,
+            ) => continue,
+            Err(error) => return Err(error).context("receive from the UDP socket"),
+        };
+        let (Some(from), Some(payload)) = (from, payload.get_mut(..len)) else {
+            continue;
+        };
+        let from = u32::from(from.ip()).to_be_bytes();
+        if let Err(reason) = shell::ingress(payload, from, tos, &settings.config, &**routes) {
+            shared.counters.dropped(reason);
+            continue;
+        }
+        header.copy_from_slice(bytemuck::bytes_of(&partial::header(payload, settings.mtu)));
+        let whole = buffer.get(..VIRTIO_NET_HDR_LEN + len).unwrap_or_default();
+        match shared.device.send(whole) {
+            Ok(_) => shared.counters.delivered(len),
+            Err(error) if device_is_gone(&error) => {
+                return Err(error).context("write to the overlay device: was it removed?");
             }
+            Err(_) => shared.counters.dropped(DropReason::DeviceFailed),
         }
     }
     Ok(())
@@ -190,23 +162,26 @@ fn device_is_gone(error: &std::io::Error) -> bool {
     error.raw_os_error() == Some(libc::EBADFD)
 }
 
-/// Waits until `source` is readable; `false` when it is time to stop.
-fn wait(shared: &Shared, source: BorrowedFd<'_>) -> Result<bool> {
-    let mut fds =
-        [PollFd::new(source, PollFlags::POLLIN), PollFd::new(shared.stop.as_fd(), PollFlags::POLLIN)];
+/// Waits until a source is readable or there are new settings, and says which sources are; `None` when it is time to stop.
+fn wait(shared: &Shared, wake: &EventFd, sources: &[BorrowedFd<'_>]) -> Result<Option<Vec<bool>>> {
+    let all = sources.iter().copied().chain([wake.as_fd()]);
+    let mut fds: Vec<_> = all.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
     match poll(&mut fds, PollTimeout::NONE) {
         Ok(_) | Err(Errno::EINTR) => {}
         Err(error) => return Err(error).context("wait for packets"),
     }
-    Ok(!fds[1].any().unwrap_or(false))
+    let mut ready: Vec<_> = fds.iter().map(|fd| fd.any().unwrap_or(false)).collect();
+    if ready.pop() == Some(true) {
+        // Resets it; fails only when it is reset already.
+        let _ = wake.read();
+    }
+    Ok((!shared.stop.load(Ordering::Relaxed)).then_some(ready))
 }
 
-/// Waits until the socket can take another packet; `false` when it is time to stop.
-fn writable(shared: &Shared) -> bool {
-    let mut fds = [
-        PollFd::new(shared.socket.as_fd(), PollFlags::POLLOUT),
-        PollFd::new(shared.stop.as_fd(), PollFlags::POLLIN),
-    ];
-    let ready = poll(&mut fds, PollTimeout::NONE);
-    ready.is_ok() && !fds[1].any().unwrap_or(false)
+/// Waits until the egress thread's socket can take another packet; `false` when there are new settings.
+fn is_writable(shared: &Shared, socket: &Socket) -> bool {
+    let [wake, _] = &shared.wakes;
+    let mut fds =
+        [PollFd::new(socket.as_fd(), PollFlags::POLLOUT), PollFd::new(wake.as_fd(), PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::NONE).is_ok() && !fds[1].any().unwrap_or(false)
 }

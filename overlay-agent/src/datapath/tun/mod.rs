@@ -1,83 +1,99 @@
 //! The tun rung: the slow path of a host whose fast path is eBPF, and the only path of one that has none.
 //!
-//! Two threads: one from the overlay device to the socket, one back. They end when the rung is dropped, and say so when the
-//! device is lost.
+//! Two threads: one from the overlay device to the socket, one back. They run as long as the device; settings and routes are
+//! replaced under them.
 
 mod counters;
 mod io;
+mod lookup;
 pub mod partial;
 pub mod shell;
+mod socket;
 
 pub use counters::SlowCounters;
-pub use io::bind;
+pub use lookup::Lookup;
+pub use socket::{Endpoint, Socket};
 
 use std::{
-    collections::BTreeMap,
-    net::Ipv4Addr,
-    os::fd::OwnedFd,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
     thread::JoinHandle,
 };
 
 use anyhow::{Context as _, Result};
 use arc_swap::ArcSwap;
-use ipnet::Ipv4Net;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use overlay_ebpf::abi::Config;
 use tokio::sync::mpsc;
 use tracing::error;
 use tun_rs::SyncDevice;
 
-use crate::route_table::{Change, Lookup};
+use crate::{
+    device::OverlayDevice,
+    route::{RouteChange, Routes},
+};
 
 /// The running threads of the tun rung.
 pub struct TunRung {
+    /// Index of the overlay device.
+    pub ifindex: u32,
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
 }
 
-/// What both threads use.
-pub(crate) struct Shared {
-    pub(crate) config: Config,
+/// What may change while the threads run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// This host's place in the network.
+    pub config: Config,
     /// Largest inner packet in bytes.
-    pub(crate) mtu: AtomicUsize,
-    pub(crate) device: SyncDevice,
-    pub(crate) socket: OwnedFd,
-    pub(crate) routes: ArcSwap<Lookup>,
-    pub(crate) counters: SlowCounters,
-    /// Readable once the threads are to end.
-    pub(crate) stop: EventFd,
+    pub mtu: usize,
+    /// One per underlay device; the first sends.
+    pub sockets: Vec<Arc<Socket>>,
+}
+
+/// What both threads use.
+struct Shared {
+    device: SyncDevice,
+    settings: ArcSwap<Settings>,
+    routes: ArcSwap<Lookup>,
+    counters: Arc<SlowCounters>,
+    stop: AtomicBool,
+    /// Whether a thread has ended by itself.
+    failed: AtomicBool,
+    /// Readable when settings or `stop` have changed: of egress, of ingress.
+    wakes: [EventFd; 2],
 }
 
 impl TunRung {
-    /// Starts to move packets between `device` and `socket`, with no routes yet. When a thread has to give up, its reason
-    /// comes through `failures`.
+    /// Starts to move packets between `device` and the sockets. When a thread has to end, its reason comes through `failures`.
     ///
     /// # Errors
     ///
     /// When a thread cannot be started.
     pub fn start(
-        config: Config,
-        mtu: u32,
-        device: SyncDevice,
-        socket: OwnedFd,
-        failures: mpsc::Sender<String>,
+        device: OverlayDevice,
+        settings: Settings,
+        routes: &Routes,
+        counters: Arc<SlowCounters>,
+        failures: &mpsc::Sender<String>,
     ) -> Result<Self> {
-        device.set_nonblocking(true).context("make the overlay device non-blocking")?;
+        device.fd.set_nonblocking(true).context("make the overlay device non-blocking")?;
+        let wake = || {
+            EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).context("create an eventfd")
+        };
         let shared = Arc::new(Shared {
-            config,
-            mtu: AtomicUsize::new(mtu as usize),
-            device,
-            socket,
-            routes: ArcSwap::default(),
-            counters: SlowCounters::default(),
-            stop: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-                .context("create an eventfd")?,
+            device: device.fd,
+            settings: ArcSwap::from_pointee(settings),
+            routes: ArcSwap::from_pointee(Lookup::new(routes)),
+            counters,
+            stop: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
+            wakes: [wake()?, wake()?],
         });
-        let mut rung = Self { shared, threads: Vec::new() };
+        let mut rung = Self { ifindex: device.index, shared, threads: Vec::new() };
         type Direction = fn(&Shared) -> Result<()>;
         let directions: [(&str, Direction); 2] = [("ovl-egress", io::egress), ("ovl-ingress", io::ingress)];
         for (name, direction) in directions {
@@ -85,7 +101,8 @@ impl TunRung {
             let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
                 if let Err(failure) = direction(&shared) {
                     error!("the slow path stopped: {failure:#}");
-                    // Nobody listens any more while the agent shuts down, and one word of a loss is enough.
+                    shared.failed.store(true, Ordering::Release);
+                    // Full or closed: one message of a loss is enough, and none while the agent shuts down.
                     let _ = failures.try_send(format!("{failure:#}"));
                 }
             });
@@ -94,32 +111,45 @@ impl TunRung {
         Ok(rung)
     }
 
-    /// Replaces all routes at once.
-    pub fn set_routes(&self, routes: &BTreeMap<Ipv4Net, Ipv4Addr>) {
-        self.shared.routes.store(Arc::new(Lookup::new(routes)));
+    /// Whether both threads run.
+    pub fn is_alive(&self) -> bool {
+        !self.shared.failed.load(Ordering::Acquire)
+    }
+
+    /// Replaces the settings if they differ.
+    pub fn set_settings(&self, settings: Settings) {
+        if **self.shared.settings.load() != settings {
+            self.shared.settings.store(Arc::new(settings));
+            self.wake();
+        }
+    }
+
+    /// Replaces all routes at once if they differ.
+    pub fn set_routes(&self, routes: &Routes) {
+        let lookup = Lookup::new(routes);
+        if **self.shared.routes.load() != lookup {
+            self.shared.routes.store(Arc::new(lookup));
+        }
     }
 
     /// Changes some routes, all at once.
-    pub fn change_routes(&self, changes: &[Change]) {
+    pub fn apply_routes(&self, changes: &[RouteChange]) {
         let changed = self.shared.routes.load().changed(changes);
         self.shared.routes.store(Arc::new(changed));
     }
 
-    /// The overlay device carries inner packets of up to `mtu` bytes now.
-    pub fn set_mtu(&self, mtu: u32) {
-        self.shared.mtu.store(mtu as usize, Ordering::Relaxed);
-    }
-
-    /// What the threads counted.
-    pub fn counters(&self) -> &SlowCounters {
-        &self.shared.counters
+    fn wake(&self) {
+        for wake in &self.shared.wakes {
+            // Fails only when the counter is full, and then it is readable.
+            let _ = wake.write(1);
+        }
     }
 }
 
 impl Drop for TunRung {
     fn drop(&mut self) {
-        // Cannot fail: the counter of a fresh eventfd is far from full.
-        let _ = self.shared.stop.write(1);
+        self.shared.stop.store(true, Ordering::Relaxed);
+        self.wake();
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }

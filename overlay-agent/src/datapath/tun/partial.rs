@@ -1,6 +1,6 @@
-//! Inner packets whose checksum nobody has completed.
+//! Inner packets with an unfinished checksum.
 //!
-//! An eBPF host wraps a packet as its kernel hands it over. On veth and virtio the kernel leaves TCP and UDP checksums to
+//! An eBPF host encapsulates a packet as its kernel hands it over. On veth and virtio the kernel leaves TCP and UDP checksums to
 //! hardware that does not exist, and may leave segmentation to it too: a plain UDP socket then receives one "inner packet"
 //! of up to 64 KiB whose checksum field holds the bare pseudo header's sum. Written to the overlay device as it is, it
 //! would be dropped as corrupt. The virtio header in front of a packet on a tun device (kernel doc
@@ -9,7 +9,10 @@
 use bytemuck::{Pod, Zeroable};
 use overlay_ebpf::{
     checksum,
-    wire::{Bytes as _, Ipv4, ipv4::PROTOCOL_TCP},
+    wire::{
+        Bytes as _, Ipv4,
+        ipv4::{PROTOCOL_TCP, PROTOCOL_UDP},
+    },
 };
 
 /// `flags`: the checksum is to be completed from `csum_start` on.
@@ -42,7 +45,12 @@ pub fn header(packet: &[u8], mtu: usize) -> VirtioHeader {
 
 fn partial(packet: &[u8], mtu: usize) -> Option<VirtioHeader> {
     let ip: &Ipv4 = packet.view(0)?;
-    let checksum_offset = checksum::transport_offset(ip.protocol())?;
+    // Bytes from the start of the transport header. The kernel leaves no other protocol's checksum partial.
+    let checksum_offset = match ip.protocol() {
+        PROTOCOL_TCP => 16,
+        PROTOCOL_UDP => 6,
+        _ => return None,
+    };
     if ip.is_fragment() {
         return None;
     }

@@ -2,10 +2,13 @@
 
 use overlay_ebpf::{
     abi::Config,
-    egress, ingress,
+    egress,
+    hop::Rewrite,
+    ingress,
+    reason::DropReason,
     route::Routes,
-    verdict::{DropReason, EgressVerdict, IngressVerdict},
-    wire::{Ipv4, ipv4::Rewrite},
+    verdict::{EgressVerdict, InnerVerdict},
+    wire::Ipv4,
 };
 
 /// A packet to send to a peer: the datagram's payload is the inner packet as it now lies in the buffer.
@@ -13,7 +16,7 @@ use overlay_ebpf::{
 pub struct Send {
     /// Underlay address of the peer.
     pub peer: [u8; 4],
-    /// TOS of the outer header; the socket's kernel makes the rest of it.
+    /// TOS of the outer header; the kernel makes the rest of it.
     pub tos: u8,
 }
 
@@ -28,12 +31,12 @@ pub fn egress(packet: &mut [u8], config: &Config, routes: &impl Routes) -> Resul
             apply(packet, encap.rewrite)?;
             Ok(Send { peer: encap.peer, tos: encap.outer.ipv4.tos() })
         }
-        EgressVerdict::Punt(reason) => Err(reason.unresolved()),
+        EgressVerdict::TooLong => Err(DropReason::TooLong),
         EgressVerdict::Drop(reason) => Err(reason),
     }
 }
 
-/// Decides about the payload of a datagram from `peer` whose outer header said `tos`, and rewrites it in place. It is then
+/// Decides about the payload of a datagram from `peer` with `tos` in its outer header, and rewrites it in place. It is then
 /// to be written to the overlay device.
 ///
 /// # Errors
@@ -47,17 +50,15 @@ pub fn ingress(
     routes: &impl Routes,
 ) -> Result<(), DropReason> {
     match ingress::decide_inner(payload, 0, payload.len(), peer, tos, config, routes) {
-        IngressVerdict::Decap(decap) => apply(payload, decap.rewrite),
-        // The core's second stage has no way to say that a packet is not ours: the socket's port is.
-        IngressVerdict::Pass => Err(DropReason::NotForUs),
-        IngressVerdict::Punt(reason) => Err(reason.unresolved()),
-        IngressVerdict::Drop(reason) => Err(reason),
+        InnerVerdict::Decap(decap) => apply(payload, decap.rewrite),
+        InnerVerdict::TrailingBytes => Err(DropReason::TrailingBytes),
+        InnerVerdict::Drop(reason) => Err(reason),
     }
 }
 
 fn apply(packet: &mut [u8], rewrite: Rewrite) -> Result<(), DropReason> {
     let header = packet.get_mut(..Ipv4::LEN).ok_or(DropReason::Truncated)?;
     let header: &mut Ipv4 = bytemuck::try_from_bytes_mut(header).map_err(|_| DropReason::Truncated)?;
-    header.apply(rewrite);
+    rewrite.apply(header);
     Ok(())
 }

@@ -1,19 +1,21 @@
-//! The inner packet: where it lies in what carries it, and whether it is one.
+//! Which bytes are a valid inner packet.
 
-use super::{Bytes, Ipv4};
-use crate::verdict::DropReason;
+use crate::{
+    reason::DropReason,
+    wire::{Bytes, Ipv4},
+};
 
 /// Checks that an IPv4 packet starts at `offset` in `packet` and lies inside the `available` bytes from there, and
 /// returns its header.
 ///
-/// Whether bytes follow it is for the caller to say: they mean different things in the two directions. The header
-/// checksum is not checked: the receiving stack does, and RFC 1624 updates keep a wrong one wrong.
+/// The caller checks whether bytes follow it: they mean different things in the two directions. The header checksum is not
+/// checked here but by the receiving stack: RFC 1624 updates keep a wrong one wrong.
 ///
 /// # Errors
 ///
 /// The reason to drop the packet.
 #[inline(always)]
-pub fn inner<P: Bytes + ?Sized>(packet: &P, offset: usize, available: usize) -> Result<Ipv4, DropReason> {
+pub fn header<P: Bytes + ?Sized>(packet: &P, offset: usize, available: usize) -> Result<Ipv4, DropReason> {
     let Some(header) = packet.view::<Ipv4>(offset).filter(|_| available >= Ipv4::LEN) else {
         return Err(DropReason::Truncated);
     };

@@ -1,13 +1,12 @@
 //! Longest-prefix-match lookup in user space, for the tun datapath.
 
-use std::{cmp::Reverse, collections::BTreeMap, net::Ipv4Addr};
+use std::{cmp::Reverse, collections::BTreeMap};
 
-use ipnet::Ipv4Net;
-use overlay_ebpf::route::Routes;
+use overlay_ebpf::route;
 
-use super::Change;
+use crate::route::{RouteChange, Routes};
 
-/// Longest-prefix-match lookup in a fixed set of routes, for the tun datapath.
+/// Longest-prefix-match lookup in a fixed set of routes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Lookup {
     /// One level per prefix length that occurs, longest first.
@@ -19,22 +18,22 @@ type Level = Vec<(u32, [u8; 4])>;
 
 impl Lookup {
     /// Prepares `routes` for lookups.
-    pub fn new(routes: &BTreeMap<Ipv4Net, Ipv4Addr>) -> Self {
-        let all: Vec<_> = routes.iter().map(|(subnet, peer)| Change::Set(*subnet, *peer)).collect();
+    pub fn new(routes: &Routes) -> Self {
+        let all: Vec<_> = routes.iter().map(|(subnet, peer)| RouteChange::set(*subnet, *peer)).collect();
         Self::default().changed(&all)
     }
 
     /// The same routes after `changes`, made in order.
     #[must_use]
-    pub fn changed(&self, changes: &[Change]) -> Self {
+    pub fn changed(&self, changes: &[RouteChange]) -> Self {
         let mut edits: BTreeMap<_, BTreeMap<u32, Option<[u8; 4]>>> = BTreeMap::new();
         for change in changes {
             let (subnet, peer) = match change {
-                Change::Set(subnet, peer) => (subnet, Some(peer.octets())),
-                Change::Remove(subnet) => (subnet, None),
+                RouteChange::Set(route) => (route.subnet, Some(route.peer.address.octets())),
+                RouteChange::Remove(subnet) => (*subnet, None),
             };
-            let level = edits.entry(Reverse(u32::from(subnet.netmask()))).or_default();
-            level.insert(u32::from(subnet.network()), peer);
+            let level = edits.entry(Reverse(u32::from(subnet.prefix().netmask()))).or_default();
+            level.insert(u32::from(subnet.base()), peer);
         }
         let mut levels: BTreeMap<_, Level> =
             self.levels.iter().map(|(mask, level)| (Reverse(*mask), level.clone())).collect();
@@ -50,7 +49,7 @@ impl Lookup {
     }
 }
 
-impl Routes for Lookup {
+impl route::Routes for Lookup {
     fn peer_of(&self, address: [u8; 4]) -> Option<[u8; 4]> {
         let address = u32::from_be_bytes(address);
         self.levels.iter().find_map(|(mask, level)| {
@@ -62,41 +61,46 @@ impl Routes for Lookup {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
+    use overlay_ebpf::route::Routes as _;
+
     use super::*;
+    use crate::route::{Peer, Subnet};
 
-    const PEER: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 2);
-    const NEAR: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 4);
+    const PEER: Peer = Peer { address: Ipv4Addr::new(192, 168, 77, 2) };
+    const NEAR: Peer = Peer { address: Ipv4Addr::new(192, 168, 77, 4) };
 
-    fn net(text: &str) -> Ipv4Net {
+    fn net(text: &str) -> Subnet {
         text.parse().unwrap()
     }
 
     #[test]
     fn lookup_prefers_the_longest_prefix() {
         let lookup =
-            Lookup::new(&BTreeMap::from([(net("10.244.128.0/17"), PEER), (net("10.244.200.0/24"), NEAR)]));
-        assert_eq!(lookup.peer_of([10, 244, 200, 7]), Some(NEAR.octets()));
-        assert_eq!(lookup.peer_of([10, 244, 201, 7]), Some(PEER.octets()));
+            Lookup::new(&Routes::from([(net("10.244.128.0/17"), PEER), (net("10.244.200.0/24"), NEAR)]));
+        assert_eq!(lookup.peer_of([10, 244, 200, 7]), Some(NEAR.address.octets()));
+        assert_eq!(lookup.peer_of([10, 244, 201, 7]), Some(PEER.address.octets()));
         assert_eq!(lookup.peer_of([10, 244, 1, 7]), None);
         assert_eq!(Lookup::default().peer_of([10, 244, 1, 7]), None);
     }
 
     #[test]
     fn changes_lead_to_what_all_routes_at_once_are() {
-        let before = BTreeMap::from([
+        let before = Routes::from([
             (net("10.244.1.0/24"), PEER),
             (net("10.244.3.0/24"), PEER),
             (net("10.244.128.0/17"), PEER),
         ]);
         let changes = [
-            Change::Set(net("10.244.2.0/24"), NEAR),
-            Change::Set(net("10.244.3.0/24"), NEAR),
-            Change::Set(net("10.244.9.0/30"), NEAR),
-            Change::Set(net("10.244.5.0/24"), NEAR),
-            Change::Remove(net("10.244.5.0/24")),
-            Change::Remove(net("10.244.128.0/17")),
+            RouteChange::set(net("10.244.2.0/24"), NEAR),
+            RouteChange::set(net("10.244.3.0/24"), NEAR),
+            RouteChange::set(net("10.244.9.0/30"), NEAR),
+            RouteChange::set(net("10.244.5.0/24"), NEAR),
+            RouteChange::Remove(net("10.244.5.0/24")),
+            RouteChange::Remove(net("10.244.128.0/17")),
         ];
-        let after = BTreeMap::from([
+        let after = Routes::from([
             (net("10.244.1.0/24"), PEER),
             (net("10.244.2.0/24"), NEAR),
             (net("10.244.3.0/24"), NEAR),

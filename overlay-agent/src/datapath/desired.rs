@@ -1,0 +1,138 @@
+//! What a datapath should be, and what it reports.
+
+use anyhow::{Context as _, Result};
+use clap::ValueEnum as _;
+use overlay_ebpf::abi::{Config, Counters};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    ebpf::TcAttach,
+    plan::{Plan, Underlay},
+};
+use crate::{
+    device::DeviceSpec,
+    netlink::Link,
+    route::{Routes, abi_prefix},
+};
+
+/// What `--datapath` asks for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Request {
+    /// The best rung that this host can have, for each direction
+    #[default]
+    Auto,
+    /// Native XDP on the underlay, tc on the overlay device
+    Xdp,
+    /// tc in both directions
+    Tc,
+    /// No eBPF: every packet through the agent
+    Tun,
+}
+
+impl Request {
+    /// As on the command line.
+    pub(super) fn flag(self) -> String {
+        let value = self.to_possible_value();
+        value.map_or_else(String::new, |value| format!("--datapath {}", value.get_name()))
+    }
+}
+
+/// One of the ways to move packets, the fastest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Rung {
+    /// Native XDP.
+    Xdp,
+    /// tcx or clsact.
+    Tc,
+    /// User space.
+    Tun,
+}
+
+/// The rung of one direction, and why it is that one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Choice {
+    /// The rung.
+    pub rung: Rung,
+    /// One sentence.
+    pub why: String,
+}
+
+/// A device that carries outer packets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnderlayDevice {
+    /// The device.
+    pub link: Link,
+    /// Its address: outer packets come from and to it.
+    pub local_ip: std::net::Ipv4Addr,
+}
+
+/// What a datapath should be.
+#[derive(Clone, Copy, Debug)]
+pub struct Desired<'a> {
+    /// The overlay device, with network, port and subnet.
+    pub device: &'a DeviceSpec,
+    /// The devices on which outer packets arrive, at least one. They leave through the first, and the eBPF programs know only
+    /// its address: packets to another one take the slow path.
+    pub underlays: &'a [UnderlayDevice],
+    /// Which rung.
+    pub request: Request,
+    /// How tc programs are attached.
+    pub tc_attach: TcAttach,
+    /// Where packets go.
+    pub routes: &'a Routes,
+    /// Whether the eBPF programs log failures.
+    pub log: bool,
+}
+
+impl Desired<'_> {
+    /// The configuration of the packet core when the overlay device has this index.
+    ///
+    /// # Errors
+    ///
+    /// When there is no underlay device.
+    pub(super) fn config(&self, overlay_ifindex: u32) -> Result<Config> {
+        let first = self.underlays.first().context("there is no underlay device")?;
+        let (network, subnet) = (self.device.alias.network, self.device.subnet.prefix());
+        let local_ip = first.local_ip.octets();
+        let config = Config::new(local_ip, abi_prefix(network), abi_prefix(subnet), self.device.alias.port);
+        Ok(config.with_devices(first.link.index, overlay_ifindex))
+    }
+
+    pub(super) fn plan(&self, overlay_ifindex: u32) -> Plan {
+        let underlay = |UnderlayDevice { link, .. }: &UnderlayDevice| Underlay {
+            name: link.name.clone(),
+            ifindex: link.index,
+            kind: link.kind.clone(),
+            ethernet: link.ethernet,
+        };
+        Plan {
+            request: self.request,
+            mode: self.tc_attach.mode(self.device.alias.port),
+            underlays: self.underlays.iter().map(underlay).collect(),
+            overlay_ifindex,
+            log: self.log,
+        }
+    }
+}
+
+/// What a reconciliation did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Steps that the desired state asked for, such as "ovl_xdp attached".
+    pub made: Vec<String>,
+    /// What others had changed and is as desired again, such as "route of ovl0".
+    pub repaired: Vec<String>,
+    /// Why the kernel's map lacks routes that the slow path has. [`super::Datapath::apply_routes`] and the next
+    /// reconciliation try again.
+    pub routes_behind: Option<String>,
+}
+
+/// Counters of both paths.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PathCounters {
+    /// The eBPF programs'.
+    pub fast: Counters,
+    /// The agent's.
+    pub slow: Counters,
+}

@@ -1,0 +1,185 @@
+//! The overlay's set of programs: hooks, and maps as typed values.
+
+use std::io::ErrorKind;
+
+use anyhow::{Context as _, Result, bail};
+use aya::maps::{Array, LpmTrie, MapData, MapError, PerCpuArray, lpm_trie::Key};
+use ipnet::Ipv4Net;
+use overlay_ebpf::abi::{Config, Counters, MAX_ROUTES, RouteValue};
+
+use super::{Hook, HookKind, ProgramSet};
+use crate::route::{Peer, Route, RouteChange, Routes, Subnet, diff};
+
+/// tc egress of the overlay device.
+pub const EGRESS: Hook = Hook { program: "ovl_egress", kind: HookKind::TcEgress };
+/// tc egress of a device with an Ethernet header, as in test runs.
+pub const EGRESS_ETHERNET: Hook = Hook { program: "ovl_egress_ethernet", kind: HookKind::TcEgress };
+/// tc ingress of an underlay device.
+pub const INGRESS: Hook = Hook { program: "ovl_ingress", kind: HookKind::TcIngress };
+/// XDP of an underlay device; needs [`INGRESS`] behind it.
+pub const XDP: Hook = Hook { program: "ovl_xdp", kind: HookKind::Xdp };
+
+// aya moves map values as plain bytes, so that the types need not implement its marker trait.
+type ConfigBytes = [u8; size_of::<Config>()];
+type CountersBytes = [u8; size_of::<Counters>()];
+type RouteBytes = [u8; size_of::<RouteValue>()];
+
+/// The loaded programs and their maps.
+pub struct OverlaySet {
+    /// The programs.
+    pub programs: ProgramSet,
+    config: Array<MapData, ConfigBytes>,
+    route_map: LpmTrie<MapData, [u8; 4], RouteBytes>,
+    counters: PerCpuArray<MapData, CountersBytes>,
+    /// What was written to the route map.
+    routes: Routes,
+}
+
+impl OverlaySet {
+    /// Loads the maps; see [`ProgramSet::load`].
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses a map.
+    pub fn load(object: &[u8], log: bool) -> Result<Self> {
+        let mut programs = ProgramSet::load("overlay", object, log)?;
+        Ok(Self {
+            config: programs.take_map("CONFIG")?,
+            route_map: programs.take_map("ROUTES")?,
+            counters: programs.take_map("COUNTERS")?,
+            programs,
+            routes: Routes::new(),
+        })
+    }
+
+    /// Writes this host's configuration.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses the update.
+    pub fn set_config(&mut self, config: &Config) -> Result<()> {
+        self.config.set(0, bytemuck::cast::<Config, ConfigBytes>(*config), 0).context("write the map CONFIG")
+    }
+
+    /// The configuration in the kernel's map.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn config(&self) -> Result<Config> {
+        let config = self.config.get(&0, 0).context("read the map CONFIG")?;
+        Ok(bytemuck::cast::<ConfigBytes, Config>(config))
+    }
+
+    /// Makes the route map hold exactly `desired`, step by step. After an error the steps already made stay and the next call
+    /// continues from there.
+    ///
+    /// # Errors
+    ///
+    /// When there are more routes than the map holds, or the kernel refuses an update. Those that fit are there.
+    pub fn set_routes(&mut self, desired: &Routes) -> Result<()> {
+        let changes = diff(&self.routes, desired);
+        self.apply_routes(&changes)
+    }
+
+    /// Makes `changes` in the route map, in order.
+    ///
+    /// # Errors
+    ///
+    /// As [`OverlaySet::set_routes`].
+    pub fn apply_routes(&mut self, changes: &[RouteChange]) -> Result<()> {
+        // Additions come first, so a full map takes some of them only after others have been removed.
+        let mut waiting = Vec::new();
+        for change in changes {
+            match *change {
+                RouteChange::Set(route) if self.is_full_for(route.subnet) => waiting.push(route),
+                RouteChange::Set(route) => self.set_route(route)?,
+                RouteChange::Remove(subnet) => self.remove_route(subnet)?,
+            }
+        }
+        let mut left = 0;
+        for route in waiting {
+            match self.is_full_for(route.subnet) {
+                true => left += 1,
+                false => self.set_route(route)?,
+            }
+        }
+        if left > 0 {
+            bail!(
+                "the kernel's map holds {MAX_ROUTES} routes and is full: {left} more are not in it and packets to them are \
+                 dropped; use larger subnets, or --datapath tun"
+            );
+        }
+        Ok(())
+    }
+
+    fn is_full_for(&self, subnet: Subnet) -> bool {
+        self.routes.len() >= MAX_ROUTES as usize && !self.routes.contains_key(&subnet)
+    }
+
+    fn set_route(&mut self, Route { subnet, peer }: Route) -> Result<()> {
+        self.route_map
+            .insert(&key(subnet), peer.address.octets(), 0)
+            .with_context(|| format!("write the route {subnet} via {peer}"))?;
+        self.routes.insert(subnet, peer);
+        Ok(())
+    }
+
+    fn remove_route(&mut self, subnet: Subnet) -> Result<()> {
+        // One that did not fit is not in the map.
+        if self.routes.contains_key(&subnet) {
+            match self.route_map.remove(&key(subnet)) {
+                // Removed by another process.
+                Err(MapError::SyscallError(error)) if error.io_error.kind() == ErrorKind::NotFound => {}
+                removed => removed.with_context(|| format!("remove the route {subnet}"))?,
+            }
+            self.routes.remove(&subnet);
+        }
+        Ok(())
+    }
+
+    /// The routes in the kernel's map.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn routes(&self) -> Result<Routes> {
+        let mut routes = Routes::new();
+        for entry in self.route_map.iter() {
+            let (key, peer) = entry.context("read the map ROUTES")?;
+            let prefix = Ipv4Net::new(key.data().into(), u8::try_from(key.prefix_len())?)?;
+            routes.insert(Subnet::containing(prefix), Peer { address: peer.into() });
+        }
+        Ok(routes)
+    }
+
+    /// Reads the kernel's map and returns how many of its routes are not as they were written. The next
+    /// [`OverlaySet::set_routes`] repairs them.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn check_routes(&mut self) -> Result<usize> {
+        let found = self.routes()?;
+        let foreign = diff(&self.routes, &found).len();
+        self.routes = found;
+        Ok(foreign)
+    }
+
+    /// The counters of all CPUs, added up.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn counters(&self) -> Result<Counters> {
+        let mut sum = Counters::ZERO;
+        for cpu in self.counters.get(&0, 0).context("read the map COUNTERS")?.iter() {
+            sum.add(&bytemuck::pod_read_unaligned(cpu));
+        }
+        Ok(sum)
+    }
+}
+
+fn key(subnet: Subnet) -> Key<[u8; 4]> {
+    Key::new(u32::from(subnet.prefix().prefix_len()), subnet.base().octets())
+}

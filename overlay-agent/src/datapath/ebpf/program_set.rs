@@ -1,0 +1,187 @@
+//! A set of eBPF programs that share maps: loaded as one object, each program when it is first needed. Nothing here knows
+//! what a particular set does.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, anyhow};
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{Map, MapError},
+    programs::{ProgramError, ProgramInfo, SchedClassifier, TestRun as _, TestRunAttrs, TestRunOptions, Xdp},
+};
+use aya_log::EbpfLogger;
+use tokio::task::JoinHandle;
+
+/// How often to look for lines of the programs, which are rate-limited and few.
+const LOG_INTERVAL: Duration = Duration::from_millis(100);
+
+/// A program and the kind of hook that it is made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Hook {
+    /// The program's name in the object and in what the kernel lists.
+    pub program: &'static str,
+    /// The kind of hook.
+    pub kind: HookKind,
+}
+
+/// Where the kernel runs a program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum HookKind {
+    /// Native XDP of a device.
+    Xdp,
+    /// tcx or clsact ingress of a device.
+    TcIngress,
+    /// tcx or clsact egress of a device.
+    TcEgress,
+}
+
+/// What a program did with a test packet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// Its return value: a tc or XDP action.
+    pub action: u32,
+    /// The packet as the program left it; XDP metadata, if any, is in front.
+    pub packet: Vec<u8>,
+}
+
+/// A loaded object.
+pub struct ProgramSet {
+    name: &'static str,
+    ebpf: Ebpf,
+    /// Forwards what the programs log. Holds the map, so it ends with the set.
+    log: Option<JoinHandle<()>>,
+}
+
+impl ProgramSet {
+    /// Loads the maps of `object`. With `log`, the programs log failures, and a task of the current tokio runtime forwards the
+    /// lines.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses a map, or `object` cannot log.
+    ///
+    /// # Panics
+    ///
+    /// With `log` outside of a tokio runtime.
+    pub fn load(name: &'static str, object: &[u8], log: bool) -> Result<Self> {
+        let log_failures = u32::from(log);
+        let mut ebpf =
+            EbpfLoader::new().override_global("LOG_FAILURES", &log_failures, log).load(object).with_context(
+                || format!("load the eBPF maps of {name}: root and kernel 5.10 or later are needed"),
+            )?;
+        let log = if log { Some(forward_log(&mut ebpf)?) } else { None };
+        Ok(Self { name, ebpf, log })
+    }
+
+    /// Takes a map out of the set; it must live as long as the set loads programs.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such map, or it has another type.
+    pub fn take_map<M: TryFrom<Map, Error = MapError>>(&mut self, map: &str) -> Result<M> {
+        let found = self.ebpf.take_map(map).with_context(|| format!("{} has no map {map}", self.name))?;
+        M::try_from(found).with_context(|| format!("the map {map} of {}", self.name))
+    }
+
+    /// Loads a program, unless it is loaded.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses it; the message ends with the last lines of the verifier's log.
+    pub fn load_program(&mut self, hook: Hook) -> Result<()> {
+        let loaded = match hook.kind {
+            HookKind::TcIngress | HookKind::TcEgress => self.tc(hook)?.load(),
+            HookKind::Xdp => self.xdp(hook)?.load(),
+        };
+        match loaded {
+            Ok(()) | Err(ProgramError::AlreadyLoaded) => Ok(()),
+            Err(error) => Err(verifier_error(hook.program, error)),
+        }
+    }
+
+    /// The kernel's description of a loaded program.
+    ///
+    /// # Errors
+    ///
+    /// When the program is not loaded.
+    pub fn info(&self, hook: Hook) -> Result<ProgramInfo> {
+        let program = self.ebpf.program(hook.program).with_context(|| self.lacks(hook))?;
+        program.info().with_context(|| format!("look up the program {}", hook.program))
+    }
+
+    /// Runs a loaded program on a packet without sending anything (`BPF_PROG_TEST_RUN`). The kernel takes the first 14 bytes
+    /// for an Ethernet header.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses the packet or the program is not loaded.
+    pub fn test_run(&mut self, hook: Hook, packet: &[u8]) -> Result<Outcome> {
+        // Room for headers that the program adds.
+        let mut out = vec![0; packet.len() + 64];
+        let options = TestRunOptions {
+            data_in: Some(packet),
+            data_out: Some(&mut out),
+            ctx_in: None,
+            ctx_out: None,
+            repeat: 1,
+            attrs: TestRunAttrs::default(),
+        };
+        let result = match hook.kind {
+            HookKind::TcIngress | HookKind::TcEgress => SchedClassifier::test_run(self.tc(hook)?, options),
+            HookKind::Xdp => Xdp::test_run(self.xdp(hook)?, options),
+        };
+        let result = result.with_context(|| format!("run {} on a test packet", hook.program))?;
+        out.truncate(result.data_size_out as usize);
+        Ok(Outcome { action: result.return_value, packet: out })
+    }
+
+    pub(super) fn tc(&mut self, hook: Hook) -> Result<&mut SchedClassifier> {
+        let lacks = self.lacks(hook);
+        Ok(self.ebpf.program_mut(hook.program).context(lacks)?.try_into()?)
+    }
+
+    pub(super) fn xdp(&mut self, hook: Hook) -> Result<&mut Xdp> {
+        let lacks = self.lacks(hook);
+        Ok(self.ebpf.program_mut(hook.program).context(lacks)?.try_into()?)
+    }
+
+    fn lacks(&self, hook: Hook) -> String {
+        format!("{} has no program {}", self.name, hook.program)
+    }
+}
+
+impl Drop for ProgramSet {
+    fn drop(&mut self) {
+        if let Some(task) = &self.log {
+            task.abort();
+        }
+    }
+}
+
+/// Forwards the programs' lines to the `log` crate's logger, which tracing-subscriber bridges to tracing.
+fn forward_log(ebpf: &mut Ebpf) -> Result<JoinHandle<()>> {
+    let mut logger = EbpfLogger::init(ebpf).context("open the log of the eBPF programs")?;
+    let mut pause = tokio::time::interval(LOG_INTERVAL);
+    Ok(tokio::spawn(async move {
+        loop {
+            pause.tick().await;
+            logger.flush();
+        }
+    }))
+}
+
+/// The verifier's log is long; its reason stands at the end.
+fn verifier_error(program: &str, error: ProgramError) -> anyhow::Error {
+    let ProgramError::LoadError { io_error, verifier_log } = &error else {
+        return anyhow::Error::new(error).context(format!("load the program {program}"));
+    };
+    let log = verifier_log.to_string();
+    let statistics = ["processed ", "verification time", "stack depth"];
+    let tail = log
+        .lines()
+        .rev()
+        .filter(|line| !line.trim().is_empty() && !statistics.iter().any(|start| line.starts_with(start)));
+    let mut tail: Vec<&str> = tail.take(3).collect();
+    tail.reverse();
+    anyhow!("load the program {program}: {io_error}: {}", tail.join(" | "))
+}

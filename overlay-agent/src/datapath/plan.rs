@@ -1,0 +1,239 @@
+//! Which programs should be attached where, and the steps from what is attached to that. Pure.
+
+use super::{Choice, Request, Rung};
+use crate::datapath::ebpf::{
+    Hook, Target, TcMode,
+    overlay_set::{EGRESS, INGRESS, XDP},
+};
+
+/// A device that carries outer packets, as far as the choice of rungs depends on it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Underlay {
+    pub(super) name: String,
+    pub(super) ifindex: u32,
+    /// What kind of virtual device it is; `None` for hardware and virtio.
+    pub(super) kind: Option<String>,
+    pub(super) ethernet: bool,
+}
+
+/// What the programs that should be attached depend on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Plan {
+    pub(super) request: Request,
+    pub(super) mode: TcMode,
+    pub(super) underlays: Vec<Underlay>,
+    pub(super) overlay_ifindex: u32,
+    pub(super) log: bool,
+}
+
+/// What the kernel refused under a plan of [`Request::Auto`]. It is not asked again until the plan changes.
+#[derive(Debug, Default)]
+pub(super) struct Refusals {
+    /// Why there are no programs at all.
+    pub(super) programs: Option<String>,
+    pub(super) targets: Vec<(Target, String)>,
+}
+
+impl Refusals {
+    fn why(&self, target: Target) -> Option<&str> {
+        self.targets.iter().find(|(refused, _)| *refused == target).map(|(_, why)| why.as_str())
+    }
+}
+
+impl Plan {
+    fn target(&self, hook: Hook, ifindex: u32) -> Target {
+        Target { hook, ifindex, mode: self.mode }
+    }
+
+    fn wants_xdp(&self, underlay: &Underlay) -> bool {
+        match self.request {
+            Request::Xdp => true,
+            // Virtual devices with native XDP lose more elsewhere (veth: TSO of the peer, and a copy).
+            Request::Auto => underlay.kind.is_none(),
+            Request::Tc | Request::Tun => false,
+        }
+    }
+
+    /// The programs that should be attached, in the order of attaching: what XDP passes on needs the tc program behind it.
+    pub(super) fn targets(&self, refusals: &Refusals) -> Vec<Target> {
+        if self.request == Request::Tun || refusals.programs.is_some() {
+            return Vec::new();
+        }
+        let mut targets = Vec::new();
+        for underlay in &self.underlays {
+            let ingress = self.target(INGRESS, underlay.ifindex);
+            targets.push(ingress);
+            if self.wants_xdp(underlay) && refusals.why(ingress).is_none() {
+                targets.push(self.target(XDP, underlay.ifindex));
+            }
+        }
+        targets.push(self.target(EGRESS, self.overlay_ifindex));
+        targets.retain(|target| refusals.why(*target).is_none());
+        targets
+    }
+
+    /// How inner packets leave.
+    pub(super) fn egress(&self, refusals: &Refusals) -> Choice {
+        let refused = refusals.why(self.target(EGRESS, self.overlay_ifindex));
+        let rung = if refused.is_some() { Rung::Tun } else { Rung::Tc };
+        self.choice(refusals, rung, || match refused {
+            Some(why) => format!("no tc program on the overlay device: {why}"),
+            None => "the kernel runs tc programs on the overlay device".to_owned(),
+        })
+    }
+
+    /// How outer packets arrive: the slowest way of several underlay devices.
+    pub(super) fn ingress(&self, refusals: &Refusals) -> Choice {
+        let choices = self.underlays.iter().map(|underlay| self.ingress_of(underlay, refusals));
+        let slowest = choices.max_by_key(|choice| choice.rung);
+        slowest.unwrap_or(Choice { rung: Rung::Tun, why: "there is no underlay device".to_owned() })
+    }
+
+    fn ingress_of(&self, underlay: &Underlay, refusals: &Refusals) -> Choice {
+        let [no_tc, no_xdp] = [INGRESS, XDP].map(|hook| refusals.why(self.target(hook, underlay.ifindex)));
+        let rung = match (no_tc, no_xdp) {
+            (Some(_), _) => Rung::Tun,
+            (None, None) if self.wants_xdp(underlay) => Rung::Xdp,
+            (None, _) => Rung::Tc,
+        };
+        self.choice(refusals, rung, || match (no_tc, &underlay.kind, no_xdp) {
+            (Some(why), ..) => format!("no tc program on the underlay: {why}"),
+            (None, Some(kind), _) => {
+                format!("{} is a {kind} device, which tc serves better than XDP", underlay.name)
+            }
+            (None, None, Some(why)) => format!("no XDP: {why}"),
+            (None, None, None) => "the underlay's driver has native XDP".to_owned(),
+        })
+    }
+
+    /// `rung`, unless there are no programs; `why` if it was not asked for.
+    fn choice(&self, refusals: &Refusals, rung: Rung, why: impl FnOnce() -> String) -> Choice {
+        let asked = || format!("asked for with {}", self.request.flag());
+        let (rung, why) = match (self.request, &refusals.programs) {
+            (Request::Tun, _) => (Rung::Tun, asked()),
+            (_, Some(why)) => (Rung::Tun, format!("eBPF cannot be had: {why}")),
+            (Request::Xdp | Request::Tc, None) => (rung, asked()),
+            (Request::Auto, None) => (rung, why()),
+        };
+        Choice { rung, why }
+    }
+}
+
+/// One step from what is attached to what should be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Step {
+    Attach(Target),
+    Detach(Target),
+}
+
+/// The next step. New programs are attached before old ones are detached, and XDP is detached before the tc program behind
+/// it: packets that XDP decapsulated would reach the stack as the underlay's own.
+pub(super) fn next_step(attached: &[Target], wanted: &[Target]) -> Option<Step> {
+    if let Some(missing) = wanted.iter().find(|target| !attached.contains(target)) {
+        return Some(Step::Attach(*missing));
+    }
+    let surplus = attached.iter().filter(|target| !wanted.contains(target));
+    surplus.min_by_key(|target| target.hook.kind).map(|target| Step::Detach(*target))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OVERLAY: u32 = 9;
+
+    fn plan(request: Request, kinds: &[Option<&str>]) -> Plan {
+        let underlay = |(ifindex, kind): (u32, &Option<&str>)| Underlay {
+            name: format!("eth{ifindex}"),
+            ifindex,
+            kind: kind.map(str::to_owned),
+            ethernet: true,
+        };
+        Plan {
+            request,
+            mode: TcMode::Tcx,
+            underlays: (1..).zip(kinds).map(underlay).collect(),
+            overlay_ifindex: OVERLAY,
+            log: false,
+        }
+    }
+
+    fn target(hook: Hook, ifindex: u32) -> Target {
+        Target { hook, ifindex, mode: TcMode::Tcx }
+    }
+
+    /// All steps in order, each made as it is named.
+    fn steps(mut attached: Vec<Target>, wanted: &[Target]) -> Vec<Step> {
+        let mut steps = Vec::new();
+        while let Some(step) = next_step(&attached, wanted) {
+            match step {
+                Step::Attach(target) => attached.push(target),
+                Step::Detach(target) => attached.retain(|other| *other != target),
+            }
+            steps.push(step);
+        }
+        steps
+    }
+
+    #[test]
+    fn auto_takes_xdp_on_hardware_and_tc_on_virtual_devices() {
+        let none = Refusals::default();
+        let mixed = plan(Request::Auto, &[None, Some("veth")]);
+        let expected = [target(INGRESS, 1), target(XDP, 1), target(INGRESS, 2), target(EGRESS, OVERLAY)];
+        assert_eq!(mixed.targets(&none), expected);
+        // The slowest device decides what is reported.
+        assert_eq!((mixed.ingress(&none).rung, mixed.egress(&none).rung), (Rung::Tc, Rung::Tc));
+        assert_eq!(plan(Request::Auto, &[None]).ingress(&none).rung, Rung::Xdp);
+    }
+
+    #[test]
+    fn each_direction_falls_back_for_itself() {
+        let auto = plan(Request::Auto, &[None]);
+        let refused = |hook, ifindex| Refusals {
+            programs: None,
+            targets: vec![(target(hook, ifindex), "no".to_owned())],
+        };
+        let refusals = refused(XDP, 1);
+        assert_eq!(auto.targets(&refusals), [target(INGRESS, 1), target(EGRESS, OVERLAY)]);
+        assert_eq!(auto.ingress(&refusals), Choice { rung: Rung::Tc, why: "no XDP: no".to_owned() });
+        // XDP alone would hand packets to the stack that nothing delivers.
+        let refusals = refused(INGRESS, 1);
+        assert_eq!(auto.targets(&refusals), [target(EGRESS, OVERLAY)]);
+        assert_eq!((auto.ingress(&refusals).rung, auto.egress(&refusals).rung), (Rung::Tun, Rung::Tc));
+        let refusals = refused(EGRESS, OVERLAY);
+        assert_eq!((auto.ingress(&refusals).rung, auto.egress(&refusals).rung), (Rung::Xdp, Rung::Tun));
+        let refusals = Refusals { programs: Some("no BPF".to_owned()), targets: Vec::new() };
+        assert!(auto.targets(&refusals).is_empty());
+        assert_eq!(auto.egress(&refusals).why, "eBPF cannot be had: no BPF");
+    }
+
+    #[test]
+    fn changing_the_rung_keeps_what_both_have() {
+        let targets = |request| plan(request, &[Some("veth")]).targets(&Refusals::default());
+        let (tc, xdp) = (targets(Request::Tc), targets(Request::Xdp));
+        assert_eq!(steps(tc.clone(), &xdp), [Step::Attach(target(XDP, 1))]);
+        assert_eq!(steps(xdp.clone(), &tc), [Step::Detach(target(XDP, 1))]);
+        assert!(steps(tc.clone(), &tc).is_empty());
+        let to_tun = steps(xdp, &targets(Request::Tun));
+        assert_eq!(
+            to_tun[0],
+            Step::Detach(target(XDP, 1)),
+            "XDP is detached before the tc program behind it"
+        );
+        assert_eq!(to_tun.len(), 3);
+    }
+
+    #[test]
+    fn a_recreated_device_gets_programs_before_the_old_ones_go() {
+        let mut after = plan(Request::Xdp, &[None]);
+        let before = after.targets(&Refusals::default());
+        after.underlays[0].ifindex = 5;
+        let expected = [
+            Step::Attach(target(INGRESS, 5)),
+            Step::Attach(target(XDP, 5)),
+            Step::Detach(target(XDP, 1)),
+            Step::Detach(target(INGRESS, 1)),
+        ];
+        assert_eq!(steps(before, &after.targets(&Refusals::default())), expected);
+    }
+}

@@ -1,0 +1,305 @@
+//! A datapath reconciled with one desired state after another: what it leaves alone, makes and repairs.
+
+use std::{net::Ipv4Addr, sync::Arc};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use aya::{
+    maps::{Array, LpmTrie, Map, MapData, MapInfo, lpm_trie::Key},
+    programs::{SchedClassifier, tc::TcAttachType},
+};
+use overlay_agent::{
+    datapath::{
+        Datapath, Desired, Report, Request, Rung, UnderlayDevice,
+        ebpf::{OBJECT, TcAttach},
+    },
+    device::{DeviceAlias, DeviceSpec},
+    netlink::Netlink,
+    route::{Peer, RouteChange, Routes},
+};
+use overlay_tests::{
+    netns::Netns,
+    sandbox::Sandbox,
+    topology::{PodOffload, Side, Topology, UPLINK, Underlay},
+    traffic::ping::ping,
+};
+use tokio::sync::mpsc;
+
+use crate::{firewall::inside, foreign::attach_xdp, machine::Need, suite::Suite};
+
+const DEVICE: &str = "ovl0";
+const BOTH: &[Need] = &[Need::Tun, Need::Ebpf];
+
+pub(crate) fn register(suite: &mut Suite) {
+    suite.add("datapath::changes_touch_only_what_differs", BOTH, changes);
+    suite.add("datapath::foreign_changes_are_repaired_and_reported", BOTH, repairs);
+    suite.add("datapath::foreign_detached_filter_is_attached_again", BOTH, detached_filter);
+    suite.add("datapath::recreated_devices_get_programs_again", BOTH, recreated);
+    suite.add("datapath::refused_explicit_request_leaves_nothing_attached", BOTH, refused);
+}
+
+/// One host, and what its datapath should be.
+struct Host<'a> {
+    netns: &'a Netns,
+    netlink: Netlink,
+    datapath: Datapath,
+    failures: mpsc::Receiver<String>,
+    spec: DeviceSpec,
+    local_ip: Ipv4Addr,
+    request: Request,
+    tc_attach: TcAttach,
+    routes: Routes,
+    log: bool,
+}
+
+impl<'a> Host<'a> {
+    /// Inside the namespace of `side`, with a route to `peer`.
+    fn new(side: &'a Side, peer: &Side, request: Request) -> Result<Self> {
+        let netlink = Netlink::connect()?;
+        let (sender, failures) = mpsc::channel(2);
+        let alias =
+            DeviceAlias { network: "10.244.0.0/16".parse()?, port: 8285, underlay: UPLINK.to_owned() };
+        Ok(Self {
+            netns: &side.host,
+            datapath: Datapath::new(netlink.clone(), sender),
+            netlink,
+            failures,
+            spec: DeviceSpec { name: DEVICE.to_owned(), alias, subnet: side.subnet.parse()?, mtu: 1472 },
+            local_ip: side.underlay,
+            request,
+            tc_attach: TcAttach::Auto,
+            routes: Routes::from([(peer.subnet.parse()?, Peer::from(peer.underlay))]),
+            log: false,
+        })
+    }
+
+    async fn reconcile(&mut self) -> Result<Report> {
+        let link = self.netlink.link(UPLINK).await?.context("there is no underlay")?;
+        let desired = Desired {
+            device: &self.spec,
+            underlays: &[UnderlayDevice { link, local_ip: self.local_ip }],
+            request: self.request,
+            tc_attach: self.tc_attach,
+            routes: &self.routes,
+            log: self.log,
+        };
+        self.datapath.reconcile(&desired).await
+    }
+
+    /// Reconciles and checks that this is all that was repaired.
+    async fn repairs(&mut self, expected: &[&str]) -> Result<()> {
+        let report = self.reconcile().await?;
+        ensure!(report.repaired == expected, "expected {expected:?}, {report:?}");
+        self.is_settled().await
+    }
+
+    async fn is_settled(&mut self) -> Result<()> {
+        let report = self.reconcile().await?;
+        ensure!(report == Report::default(), "not settled: {report:?}");
+        Ok(())
+    }
+
+    /// Revisions of the hooks and ids of the programs: of the overlay's egress, of the underlay's ingress.
+    fn hooks(&self) -> Result<[(u64, Vec<u32>); 2]> {
+        Ok([hook(DEVICE, TcAttachType::Egress)?, hook(UPLINK, TcAttachType::Ingress)?])
+    }
+
+    /// Sends packets to the peer's subnet.
+    fn send(&self) -> Result<u64> {
+        ping(self.netns, "10.244.2.0".parse()?, 3)?;
+        let counters = self.datapath.counters()?;
+        Ok(counters.fast.egress_packets + counters.slow.egress_packets)
+    }
+
+    fn rungs(&self) -> [Rung; 2] {
+        [self.datapath.egress().rung, self.datapath.ingress().rung]
+    }
+}
+
+fn hook(device: &str, direction: TcAttachType) -> Result<(u64, Vec<u32>)> {
+    let (revision, programs) = SchedClassifier::query_tcx(device, direction)?;
+    Ok((revision, programs.iter().map(|program| program.id()).collect()))
+}
+
+/// Another descriptor of a map that the program on the overlay device uses.
+fn map(name: &str) -> Result<MapData> {
+    let (_, programs) = SchedClassifier::query_tcx(DEVICE, TcAttachType::Egress)?;
+    for id in programs.iter().filter_map(|program| program.map_ids().ok()??.into()).flatten() {
+        if MapInfo::from_id(id)?.name_as_str() == Some(name) {
+            return Ok(MapData::from_id(id)?);
+        }
+    }
+    bail!("no map {name}")
+}
+
+fn changes(sandbox: &Arc<Sandbox>) -> Result<()> {
+    ensure!(OBJECT.is_some(), "the tests were built without the eBPF programs");
+    let Topology { a, b } = &Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
+    inside(&a.host, async {
+        let mut host = Host::new(a, b, Request::Tc)?;
+        let report = host.reconcile().await?;
+        ensure!(report.repaired.is_empty() && host.rungs() == [Rung::Tc; 2], "{report:?}");
+        host.is_settled().await?;
+        let (hooks, ifindex) = (host.hooks()?, host.datapath.overlay_ifindex());
+        let before = host.send()?;
+        ensure!(before > 0, "nothing was sent");
+
+        let moved = Ipv4Addr::new(192, 168, 77, 11);
+        a.host.tool(&format!("ip address add {moved}/24 dev {UPLINK}"))?;
+        host.local_ip = moved;
+        host.spec.subnet = "10.244.7.0/24".parse()?;
+        host.spec.mtu = 1300;
+        let report = host.reconcile().await?;
+        ensure!(report.repaired.is_empty() && report.made.len() == 4, "{report:?}");
+        host.is_settled().await?;
+        ensure!(host.hooks()? == hooks, "a program was attached again: {hooks:?}, {:?}", host.hooks()?);
+        ensure!(host.datapath.overlay_ifindex() == ifindex, "another device");
+        let shown = a.host.tool(&format!("ip address show {DEVICE}"))?;
+        ensure!(shown.contains("10.244.7.0/32") && !shown.contains("10.244.1.0"), "{shown}");
+        ensure!(a.host.tool("ip route show 10.244.0.0/16")?.contains("src 10.244.7.0"));
+        let sockets = a.host.tool("ss -Hlun sport = 8285")?;
+        ensure!(sockets.contains("192.168.77.11%eth0:8285") && sockets.lines().count() == 1, "{sockets}");
+        let after = host.send()?;
+        ensure!(after > before, "counters did not continue: {before}, then {after}");
+
+        host.request = Request::Xdp;
+        host.reconcile().await?;
+        ensure!(host.rungs() == [Rung::Tc, Rung::Xdp] && host.hooks()? == hooks, "{:?}", host.rungs());
+        let index = host.netlink.link(UPLINK).await?.context("no underlay")?.index;
+        ensure!(host.netlink.xdp_program(index).await?.is_some(), "XDP is not attached");
+        host.is_settled().await?;
+        host.request = Request::Tc;
+        host.reconcile().await?;
+        ensure!(host.hooks()? == hooks && host.netlink.xdp_program(index).await?.is_none(), "XDP stayed");
+        host.request = Request::Auto;
+        let report = host.reconcile().await?;
+        ensure!(report == Report::default() && host.hooks()? == hooks, "{report:?}");
+
+        // Logging is a constant of the programs: others take their place, and count on.
+        host.log = true;
+        host.reconcile().await?;
+        host.is_settled().await?;
+        let after = host.send()?.max(after);
+        ensure!(host.hooks()? != hooks && host.rungs() == [Rung::Tc; 2], "{:?}", host.hooks()?);
+
+        host.request = Request::Tun;
+        host.reconcile().await?;
+        ensure!(host.rungs() == [Rung::Tun; 2] && hook(UPLINK, TcAttachType::Ingress)?.1.is_empty());
+        let slow = host.send()?;
+        ensure!(slow > after, "counters did not continue: {after}, then {slow}");
+        host.datapath.remove().await?;
+        ensure!(host.netlink.link(DEVICE).await?.is_none() && host.failures.try_recv().is_err());
+        Ok(())
+    })?
+}
+
+fn repairs(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let Topology { a, b } = &Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
+    inside(&a.host, async {
+        let mut host = Host::new(a, b, Request::Tc)?;
+        host.reconcile().await?;
+        for (change, repaired) in [
+            ("ip link set ovl0 alias mine", &["alias of ovl0"][..]),
+            ("ip route delete 10.244.0.0/16", &["route of ovl0"]),
+            ("ip link set ovl0 mtu 1000", &["state and MTU of ovl0"]),
+            ("ip link set ovl0 down", &["state and MTU of ovl0", "route of ovl0"]),
+            ("ip address add 10.9.9.9/32 dev ovl0", &["address of ovl0"]),
+            ("ip address flush dev ovl0", &["address of ovl0", "route of ovl0"]),
+        ] {
+            a.host.tool(change)?;
+            host.repairs(repaired).await.with_context(|| change.to_owned())?;
+        }
+
+        let mut routes: LpmTrie<_, [u8; 4], [u8; 4]> = LpmTrie::try_from(Map::LpmTrie(map("ROUTES")?))?;
+        routes.remove(&Key::new(24, [10, 244, 2, 0]))?;
+        routes.insert(&Key::new(24, [10, 244, 3, 0]), [192, 168, 77, 3], 0)?;
+        // Reading back is limited to a share of the time.
+        tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+        host.repairs(&["2 routes in the kernel's map"]).await?;
+        ensure!(routes.get(&Key::new(24, [10, 244, 2, 0]), 0)? == b.underlay.octets(), "not repaired");
+
+        // A removal of what is gone already is no error.
+        routes.remove(&Key::new(24, [10, 244, 2, 0]))?;
+        let remove = RouteChange::Remove("10.244.2.0/24".parse()?);
+        let kept = std::mem::take(&mut host.routes);
+        host.datapath.apply_routes(&[remove], &host.routes)?;
+        host.is_settled().await?;
+        host.routes = kept;
+        host.reconcile().await?;
+
+        let mut config: Array<_, [u8; 32]> = Array::try_from(Map::Array(map("CONFIG")?))?;
+        config.set(0, [0; 32], 0)?;
+        host.repairs(&["configuration in the kernel's map"]).await?;
+        ensure!(host.send()? > 0, "nothing was sent");
+        host.datapath.remove().await
+    })?
+}
+
+fn detached_filter(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let Topology { a, b } = &Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
+    inside(&a.host, async {
+        let mut host = Host::new(a, b, Request::Auto)?;
+        host.tc_attach = TcAttach::Clsact;
+        host.reconcile().await?;
+        host.is_settled().await?;
+        a.host.tool(&format!("tc filter delete dev {UPLINK} ingress"))?;
+        host.repairs(&["program ovl_ingress on eth0"]).await?;
+        a.host.tool(&format!("tc qdisc delete dev {DEVICE} clsact"))?;
+        host.repairs(&["program ovl_egress on ovl0"]).await?;
+
+        // The other way to attach is used before the present one ends.
+        host.tc_attach = TcAttach::Tcx;
+        let report = host.reconcile().await?;
+        ensure!(report.made.len() == 4 && host.hooks()?.iter().all(|(_, ids)| ids.len() == 1), "{report:?}");
+        let filters = a.host.tool(&format!("tc filter show dev {UPLINK} ingress"))?;
+        ensure!(filters.is_empty(), "{filters}");
+        host.datapath.remove().await
+    })?
+}
+
+fn recreated(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let Topology { a, b } = &Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
+    inside(&a.host, async {
+        let mut host = Host::new(a, b, Request::Tc)?;
+        host.reconcile().await?;
+        let [egress, _] = host.hooks()?;
+        a.host.tool(&format!("ip link delete {UPLINK}"))?;
+        a.host.tool(&format!("ip link add {UPLINK} type veth peer name {UPLINK} netns {}", b.host.name()))?;
+        a.host.tool(&format!("ip address add {}/24 dev {UPLINK}", a.underlay))?;
+        a.host.tool(&format!("ip link set {UPLINK} up"))?;
+        b.host.tool(&format!("ip link set {UPLINK} up"))?;
+        let report = host.reconcile().await?;
+        ensure!(report.repaired.is_empty(), "{report:?}");
+        let [same, ingress] = host.hooks()?;
+        ensure!(same == egress && ingress.1.len() == 1, "{same:?} {ingress:?}");
+        let before = host.send()?;
+        ensure!(before > 0, "nothing was sent");
+
+        let index = host.datapath.overlay_ifindex();
+        a.host.tool(&format!("ip link delete {DEVICE}"))?;
+        let failure = host.failures.recv().await.context("no failure was reported")?;
+        ensure!(failure.contains("overlay device"), "{failure}");
+        let report = host.reconcile().await?;
+        ensure!(report.repaired == ["device ovl0"], "{report:?}");
+        ensure!(host.datapath.overlay_ifindex() != index && host.hooks()?[1] == ingress, "{report:?}");
+        ensure!(host.send()? > before, "counters did not continue");
+        host.datapath.remove().await
+    })?
+}
+
+fn refused(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let Topology { a, b } = &Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
+    inside(&a.host, async {
+        attach_xdp(&a.host, &sandbox.new_directory("foreign")?)?;
+        let mut host = Host::new(a, b, Request::Xdp)?;
+        let Err(error) = host.reconcile().await else { bail!("XDP was attached") };
+        ensure!(
+            format!("{error:#}").contains("--datapath xdp cannot be had: another XDP program"),
+            "{error:#}"
+        );
+        ensure!(hook(UPLINK, TcAttachType::Ingress)?.1.is_empty(), "a program stayed attached");
+        host.request = Request::Auto;
+        host.reconcile().await?;
+        ensure!(host.rungs() == [Rung::Tc; 2], "{:?}", host.rungs());
+        host.datapath.remove().await
+    })?
+}
