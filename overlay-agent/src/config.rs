@@ -1,12 +1,15 @@
 //! The network config: flannel's JSON record `config`, with its defaults and limits.
 
-use std::net::Ipv4Addr;
+use std::{net::Ipv4Addr, str::FromStr};
 
 use ipnet::Ipv4Net;
 use serde_json::{Map, Value};
 use thiserror::Error;
 
-use crate::record::{self, field};
+use crate::{
+    record::{self, field},
+    route::Subnet,
+};
 
 /// Default UDP port of the network (flannel's `Backend.Port` of type udp).
 pub const DEFAULT_PORT: u16 = 8285;
@@ -50,16 +53,9 @@ pub enum ConfigError {
     /// It is not a JSON object.
     #[error("the network config is not a JSON object: {0}")]
     NotJson(String),
-    /// A key has a value of the wrong type or outside its range.
-    #[error("the network config's {key} is {value}: expected {expected}")]
-    Invalid {
-        /// The key.
-        key: &'static str,
-        /// Its value.
-        value: String,
-        /// The expected value.
-        expected: String,
-    },
+    /// A key, its value, which has the wrong type or is outside its range, and the expected value.
+    #[error("the network config's {0} is {1}: expected {2}")]
+    Invalid(&'static str, String, String),
     /// `Network` is missing.
     #[error("the network config has no Network, for example {{\"Network\":\"10.244.0.0/16\"}}")]
     NoNetwork,
@@ -73,21 +69,17 @@ pub enum ConfigError {
     NoIpv4,
 }
 
+fn invalid(key: &'static str, value: impl ToString, expected: impl Into<String>) -> ConfigError {
+    ConfigError::Invalid(key, value.to_string(), expected.into())
+}
+
 impl NetworkConfig {
-    /// The config of a network with defaults for everything else.
-    ///
-    /// # Errors
-    ///
-    /// When the network is smaller than a /28.
+    /// The config of a network with defaults for everything else. Fails when the network is smaller than a /28.
     pub fn of_network(network: Ipv4Net) -> Result<Self, ConfigError> {
         Self::parse(&serde_json::json!({ "Network": network.to_string() }).to_string())
     }
 
     /// Parses flannel's record. As in Go, keys match case-insensitively, the last of several wins, and unknown keys are ignored.
-    ///
-    /// # Errors
-    ///
-    /// [`ConfigError`] names the key and the expected value.
     pub fn parse(json: &str) -> Result<Self, ConfigError> {
         let value = record::read(json.as_bytes()).map_err(|error| ConfigError::NotJson(error.to_string()))?;
         let Value::Object(record) = value else {
@@ -96,22 +88,21 @@ impl NetworkConfig {
         check_ipv4(&record)?;
         let network = network(&record)?;
         let subnet_len = subnet_len(&record, network)?;
-        let subnet_size = 1u32 << (32 - u32::from(subnet_len));
-        let (first, last) = (u32::from(network.network()), u32::from(network.broadcast()));
-        let subnet_min = bound(&record, "SubnetMin", network, subnet_size, first.wrapping_add(subnet_size))?;
-        let subnet_max = bound(
-            &record,
-            "SubnetMax",
-            network,
-            subnet_size,
-            last.wrapping_sub(subnet_size).wrapping_add(1),
-        )?;
+        let size = 1u32 << (32 - u32::from(subnet_len));
+        let second = u32::from(network.network()).wrapping_add(size);
+        let last = u32::from(network.broadcast()).wrapping_sub(size).wrapping_add(1);
+        let bound = |key, default: u32| match given(&record, key) {
+            None => Ok(Ipv4Addr::from(default)),
+            Some(value) => text_as(value)
+                .filter(|address| network.contains(address) && u32::from(*address) % size == 0)
+                .ok_or_else(|| {
+                    invalid(key, value, format!("the first address of a subnet inside {network}"))
+                }),
+        };
+        let (subnet_min, subnet_max) = (bound("SubnetMin", second)?, bound("SubnetMax", last)?);
         if subnet_min > subnet_max {
-            return Err(ConfigError::Invalid {
-                key: "SubnetMin",
-                value: subnet_min.to_string(),
-                expected: format!("an address up to SubnetMax ({subnet_max})"),
-            });
+            let expected = format!("an address up to SubnetMax ({subnet_max})");
+            return Err(invalid("SubnetMin", subnet_min, expected));
         }
         Ok(Self { network, subnet_len, subnet_min, subnet_max, port: port(&record)? })
     }
@@ -136,40 +127,33 @@ impl NetworkConfig {
         let Ok(Value::Object(record)) = record::read(json.as_bytes()) else { return Vec::new() };
         let mut names: Vec<_> = KEYS.into_iter().filter(|key| given(&record, key).is_some()).collect();
         if let Some(Value::Object(backend)) = field(&record, "Backend") {
-            names.extend(
-                [("Type", "Backend.Type"), ("Port", "Backend.Port")]
-                    .into_iter()
-                    .filter_map(|(key, name)| field(backend, key).map(|_| name)),
-            );
+            let inner = [("Type", "Backend.Type"), ("Port", "Backend.Port")].into_iter();
+            names.extend(inner.filter_map(|(key, name)| field(backend, key).map(|_| name)));
         }
         names
     }
 
-    /// Whether `subnet` is a proper part of the network.
-    pub fn is_part(&self, subnet: Ipv4Net) -> bool {
-        self.network.contains(&subnet) && subnet != self.network
-    }
-
     /// Whether `subnet` is one of [`Self::subnets`].
-    pub fn may_be_given(&self, subnet: Ipv4Net) -> bool {
-        subnet.prefix_len() == self.subnet_len
-            && (self.subnet_min..=self.subnet_max).contains(&subnet.network())
+    pub fn may_be_assigned(&self, subnet: Subnet) -> bool {
+        subnet.prefix().prefix_len() == self.subnet_len
+            && (self.subnet_min..=self.subnet_max).contains(&subnet.base())
     }
 
     /// Whether a host that starts keeps its lease of `subnet`. An operator may reserve any part of the network, even outside
     /// [`Self::subnets`].
-    pub fn may_be_held(&self, subnet: Ipv4Net, is_reservation: bool) -> bool {
-        if is_reservation { self.is_part(subnet) } else { self.may_be_given(subnet) }
+    pub fn may_be_held(&self, subnet: Subnet, is_reservation: bool) -> bool {
+        if is_reservation { subnet.is_part_of(self.network) } else { self.may_be_assigned(subnet) }
     }
 
-    /// All subnets that may be allocated, in order.
-    pub fn subnets(&self) -> impl Iterator<Item = Ipv4Net> {
+    /// All assignable subnets, in order.
+    pub fn subnets(&self) -> impl Iterator<Item = Subnet> {
         let size = 1u64 << (32 - u32::from(self.subnet_len));
         let (first, last) = (u64::from(u32::from(self.subnet_min)), u64::from(u32::from(self.subnet_max)));
         let length = self.subnet_len;
         (first..=last)
             .step_by(size as usize)
             .filter_map(move |base| Ipv4Net::new(Ipv4Addr::from(base as u32), length).ok())
+            .map(Subnet::containing)
     }
 }
 
@@ -183,29 +167,24 @@ fn given<'a>(record: &'a Map<String, Value>, key: &str) -> Option<&'a Value> {
     field(record, key).filter(|value| !unset(value))
 }
 
+/// A string's value of another type.
+fn text_as<T: FromStr>(value: &Value) -> Option<T> {
+    value.as_str()?.parse().ok()
+}
+
 fn check_ipv4(record: &Map<String, Value>) -> Result<(), ConfigError> {
     match field(record, "EnableIPv4") {
         None | Some(Value::Bool(true)) => Ok(()),
         Some(Value::Bool(false)) => Err(ConfigError::NoIpv4),
-        Some(value) => Err(ConfigError::Invalid {
-            key: "EnableIPv4",
-            value: value.to_string(),
-            expected: "true".to_owned(),
-        }),
+        Some(value) => Err(invalid("EnableIPv4", value, "true")),
     }
 }
 
 fn network(record: &Map<String, Value>) -> Result<Ipv4Net, ConfigError> {
     let value = field(record, "Network").ok_or(ConfigError::NoNetwork)?;
-    let invalid = |expected: &str| ConfigError::Invalid {
-        key: "Network",
-        value: value.to_string(),
-        expected: expected.to_owned(),
-    };
-    let network: Ipv4Net = value
-        .as_str()
-        .and_then(|text| text.parse().ok())
-        .ok_or_else(|| invalid("an IPv4 network such as \"10.244.0.0/16\""))?;
+    let invalid = |expected| invalid("Network", value, expected);
+    let network: Ipv4Net =
+        text_as(value).ok_or_else(|| invalid("an IPv4 network such as \"10.244.0.0/16\""))?;
     if network.prefix_len() > 28 || network.prefix_len() == 0 {
         return Err(invalid("a prefix length from 1 to 28: there must be room for several hosts"));
     }
@@ -217,64 +196,26 @@ fn subnet_len(record: &Map<String, Value>, network: Ipv4Net) -> Result<u8, Confi
     let Some(value) = given(record, "SubnetLen") else {
         return Ok(if network.prefix_len() <= 22 { 24 } else { shortest });
     };
-    match value.as_u64().and_then(|length| u8::try_from(length).ok()) {
-        Some(length) if (shortest..=30).contains(&length) => Ok(length),
-        _ => Err(ConfigError::Invalid {
-            key: "SubnetLen",
-            value: value.to_string(),
-            expected: format!("a prefix length from {shortest} (four subnets in {network}) to 30"),
-        }),
-    }
-}
-
-fn bound(
-    record: &Map<String, Value>,
-    key: &'static str,
-    network: Ipv4Net,
-    subnet_size: u32,
-    default: u32,
-) -> Result<Ipv4Addr, ConfigError> {
-    let Some(value) = given(record, key) else {
-        return Ok(Ipv4Addr::from(default));
-    };
-    value
-        .as_str()
-        .and_then(|text| text.parse::<Ipv4Addr>().ok())
-        .filter(|address| network.contains(address) && u32::from(*address) % subnet_size == 0)
-        .ok_or_else(|| ConfigError::Invalid {
-            key,
-            value: value.to_string(),
-            expected: format!("the first address of a subnet inside {network}"),
-        })
+    let length = value.as_u64().and_then(|length| u8::try_from(length).ok());
+    length.filter(|length| (shortest..=30).contains(length)).ok_or_else(|| {
+        let expected = format!("a prefix length from {shortest} (four subnets in {network}) to 30");
+        invalid("SubnetLen", value, expected)
+    })
 }
 
 fn port(record: &Map<String, Value>) -> Result<u16, ConfigError> {
-    let Some(backend) = field(record, "Backend") else {
-        return Ok(DEFAULT_PORT);
-    };
-    let Value::Object(backend) = backend else {
-        return Err(ConfigError::Invalid {
-            key: "Backend",
-            value: backend.to_string(),
-            expected: "an object such as {\"Type\":\"udp\"}".to_owned(),
-        });
+    let backend = match field(record, "Backend") {
+        None => return Ok(DEFAULT_PORT),
+        Some(Value::Object(backend)) => backend,
+        Some(other) => return Err(invalid("Backend", other, "an object such as {\"Type\":\"udp\"}")),
     };
     let kind = field(backend, "Type").map(|kind| kind.as_str().unwrap_or_default().to_ascii_lowercase());
     if let Some(kind) = kind.filter(|kind| kind != "udp" && !kind.is_empty()) {
         return Err(ConfigError::OtherBackend(kind));
     }
-    match field(backend, "Port") {
-        None => Ok(DEFAULT_PORT),
-        Some(value) => {
-            value.as_u64().and_then(|port| u16::try_from(port).ok()).filter(|port| *port != 0).ok_or_else(
-                || ConfigError::Invalid {
-                    key: "Backend.Port",
-                    value: value.to_string(),
-                    expected: "a UDP port from 1 to 65535".to_owned(),
-                },
-            )
-        }
-    }
+    let Some(value) = field(backend, "Port") else { return Ok(DEFAULT_PORT) };
+    let port = value.as_u64().and_then(|port| u16::try_from(port).ok()).filter(|port| *port != 0);
+    port.ok_or_else(|| invalid("Backend.Port", value, "a UDP port from 1 to 65535"))
 }
 
 #[cfg(test)]
@@ -283,10 +224,6 @@ mod tests {
 
     fn parse(json: &str) -> NetworkConfig {
         NetworkConfig::parse(json).unwrap()
-    }
-
-    fn refused(json: &str) -> String {
-        NetworkConfig::parse(json).unwrap_err().to_string()
     }
 
     #[test]
@@ -331,14 +268,6 @@ mod tests {
     }
 
     #[test]
-    fn a_network_without_ipv4_is_refused() {
-        parse(r#"{"Network":"10.1.0.0/16","EnableIPv4":true}"#);
-        let refused = |value| refused(&format!(r#"{{"Network":"10.1.0.0/16","enableipv4":{value}}}"#));
-        assert!(refused("false").contains("carries only IPv4"), "{}", refused("false"));
-        assert!(refused("\"no\"").contains("EnableIPv4"), "{}", refused("\"no\""));
-    }
-
-    #[test]
     fn unknown_keys_are_listed() {
         let json = r#"{"network":"10.1.0.0/16","Subnetlen":20,"SubnetLenght":24,"EnableIPv6":false,
             "backend":{"TYPE":"udp","VNI":1}}"#;
@@ -361,20 +290,25 @@ mod tests {
 
     #[test]
     fn invalid_values_are_refused_by_key() {
-        assert!(refused("[]").contains("not a JSON object"));
-        assert!(refused("{").contains("not a JSON object"));
-        assert!(refused("{}").contains("Network"));
-        assert!(refused(r#"{"Network":"10.0.0.0/29"}"#).contains("Network"));
-        assert!(refused(r#"{"Network":"fd00::/64"}"#).contains("IPv4 network"));
-        assert!(refused(r#"{"Network":"10.0.0.0/16","SubnetLen":17}"#).contains("from 18"));
-        assert!(refused(r#"{"Network":"10.0.0.0/16","SubnetLen":31}"#).contains("SubnetLen"));
-        assert!(refused(r#"{"Network":"10.0.0.0/16","SubnetMin":"10.0.1.1"}"#).contains("SubnetMin"));
-        assert!(refused(r#"{"Network":"10.0.0.0/16","SubnetMax":"10.1.0.0"}"#).contains("SubnetMax"));
-        assert!(
-            refused(r#"{"Network":"10.0.0.0/16","SubnetMin":"10.0.5.0","SubnetMax":"10.0.4.0"}"#)
-                .contains("SubnetMin")
-        );
-        assert!(refused(r#"{"Network":"10.0.0.0/16","Backend":{"Type":"vxlan"}}"#).contains("vxlan"));
-        assert!(refused(r#"{"Network":"10.0.0.0/16","Backend":{"Port":70000}}"#).contains("Backend.Port"));
+        for (json, words) in [
+            ("[]", "not a JSON object"),
+            ("{", "not a JSON object"),
+            ("{}", "Network"),
+            (r#"{"Network":"10.0.0.0/29"}"#, "Network"),
+            (r#"{"Network":"fd00::/64"}"#, "IPv4 network"),
+            (r#"{"Network":"10.0.0.0/16","SubnetLen":17}"#, "from 18"),
+            (r#"{"Network":"10.0.0.0/16","SubnetLen":31}"#, "SubnetLen"),
+            (r#"{"Network":"10.0.0.0/16","SubnetMin":"10.0.1.1"}"#, "SubnetMin"),
+            (r#"{"Network":"10.0.0.0/16","SubnetMax":"10.1.0.0"}"#, "SubnetMax"),
+            (r#"{"Network":"10.0.0.0/16","SubnetMin":"10.0.5.0","SubnetMax":"10.0.4.0"}"#, "SubnetMin"),
+            (r#"{"Network":"10.0.0.0/16","Backend":{"Type":"vxlan"}}"#, "vxlan"),
+            (r#"{"Network":"10.0.0.0/16","Backend":{"Port":70000}}"#, "Backend.Port"),
+            (r#"{"Network":"10.1.0.0/16","enableipv4":false}"#, "carries only IPv4"),
+            (r#"{"Network":"10.1.0.0/16","enableipv4":"no"}"#, "EnableIPv4"),
+        ] {
+            let error = NetworkConfig::parse(json).unwrap_err().to_string();
+            assert!(error.contains(words), "{json}: {error}");
+        }
+        parse(r#"{"Network":"10.1.0.0/16","EnableIPv4":true}"#);
     }
 }

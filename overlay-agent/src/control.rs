@@ -23,7 +23,7 @@ use nix::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 use tokio::{
-    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
+    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader, Lines},
     net::{UnixListener, UnixStream, unix::OwnedWriteHalf},
     sync::{mpsc, oneshot},
     time::{sleep, timeout},
@@ -31,7 +31,7 @@ use tokio::{
 use tracing::warn;
 
 /// Version of the protocol. A change that an older client or agent would misread increments it.
-pub const VERSION: u32 = 1;
+const VERSION: u32 = 1;
 
 /// Size limit of a request in bytes.
 const MAX_REQUEST: u64 = 1024;
@@ -45,20 +45,20 @@ const WATCH_INTERVAL: Duration = Duration::from_millis(if cfg!(test) { 10 } else
 /// A query that the agent answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Query {
-    /// State of the agent: [`crate::report::Status`].
+pub(crate) enum Query {
+    /// The answer is a [`crate::report::Status`].
     Status,
-    /// Routes and skipped records: [`crate::report::RouteList`].
+    /// The answer is a [`crate::report::RouteList`].
     Routes,
-    /// Packet counters: [`crate::report::CounterList`].
+    /// The answer is a [`crate::report::CounterList`].
     Counters,
 }
 
 /// The answer to a query, or an error text.
-pub type Answer<T = Value> = Result<T, String>;
+pub(crate) type Answer<T = Value> = Result<T, String>;
 
 /// A query for the agent's main loop, with the channel for its answer.
-pub type QueryRequest = (Query, oneshot::Sender<Answer>);
+pub(crate) type QueryRequest = (Query, oneshot::Sender<Answer>);
 
 /// A client's message.
 #[derive(Debug, Serialize, Deserialize)]
@@ -70,14 +70,19 @@ struct Request {
     watch: bool,
 }
 
-/// The agent's message: `data` holds the answer unless `error` is set.
+/// The agent's message.
 #[derive(Debug, Serialize, Deserialize)]
-struct Response {
+struct Response<T> {
     version: u32,
-    #[serde(default, skip_serializing_if = "Value::is_null")]
-    data: Value,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    error: Option<String>,
+    #[serde(flatten)]
+    body: Body<T>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Body<T> {
+    Data(T),
+    Error(String),
 }
 
 /// The part of every message that all versions share.
@@ -87,23 +92,19 @@ struct Versioned {
 }
 
 /// The socket of the agent that runs the overlay device `device`.
-pub fn path(run_dir: &Path, device: &str) -> PathBuf {
+pub(crate) fn path(run_dir: &Path, device: &str) -> PathBuf {
     run_dir.join(format!("{device}.sock"))
 }
 
 /// The listening socket; dropping it removes its file.
-pub struct Control {
+pub(crate) struct Control {
     listener: UnixListener,
     path: PathBuf,
 }
 
 impl Control {
-    /// Listens at `path`, for root only. A socket that a killed agent left is replaced; one that answers is not.
-    ///
-    /// # Errors
-    ///
-    /// When another agent answers there, or the directory cannot be made.
-    pub fn listen(path: PathBuf) -> Result<Self> {
+    /// Listens at `path`, for root only, and replaces a socket that a killed agent left. Fails when another agent answers there.
+    pub(crate) fn listen(path: PathBuf) -> Result<Self> {
         let directory = path.parent().context("the control socket has no directory")?;
         std::fs::DirBuilder::new()
             .recursive(true)
@@ -116,13 +117,7 @@ impl Control {
                 path.display()
             );
         }
-        match std::fs::remove_file(&path) {
-            Ok(()) => {}
-            Err(error) if error.kind() == ErrorKind::NotFound => {}
-            Err(error) => {
-                return Err(error).with_context(|| format!("remove the stale socket {}", path.display()));
-            }
-        }
+        remove(&path)?;
         let listener = UnixListener::bind(&path).with_context(|| format!("listen at {}", path.display()))?;
         let control = Self { listener, path };
         std::fs::set_permissions(&control.path, std::fs::Permissions::from_mode(0o600))
@@ -131,7 +126,7 @@ impl Control {
     }
 
     /// Serves clients until the receiver of `queries`, the main loop, is gone.
-    pub async fn serve(self, queries: mpsc::Sender<QueryRequest>) {
+    pub(crate) async fn serve(self, queries: mpsc::Sender<QueryRequest>) {
         loop {
             let stream = tokio::select! {
                 stream = self.listener.accept() => stream,
@@ -156,6 +151,15 @@ impl Drop for Control {
     fn drop(&mut self) {
         // The file may be gone already.
         let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Removes the socket that a killed agent left; `false` when there is none.
+pub(crate) fn remove(path: &Path) -> Result<bool> {
+    match std::fs::remove_file(path) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error).with_context(|| format!("remove the stale socket {}", path.display())),
     }
 }
 
@@ -210,11 +214,8 @@ async fn ask_main_loop(queries: &mpsc::Sender<QueryRequest>, query: Query) -> Re
 }
 
 async fn send(writer: &mut OwnedWriteHalf, answer: Answer) -> Result<()> {
-    let (data, error) = match answer {
-        Ok(data) => (data, None),
-        Err(error) => (Value::Null, Some(error)),
-    };
-    let line = line(&Response { version: VERSION, data, error })?;
+    let body = answer.map_or_else(Body::Error, Body::Data);
+    let line = line(&Response { version: VERSION, body })?;
     Ok(timeout(TIMEOUT, writer.write_all(&line)).await??)
 }
 
@@ -224,20 +225,17 @@ fn line(message: &impl Serialize) -> Result<Vec<u8>> {
     Ok(line)
 }
 
-/// The process that listens at `path`, as the kernel knows it; `None` when there is none.
-///
-/// # Errors
-///
-/// When the kernel does not identify it, or it runs in another PID namespace.
-pub fn listener(path: &Path) -> Result<Option<i32>> {
+/// Whether connecting failed because no process listens.
+fn is_absent(error: &std::io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused)
+}
+
+/// The process that listens at `path`, as the kernel knows it; `None` when there is none. Fails when it runs in another PID
+/// namespace.
+pub(crate) fn listener(path: &Path) -> Result<Option<i32>> {
     let stream = match std::os::unix::net::UnixStream::connect(path) {
-        Ok(stream) => stream,
-        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
-            return Ok(None);
-        }
-        Err(error) => {
-            return Err(error).with_context(|| format!("connect to the agent at {}", path.display()));
-        }
+        Err(error) if is_absent(&error) => return Ok(None),
+        stream => stream.with_context(|| format!("connect to the agent at {}", path.display()))?,
     };
     let peer = getsockopt(&stream, PeerCredentials)
         .with_context(|| format!("identify the process at {}", path.display()))?;
@@ -249,12 +247,8 @@ pub fn listener(path: &Path) -> Result<Option<i32>> {
     }
 }
 
-/// Queries the agent at `path` once.
-///
-/// # Errors
-///
-/// When no agent answers there, or it answers with an error.
-pub async fn query<T: DeserializeOwned>(path: &Path, query: Query) -> Result<T> {
+/// Queries the agent at `path` once. Fails when no agent answers there, or it answers with an error.
+pub(crate) async fn query<T: DeserializeOwned>(path: &Path, query: Query) -> Result<T> {
     let attempt = async {
         let mut responses = Responses::open(path, query, false).await?;
         let answer = responses.next().await?.context("the agent closed the connection without an answer")?;
@@ -265,50 +259,33 @@ pub async fn query<T: DeserializeOwned>(path: &Path, query: Query) -> Result<T> 
         .with_context(|| format!("the agent at {} does not answer", path.display()))?
 }
 
-/// Queries the agent at `path` and follows the answer: the responses are the answer now and each change of it.
-///
-/// # Errors
-///
-/// When no agent answers there.
-pub async fn watch(path: &Path, query: Query) -> Result<Responses> {
+/// Queries the agent at `path`: the responses are the answer now and each change of it. Fails when no agent answers there.
+pub(crate) async fn watch(path: &Path, query: Query) -> Result<Responses> {
     Responses::open(path, query, true).await
 }
 
 /// The responses to one request, in the order in which the agent sends them.
 #[derive(Debug)]
-pub struct Responses {
-    stream: BufReader<UnixStream>,
-}
+pub(crate) struct Responses(Lines<BufReader<UnixStream>>);
 
 impl Responses {
     async fn open(path: &Path, query: Query, watch: bool) -> Result<Self> {
         let mut stream = match UnixStream::connect(path).await {
-            Ok(stream) => stream,
-            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
-                bail!(
-                    "no agent answers at {}: is it running, and are --device and --run-dir the ones it was started with?",
-                    path.display()
-                )
-            }
-            Err(error) => {
-                return Err(error).with_context(|| format!("connect to the agent at {}", path.display()));
-            }
+            Err(error) if is_absent(&error) => bail!(
+                "no agent answers at {}: is it running, and are --device and --run-dir the ones it was started with?",
+                path.display()
+            ),
+            stream => stream.with_context(|| format!("connect to the agent at {}", path.display()))?,
         };
         stream.write_all(&line(&Request { version: VERSION, query, watch })?).await?;
-        Ok(Self { stream: BufReader::new(stream) })
+        Ok(Self(BufReader::new(stream).lines()))
     }
 
-    /// Waits for the next response; `None` once the agent has closed the connection.
-    ///
-    /// # Errors
-    ///
-    /// When the connection fails, or carries something else than responses of this version of the protocol.
-    pub async fn next<T: DeserializeOwned>(&mut self) -> Result<Option<Answer<T>>> {
-        let mut line = Vec::new();
-        if self.stream.read_until(b'\n', &mut line).await.context("read from the agent")? == 0 {
-            return Ok(None);
-        }
-        match serde_json::from_slice::<Versioned>(&line) {
+    /// Waits for the next response; `None` once the agent has closed the connection. Fails when the connection carries
+    /// something else than responses of this version of the protocol.
+    pub(crate) async fn next<T: DeserializeOwned>(&mut self) -> Result<Option<Answer<T>>> {
+        let Some(line) = self.0.next_line().await.context("read from the agent")? else { return Ok(None) };
+        match serde_json::from_str::<Versioned>(&line) {
             Ok(Versioned { version: VERSION }) => {}
             Ok(Versioned { version }) => bail!(
                 "the agent speaks version {version} of the control protocol, this program ({}) version {VERSION}: use the \
@@ -319,11 +296,11 @@ impl Responses {
                 "the agent does not speak version {VERSION} of the control protocol: use its own binary"
             ),
         }
-        let response: Response = serde_json::from_slice(&line).context("read the agent's response")?;
-        match response.error {
-            Some(error) => Ok(Some(Err(error))),
-            None => Ok(Some(Ok(serde_json::from_value(response.data).context("read the agent's response")?))),
-        }
+        let response: Response<T> = serde_json::from_str(&line).context("read the agent's response")?;
+        Ok(Some(match response.body {
+            Body::Data(data) => Ok(data),
+            Body::Error(error) => Err(error),
+        }))
     }
 }
 
@@ -366,16 +343,28 @@ mod tests {
             }
         });
         assert_eq!(query::<String>(&path, Query::Routes).await.unwrap(), "Routes");
-        assert_eq!(
-            raw(&path, b"{\"version\":1,\"query\":\"status\"}\n").await,
-            "{\"version\":1,\"data\":\"Status\"}\n"
-        );
+        let response = raw(&path, b"{\"version\":1,\"query\":\"status\"}\n").await;
+        assert_eq!(response, "{\"version\":1,\"data\":\"Status\"}\n");
         // Without the limit, the server would wait for the end of this line.
         let long = [b'x'; MAX_REQUEST as usize];
         for invalid in [&b"\xff{{{\n"[..], b"\"status\"\n", b"{\"version\":1,\"query\":\"x\"}\n", &long] {
             let response = raw(&path, invalid).await;
             assert!(response.starts_with("{\"version\":1,\"error\":\"invalid request: "), "{response}");
         }
+    }
+
+    #[test]
+    fn a_typed_answer_is_read_back() {
+        let status = crate::report::Status {
+            network: Some("10.244.0.0/16".parse().unwrap()),
+            subnet: Some("10.244.1.0/24".parse().unwrap()),
+            public_ip: Some("192.168.77.1".parse().unwrap()),
+            drops: u64::MAX,
+            ..crate::report::Status::starting()
+        };
+        let line = serde_json::to_string(&Response { version: VERSION, body: Body::Data(&status) }).unwrap();
+        let read: Response<crate::report::Status> = serde_json::from_str(&line).unwrap();
+        assert_eq!(format!("{:?}", read.body), format!("{:?}", Body::Data(status)));
     }
 
     #[tokio::test]
@@ -393,10 +382,10 @@ mod tests {
                 stream.write_all(response.as_bytes()).await.unwrap();
             }
         });
-        let error = query::<Value>(&path, Query::Status).await.unwrap_err().to_string();
-        assert!(error.contains("version 2") && error.contains("version 1"), "{error}");
-        let error = query::<Value>(&path, Query::Status).await.unwrap_err().to_string();
-        assert!(error.contains("does not speak version 1"), "{error}");
+        for words in ["version 2", "does not speak version 1"] {
+            let error = query::<Value>(&path, Query::Status).await.unwrap_err().to_string();
+            assert!(error.contains(words) && error.contains("version 1"), "{error}");
+        }
     }
 
     #[tokio::test]
@@ -457,8 +446,8 @@ mod tests {
     #[tokio::test]
     async fn without_an_agent_the_error_names_the_socket() {
         let directory = tempfile::tempdir().unwrap();
-        let error =
-            query::<String>(&path(directory.path(), "ovl7"), Query::Status).await.unwrap_err().to_string();
+        let path = path(directory.path(), "ovl7");
+        let error = query::<String>(&path, Query::Status).await.unwrap_err().to_string();
         assert!(error.contains("ovl7.sock"), "{error}");
     }
 }

@@ -1,18 +1,23 @@
-//! One host's claim on a subnet, as flannel writes it: the key `10.5.34.0-24` and the value
+//! A host's lease on a subnet, as flannel writes it: the key `10.5.34.0-24` and the value
 //! `{"PublicIP":"1.2.3.4","PublicIPv6":null}`.
 
 use std::net::Ipv4Addr;
 
 use ipnet::{Ipv4Net, Ipv6Net};
 use serde_json::Value;
-use thiserror::Error;
 
 use crate::{
     printable::{LONGEST_NAME, printable},
     record::{self, field},
+    route::Subnet,
+    store::{Kind, Lifetime, Record, RecordError},
 };
 
-/// What a lease record says about its holder.
+/// The kind of record that leases are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lease;
+
+/// The value of a lease record.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LeaseValue {
     /// Underlay address of the host that holds the subnet.
@@ -21,73 +26,80 @@ pub struct LeaseValue {
     pub backend_type: Option<String>,
 }
 
-/// Why a record is not a lease.
-#[derive(Clone, Debug, Error, PartialEq, Eq)]
-pub enum LeaseError {
-    /// The key is not a subnet.
-    #[error("the key {0:?} is not a subnet such as 10.5.34.0-24")]
-    Key(String),
-    /// The value is not JSON, or not an object.
-    #[error("the value is not a JSON object: {0}")]
-    NotJson(String),
-    /// `PublicIP` is missing or not an address that a host can have.
-    #[error("PublicIP is {0}: expected the address of a host")]
-    PublicIp(String),
-}
+/// A lease record.
+pub type LeaseRecord = Record<Lease>;
 
-/// The subnet that a key names. flannel's dual-stack keys (`10.5.34.0-24&2001:cafe:42:1::-64`) name an IPv6 subnet too,
-/// which is checked and left aside.
-///
-/// # Errors
-///
-/// [`LeaseError::Key`] for anything else, also for a subnet with host bits set.
-pub fn parse_key(key: &str) -> Result<Ipv4Net, LeaseError> {
-    let error = || LeaseError::Key(printable(key, LONGEST_NAME));
-    let (ipv4, ipv6) = match key.split_once('&') {
-        Some((ipv4, ipv6)) => (ipv4, Some(ipv6)),
-        None => (key, None),
-    };
-    if let Some(ipv6) = ipv6 {
-        ipv6.replacen('-', "/", 1).parse::<Ipv6Net>().map_err(|_| error())?;
+impl Record<Lease> {
+    /// The subnet, when the key names one.
+    pub fn subnet(&self) -> Option<Subnet> {
+        self.id.as_ref().ok().copied()
     }
-    let subnet: Ipv4Net = ipv4.replacen('-', "/", 1).parse().map_err(|_| error())?;
-    if subnet != subnet.trunc() || ipv4.contains('/') {
-        return Err(error());
+
+    /// Whether an operator reserved the subnet: the record has no end, in a store that knows lifetimes.
+    pub fn is_reservation(&self) -> bool {
+        self.version.lifetime == Lifetime::Unlimited
     }
-    Ok(subnet)
+
+    /// The address of the holder, when the value names one.
+    pub fn holder(&self) -> Option<Ipv4Addr> {
+        self.value.as_ref().ok().map(|value| value.public_ip)
+    }
 }
 
-/// The key of a subnet's record.
-pub fn key(subnet: Ipv4Net) -> String {
-    format!("{}-{}", subnet.network(), subnet.prefix_len())
+impl Kind for Lease {
+    const PREFIX: &'static str = "subnets/";
+    type Id = Subnet;
+    type Value = LeaseValue;
+
+    /// flannel's dual-stack keys (`10.5.34.0-24&2001:cafe:42:1::-64`) name an IPv6 subnet too, which is checked and ignored.
+    /// A subnet with host bits set is refused.
+    fn parse_key(key: &str) -> Result<Subnet, RecordError> {
+        let error = || RecordError::Key {
+            key: printable(key, LONGEST_NAME),
+            expected: "a subnet such as 10.5.34.0-24",
+        };
+        let (ipv4, ipv6) = match key.split_once('&') {
+            Some((ipv4, ipv6)) => (ipv4, Some(ipv6)),
+            None => (key, None),
+        };
+        if let Some(ipv6) = ipv6 {
+            ipv6.replacen('-', "/", 1).parse::<Ipv6Net>().map_err(|_| error())?;
+        }
+        let prefix: Ipv4Net = ipv4.replacen('-', "/", 1).parse().map_err(|_| error())?;
+        if ipv4.contains('/') {
+            return Err(error());
+        }
+        Subnet::try_from(prefix).map_err(|_| error())
+    }
+
+    /// Field names match in any case, the last of several counts, and unknown ones are ignored, as in Go.
+    fn parse_value(json: &[u8]) -> Result<LeaseValue, RecordError> {
+        let record = match record::read(json) {
+            Ok(Value::Object(record)) => record,
+            Ok(_) => return Err(not_json(json, "it is another JSON value")),
+            Err(error) => return Err(not_json(json, &error.to_string())),
+        };
+        let public_ip = field(&record, "PublicIP");
+        let public_ip = public_ip
+            .and_then(Value::as_str)
+            .and_then(|text| text.parse().ok())
+            .filter(|address| is_host(*address))
+            .ok_or_else(|| RecordError::Field {
+                field: "PublicIP",
+                value: shown(public_ip.unwrap_or(&Value::Null)),
+                expected: "the address of a host",
+            })?;
+        let backend_type = field(&record, "BackendType")
+            .and_then(Value::as_str)
+            .map(|kind| printable(kind, LONGEST_NAME).to_ascii_lowercase())
+            .filter(|kind| !kind.is_empty() && kind != "udp");
+        Ok(LeaseValue { public_ip, backend_type })
+    }
 }
 
-/// Parses a record's value. Keys match whatever their case, and the last of several goes; unknown keys are ignored.
-///
-/// # Errors
-///
-/// [`LeaseError`] says what is wrong with it.
-pub fn parse_value(json: &[u8]) -> Result<LeaseValue, LeaseError> {
-    let value = record::read(json).map_err(|error| LeaseError::NotJson(error.to_string()))?;
-    let Value::Object(record) = value else {
-        return Err(LeaseError::NotJson(format!("it is {}", shown(&value))));
-    };
-    let public_ip = field(&record, "PublicIP");
-    let public_ip = public_ip
-        .and_then(Value::as_str)
-        .and_then(|text| text.parse().ok())
-        .filter(|address| is_host(*address))
-        .ok_or_else(|| LeaseError::PublicIp(shown(public_ip.unwrap_or(&Value::Null))))?;
-    let backend_type = field(&record, "BackendType")
-        .and_then(Value::as_str)
-        .map(|kind| printable(kind, LONGEST_NAME).to_ascii_lowercase())
-        .filter(|kind| !kind.is_empty() && kind != "udp");
-    Ok(LeaseValue { public_ip, backend_type })
-}
-
-/// The beginning of a value, in a form that is fit to be shown.
-fn shown(value: &Value) -> String {
-    printable(&value.to_string(), LONGEST_NAME)
+/// The key of a subnet's record, behind [`Kind::PREFIX`].
+pub fn key(subnet: Subnet) -> String {
+    format!("{}-{}", subnet.base(), subnet.prefix().prefix_len())
 }
 
 /// The value that a host writes, byte for byte as flannel's udp backend does.
@@ -100,15 +112,25 @@ pub(crate) fn is_host(address: Ipv4Addr) -> bool {
     !(address.is_unspecified() || address.is_loopback() || address.is_multicast() || address.is_broadcast())
 }
 
+fn not_json(value: &[u8], why: &str) -> RecordError {
+    let value = printable(&String::from_utf8_lossy(value), LONGEST_NAME);
+    RecordError::NotJson { value, why: why.to_owned() }
+}
+
+/// The first characters of a value, without control characters.
+fn shown(value: &Value) -> String {
+    printable(&value.to_string(), LONGEST_NAME)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn keys_of_flannel_name_their_subnet() {
+    fn flannels_keys_name_their_subnet() {
         let subnet = "10.5.34.0/24".parse().unwrap();
-        assert_eq!(parse_key("10.5.34.0-24"), Ok(subnet));
-        assert_eq!(parse_key("10.5.34.0-24&2001:cafe:42:1::-64"), Ok(subnet));
+        assert_eq!(Lease::parse_key("10.5.34.0-24"), Ok(subnet));
+        assert_eq!(Lease::parse_key("10.5.34.0-24&2001:cafe:42:1::-64"), Ok(subnet));
         assert_eq!(key(subnet), "10.5.34.0-24");
     }
 
@@ -125,58 +147,47 @@ mod tests {
             "-",
             "2001::-64",
         ] {
-            assert!(parse_key(bad).is_err(), "{bad:?}");
+            assert!(Lease::parse_key(bad).is_err(), "{bad:?}");
         }
     }
 
-    /// A record, and what it says.
+    /// A record and its meaning.
     #[derive(serde::Deserialize)]
     struct Vector {
         what: String,
         key: String,
         value: String,
-        lease: Option<Said>,
+        lease: Option<Meaning>,
     }
 
     #[derive(Debug, PartialEq, serde::Deserialize)]
-    struct Said {
-        subnet: Ipv4Net,
+    struct Meaning {
+        subnet: Subnet,
         public_ip: Ipv4Addr,
         backend_type: Option<String>,
     }
 
     #[test]
-    fn records_in_every_form_of_flannels_are_read() {
+    fn records_in_every_form_that_flannel_writes_are_read() {
         let vectors: Vec<Vector> =
             serde_json::from_str(include_str!("../../tests/vectors/leases.json")).unwrap();
         for Vector { what, key, value, lease } in vectors {
-            let subnet = parse_key(&key).unwrap();
-            let said = parse_value(value.as_bytes()).ok();
-            let said =
-                said.map(|LeaseValue { public_ip, backend_type }| Said { subnet, public_ip, backend_type });
-            assert_eq!(said, lease, "{what}");
+            let record = LeaseRecord::parse(&key, value.as_bytes(), crate::store::Version::default());
+            let subnet = record.id.unwrap();
+            let meaning = record.value.ok().map(|LeaseValue { public_ip, backend_type }| Meaning {
+                subnet,
+                public_ip,
+                backend_type,
+            });
+            assert_eq!(meaning, lease, "{what}");
         }
     }
 
     #[test]
-    fn a_value_of_ours_is_flannels_byte_for_byte() {
+    fn a_written_value_is_flannels_byte_for_byte() {
         let host = Ipv4Addr::new(1, 2, 3, 4);
         assert_eq!(value(host), r#"{"PublicIP":"1.2.3.4","PublicIPv6":null}"#);
-        assert_eq!(parse_value(value(host).as_bytes()).unwrap().public_ip, host);
-    }
-
-    #[test]
-    fn what_is_kept_of_a_record_is_short() {
-        let long = "x".repeat(60_000);
-        for json in [
-            format!(r#"{{"PublicIP":"{long}"}}"#),
-            format!(r#"["{long}"]"#),
-            format!(r#"{{"PublicIP":"1.2.3.4","BackendType":"{long}"}}"#),
-        ] {
-            let kept = format!("{:?}", parse_value(json.as_bytes()));
-            assert!(kept.len() < 200, "{kept}");
-        }
-        assert!(format!("{:?}", parse_key(&long)).len() < 200);
+        assert_eq!(Lease::parse_value(value(host).as_bytes()).unwrap().public_ip, host);
     }
 
     #[test]
@@ -192,22 +203,24 @@ mod tests {
             r#"{"PublicIP":"224.0.0.1"}"#,
             "\u{fffd}",
         ] {
-            assert!(parse_value(bad.as_bytes()).is_err(), "{bad:?}");
+            assert!(Lease::parse_value(bad.as_bytes()).is_err(), "{bad:?}");
         }
     }
 
     #[test]
-    fn an_error_shows_the_beginning_of_a_record_and_nothing_that_a_terminal_obeys() {
-        let long = "9,".repeat(5000);
+    fn parsed_records_are_short_and_errors_quote_no_control_characters() {
+        let long = "9,".repeat(30_000);
         for bad in [format!("[{long}9]"), format!(r#"{{"PublicIP":"{long}"}}"#)] {
-            let error = parse_value(bad.as_bytes()).unwrap_err().to_string();
+            let error = Lease::parse_value(bad.as_bytes()).unwrap_err().to_string();
             assert!(error.contains("9,9,") && error.contains("...") && error.len() < 200, "{error}");
         }
-        let backend = format!(r#"{{"PublicIP":"1.2.3.4","BackendType":"{}"}}"#, "x".repeat(5000));
-        assert!(parse_value(backend.as_bytes()).unwrap().backend_type.unwrap().len() < 100);
-        let error = parse_value("{\"PublicIP\":\"\u{9b}2J\u{7f}\"}".as_bytes()).unwrap_err().to_string();
+        let backend = format!(r#"{{"PublicIP":"1.2.3.4","BackendType":"{long}"}}"#);
+        assert!(Lease::parse_value(backend.as_bytes()).unwrap().backend_type.unwrap().len() < 100);
+        assert!(format!("{:?}", Lease::parse_key(&long)).len() < 200);
+        let error =
+            Lease::parse_value("{\"PublicIP\":\"\u{9b}2J\u{7f}\"}".as_bytes()).unwrap_err().to_string();
         assert!(error.contains("\\u{9b}2J\\u{7f}") && !error.contains(char::is_control), "{error}");
-        let whole = parse_value(br#"{"PublicIP":"host"}"#).unwrap_err().to_string();
+        let whole = Lease::parse_value(br#"{"PublicIP":"host"}"#).unwrap_err().to_string();
         assert!(whole.starts_with("PublicIP is \"host\": "), "{whole}");
     }
 }

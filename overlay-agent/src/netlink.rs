@@ -165,10 +165,6 @@ impl Netlink {
     }
 
     /// Id of the XDP program on a device, in whatever mode; `None` when there is none.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel refuses or the device is gone.
     pub async fn xdp_program(&self, index: u32) -> Result<Option<u32>> {
         let mut links = self.handle.link().get().match_index(index).execute();
         let link = links.try_next().await.with_context(|| format!("look up the device {index}"))?;
@@ -182,10 +178,6 @@ impl Netlink {
     }
 
     /// Whether a clsact qdisc of a device has a filter with this priority and minor handle.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel refuses or the device is gone.
     pub async fn has_filter(&self, index: u32, egress: bool, priority: u16, handle: u16) -> Result<bool> {
         let filters = self.handle.traffic_filter(index as i32).get();
         let filters = if egress { filters.egress() } else { filters.ingress() };
@@ -200,11 +192,7 @@ impl Netlink {
             .any(|filter| filter.header.handle == handle && filter.header.info >> 16 == u32::from(priority)))
     }
 
-    /// Sets a device's alias, which tells who made it.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel refuses.
+    /// Sets a device's alias.
     pub async fn set_alias(&self, index: u32, alias: &str) -> Result<()> {
         let message = LinkUnspec::new_with_index(index).alias(alias).build();
         self.handle.link().change(message).execute().await.context("set the device's alias")
@@ -227,20 +215,12 @@ impl Netlink {
     }
 
     /// Adds an IPv4 address to a device, unless it has it.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel refuses.
     pub async fn add_address(&self, index: u32, address: Ipv4Net) -> Result<()> {
         let request = self.handle.address().add(index, address.addr().into(), address.prefix_len());
         request.replace().execute().await.with_context(|| format!("add the address {address}"))
     }
 
     /// Removes all IPv4 addresses of a device but this one.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel refuses.
     pub async fn remove_other_addresses(&self, index: u32, address: Ipv4Net) -> Result<()> {
         let messages: Vec<_> = self
             .handle
@@ -332,7 +312,7 @@ pub fn device_name(index: u32) -> Result<String> {
     Ok(name.to_string_lossy().into_owned())
 }
 
-/// Tells our blackhole routes from an administrator's: a number that iproute2 gives to no program.
+/// Distinguishes the agent's blackhole routes from others; iproute2 assigns this protocol number to no program.
 const BLACKHOLE_MARK: RouteProtocol = RouteProtocol::Other(0x6f);
 
 /// With the lowest preference: the containers' bridge may have a route to the same subnet.

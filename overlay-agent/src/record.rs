@@ -7,10 +7,6 @@ use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor}
 use serde_json::{Map, Value};
 
 /// Parses a record and converts the keys of all objects to lower case, for [`field`].
-///
-/// # Errors
-///
-/// When it is not JSON.
 pub(crate) fn read(json: &[u8]) -> serde_json::Result<Value> {
     serde_json::from_slice(json).map(|Folded(value)| value)
 }

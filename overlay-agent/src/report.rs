@@ -1,4 +1,4 @@
-//! What `status`, `routes` and `counters` tell, as data. The JSON names are stable: scripts read them.
+//! Answers of `status`, `routes` and `counters`. The JSON names are stable: scripts read them.
 
 use std::{collections::BTreeMap, net::Ipv4Addr};
 
@@ -9,52 +9,56 @@ use serde::{Deserialize, Serialize};
 use crate::{
     datapath::{Choice, PathCounters},
     netlink::Link,
+    route::Subnet,
 };
 
-/// How an agent fares.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Status {
-    /// `running` once lease, device, datapath and first snapshot are there; `degraded` while something is wrong.
-    pub state: String,
-    /// What is wrong.
-    pub problems: Vec<String>,
+/// State of an agent. Parts that are missing, because the agent starts or lost them, are `null`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Status {
+    /// `starting`; `running` once lease, device, datapath and first snapshot are there; `degraded` while there are problems.
+    pub(crate) state: String,
+    pub(crate) problems: Vec<String>,
     /// Version of the agent.
-    pub version: String,
-    /// Its process.
-    pub pid: u32,
-    /// The whole overlay.
-    pub network: Ipv4Net,
-    /// This host's part of it.
-    pub subnet: Ipv4Net,
-    /// The address by which peers reach this host.
-    pub public_ip: Ipv4Addr,
-    /// UDP port of the network.
-    pub port: u16,
+    pub(crate) version: String,
+    /// Process id of the agent.
+    pub(crate) pid: u32,
+    pub(crate) network: Option<Ipv4Net>,
+    pub(crate) subnet: Option<Subnet>,
+    pub(crate) public_ip: Option<Ipv4Addr>,
+    pub(crate) port: Option<u16>,
     /// The overlay device.
-    pub device: Device,
+    pub(crate) device: Option<Device>,
     /// The device that carries outer packets.
-    pub underlay: Device,
-    /// How inner packets leave.
-    pub egress: Choice,
-    /// How outer packets arrive.
-    pub ingress: Choice,
-    /// How many subnets of peers are routed.
-    pub routes: usize,
-    /// Where leases come from.
-    pub store: Store,
-    /// Packets discarded because something was wrong with them, on both paths.
-    pub drops: u64,
+    pub(crate) underlay: Option<Device>,
+    /// Rung of inner packets that leave this host.
+    pub(crate) egress: Option<Choice>,
+    /// Rung of outer packets that arrive.
+    pub(crate) ingress: Option<Choice>,
+    /// Number of routes to peers.
+    pub(crate) routes: usize,
+    pub(crate) store: Store,
+    /// Packets dropped as errors, on both paths.
+    pub(crate) drops: u64,
+}
+
+impl Status {
+    /// The status of this process before any part of its agent is there.
+    pub(crate) fn starting() -> Self {
+        Self {
+            state: "starting".to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            ..Self::default()
+        }
+    }
 }
 
 /// A network device.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Device {
-    /// Name.
-    pub name: String,
-    /// Index.
-    pub ifindex: u32,
-    /// Largest packet in bytes.
-    pub mtu: u32,
+pub(crate) struct Device {
+    pub(crate) name: String,
+    pub(crate) ifindex: u32,
+    pub(crate) mtu: u32,
 }
 
 impl From<&Link> for Device {
@@ -63,42 +67,39 @@ impl From<&Link> for Device {
     }
 }
 
-/// Where leases come from.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Store {
-    /// `dir:PATH`, or `none` when all peers were given on the command line.
-    pub name: String,
-    /// Why it cannot be read at the moment; the routes are the last known ones then.
-    pub lost: Option<String>,
+/// The store of the leases.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Store {
+    /// `etcd at URL`, `dir:PATH`, or `none` when all peers were given on the command line.
+    pub(crate) name: String,
+    /// Why the store cannot be read at present; the routes are the last known ones then.
+    pub(crate) lost: Option<String>,
 }
 
-/// Where packets go.
+/// Routes and skipped records.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct RouteList {
-    /// Subnets of peers.
-    pub routes: Vec<Route>,
-    /// Records that are no routes.
-    pub skipped: Vec<crate::route_table::Skipped>,
+pub(crate) struct RouteList {
+    pub(crate) routes: Vec<Route>,
+    pub(crate) skipped: Vec<crate::route_table::Skipped>,
 }
 
 /// One subnet of a peer.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Route {
-    /// The subnet.
-    pub subnet: Ipv4Net,
+pub(crate) struct Route {
+    pub(crate) subnet: Subnet,
     /// The peer's underlay address.
-    pub peer: Ipv4Addr,
+    pub(crate) peer: Ipv4Addr,
 }
 
-/// What was counted since the agent started. A super-packet of many segments counts once.
+/// Counters since the agent started. A super-packet of many segments counts once.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct CounterList {
-    /// Packets and bytes that went through, by direction and path: `egress_fast_packets` and so on.
-    pub traffic: BTreeMap<String, u64>,
-    /// Packets that the fast path handed to the slow path, by reason.
-    pub punts: BTreeMap<String, u64>,
-    /// Packets discarded on either path, by reason.
-    pub drops: BTreeMap<String, u64>,
+pub(crate) struct CounterList {
+    /// Forwarded packets and bytes, by direction and path: `egress_fast_packets` and so on.
+    pub(crate) traffic: BTreeMap<String, u64>,
+    /// Packets that the fast path punted to the slow path, by reason.
+    pub(crate) punts: BTreeMap<String, u64>,
+    /// Packets dropped on either path, by reason.
+    pub(crate) drops: BTreeMap<String, u64>,
 }
 
 impl From<PathCounters> for CounterList {
@@ -113,22 +114,20 @@ impl From<PathCounters> for CounterList {
             ("ingress_slow_packets", slow.ingress_packets),
             ("ingress_slow_bytes", slow.ingress_bytes),
         ];
+        let punts = PuntReason::ALL.iter().map(|reason| reason.name()).zip(fast.punts);
+        let dropped = fast.drops.iter().zip(slow.drops).map(|(fast, slow)| fast + slow);
+        let drops = DropReason::ALL.iter().map(|reason| reason.name()).zip(dropped);
         let named = |(name, count): (&str, u64)| (name.to_owned(), count);
-        let drops = DropReason::ALL.iter().zip(fast.drops.iter().zip(slow.drops));
         Self {
             traffic: traffic.into_iter().map(named).collect(),
-            punts: PuntReason::ALL
-                .iter()
-                .zip(fast.punts)
-                .map(|(reason, count)| named((reason.name(), count)))
-                .collect(),
-            drops: drops.map(|(reason, (fast, slow))| named((reason.name(), fast + slow))).collect(),
+            punts: punts.map(named).collect(),
+            drops: drops.map(named).collect(),
         }
     }
 }
 
-/// Packets discarded because something was wrong with them.
-pub fn errors(counters: &PathCounters) -> u64 {
+/// Packets dropped as errors.
+pub(crate) fn errors(counters: &PathCounters) -> u64 {
     let both = counters.fast.drops.iter().zip(counters.slow.drops);
     DropReason::ALL
         .iter()

@@ -92,6 +92,17 @@ impl fmt::Display for Subnet {
     }
 }
 
+/// This host's place in the network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LocalNode {
+    /// The whole overlay.
+    pub network: Ipv4Net,
+    /// The subnet that this host holds.
+    pub subnet: Subnet,
+    /// The underlay address by which peers reach this host.
+    pub public_ip: Ipv4Addr,
+}
+
 /// Another host of the network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Peer {

@@ -1,16 +1,13 @@
 //! `subnet.env`: this host's subnet for container runtimes and the flannel CNI plugin.
 
-use std::{fs::Permissions, io::Write as _, os::unix::fs::PermissionsExt as _, path::Path};
+use std::{fs::Permissions, io::Write as _, net::Ipv4Addr, os::unix::fs::PermissionsExt as _, path::Path};
 
 use anyhow::{Context as _, Result, bail};
-use ipnet::Ipv4Net;
 
-/// Checks that the file can be written, without writing it.
-///
-/// # Errors
-///
-/// When its directory cannot be created or written.
-pub fn check(path: &Path) -> Result<()> {
+use crate::route::{LocalNode, Subnet};
+
+/// Fails when the file cannot be written; does not write it.
+pub(crate) fn check(path: &Path) -> Result<()> {
     let attempt = || -> Result<()> {
         std::fs::create_dir_all(directory(path))?;
         tempfile::Builder::new().prefix(".subnet.env").tempfile_in(directory(path))?;
@@ -24,16 +21,12 @@ pub fn check(path: &Path) -> Result<()> {
 
 /// Writes flannel's four lines atomically, with mode 0644. With `masquerade`, the agent masquerades packets that leave the
 /// overlay, and the container runtime must not.
-///
-/// # Errors
-///
-/// When the directory cannot be created or written.
-pub fn write(path: &Path, network: Ipv4Net, subnet: Ipv4Net, mtu: u32, masquerade: bool) -> Result<()> {
+pub(crate) fn write(path: &Path, local: LocalNode, mtu: u32, masquerade: bool) -> Result<()> {
     let directory = directory(path);
     let attempt = || -> Result<()> {
         std::fs::create_dir_all(directory)?;
         let mut file = tempfile::Builder::new().prefix(".subnet.env").tempfile_in(directory)?;
-        file.write_all(text(network, subnet, mtu, masquerade).as_bytes())?;
+        file.write_all(text(local, mtu, masquerade).as_bytes())?;
         file.as_file().set_permissions(Permissions::from_mode(0o644))?;
         file.as_file().sync_all()?;
         file.persist(path)?;
@@ -43,21 +36,21 @@ pub fn write(path: &Path, network: Ipv4Net, subnet: Ipv4Net, mtu: u32, masquerad
 }
 
 /// The subnet in an existing file.
-pub fn read_subnet(path: &Path) -> Option<Ipv4Net> {
+pub(crate) fn read_subnet(path: &Path) -> Option<Subnet> {
     let text = std::fs::read_to_string(path).ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("FLANNEL_SUBNET="))?;
-    line.trim().parse::<Ipv4Net>().ok().map(|subnet| subnet.trunc())
+    line.trim().parse().ok().map(Subnet::containing)
 }
 
 fn directory(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-fn text(network: Ipv4Net, subnet: Ipv4Net, mtu: u32, masquerade: bool) -> String {
-    let gateway = std::net::Ipv4Addr::from(u32::from(subnet.network()).wrapping_add(1));
+fn text(LocalNode { network, subnet, .. }: LocalNode, mtu: u32, masquerade: bool) -> String {
+    let gateway = Ipv4Addr::from(u32::from(subnet.base()).wrapping_add(1));
+    let length = subnet.prefix().prefix_len();
     format!(
-        "FLANNEL_NETWORK={network}\nFLANNEL_SUBNET={gateway}/{}\nFLANNEL_MTU={mtu}\nFLANNEL_IPMASQ={masquerade}\n",
-        subnet.prefix_len()
+        "FLANNEL_NETWORK={network}\nFLANNEL_SUBNET={gateway}/{length}\nFLANNEL_MTU={mtu}\nFLANNEL_IPMASQ={masquerade}\n"
     )
 }
 
@@ -69,8 +62,10 @@ mod tests {
     fn the_file_has_flannels_format_and_is_read_back() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("run/flannel/subnet.env");
-        let subnet: Ipv4Net = "10.5.34.0/24".parse().unwrap();
-        write(&path, "10.5.0.0/16".parse().unwrap(), subnet, 1472, true).unwrap();
+        let subnet: Subnet = "10.5.34.0/24".parse().unwrap();
+        let public_ip = Ipv4Addr::new(192, 168, 77, 1);
+        let local = LocalNode { network: "10.5.0.0/16".parse().unwrap(), subnet, public_ip };
+        write(&path, local, 1472, true).unwrap();
         assert_eq!(
             std::fs::read_to_string(&path).unwrap(),
             "FLANNEL_NETWORK=10.5.0.0/16\nFLANNEL_SUBNET=10.5.34.1/24\nFLANNEL_MTU=1472\nFLANNEL_IPMASQ=true\n"

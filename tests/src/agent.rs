@@ -21,7 +21,7 @@ use serde::de::DeserializeOwned;
 
 use crate::{
     netns::Netns,
-    report::{Counters, Routes, Status},
+    report::{Counters, Routes, State, Status},
     sandbox::Sandbox,
 };
 
@@ -265,7 +265,12 @@ impl Agent {
         &self.site
     }
 
-    /// Its state.
+    /// State and problems, which a starting agent reports, too.
+    pub fn state(&self) -> Result<State> {
+        self.report("status")
+    }
+
+    /// The status of an agent that has started.
     pub fn status(&self) -> Result<Status> {
         self.report("status")
     }
@@ -385,7 +390,7 @@ impl Agent {
                 self.ended = true;
                 bail!("it ended with {status}");
             }
-            match self.status() {
+            match self.state() {
                 Ok(status) if status.state == "running" => return Ok(()),
                 Ok(_) | Err(_) if Instant::now() < deadline => thread::sleep(Duration::from_millis(20)),
                 Ok(status) => bail!("it is still {} after {TIMEOUT:?}", status.state),

@@ -4,7 +4,16 @@ use std::{collections::BTreeMap, net::Ipv4Addr};
 
 use serde::Deserialize;
 
-/// `overlay-agent status -o json`.
+/// The part of `overlay-agent status -o json` that every agent reports.
+#[derive(Clone, Debug, Deserialize)]
+pub struct State {
+    /// `running` when the agent is ready.
+    pub state: String,
+    /// Problems.
+    pub problems: Vec<String>,
+}
+
+/// `overlay-agent status -o json` of an agent that has started.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Status {
     /// `running` when the agent is ready.

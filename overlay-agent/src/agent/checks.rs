@@ -1,4 +1,4 @@
-//! What the operator asked for, checked against itself before anything is changed.
+//! Checks of options, network config and underlay against each other, before anything is changed.
 
 use std::net::Ipv4Addr;
 
@@ -7,9 +7,9 @@ use ipnet::Ipv4Net;
 use overlay_ebpf::wire::OVERHEAD;
 
 use super::Options;
-use crate::{config::NetworkConfig, lease, netlink::Link, underlay::Underlay};
+use crate::{config::NetworkConfig, lease, netlink::Link, route::overlaps, underlay::Underlay};
 
-/// What every IPv4 host must accept (RFC 791, section 3.1).
+/// The packet size that every IPv4 host must accept (RFC 791, section 3.1), in bytes.
 const SMALLEST_MTU: u32 = 576;
 
 /// Address blocks that no host routes (RFC 6890).
@@ -19,37 +19,34 @@ const RESERVED: [(Ipv4Net, &str); 3] = [
     (Ipv4Net::new_assert(Ipv4Addr::new(224, 0, 0, 0), 3), "multicast and reserved"),
 ];
 
-/// What the operator wrote must make sense together.
+/// Refuses networks, subnets and peers that cannot work together.
 pub(super) fn check_addresses(options: &Options, config: &NetworkConfig, underlay: &Underlay) -> Result<()> {
     let public_ip = underlay.public_ip;
     if let Some((block, what)) = RESERVED.iter().find(|(block, _)| overlaps(config.network, *block)) {
         bail!("the network {} overlaps {block}, {what}: choose another", config.network);
     }
     check_underlay(config.network, underlay)?;
-    if let Some(subnet) = options.subnet
-        && (!config.network.contains(&subnet) || subnet == config.network)
-    {
+    if let Some(subnet) = options.subnet.filter(|subnet| !subnet.is_part_of(config.network)) {
         bail!("the subnet {subnet} is not a part of the network {}: choose another --subnet", config.network);
     }
-    let peers: Vec<_> = options.peers.iter().collect();
-    for (position, (subnet, peer)) in peers.iter().enumerate() {
-        if !config.network.contains(*subnet) || **subnet == config.network {
+    let subnets: Vec<_> = options.peers.keys().copied().collect();
+    for (position, (subnet, peer)) in options.peers.iter().enumerate() {
+        if !subnet.is_part_of(config.network) {
             bail!("--peer {subnet}={peer}: the subnet is not a part of the network {}", config.network);
         }
-        if !lease::is_host(**peer) || config.network.contains(*peer) || **peer == public_ip {
+        let address = peer.address;
+        if !lease::is_host(address) || config.network.contains(&address) || address == public_ip {
             bail!("--peer {subnet}={peer}: {peer} cannot be the underlay address of another host");
         }
-        let later = peers.iter().skip(position + 1).map(|(other, _)| *other).chain(options.subnet.as_ref());
-        for other in later {
-            if subnet.contains(other) || other.contains(*subnet) {
-                bail!("--peer {subnet}={peer}: the subnet overlaps {other}");
-            }
+        let later = subnets.iter().skip(position + 1).chain(&options.subnet);
+        if let Some(other) = later.copied().find(|other| subnet.overlaps(*other)) {
+            bail!("--peer {subnet}={peer}: the subnet overlaps {other}");
         }
     }
     Ok(())
 }
 
-/// The largest inner packet that the underlay carries, in bytes.
+/// The size of the largest inner packet that the underlay carries, in bytes.
 pub(super) fn inner_mtu(link: &Link) -> Result<u32> {
     match link.mtu.checked_sub(OVERHEAD as u32).filter(|mtu| *mtu >= SMALLEST_MTU) {
         Some(mtu) => Ok(mtu),
@@ -57,7 +54,7 @@ pub(super) fn inner_mtu(link: &Link) -> Result<u32> {
     }
 }
 
-/// An underlay inside the overlay would carry its own packets.
+/// Refuses an underlay address inside the overlay.
 pub(super) fn check_underlay(network: Ipv4Net, underlay: &Underlay) -> Result<()> {
     let public_ip = underlay.public_ip;
     if network.contains(&public_ip) || network.contains(&underlay.local_ip) {
@@ -66,8 +63,4 @@ pub(super) fn check_underlay(network: Ipv4Net, underlay: &Underlay) -> Result<()
         );
     }
     Ok(())
-}
-
-fn overlaps(a: Ipv4Net, b: Ipv4Net) -> bool {
-    a.contains(&b) || b.contains(&a)
 }

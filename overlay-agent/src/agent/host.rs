@@ -1,4 +1,4 @@
-//! What an agent does to its host beside the overlay device: rules of the firewall, and a route that discards.
+//! Changes to the host beside the datapath: firewall rules, the blackhole route and `subnet.env`.
 
 use std::time::Duration;
 
@@ -7,72 +7,85 @@ use ipnet::Ipv4Net;
 use tokio::{sync::watch, task::JoinHandle, time::timeout};
 use tracing::{debug, warn};
 
-use super::Options;
+use super::{
+    Options,
+    conditions::{Condition, Conditions},
+};
 use crate::{
     firewall::{self, Firewall, Rules},
     netlink::Netlink,
+    route::LocalNode,
+    subnet_env,
 };
 
-/// How long the end of the agent waits for a change of the firewall that is under way, and again for the rules' removal: the
-/// device has to go also where `nft` hangs.
-const FAREWELL: Duration = Duration::from_secs(5);
+/// How long shutdown waits for a running change of the firewall, and again for the removal of the rules: the device must be
+/// removed even if `nft` hangs.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What was done, and what keeps it so.
-pub(super) struct Host {
-    device: String,
-    /// The subnet that packets are discarded for when no container takes them.
+/// What was changed on the host, and the tasks that keep it.
+pub(super) struct HostSetup {
+    options: Options,
+    /// The subnet of the blackhole route.
     blackhole: Option<Ipv4Net>,
-    /// Why that is not this host's subnet.
+    /// Why the blackhole route is not for this host's subnet.
     misplaced: Option<String>,
     keeper: Option<RuleKeeper>,
+    pub(super) conditions: Conditions,
 }
 
 struct RuleKeeper {
     subnet: watch::Sender<Ipv4Net>,
-    trouble: watch::Receiver<Option<String>>,
+    problem: watch::Receiver<Option<String>>,
     task: JoinHandle<()>,
 }
 
-impl Host {
-    /// Applies what `options` ask for.
-    ///
-    /// # Errors
-    ///
-    /// When masquerading or the route cannot be had. Without the rules that only accept forwarded packets the overlay works
-    /// on most hosts, so that is a warning.
-    pub(super) async fn prepare(
-        options: &Options,
-        netlink: &Netlink,
-        network: Ipv4Net,
-        subnet: Ipv4Net,
-    ) -> Result<Self> {
-        let mut host =
-            Self { device: options.device.clone(), blackhole: None, misplaced: None, keeper: None };
-        let done = async {
-            if options.host.blackhole_route {
-                netlink.add_blackhole(subnet).await?;
-                host.blackhole = Some(subnet);
-            }
-            // An earlier agent, which was killed, may have had another subnet or other flags.
-            for stale in netlink.blackholes().await? {
-                if network.contains(&stale) && host.blackhole != Some(stale) {
-                    netlink.remove_blackhole(stale).await?;
-                }
-            }
-            host.keeper = keep_rules(options, network, subnet).await?;
-            anyhow::Ok(())
-        };
-        match done.await {
-            Ok(()) => Ok(host),
-            Err(error) => {
-                host.clear(netlink).await;
-                Err(error)
-            }
+impl HostSetup {
+    /// A setup that has changed nothing yet.
+    pub(super) fn new(options: &Options) -> Self {
+        Self {
+            options: options.clone(),
+            blackhole: None,
+            misplaced: None,
+            keeper: None,
+            conditions: Conditions::default(),
         }
     }
 
+    /// Applies firewall rules and the blackhole route.
+    /// Fails when masquerading or the route is not available. Without the rules that only accept forwarded packets
+    /// the overlay works on most hosts, so that is a warning. After an error, [`Self::clear`] removes what was
+    /// applied.
+    pub(super) async fn apply(&mut self, netlink: &Netlink, local: LocalNode) -> Result<()> {
+        let subnet = local.subnet.prefix();
+        if self.options.host.blackhole_route {
+            netlink.add_blackhole(subnet).await?;
+            self.blackhole = Some(subnet);
+        }
+        // A killed agent may have had another subnet or other flags.
+        for stale in netlink.blackholes().await? {
+            if local.network.contains(&stale) && self.blackhole != Some(stale) {
+                netlink.remove_blackhole(stale).await?;
+            }
+        }
+        self.keeper = keep_rules(&self.options, local.network, subnet).await?;
+        Ok(())
+    }
+
+    /// Writes `subnet.env`, if there is a path for it. `mtu` is that of the overlay device.
+    pub(super) fn write_subnet_file(&mut self, local: LocalNode, mtu: u32) {
+        let Some(file) = &self.options.subnet_file else { return };
+        let written = subnet_env::write(file, local, mtu, self.options.host.masquerade);
+        self.conditions.update(Condition::SubnetFile, written.err().map(|error| format!("{error:#}")));
+    }
+
+    /// Whether container runtimes can read the subnet.
+    /// Errors: the reason why not.
+    pub(super) fn ready(&self) -> Result<(), String> {
+        self.conditions.get(Condition::SubnetFile).map_or(Ok(()), Err)
+    }
+
     /// Follows this host to another subnet.
-    pub(super) async fn follow(&mut self, netlink: &Netlink, subnet: Ipv4Net) {
+    pub(super) async fn set_subnet(&mut self, netlink: &Netlink, subnet: Ipv4Net) {
         if let Some(before) = self.blackhole.filter(|before| *before != subnet) {
             let moved = self.move_blackhole(netlink, before, subnet).await;
             self.misplaced = moved.err().map(|error| {
@@ -83,6 +96,7 @@ impl Host {
             // The task ends only with the agent.
             let _ = keeper.subnet.send(subnet);
         }
+        self.check();
     }
 
     async fn move_blackhole(&mut self, netlink: &Netlink, from: Ipv4Net, to: Ipv4Net) -> Result<()> {
@@ -92,27 +106,27 @@ impl Host {
         Ok(())
     }
 
-    /// What is not as the operator asked for, if anything.
-    pub(super) fn trouble(&self) -> Option<String> {
-        let rules = self.keeper.as_ref().and_then(|keeper| keeper.trouble.borrow().clone());
-        let troubles: Vec<String> = rules.into_iter().chain(self.misplaced.clone()).collect();
-        (!troubles.is_empty()).then(|| troubles.join("; "))
+    /// Updates the conditions from what the tasks report.
+    pub(super) fn check(&mut self) {
+        let rules = self.keeper.as_ref().and_then(|keeper| keeper.problem.borrow().clone());
+        let problems: Vec<String> = rules.into_iter().chain(self.misplaced.clone()).collect();
+        self.conditions.update(Condition::Firewall, (!problems.is_empty()).then(|| problems.join("; ")));
     }
 
-    /// Undoes everything.
-    pub(super) async fn clear(self, netlink: &Netlink) {
-        if let Some(keeper) = self.keeper {
+    /// Removes firewall rules and the blackhole route.
+    pub(super) async fn clear(&mut self, netlink: &Netlink) {
+        let device = &self.options.device;
+        if let Some(keeper) = self.keeper.take() {
             keeper.end().await;
-            match timeout(FAREWELL, firewall::remove(&self.device)).await {
+            match timeout(SHUTDOWN_TIMEOUT, firewall::remove(device)).await {
                 Ok(Ok(_)) => {}
-                Ok(Err(error)) => warn!("remove the firewall's rules of {}: {error}", self.device),
+                Ok(Err(error)) => warn!("remove the firewall's rules of {device}: {error}"),
                 Err(_) => warn!(
-                    "nft does not answer: the firewall's rules of {} stay, `overlay-agent down` removes them",
-                    self.device
+                    "nft does not answer: the firewall's rules of {device} stay, `overlay-agent down` removes them"
                 ),
             }
         }
-        if let Some(subnet) = self.blackhole
+        if let Some(subnet) = self.blackhole.take()
             && let Err(error) = netlink.remove_blackhole(subnet).await
         {
             warn!("{error:#}");
@@ -121,42 +135,42 @@ impl Host {
 }
 
 impl RuleKeeper {
-    /// Two changes at once would leave the rules of the one that ends last: when this returns, the keeper makes none.
+    /// Of two changes at once, the one that ends last would win: when this returns, the keeper makes no more changes.
     async fn end(mut self) {
         drop(self.subnet);
-        if timeout(FAREWELL, &mut self.task).await.is_err() {
+        if timeout(SHUTDOWN_TIMEOUT, &mut self.task).await.is_err() {
             self.task.abort();
-            // Only that it was aborted.
+            // Only confirms the abort.
             let _ = self.task.await;
         }
     }
 }
 
 async fn keep_rules(options: &Options, network: Ipv4Net, subnet: Ipv4Net) -> Result<Option<RuleKeeper>> {
-    let wish = &options.host;
+    let host = &options.host;
     let rules = Rules {
         device: options.device.clone(),
         network,
         subnet,
-        masquerade: wish.masquerade,
-        fully_random: wish.fully_random,
-        forward: wish.forward_rules,
+        masquerade: host.masquerade,
+        fully_random: host.fully_random,
+        forward: host.forward_rules,
     };
     let wanted = rules.masquerade || rules.forward;
     let mut firewall = match (Firewall::new(rules), wanted) {
         (Ok(firewall), _) => firewall,
-        // No rules can have been made under such a name.
+        // No rules can exist under such a name.
         (Err(_), false) => return Ok(None),
-        (Err(error), true) if !wish.masquerade => {
+        (Err(error), true) if !host.masquerade => {
             warn!("forwarded packets of the overlay are not accepted explicitly: {error}");
             return Ok(None);
         }
         (Err(error), true) => return Err(error.into()),
     };
-    // Also when none are wanted: an earlier agent may have left some.
+    // Even if no rules are wanted: an earlier agent may have left some.
     match firewall.apply().await {
         Ok(()) => {}
-        Err(error) if wish.masquerade => return Err(error).context("--ip-masq"),
+        Err(error) if host.masquerade => return Err(error).context("--ip-masq"),
         Err(error) if wanted => {
             warn!("forwarded packets of the overlay are not accepted explicitly: {error}");
             if let Some(why) = firewall::legacy_warning(network) {
@@ -164,13 +178,13 @@ async fn keep_rules(options: &Options, network: Ipv4Net, subnet: Ipv4Net) -> Res
             }
             return Ok(None);
         }
-        Err(error) => debug!("no rules are wanted, and none can be looked for: {error}"),
+        Err(error) => debug!("no rules are wanted, and none can be listed: {error}"),
     }
     if !wanted {
         return Ok(None);
     }
     let (subnet, subnet_receiver) = watch::channel(subnet);
-    let (trouble_sender, trouble) = watch::channel(None);
-    let task = tokio::spawn(firewall.run(wish.resync, subnet_receiver, trouble_sender));
-    Ok(Some(RuleKeeper { subnet, trouble, task }))
+    let (problem_sender, problem) = watch::channel(None);
+    let task = tokio::spawn(firewall.run(host.resync, subnet_receiver, problem_sender));
+    Ok(Some(RuleKeeper { subnet, problem, task }))
 }

@@ -1,93 +1,99 @@
-//! The running agent: start in an order that leaves nothing half-done, then follow the store until told to stop.
+//! The running agent: a main loop that selects events and delegates them to its parts.
+//!
+//! `start` puts the parts together. `membership` is this host's lease and the records of all hosts, `forwarding` makes routes
+//! of the records and the datapath of the routes, `host` is everything else on this machine, `notifier` reports the health,
+//! `status` answers queries.
 
-mod answers;
 mod checks;
-mod claim;
+mod conditions;
+mod forwarding;
 mod host;
-mod leasing;
+mod membership;
+mod notifier;
 mod options;
-mod outlook;
-mod problems;
-mod routes;
-mod upkeep;
+mod start;
+mod status;
 
-use std::{
-    net::{Ipv4Addr, SocketAddrV4},
-    pin::pin,
-    time::Duration,
-};
+use std::{pin::pin, time::Duration};
 
-use anyhow::{Context as _, Result, anyhow, bail};
-pub use options::{HostOptions, Options, StoreOption};
-
-use checks::{check_addresses, inner_mtu};
-use claim::Claim;
-use host::Host;
-use leasing::{Lease, Leasing};
-use outlook::Outlook;
-use problems::{Concern, Problems};
+use anyhow::{Context as _, Result, bail};
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
-    time::{Instant, MissedTickBehavior, sleep_until},
+    time::MissedTickBehavior,
 };
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
+
+pub use options::{HostOptions, Options, StoreOption};
 
 use crate::{
     control::{self, Control, QueryRequest},
-    datapath::{Datapath, Desired, UnderlayDevice, tun},
-    device::{self, DeviceAlias, DeviceSpec},
     netlink::Netlink,
-    route::{Routes, Subnet},
-    route_table::{Own, RouteTable},
-    store::Event,
-    subnet_env,
     underlay::{self, Underlay, UnderlayChange},
 };
+use checks::{check_underlay, inner_mtu};
+use conditions::Condition;
+use forwarding::Forwarding;
+use host::HostSetup;
+use membership::{Membership, News};
+use notifier::HealthNotifier;
+use start::Prepared;
 
-/// How often to see whether the device still has its address, MTU and route.
-const CARE: Duration = Duration::from_secs(5);
+/// Interval of checks of the host's state.
+const CHECK_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Runs until SIGTERM or SIGINT, then removes what it made.
-///
-/// # Errors
-///
-/// When the agent cannot start: the host is then as it was before.
+/// Runs until SIGTERM or SIGINT, then removes what it made. The lease stays for the next start.
+/// Fails when the agent cannot start: the host is then as it was before.
 pub async fn run(options: Options) -> Result<()> {
     if !nix::unistd::geteuid().is_root() {
         bail!("overlay-agent run needs root: it makes a network device and loads eBPF programs");
     }
     let mut stop = StopSignals::new()?;
     let netlink = Netlink::connect()?;
-    // From the first moment, so that `down` and a second agent find this one also while it waits for etcd.
+    // First, so that `down` and a second agent find this one while it waits for etcd.
     let control = Control::listen(control::path(&options.run_dir, &options.device))?;
-    let (question_sender, mut questions) = mpsc::channel(8);
-    tokio::spawn(control.serve(question_sender));
-    let mut outlook = Outlook::start(options.host.healthz).await?;
-    let report = outlook.subscribe();
+    let (query_sender, mut queries) = mpsc::channel(8);
+    tokio::spawn(control.serve(query_sender));
+    let mut notifier = HealthNotifier::start(options.host.healthz).await?;
+    let report = notifier.subscribe();
     let prepared = {
-        let mut preparing = pin!(Prepared::new(options, &netlink, &mut outlook));
+        let store = status::store_name(&options);
+        let mut preparing = pin!(Prepared::new(options, &netlink, &mut notifier));
         loop {
             tokio::select! {
                 prepared = &mut preparing => break prepared?,
                 () = stop.wait() => return Ok(()),
-                Some((_, back)) = questions.recv() => {
-                    let why = report.borrow().health().to_string();
-                    // Whoever asked may be gone.
-                    let _ = back.send(Err(format!("the agent is starting, {why}")));
+                Some((query, answer)) = queries.recv() => {
+                    let health = report.borrow().health().clone();
+                    // The client may be gone.
+                    let _ = answer.send(status::answer_while_starting(query, &health, &store));
                 }
             }
         }
     };
-    // Not interrupted: what is half-made would stay. It takes a moment; a signal meanwhile ends `follow` at once.
-    let mut agent = Agent::start(prepared, netlink, outlook, questions).await?;
-    agent.follow(&mut stop).await;
+    // Not interrupted: half of it would stay. It takes a moment; a signal meanwhile ends the main loop at once.
+    let Prepared { options, mut membership, forwarding, host, underlay } = prepared.apply(&netlink).await?;
+    let underlay_changes = underlay::watch(underlay.clone(), &options.underlay)?;
+    membership.keep_lease();
+    warn_about_forwarding();
+    let mut agent = Agent {
+        netlink,
+        membership,
+        forwarding,
+        host,
+        notifier,
+        underlay_changes,
+        queries,
+        underlay,
+        running: false,
+    };
+    agent.run_until(&mut stop).await;
     agent.stop().await
 }
 
 struct StopSignals {
-    terminate: tokio::signal::unix::Signal,
-    interrupt: tokio::signal::unix::Signal,
+    terminate: Signal,
+    interrupt: Signal,
 }
 
 impl StopSignals {
@@ -106,263 +112,125 @@ impl StopSignals {
     }
 }
 
-/// What is fixed once the agent has found its place.
-struct Place {
-    underlay: Underlay,
-    own: Own,
-    port: u16,
-    mtu: u32,
-}
-
-/// What an agent has before it changes anything on the host. Finding it may take long: etcd may be away.
-struct Prepared {
-    options: Options,
-    leasing: Leasing,
-    lease: Lease,
-    place: Place,
-}
-
-impl Prepared {
-    /// Looks at everything that can be refused, and takes the lease last.
-    async fn new(options: Options, netlink: &Netlink, outlook: &mut Outlook) -> Result<Self> {
-        // Looked for now to refuse at once what cannot work, and again when etcd, perhaps hours later, has answered.
-        Underlay::find(netlink, &options.underlay).await?;
-        if let Some(file) = &options.subnet_file {
-            subnet_env::check(file)?;
-        }
-        let (leasing, config) = Leasing::open(&options, outlook).await?;
-        let underlay = Underlay::find(netlink, &options.underlay).await?;
-        check_addresses(&options, &config, &underlay)?;
-        device::preflight(netlink, &options.device, config.network).await?;
-        let mtu = inner_mtu(&underlay.link)?;
-        let address = SocketAddrV4::new(underlay.local_ip, config.port);
-        drop(tun::Socket::bind(tun::Endpoint { address, ifindex: underlay.link.index })?);
-        let lease = leasing.acquire(&options, &config, underlay.public_ip, outlook).await?;
-        let subnet = lease.subnet().context("the lease has no subnet")?;
-        let own = Own { network: config.network, subnet, public_ip: underlay.public_ip };
-        info!("{} is {} in {}, MTU {mtu}, port {}", own.public_ip, own.subnet, own.network, config.port);
-        Ok(Self { options, leasing, lease, place: Place { underlay, own, port: config.port, mtu } })
-    }
-}
-
 struct Agent {
-    options: Options,
     netlink: Netlink,
-    place: Place,
-    datapath: Datapath,
-    /// Whether the datapath is as desired; a lost one is being made again.
-    up: bool,
-    retry_at: Option<Instant>,
-    retries: u32,
-    made_at: Option<Instant>,
-    /// The store's records as last heard, and the routes that they give.
-    table: RouteTable,
-    leasing: Leasing,
-    lease: Option<Lease>,
-    claim: Claim,
-    /// Our address as the store has it.
-    recorded_ip: Ipv4Addr,
-    problems: Problems,
-    outlook: Outlook,
-    /// Whether all records were heard once: from then on, no route is missing.
-    informed: bool,
+    membership: Membership,
+    forwarding: Forwarding,
+    host: HostSetup,
+    notifier: HealthNotifier,
+    underlay_changes: mpsc::Receiver<UnderlayChange>,
+    queries: mpsc::Receiver<QueryRequest>,
+    underlay: Underlay,
     /// Whether everything was there once.
     running: bool,
-    host: Option<Host>,
-    events: mpsc::Receiver<Event>,
-    event_sender: mpsc::Sender<Event>,
-    underlay_changes: mpsc::Receiver<UnderlayChange>,
-    questions: mpsc::Receiver<QueryRequest>,
-    failures: (mpsc::Sender<String>, mpsc::Receiver<String>),
 }
 
 impl Agent {
-    async fn start(
-        prepared: Prepared,
-        netlink: Netlink,
-        outlook: Outlook,
-        questions: mpsc::Receiver<QueryRequest>,
-    ) -> Result<Self> {
-        let Prepared { options, leasing, lease, place } = prepared;
-        let (event_sender, events) = mpsc::channel(4);
-        let own = place.own;
-        let table = RouteTable::new(own, options.peers.clone());
-        let failures = mpsc::channel(2);
-        let mut agent = Self {
-            options,
-            datapath: Datapath::new(netlink.clone(), failures.0.clone()),
-            netlink,
-            place,
-            up: false,
-            retry_at: None,
-            retries: 0,
-            made_at: None,
-            table,
-            leasing,
-            lease: None,
-            claim: Claim::Firm,
-            recorded_ip: own.public_ip,
-            problems: Problems::default(),
-            outlook,
-            informed: false,
-            running: false,
-            host: None,
-            events,
-            event_sender,
-            underlay_changes: mpsc::channel(1).1,
-            questions,
-            failures,
-        };
-        let finish = async {
-            agent.reconcile().await?;
-            agent.host = Some(Host::prepare(&agent.options, &agent.netlink, own.network, own.subnet).await?);
-            agent.underlay_changes = underlay::watch(agent.place.underlay.clone(), &agent.options.underlay)?;
-            if let Some(records) = agent.leasing.list()? {
-                agent.on_snapshot(records);
-                agent.subnet_file()?;
-                agent.run_if_ready();
+    async fn run_until(&mut self, stop: &mut StopSignals) {
+        let mut check = tokio::time::interval(CHECK_INTERVAL);
+        check.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            self.run_if_ready();
+            let health = self.health();
+            self.notifier.notify(health);
+            tokio::select! {
+                () = stop.wait() => return,
+                news = self.membership.next() => self.on_news(news).await,
+                Some(change) = self.underlay_changes.recv() => self.on_underlay(change).await,
+                Some((query, answer)) = self.queries.recv() => {
+                    // The client may be gone.
+                    let _ = answer.send(self.answer(query));
+                }
+                () = self.forwarding.due() => self.forwarding.try_reconcile().await,
+                _ = check.tick() => self.check_periodically().await,
+                () = self.notifier.watchdog() => self.notifier.ping_watchdog(),
             }
-            anyhow::Ok(())
-        };
-        if let Err(error) = finish.await {
-            if let Err(error) = agent.remove_from_host().await {
-                warn!("{error:#}");
-            }
-            agent.leasing.give_back(lease, own.public_ip).await;
-            return Err(error);
         }
-        // Watches before it lists, so nothing that happened meanwhile is missed.
-        agent.lease = Some(agent.leasing.follow(lease, own.public_ip, agent.event_sender.clone()));
-        warn_about_forwarding();
-        Ok(agent)
     }
 
-    /// The agent says that it runs, and container runtimes learn the subnet, once everything is there.
+    /// Reports readiness, and writes the subnet for container runtimes, once everything is there.
     fn run_if_ready(&mut self) {
-        if self.running || !self.informed || !self.up {
+        if self.running || self.forwarding.ready().is_err() {
             return;
         }
         self.write_subnet_file();
-        if self.problems.get(Concern::SubnetFile).is_none() {
+        if self.host.ready().is_ok() {
             self.running = true;
-            info!("running: {} routes, see `overlay-agent status`", self.table.routes().len());
+            info!("running: {} routes, see `overlay-agent status`", self.forwarding.table().routes().len());
         }
     }
 
-    fn subnet_file(&self) -> Result<()> {
-        let (own, mtu, masquerade) = (self.place.own, self.place.mtu, self.options.host.masquerade);
-        match &self.options.subnet_file {
-            Some(file) => subnet_env::write(file, own.network, own.subnet, mtu, masquerade),
-            None => Ok(()),
+    async fn on_news(&mut self, news: News) {
+        match news {
+            News::Records(event) => self.forwarding.on_records(event),
+            News::Lease(event) => {
+                let Some(subnet) = self.membership.on_lease(event) else { return };
+                self.forwarding.set_local(self.membership.local()).await;
+                self.host.set_subnet(&self.netlink, subnet.prefix()).await;
+                self.write_subnet_file();
+                info!("containers that exist have addresses of the old subnet: create them again");
+            }
         }
     }
 
-    /// Writes `subnet.env` again after a change of what it says.
+    async fn on_underlay(&mut self, change: UnderlayChange) {
+        let underlay = match change {
+            UnderlayChange::Changed(underlay) => underlay,
+            UnderlayChange::Lost(why) => {
+                let why = format!("{why}: peers are out of reach until it is back");
+                return self.forwarding.conditions.set(Condition::Underlay, why);
+            }
+        };
+        let network = self.membership.local().network;
+        let mtu = match check_underlay(network, &underlay).and_then(|()| inner_mtu(&underlay.link)) {
+            Ok(mtu) => mtu,
+            Err(error) => {
+                return self.forwarding.conditions.set(Condition::Underlay, format!("{error:#}"));
+            }
+        };
+        self.forwarding.conditions.clear(Condition::Underlay);
+        let (before, link) = (std::mem::replace(&mut self.underlay, underlay.clone()), &underlay.link);
+        if underlay.local_ip != before.local_ip {
+            info!("the address of {} was {} and is {}", link.name, before.local_ip, underlay.local_ip);
+        }
+        if link.index != before.link.index {
+            info!("the device {} was created again", link.name);
+        }
+        let resized = mtu != self.forwarding.spec().mtu;
+        if resized {
+            info!("the MTU of {} is {}: that of the overlay is {mtu} now", link.name, link.mtu);
+        }
+        self.forwarding.set_underlay(&underlay, mtu).await;
+        if underlay.public_ip != self.membership.local().public_ip {
+            self.membership.set_public_ip(underlay.public_ip);
+            self.forwarding.set_local(self.membership.local()).await;
+        }
+        if resized && self.running {
+            self.write_subnet_file();
+        }
+    }
+
+    /// Repairs what other programs changed, and repeats what failed.
+    async fn check_periodically(&mut self) {
+        self.forwarding.check().await;
+        self.host.check();
+        if self.running && self.host.ready().is_err() {
+            self.write_subnet_file();
+        }
+        if !self.running {
+            self.notifier.extend_start();
+        }
+    }
+
     fn write_subnet_file(&mut self) {
-        match self.subnet_file() {
-            Ok(()) => self.problems.clear(Concern::SubnetFile),
-            Err(error) => self.problems.set(Concern::SubnetFile, format!("{error:#}")),
-        }
+        self.host.write_subnet_file(self.membership.local(), self.forwarding.spec().mtu);
     }
 
-    async fn reconcile(&mut self) -> Result<()> {
-        let Place { underlay, own, port, mtu } = &self.place;
-        let spec = DeviceSpec {
-            name: self.options.device.clone(),
-            alias: DeviceAlias { network: own.network, port: *port, underlay: underlay.link.name.clone() },
-            subnet: Subnet::containing(own.subnet),
-            mtu: *mtu,
-        };
-        let routes = self.routes();
-        let desired = Desired {
-            device: &spec,
-            underlays: &[UnderlayDevice { link: underlay.link.clone(), local_ip: underlay.local_ip }],
-            request: self.options.datapath,
-            tc_attach: self.options.tc_attach,
-            routes: &routes,
-            log: self.options.datapath_log,
-        };
-        let report = self.datapath.reconcile(&desired).await?;
-        if !report.made.is_empty() {
-            debug!("datapath: {}", report.made.join(", "));
-        }
-        if !report.repaired.is_empty() {
-            warn!("repaired what others had changed: {}", report.repaired.join(", "));
-        }
-        if !self.up {
-            (self.up, self.made_at) = (true, Some(Instant::now()));
-        }
-        self.note_routes(report.routes_behind.map_or(Ok(()), |why| Err(anyhow!(why))));
-        Ok(())
-    }
-
-    fn routes(&self) -> Routes {
-        let routes = self.table.routes().iter();
-        routes.map(|(subnet, peer)| (Subnet::containing(*subnet), (*peer).into())).collect()
-    }
-
-    /// Follows the store and answers questions until told to stop.
-    async fn follow(&mut self, stop: &mut StopSignals) {
-        let mut care = tokio::time::interval(CARE);
-        care.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
-            let retry_at = self.retry_at;
-            let retry = async move {
-                match retry_at {
-                    Some(at) => sleep_until(at).await,
-                    None => std::future::pending().await,
-                }
-            };
-            tokio::select! {
-                () = stop.wait() => return,
-                Some(event) = self.events.recv() => self.on_store(event).await,
-                Some(change) = self.underlay_changes.recv() => self.on_underlay(change).await,
-                Some((question, back)) = self.questions.recv() => {
-                    // Whoever asked may be gone.
-                    let _ = back.send(self.answer(question).map_err(|error| format!("{error:#}")));
-                }
-                Some(failure) = self.failures.1.recv() => self.on_failure(&failure),
-                () = retry => self.restart_datapath().await,
-                _ = care.tick() => self.care().await,
-                () = self.outlook.watchdog() => self.outlook.alive(),
-            }
-            self.run_if_ready();
-            let health = self.health();
-            self.outlook.tell(health);
-        }
-    }
-
-    async fn on_store(&mut self, event: Event) {
-        match event {
-            Event::Snapshot(records) => self.on_snapshot(records),
-            Event::Changes(changes) => {
-                let outcome = self.table.apply(changes);
-                self.apply(&outcome);
-            }
-            Event::Lost(why) => {
-                let routes = self.table.routes().len();
-                let why = format!("the store cannot be read, {routes} routes stay as they are: {why}");
-                self.problems.set(Concern::Store, why);
-            }
-            Event::Lease(event) => self.on_lease(event).await,
-        }
-    }
-
-    /// The lease stays: a restart keeps it.
     async fn stop(mut self) -> Result<()> {
-        self.outlook.stopping();
-        let removed = self.remove_from_host().await;
-        if let Some(lease) = self.lease.take() {
-            self.leasing.leave(lease).await;
-        }
+        self.notifier.stopping();
+        let removed = start::remove(&mut self.forwarding, &mut self.host, &self.netlink).await;
+        self.membership.leave().await;
         removed
-    }
-
-    async fn remove_from_host(&mut self) -> Result<()> {
-        if let Some(host) = self.host.take() {
-            host.clear(&self.netlink).await;
-        }
-        self.datapath.remove().await
     }
 }
 

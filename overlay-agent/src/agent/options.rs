@@ -1,82 +1,78 @@
-//! What the operator asked for.
+//! Options of an agent.
 
-use std::{
-    collections::BTreeMap,
-    net::{Ipv4Addr, SocketAddr},
-    path::PathBuf,
-    time::Duration,
-};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use ipnet::Ipv4Net;
 
 use crate::{
     datapath::{Request, ebpf::TcAttach},
+    route::{Routes, Subnet},
     store::etcd::{EtcdOptions, RENEW_MARGIN},
     underlay,
 };
 
-/// Where leases live.
+/// The store of the leases.
 #[derive(Clone, Debug)]
 pub enum StoreOption {
-    /// Nowhere: all peers are given on the command line.
+    /// No store: all peers are given on the command line.
     None,
-    /// In a directory.
+    /// A directory.
     Dir(PathBuf),
-    /// In etcd.
+    /// etcd.
     Etcd(Box<EtcdOptions>),
 }
 
-/// What the operator asked for.
+/// Options of an agent.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Where leases live.
+    /// The store of the leases.
     pub store: StoreOption,
-    /// The whole overlay, when the store need not say it.
+    /// The whole overlay, when it is not taken from the store.
     pub network: Option<Ipv4Net>,
     /// The subnet to take.
-    pub subnet: Option<Ipv4Net>,
-    /// Peers that need no record.
-    pub peers: BTreeMap<Ipv4Net, Ipv4Addr>,
-    /// Which device carries the outer packets, and the address by which peers reach this host.
+    pub subnet: Option<Subnet>,
+    /// Routes to peers that need no record.
+    pub peers: Routes,
+    /// Selects the device that carries the outer packets, and the address by which peers reach this host.
     pub underlay: underlay::Selector,
     /// Name of the overlay device.
     pub device: String,
-    /// UDP port, when the store need not say it.
+    /// UDP port, when it is not taken from the store.
     pub port: Option<u16>,
-    /// Which rung.
+    /// The requested rung.
     pub datapath: Request,
+    /// Log failures inside the eBPF programs.
+    pub datapath_log: bool,
     /// How tc programs are attached.
     pub tc_attach: TcAttach,
-    /// Whether the eBPF programs log failures.
-    pub datapath_log: bool,
-    /// Where to write `subnet.env`.
+    /// Path of `subnet.env`.
     pub subnet_file: Option<PathBuf>,
     /// Directory of the control socket.
     pub run_dir: PathBuf,
-    /// What else to do on this host.
+    /// Firewall, routes and health server.
     pub host: HostOptions,
 }
 
-/// What an agent does on its host beside carrying packets.
+/// Changes to the host beside the datapath.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostOptions {
-    /// Hide the overlay's addresses from the rest of the world, as flannel's ip-masq.
+    /// Masquerade packets that leave the overlay, as flannel's ip-masq.
     pub masquerade: bool,
     /// Choose the ports of masqueraded connections at random.
     pub fully_random: bool,
     /// Accept forwarded packets of the overlay where the host's policy drops.
     pub forward_rules: bool,
-    /// How often to see that the firewall's rules are still there.
+    /// Interval of checks of the firewall rules.
     pub resync: Duration,
     /// Drop packets for addresses of this host's subnet that no container has.
     pub blackhole_route: bool,
-    /// Where to answer questions after the agent's health.
+    /// Address of the health server.
     pub healthz: Option<SocketAddr>,
 }
 
 impl Options {
-    /// With less than this left, a lease that cannot be renewed is about to be lost. Not more than flannel's usual margin:
-    /// who renews early is not in danger early.
+    /// With less than this left, a lease that cannot be renewed is about to be lost. At most flannel's default margin: an
+    /// earlier renewal is not an earlier danger.
     pub(super) fn lease_margin(&self) -> Duration {
         match &self.store {
             StoreOption::Etcd(etcd) => etcd.renew_margin.min(RENEW_MARGIN),

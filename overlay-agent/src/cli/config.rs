@@ -2,23 +2,21 @@
 
 use std::{
     fs::File,
-    io::Read as _,
+    io::Read,
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context as _, Result, bail};
 use clap::{Args, Subcommand};
-use ipnet::Ipv4Net;
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::{
-    Output,
+    Output, StoreQuery,
     query::{print, table},
-    store::{Claim, Store},
     store_args::StoreArgs,
 };
-use crate::{config::NetworkConfig, printable::printable};
+use crate::{config::NetworkConfig, lease::LeaseRecord, printable::printable};
 
 /// Size limit of a config in bytes; flannel's have about 100.
 const LONGEST: u64 = 64 * 1024;
@@ -49,22 +47,13 @@ The exit code is 1 when agents cannot use the config.";
 pub(super) enum ConfigCommand {
     /// Print the stored config, and the effective values with defaults
     #[command(args_override_self = true, after_help = SHOW_AFTER_HELP)]
-    Show(ShowArgs),
+    Show(StoreQuery),
     /// Write the config, unless agents cannot use it or a host would lose its subnet
     #[command(args_override_self = true, after_help = SET_AFTER_HELP)]
     Set(SetArgs),
     /// Check a config before it is written, or the stored one
     #[command(args_override_self = true, after_help = CHECK_AFTER_HELP)]
     Check(CheckArgs),
-}
-
-#[derive(Debug, Args)]
-pub(super) struct ShowArgs {
-    /// Output format
-    #[arg(short, long, value_enum, default_value_t)]
-    output: Output,
-    #[command(flatten)]
-    store: StoreArgs,
 }
 
 #[derive(Debug, Args)]
@@ -75,11 +64,8 @@ pub(super) struct SetArgs {
     /// Write the config even if leases do not fit it
     #[arg(long)]
     force: bool,
-    /// Output format
-    #[arg(short, long, value_enum, default_value_t)]
-    output: Output,
     #[command(flatten)]
-    store: StoreArgs,
+    query: StoreQuery,
 }
 
 #[derive(Debug, Args)]
@@ -87,11 +73,8 @@ pub(super) struct CheckArgs {
     /// Config: a file, - for standard input, or JSON [default: the stored one]
     #[arg(value_name = "FILE|-|JSON", value_parser = parse_input)]
     input: Option<Input>,
-    /// Output format
-    #[arg(short, long, value_enum, default_value_t)]
-    output: Output,
     #[command(flatten)]
-    store: StoreArgs,
+    query: StoreQuery,
 }
 
 /// Source of a config.
@@ -124,7 +107,7 @@ struct Written {
     /// The replaced text.
     before: Option<String>,
     /// Effective values that changed.
-    changes: Vec<Change>,
+    changes: Vec<ConfigChange>,
     unknown_keys: Vec<String>,
     /// Records that do not fit it.
     misfits: usize,
@@ -132,7 +115,7 @@ struct Written {
 
 /// One value that changed.
 #[derive(Debug, PartialEq, Eq, Serialize)]
-struct Change {
+struct ConfigChange {
     key: &'static str,
     /// `None` where there was nothing that could be used.
     before: Option<String>,
@@ -147,15 +130,13 @@ pub(super) async fn config(command: ConfigCommand) -> Result<()> {
     }
 }
 
-async fn show(args: ShowArgs) -> Result<()> {
-    let verdict = stored(args.store).await?;
-    print(args.output, &verdict, |verdict| {
-        let text = verdict.text.trim_end().lines().map(|line| printable(line, usize::MAX));
-        let text = text.collect::<Vec<_>>().join("\n");
-        match effective(&verdict.text) {
-            Some(table) => format!("{}:\n{text}\n\n{table}", verdict.source),
-            None => format!("{}:\n{text}", verdict.source),
-        }
+async fn show(StoreQuery { output, store }: StoreQuery) -> Result<()> {
+    let verdict = stored(store).await?;
+    print(output, &verdict, |verdict| {
+        let lines = verdict.text.trim_end().lines().map(|line| printable(line, usize::MAX));
+        let text = lines.collect::<Vec<_>>().join("\n");
+        let table = effective(&verdict.text).map(|table| format!("\n\n{table}"));
+        format!("{}:\n{text}{}", verdict.source, table.unwrap_or_default())
     })?;
     verdict.judge()
 }
@@ -163,9 +144,9 @@ async fn show(args: ShowArgs) -> Result<()> {
 async fn check(args: CheckArgs) -> Result<()> {
     let verdict = match args.input {
         Some(input) => Verdict::of(input.to_string(), input.read()?),
-        None => stored(args.store).await?,
+        None => stored(args.query.store).await?,
     };
-    match (&verdict.problem, args.output) {
+    match (&verdict.problem, args.query.output) {
         // The error is the answer.
         (Some(_), Output::Text) => {}
         (_, output) => print(output, &verdict, |verdict| {
@@ -179,17 +160,22 @@ async fn check(args: CheckArgs) -> Result<()> {
 async fn set(args: SetArgs) -> Result<()> {
     let text = args.input.read()?;
     let config = NetworkConfig::parse(&text).with_context(|| args.input.to_string())?;
-    let store = Store::open(args.store).await?;
+    let store = args.query.store.open().await?;
     let before = store.config_text().await?.and_then(|text| NetworkConfig::parse(&text).ok());
     // Hosts keep their subnets when only the port changes.
     let same = before.is_some_and(|before| NetworkConfig { port: config.port, ..before } == config);
-    let misfits = if same { Vec::new() } else { misfits(&config, &claims(&store).await?) };
+    let misfits = match same || !store.exists() {
+        true => Vec::new(),
+        false => misfits(&config, &store.list().await?),
+    };
     if let (Some(first), false) = (misfits.first(), args.force) {
         bail!(
-            "not written: {} of the leases would not fit, the first is {first}: {config}; --force writes it \
-             anyway, and those hosts acquire other subnets when they restart",
+            "not written: {} of the leases would not fit, the first is {first}: subnets would range from {}/{len} to \
+             {}/{len}; --force writes it anyway, and those hosts acquire other subnets when they restart",
             misfits.len(),
-            config = within(&config),
+            config.subnet_min,
+            config.subnet_max,
+            len = config.subnet_len,
         );
     }
     let before = store.set_config(&text).await?;
@@ -201,19 +187,11 @@ async fn set(args: SetArgs) -> Result<()> {
         misfits: misfits.len(),
     };
     warn_of(&written.unknown_keys);
-    print(args.output, &written, written_text)
-}
-
-/// A missing directory holds no records.
-async fn claims(store: &Store) -> Result<Vec<Claim>> {
-    match store {
-        Store::Dir(directory) if !directory.root().exists() => Ok(Vec::new()),
-        Store::Dir(_) | Store::Etcd(_) => store.claims().await,
-    }
+    print(args.query.output, &written, written_text)
 }
 
 async fn stored(args: StoreArgs) -> Result<Verdict> {
-    let store = Store::open(args).await?;
+    let store = args.open().await?;
     let location = store.config_location();
     match store.config_text().await? {
         Some(text) => Ok(Verdict::of(location, text)),
@@ -255,23 +233,22 @@ fn warn_of(unknown_keys: &[String]) {
 
 impl Input {
     fn read(&self) -> Result<String> {
-        let limited = |from: &mut dyn std::io::Read| -> Result<String> {
-            let mut text = String::new();
-            from.take(LONGEST + 1).read_to_string(&mut text)?;
-            if text.len() as u64 > LONGEST {
-                bail!("it is longer than {} KiB", LONGEST / 1024);
-            }
-            Ok(text)
-        };
-        match self {
+        let text = match self {
             Self::Json(text) => Ok(text.clone()),
-            Self::Standard => limited(&mut std::io::stdin()).context("read the config on standard input"),
-            Self::File(path) => File::open(path)
-                .map_err(Into::into)
-                .and_then(|mut file| limited(&mut file))
-                .with_context(|| format!("read the config {}", path.display())),
-        }
+            Self::Standard => read_limited(std::io::stdin()),
+            Self::File(path) => File::open(path).map_err(Into::into).and_then(read_limited),
+        };
+        text.with_context(|| format!("read {self}"))
     }
+}
+
+fn read_limited(from: impl Read) -> Result<String> {
+    let mut text = String::new();
+    from.take(LONGEST + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > LONGEST {
+        bail!("it is longer than {} KiB", LONGEST / 1024);
+    }
+    Ok(text)
 }
 
 impl std::fmt::Display for Input {
@@ -294,21 +271,14 @@ fn parse_input(text: &str) -> Result<Input, String> {
 }
 
 /// Descriptions of leases that hosts could not keep under `config`, except those of other backends.
-fn misfits(config: &NetworkConfig, claims: &[Claim]) -> Vec<String> {
-    let misfit = |claim: &Claim| {
-        let value = claim.value().filter(|value| value.backend_type.is_none())?;
-        let subnet = claim.subnet()?;
-        let fits = config.may_be_held(subnet, claim.is_reservation());
+fn misfits(config: &NetworkConfig, records: &[LeaseRecord]) -> Vec<String> {
+    let misfit = |record: &LeaseRecord| {
+        let value = record.value.as_ref().ok().filter(|value| value.backend_type.is_none())?;
+        let subnet = record.subnet()?;
+        let fits = config.may_be_held(subnet, record.is_reservation());
         (!fits).then(|| format!("{subnet} of {}", value.public_ip))
     };
-    claims.iter().filter_map(misfit).collect()
-}
-
-/// The range of the subnets, as text.
-fn within(config: &NetworkConfig) -> String {
-    let first = Ipv4Net::new(config.subnet_min, config.subnet_len).map(|net| net.to_string());
-    let last = Ipv4Net::new(config.subnet_max, config.subnet_len).map(|net| net.to_string());
-    format!("subnets would range from {} to {}", first.unwrap_or_default(), last.unwrap_or_default())
+    records.iter().filter_map(misfit).collect()
 }
 
 /// flannel's record with every key.
@@ -346,40 +316,29 @@ fn effective(text: &str) -> Option<String> {
     Some(table.to_string())
 }
 
-fn changes(before: Option<&str>, after: &NetworkConfig) -> Vec<Change> {
+fn changes(before: Option<&str>, after: &NetworkConfig) -> Vec<ConfigChange> {
     let before = before.and_then(|text| NetworkConfig::parse(text).ok());
-    let before = before.as_ref().map(values);
+    let before = before.iter().flat_map(values).map(|(_, value)| Some(value));
     values(after)
         .into_iter()
-        .enumerate()
-        .filter_map(|(position, (key, after))| {
-            let old = before.as_ref().and_then(|values| values.get(position)).map(|(_, value)| value.clone());
-            (old.as_ref() != Some(&after)).then_some(Change { key, before: old, after })
-        })
+        .zip(before.chain(std::iter::repeat(None)))
+        .map(|((key, after), before)| ConfigChange { key, before, after })
+        .filter(|change| change.before.as_ref() != Some(&change.after))
         .collect()
 }
 
 fn written_text(written: &Written) -> String {
-    let mut text = format!("wrote {}", written.location);
-    match (&written.before, written.changes.is_empty()) {
-        (None, _) => text.push_str(", where there was none:"),
-        (Some(_), true) => text.push_str("; it means the same as before"),
-        (Some(_), false) => text.push(':'),
+    let mut table = table();
+    for ConfigChange { key, before, after } in &written.changes {
+        let before = before.as_ref().map(|before| format!("{before} -> ")).unwrap_or_default();
+        table.add_row([*key, &format!("{before}{after}")]);
     }
-    if !written.changes.is_empty() {
-        let mut table = table();
-        for change in &written.changes {
-            let after = match &change.before {
-                Some(before) => format!("{before} -> {}", change.after),
-                None => change.after.clone(),
-            };
-            table.add_row([change.key, &after]);
-        }
-        text.push_str(&format!("\n{table}"));
-    }
-    if !written.changes.is_empty() && written.before.is_some() {
-        text.push_str("\nAgents go by it when they start again.");
-    }
+    let location = &written.location;
+    let mut text = match (&written.before, written.changes.is_empty()) {
+        (_, true) => format!("wrote {location}; it means the same as before"),
+        (None, false) => format!("wrote {location}, where there was none:\n{table}"),
+        (Some(_), false) => format!("wrote {location}:\n{table}\nAgents go by it when they start again."),
+    };
     if written.misfits > 0 {
         text.push_str(&format!("\n{} of the leases do not fit it.", written.misfits));
     }
@@ -389,7 +348,7 @@ fn written_text(written: &Written) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::route_table::Record;
+    use crate::store::Version;
 
     const BEFORE: &str = r#"{"Network":"10.5.0.0/16"}"#;
 
@@ -410,11 +369,11 @@ mod tests {
     }
 
     #[test]
-    fn a_change_is_told_by_what_it_means() {
+    fn changes_are_of_effective_values() {
         assert_eq!(changes(Some(BEFORE), &parse(r#"{"network":"10.5.0.0/16","SubnetLen":24}"#)), []);
         let port = parse(r#"{"Network":"10.5.0.0/16","Backend":{"Port":4789}}"#);
         let change =
-            Change { key: "Backend.Port", before: Some("8285".to_owned()), after: "4789".to_owned() };
+            ConfigChange { key: "Backend.Port", before: Some("8285".to_owned()), after: "4789".to_owned() };
         assert_eq!(changes(Some(BEFORE), &port), [change]);
         assert_eq!(changes(Some("junk"), &port).len(), 6);
         assert_eq!(changes(None, &port).len(), 6);
@@ -422,13 +381,13 @@ mod tests {
 
     #[test]
     fn records_that_would_not_fit_are_found() {
-        let claims = ["10.5.1.0-24", "10.5.200.0-24", "10.5.3.0-25", "junk"]
-            .map(|key| Record { key: key.to_owned(), value: br#"{"PublicIP":"192.168.77.2"}"#.to_vec() })
-            .map(Claim::Dir);
-        assert_eq!(misfits(&parse(BEFORE), &claims), ["10.5.3.0/25 of 192.168.77.2"]);
+        let value = br#"{"PublicIP":"192.168.77.2"}"#;
+        let records = ["10.5.1.0-24", "10.5.200.0-24", "10.5.3.0-25", "junk"]
+            .map(|key| LeaseRecord::parse(key, value, Version::default()));
+        assert_eq!(misfits(&parse(BEFORE), &records), ["10.5.3.0/25 of 192.168.77.2"]);
         let smaller = parse(r#"{"Network":"10.5.0.0/17"}"#);
         assert_eq!(
-            misfits(&smaller, &claims),
+            misfits(&smaller, &records),
             ["10.5.200.0/24 of 192.168.77.2", "10.5.3.0/25 of 192.168.77.2"]
         );
     }
@@ -436,13 +395,12 @@ mod tests {
     #[test]
     fn defaults_are_marked() {
         let text = effective(r#"{"Network":"10.5.0.0/16","backend":{"port":4789}}"#).unwrap();
-        let marked = |key: &str| {
+        for (key, is_default) in
+            [("SubnetLen", true), ("Backend.Type", true), ("Network", false), ("Backend.Port", false)]
+        {
             let line = text.lines().find(|line| line.contains(key)).unwrap();
-            line.contains("(default)")
-        };
-        assert!(
-            marked("SubnetLen") && marked("Backend.Type") && !marked("Network") && !marked("Backend.Port")
-        );
+            assert_eq!(line.contains("(default)"), is_default, "{line}");
+        }
         assert_eq!(effective("{}"), None);
     }
 }

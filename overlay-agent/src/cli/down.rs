@@ -1,6 +1,6 @@
 //! `overlay-agent down`: removes everything that an agent, even a killed one, left on the host.
 
-use std::{io::ErrorKind, time::Duration};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use aya::programs::TcAttachType;
@@ -20,10 +20,9 @@ use crate::{
 /// How long a running agent may take to shut down.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// The result of `down`.
+/// Descriptions of what was removed.
 #[derive(Debug, Serialize)]
 struct Outcome {
-    /// Descriptions of what was removed.
     removed: Vec<String>,
 }
 
@@ -35,7 +34,7 @@ pub(super) async fn down(QueryArgs { agent: args, output }: &QueryArgs) -> Resul
     let socket = args.socket();
     let netlink = Netlink::connect()?;
     // The alias of a killed agent's device must be read before the device is removed.
-    let note = netlink.link(&args.device).await?.and_then(|link| DeviceAlias::parse(&link.alias?));
+    let alias = netlink.link(&args.device).await?.and_then(|link| DeviceAlias::parse(&link.alias?));
     if let Some(pid) = control::listener(&socket)? {
         tokio::task::spawn_blocking(move || stop(pid)).await.context("wait for the agent")??;
         removed.push(format!("the agent (process {pid})"));
@@ -57,15 +56,11 @@ pub(super) async fn down(QueryArgs { agent: args, output }: &QueryArgs) -> Resul
         }
     }
     // The kernel removes tcx and XDP links with their agent, but not filters of a clsact qdisc, which older kernels need.
-    if let Some(note) = note {
-        detach_filter(&note.underlay, TcAttachType::Ingress, note.port);
+    if let Some(alias) = alias {
+        detach_filter(&alias.underlay, TcAttachType::Ingress, alias.port);
     }
-    match std::fs::remove_file(&socket) {
-        Ok(()) => removed.push(format!("the socket {}", socket.display())),
-        Err(error) if error.kind() == ErrorKind::NotFound => {}
-        Err(error) => {
-            return Err(error).with_context(|| format!("remove the stale socket {}", socket.display()));
-        }
+    if control::remove(&socket)? {
+        removed.push(format!("the socket {}", socket.display()));
     }
     print(*output, &Outcome { removed }, |outcome| match outcome.removed.is_empty() {
         true => format!("nothing to remove for {}", args.device),

@@ -8,7 +8,6 @@ mod host_args;
 mod leases;
 mod query;
 mod run;
-mod store;
 mod store_args;
 mod underlay_args;
 
@@ -61,8 +60,8 @@ enum Command {
     /// Show the packets that were forwarded, punted to the slow path and dropped
     Counters(QueryArgs),
     /// List the leases in the store: subnet, host and remaining time
-    #[command(args_override_self = true)]
-    Leases(leases::LeasesArgs),
+    #[command(args_override_self = true, after_help = leases::LIST_AFTER_HELP)]
+    Leases(StoreQuery),
     /// Release the lease of a host that is gone
     #[command(subcommand)]
     Lease(leases::LeaseCommand),
@@ -97,6 +96,16 @@ struct QueryArgs {
     /// Output format
     #[arg(short, long, value_enum, default_value_t)]
     output: Output,
+}
+
+/// A store, and the format of the answer.
+#[derive(Debug, Args)]
+struct StoreQuery {
+    /// Output format
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Output,
+    #[command(flatten)]
+    store: store_args::StoreArgs,
 }
 
 #[derive(Clone, Debug, Args)]
@@ -148,10 +157,10 @@ fn dispatch(command: Command) -> Result<()> {
     let result = runtime.block_on(async {
         match command {
             Command::Run(args) => run::run(*args).await,
-            Command::Status(StatusArgs { query, watch: true }) => query::watch_status(&query).await,
-            Command::Status(StatusArgs { query, watch: false }) => query::query(&query, Query::Status).await,
-            Command::Routes(args) => query::query(&args, Query::Routes).await,
-            Command::Counters(args) => query::query(&args, Query::Counters).await,
+            Command::Status(args) if args.watch => query::watch_status(&args.query).await,
+            Command::Status(args) => query::query(&args.query, Query::Status, query::status).await,
+            Command::Routes(args) => query::query(&args, Query::Routes, query::routes).await,
+            Command::Counters(args) => query::query(&args, Query::Counters, query::counters).await,
             Command::Leases(args) => leases::leases(args).await,
             Command::Lease(leases::LeaseCommand::Release(args)) => leases::release(args).await,
             Command::Config(command) => config::config(command).await,

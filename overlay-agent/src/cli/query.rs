@@ -16,15 +16,8 @@ use crate::{
     report::{CounterList, RouteList, Status},
 };
 
-pub(super) async fn query(args: &QueryArgs, query: Query) -> Result<()> {
-    match query {
-        Query::Status => show(args, query, status).await,
-        Query::Routes => show(args, query, routes).await,
-        Query::Counters => show(args, query, counters).await,
-    }
-}
-
-async fn show<T: Serialize + DeserializeOwned>(
+/// Prints the answer to a query, as JSON or by `text`.
+pub(super) async fn query<T: Serialize + DeserializeOwned>(
     args: &QueryArgs,
     query: Query,
     text: fn(&T) -> String,
@@ -70,7 +63,7 @@ fn write_line(text: &str) -> Result<bool> {
     }
 }
 
-fn status(status: &Status) -> String {
+pub(super) fn status(status: &Status) -> String {
     let mut table = table();
     let store = match &status.store.lost {
         None => status.store.name.clone(),
@@ -82,25 +75,30 @@ fn status(status: &Status) -> String {
     let rung = |choice: &crate::datapath::Choice| {
         format!("{} ({})", format!("{:?}", choice.rung).to_lowercase(), choice.why)
     };
+    // A part that is missing, because the agent starts or lost it, has no line.
+    let subnet = status.subnet.zip(status.network).map(|(subnet, network)| format!("{subnet} of {network}"));
+    let address = status.public_ip.zip(status.port).map(|(address, port)| format!("{address} port {port}"));
     for (name, value) in [
-        ("state", [std::slice::from_ref(&status.state), &status.problems].concat().join("; ")),
-        ("subnet", format!("{} of {}", status.subnet, status.network)),
-        ("public address", format!("{} port {}", status.public_ip, status.port)),
-        ("overlay device", device(&status.device)),
-        ("underlay device", device(&status.underlay)),
-        ("egress", rung(&status.egress)),
-        ("ingress", rung(&status.ingress)),
-        ("routes", status.routes.to_string()),
-        ("store", store),
-        ("packets dropped", status.drops.to_string()),
-        ("agent", format!("{} (process {})", status.version, status.pid)),
+        ("state", Some([std::slice::from_ref(&status.state), &status.problems].concat().join("; "))),
+        ("subnet", subnet),
+        ("public address", address),
+        ("overlay device", status.device.as_ref().map(device)),
+        ("underlay device", status.underlay.as_ref().map(device)),
+        ("egress", status.egress.as_ref().map(rung)),
+        ("ingress", status.ingress.as_ref().map(rung)),
+        ("routes", Some(status.routes.to_string())),
+        ("store", Some(store)),
+        ("packets dropped", Some(status.drops.to_string())),
+        ("agent", Some(format!("{} (process {})", status.version, status.pid))),
     ] {
-        table.add_row([name.to_owned(), value]);
+        if let Some(value) = value {
+            table.add_row([name.to_owned(), value]);
+        }
     }
     table.to_string()
 }
 
-fn routes(list: &RouteList) -> String {
+pub(super) fn routes(list: &RouteList) -> String {
     let mut table = table();
     table.set_header(["SUBNET", "PEER"]);
     for route in &list.routes {
@@ -118,7 +116,7 @@ fn routes(list: &RouteList) -> String {
     text
 }
 
-fn counters(list: &CounterList) -> String {
+pub(super) fn counters(list: &CounterList) -> String {
     let mut traffic = table();
     traffic.set_header(["", "FAST PATH", "", "SLOW PATH", ""]);
     let value = |name: String| list.traffic.get(&name).copied().unwrap_or_default();
@@ -147,14 +145,12 @@ fn reasons(
 ) -> String {
     let mut table = table();
     table.set_header([title, "PACKETS", ""]);
-    let mut is_empty = true;
-    for (name, text) in known {
-        if let Some(count) = counts.get(name).filter(|count| **count > 0) {
-            is_empty = false;
-            table.add_row([name, &count.to_string(), text]);
-        }
-    }
-    if is_empty {
+    let counted = known.filter_map(|(name, text)| {
+        let count = counts.get(name).filter(|count| **count > 0)?;
+        Some([name.to_owned(), count.to_string(), text.to_owned()])
+    });
+    table.add_rows(counted);
+    if table.is_empty() {
         table.add_row(["none"]);
     }
     table.to_string()

@@ -1,21 +1,16 @@
 //! `overlay-agent run`.
 
-use std::{collections::BTreeMap, io::IsTerminal as _, net::Ipv4Addr, path::PathBuf, time::Duration};
+use std::{io::IsTerminal as _, net::Ipv4Addr, path::PathBuf, time::Duration};
 
 use anyhow::{Result, bail};
 use clap::Args;
-use ipnet::Ipv4Net;
 use tracing_subscriber::EnvFilter;
 
-use super::{
-    AgentArgs,
-    host_args::HostArgs,
-    store_args::{StoreArgs, in_etcd},
-    underlay_args::UnderlayArgs,
-};
+use super::{AgentArgs, host_args::HostArgs, store_args::StoreArgs, underlay_args::UnderlayArgs};
 use crate::{
     agent::{self, Options, StoreOption},
     datapath::{Request, ebpf::TcAttach},
+    route::{Peer, Routes, Subnet, SubnetError},
 };
 
 /// flanneld's path, which container runtimes read.
@@ -24,14 +19,14 @@ const SUBNET_FILE: &str = "/run/flannel/subnet.env";
 #[derive(Debug, Args)]
 pub(super) struct RunArgs {
     /// Network of the overlay; written to the store when it has no config
-    #[arg(long, env = "OVERLAY_AGENT_NETWORK", value_name = "CIDR", value_parser = parse_net)]
-    network: Option<Ipv4Net>,
+    #[arg(long, env = "OVERLAY_AGENT_NETWORK", value_name = "CIDR")]
+    network: Option<Subnet>,
     /// Subnet of this host [default: the one it holds, else a free one]
-    #[arg(long, env = "OVERLAY_AGENT_SUBNET", value_name = "CIDR", value_parser = parse_net)]
-    subnet: Option<Ipv4Net>,
+    #[arg(long, env = "OVERLAY_AGENT_SUBNET", value_name = "CIDR")]
+    subnet: Option<Subnet>,
     /// Static peer, in addition to those in the store; may be repeated
     #[arg(long = "peer", value_name = "SUBNET=ADDRESS", value_parser = parse_peer)]
-    peers: Vec<(Ipv4Net, Ipv4Addr)>,
+    peers: Vec<(Subnet, Peer)>,
     /// UDP port of all hosts [default: from the config, else 8285]
     #[arg(long, env = "OVERLAY_AGENT_PORT", value_parser = clap::value_parser!(u16).range(1..))]
     port: Option<u16>,
@@ -87,33 +82,27 @@ fn start_log(verbosity: u8) {
 
 impl RunArgs {
     fn options(self) -> Result<Options> {
-        let mut peers = BTreeMap::new();
-        for (subnet, address) in self.peers {
-            if let Some(other) = peers.insert(subnet, address) {
-                bail!("--peer names {subnet} twice, at {other} and at {address}");
+        let mut peers = Routes::new();
+        for (subnet, peer) in self.peers {
+            if let Some(other) = peers.insert(subnet, peer) {
+                bail!("--peer names {subnet} twice, at {other} and at {peer}");
             }
         }
-        let mut store = self.store.option(|etcd| match peers.is_empty() {
-            true => in_etcd(etcd),
-            false => StoreOption::None,
-        })?;
-        match (&mut store, self.subnet_lease_renew_margin) {
-            (_, None) => {}
-            (StoreOption::Etcd(etcd), Some(minutes)) => {
-                etcd.renew_margin = Duration::from_secs(u64::from(minutes) * 60);
-            }
-            (StoreOption::Dir(_) | StoreOption::None, Some(_)) => {
+        let mut store = self.store.option(peers.is_empty())?;
+        if let Some(minutes) = self.subnet_lease_renew_margin {
+            let StoreOption::Etcd(etcd) = &mut store else {
                 bail!(
                     "--subnet-lease-renew-margin applies only to leases in etcd: remove it, or add --store etcd"
                 )
-            }
+            };
+            etcd.renew_margin = Duration::from_secs(u64::from(minutes) * 60);
         }
         let subnet_file = self
             .subnet_file
             .or_else(|| matches!(store, StoreOption::Etcd(_)).then(|| PathBuf::from(SUBNET_FILE)));
         Ok(Options {
             store,
-            network: self.network,
+            network: self.network.map(Subnet::prefix),
             subnet: self.subnet,
             peers,
             underlay: self.underlay.into(),
@@ -129,54 +118,35 @@ impl RunArgs {
     }
 }
 
-fn parse_net(text: &str) -> Result<Ipv4Net, String> {
-    match text.parse::<Ipv4Net>() {
-        Ok(net) if net == net.trunc() => Ok(net),
-        Ok(net) => Err(format!("host bits are set: did you mean {}?", net.trunc())),
-        Err(_) => Err("expected a network such as 10.244.0.0/16".to_owned()),
-    }
-}
-
-fn parse_peer(text: &str) -> Result<(Ipv4Net, Ipv4Addr), String> {
+fn parse_peer(text: &str) -> Result<(Subnet, Peer), String> {
     let example = || "expected SUBNET=ADDRESS, for example 10.244.2.0/24=192.168.77.2".to_owned();
     let (subnet, address) = text.split_once('=').ok_or_else(example)?;
-    Ok((parse_net(subnet)?, address.parse().map_err(|_| example())?))
+    let address: Ipv4Addr = address.parse().map_err(|_| example())?;
+    Ok((subnet.parse().map_err(|error: SubnetError| error.to_string())?, address.into()))
 }
 
 #[cfg(test)]
 mod tests {
     use std::ffi::OsString;
 
-    use clap::Parser;
+    use clap::Parser as _;
 
-    use super::{super::flannel_args::command_line, *};
+    use super::{
+        super::{Cli, Command, flannel_args::command_line},
+        *,
+    };
     use crate::{store::etcd::EtcdOptions, underlay::Selector};
 
-    /// As in `super::super::Cli`.
-    #[derive(Debug, Parser)]
-    #[command(version)]
-    struct Cli {
-        #[command(subcommand)]
-        command: Command,
-    }
-
-    #[derive(Debug, clap::Subcommand)]
-    enum Command {
-        #[command(args_override_self = true)]
-        Run(Box<RunArgs>),
-    }
-
     fn options(line: &str) -> Result<Options, String> {
-        let words = command_line(line.split(' ').map(OsString::from), |_| None).map_err(|e| e.to_string())?;
-        let Command::Run(args) = Cli::try_parse_from(words).map_err(|error| error.to_string())?.command;
+        let words = command_line(line.split(' ').map(OsString::from), |_| None)?;
+        let cli = Cli::try_parse_from(words).map_err(|error| error.to_string())?;
+        let Command::Run(args) = cli.command else { panic!("not run: {line}") };
         args.options().map_err(|error| error.to_string())
     }
 
     fn etcd(options: &Options) -> &EtcdOptions {
-        match &options.store {
-            StoreOption::Etcd(etcd) => etcd,
-            other @ (StoreOption::None | StoreOption::Dir(_)) => panic!("not etcd: {other:?}"),
-        }
+        let StoreOption::Etcd(etcd) = &options.store else { panic!("not etcd: {options:?}") };
+        etcd
     }
 
     #[test]
@@ -253,10 +223,7 @@ mod tests {
 
     #[test]
     fn another_store_has_no_etcd_options() {
-        assert!(matches!(
-            options("x run --peer 10.244.2.0/24=192.168.77.2 --store etcd").unwrap().store,
-            StoreOption::Etcd(_)
-        ));
+        etcd(&options("x run --peer 10.244.2.0/24=192.168.77.2 --store etcd").unwrap());
         for line in ["x run --store dir:/a", "x run --peer 10.244.2.0/24=192.168.77.2"] {
             let options = options(line).unwrap();
             assert!(
@@ -268,10 +235,10 @@ mod tests {
 
     #[test]
     fn invalid_networks_and_peers_are_refused_with_an_example() {
-        assert!(parse_net("10.244.1.5/24").unwrap_err().contains("10.244.1.0/24"));
-        assert!(parse_net("10.244.1.0").unwrap_err().contains("such as"));
+        assert!(parse_peer("10.244.1.5/24=192.168.77.2").unwrap_err().contains("10.244.1.0/24"));
+        assert!(parse_peer("10.244.1.0=192.168.77.2").unwrap_err().contains("such as"));
         let peer = parse_peer("10.244.2.0/24=192.168.77.2").unwrap();
-        assert_eq!(peer, ("10.244.2.0/24".parse().unwrap(), Ipv4Addr::new(192, 168, 77, 2)));
+        assert_eq!(peer, ("10.244.2.0/24".parse().unwrap(), Ipv4Addr::new(192, 168, 77, 2).into()));
         assert!(parse_peer("10.244.2.0/24").unwrap_err().contains("SUBNET=ADDRESS"));
     }
 }

@@ -136,3 +136,8 @@ pub struct PathCounters {
     /// The agent's.
     pub slow: Counters,
 }
+
+impl PathCounters {
+    /// All counters at zero.
+    pub const ZERO: Self = Self { fast: Counters::ZERO, slow: Counters::ZERO };
+}

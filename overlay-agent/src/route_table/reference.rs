@@ -1,27 +1,26 @@
 //! The plain definition of the route table, made from all records at once: what [`RouteTable`](super::RouteTable) must equal.
 
-use std::{collections::BTreeMap, net::Ipv4Addr};
-
-use ipnet::Ipv4Net;
-
-use super::{Own, Record, Skipped};
-use crate::lease;
+use super::Skipped;
+use crate::{
+    lease::LeaseRecord,
+    route::{LocalNode, Peer, Routes, Subnet},
+};
 
 /// Routes and skipped records.
-pub(super) type Table = (BTreeMap<Ipv4Net, Ipv4Addr>, Vec<Skipped>);
+pub(super) type Table = (Routes, Vec<Skipped>);
 
 /// The table that `records`, in order of their keys, describe after a table with the routes `previous`.
 pub(super) fn build<'a>(
-    own: Own,
-    fixed: &BTreeMap<Ipv4Net, Ipv4Addr>,
-    records: impl IntoIterator<Item = &'a Record>,
-    previous: &BTreeMap<Ipv4Net, Ipv4Addr>,
+    local: LocalNode,
+    fixed: &Routes,
+    records: impl IntoIterator<Item = &'a LeaseRecord>,
+    previous: &Routes,
 ) -> Table {
     let mut routes = fixed.clone();
     let mut skipped = Vec::new();
     let mut unreadable = Vec::new();
     for record in records {
-        match route(own, record) {
+        match route(local, record) {
             Ok(Some((subnet, peer))) => {
                 let holder = *routes.entry(subnet).or_insert(peer);
                 if holder != peer {
@@ -48,28 +47,28 @@ pub(super) fn build<'a>(
 }
 
 /// Why a record gives no route; with the subnet when what was known about it still holds.
-type Refused = (Option<Ipv4Net>, String);
+type Refused = (Option<Subnet>, String);
 
 /// The route that one record gives.
-fn route(own: Own, record: &Record) -> Result<Option<(Ipv4Net, Ipv4Addr)>, Refused> {
-    let subnet = lease::parse_key(&record.key).map_err(|error| (None, error.to_string()))?;
-    let value = lease::parse_value(&record.value).map_err(|error| (Some(subnet), error.to_string()))?;
+fn route(local: LocalNode, record: &LeaseRecord) -> Result<Option<(Subnet, Peer)>, Refused> {
+    let subnet = record.id.clone().map_err(|error| (None, error.to_string()))?;
+    let value = record.value.clone().map_err(|error| (Some(subnet), error.to_string()))?;
     let public_ip = value.public_ip;
-    let why = if public_ip == own.public_ip {
-        if subnet == own.subnet {
+    let why = if public_ip == local.public_ip {
+        if subnet == local.subnet {
             return Ok(None);
         }
-        format!("it carries our own address {}, but our subnet is {}", own.public_ip, own.subnet)
+        format!("it carries our own address {}, but our subnet is {}", local.public_ip, local.subnet)
     } else if let Some(kind) = value.backend_type {
         format!("its holder uses the {kind:?} backend")
-    } else if !own.network.contains(&subnet) || subnet == own.network {
-        format!("it is not a part of the network {}", own.network)
-    } else if subnet.contains(&own.subnet) || own.subnet.contains(&subnet) {
-        format!("it overlaps our own subnet {}", own.subnet)
-    } else if own.network.contains(&public_ip) {
+    } else if !subnet.is_part_of(local.network) {
+        format!("it is not a part of the network {}", local.network)
+    } else if subnet.overlaps(local.subnet) {
+        format!("it overlaps our own subnet {}", local.subnet)
+    } else if local.network.contains(&public_ip) {
         format!("PublicIP {public_ip} lies inside the overlay: packets to it would loop")
     } else {
-        return Ok(Some((subnet, public_ip)));
+        return Ok(Some((subnet, public_ip.into())));
     };
     Err((None, why))
 }

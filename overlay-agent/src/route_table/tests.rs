@@ -3,42 +3,45 @@
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 
 use super::*;
+use crate::{
+    lease,
+    route::{Peer, diff},
+    store::Version,
+};
 
-const PEER: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 2);
+const PEER: Peer = Peer { address: std::net::Ipv4Addr::new(192, 168, 77, 2) };
+const OTHER: Peer = Peer { address: std::net::Ipv4Addr::new(192, 168, 77, 3) };
 
-fn net(text: &str) -> Ipv4Net {
+fn net(text: &str) -> Subnet {
     text.parse().unwrap()
 }
 
-fn own() -> Own {
-    Own {
-        network: net("10.244.0.0/16"),
+fn own() -> LocalNode {
+    LocalNode {
+        network: "10.244.0.0/16".parse().unwrap(),
         subnet: net("10.244.1.0/24"),
-        public_ip: Ipv4Addr::new(192, 168, 77, 1),
+        public_ip: std::net::Ipv4Addr::new(192, 168, 77, 1),
     }
 }
 
-fn record(key: &str, value: &str) -> Record {
-    Record { key: key.to_owned(), value: value.as_bytes().to_vec() }
+fn record(key: &str, value: &str) -> LeaseRecord {
+    LeaseRecord::parse(key, value.as_bytes(), Version::default())
 }
 
-fn table(records: impl IntoIterator<Item = Record>) -> RouteTable {
-    let mut table = RouteTable::new(own(), BTreeMap::new());
+fn table(records: impl IntoIterator<Item = LeaseRecord>) -> RouteTable {
+    let mut table = RouteTable::new(own(), Routes::new());
     table.replace(records);
     table
 }
 
 #[test]
-fn a_lease_of_a_peer_is_a_route_and_our_own_is_none() {
+fn a_peers_lease_is_a_route_and_our_own_is_not() {
     let table = table([
-        record("10.244.2.0-24", &lease::value(PEER)),
+        record("10.244.2.0-24", &lease::value(PEER.address)),
         record("10.244.1.0-24", &lease::value(own().public_ip)),
     ]);
-    assert_eq!(table.routes(), &BTreeMap::from([(net("10.244.2.0/24"), PEER)]));
+    assert_eq!(table.routes(), &Routes::from([(net("10.244.2.0/24"), PEER)]));
     assert!(table.skipped().is_empty());
-    let ours = table.record(own().subnet).unwrap().as_ref().unwrap();
-    assert_eq!(ours.public_ip, own().public_ip);
-    assert!(table.record(net("10.244.9.0/24")).is_none());
 }
 
 #[test]
@@ -46,48 +49,47 @@ fn impossible_records_are_skipped_with_a_reason_and_the_rest_stays() {
     let table = table([
         record("nonsense", "{}"),
         record("10.244.9.0-24", "{"),
-        record("10.245.2.0-24", &lease::value(PEER)),
-        record("10.244.0.0-16", &lease::value(PEER)),
-        record("10.244.1.128-25", &lease::value(PEER)),
+        record("10.245.2.0-24", &lease::value(PEER.address)),
+        record("10.244.0.0-16", &lease::value(PEER.address)),
+        record("10.244.1.128-25", &lease::value(PEER.address)),
         record("10.244.8.0-24", &lease::value(own().public_ip)),
         record("10.244.7.0-24", r#"{"PublicIP":"10.244.3.3"}"#),
         record("10.244.6.0-24", r#"{"PublicIP":"192.168.77.6","BackendType":"vxlan"}"#),
-        record("10.244.2.0-24", &lease::value(PEER)),
+        record("10.244.2.0-24", &lease::value(PEER.address)),
     ]);
-    assert_eq!(table.routes(), &BTreeMap::from([(net("10.244.2.0/24"), PEER)]));
+    assert_eq!(table.routes(), &Routes::from([(net("10.244.2.0/24"), PEER)]));
     assert_eq!(table.skipped().len(), 8, "{:?}", table.skipped());
 }
 
 #[test]
 fn a_record_that_breaks_keeps_its_last_good_route() {
-    let mut table = table([record("10.244.2.0-24", &lease::value(PEER))]);
+    let mut table = table([record("10.244.2.0-24", &lease::value(PEER.address))]);
     let good = table.routes().clone();
-    let broken = RecordChange::Put(record("10.244.2.0-24", r#"{"Publ"#));
+    let broken = Change::Put(record("10.244.2.0-24", r#"{"Publ"#));
     let outcome = table.apply([broken.clone()]);
     assert_eq!(table.routes(), &good);
     assert_eq!((outcome.changes, outcome.skipped.len()), (vec![], 1));
-    // Said once.
+    // Reported once.
     assert_eq!(table.apply([broken.clone()]), Outcome::default());
     assert_eq!(table.skipped().len(), 1);
-    // Removed and written again, broken, at one stroke: nobody saw it gone.
+    // Removed and written again, broken, in one step: the deletion was never visible.
     let key = "10.244.2.0-24".to_owned();
-    table.apply([RecordChange::Delete { key: key.clone() }, broken]);
+    table.apply([Change::Delete { key: key.clone() }, broken]);
     assert_eq!(table.routes(), &good);
     // Deleted, not broken: the route goes.
-    let outcome = table.apply([RecordChange::Delete { key }]);
-    assert_eq!(outcome.changes, [Change::Remove(net("10.244.2.0/24"))]);
+    let outcome = table.apply([Change::Delete { key }]);
+    assert_eq!(outcome.changes, [RouteChange::Remove(net("10.244.2.0/24"))]);
     assert!(table.routes().is_empty() && table.skipped().is_empty());
 }
 
 #[test]
-fn two_holders_of_one_subnet_are_told() {
-    let other = Ipv4Addr::new(192, 168, 77, 3);
+fn a_second_holder_of_a_subnet_is_skipped_and_reported() {
     let table = table([
-        record("10.244.2.0-24&2001:cafe::-64", &lease::value(other)),
-        record("10.244.2.0-24", &lease::value(PEER)),
+        record("10.244.2.0-24&2001:cafe::-64", &lease::value(OTHER.address)),
+        record("10.244.2.0-24", &lease::value(PEER.address)),
         record("\u{1b}[31mred", "{}"),
     ]);
-    assert_eq!(table.routes(), &BTreeMap::from([(net("10.244.2.0/24"), PEER)]));
+    assert_eq!(table.routes(), &Routes::from([(net("10.244.2.0/24"), PEER)]));
     let skipped = table.skipped();
     let names: Vec<_> = skipped.iter().map(|skipped| skipped.record.as_str()).collect();
     assert_eq!(names, ["10.244.2.0-24&2001:cafe::-64", "\\u{1b}[31mred"]);
@@ -95,49 +97,26 @@ fn two_holders_of_one_subnet_are_told() {
 
 #[test]
 fn a_record_that_cannot_be_read_does_not_hold_back_one_that_can() {
-    let moved = Ipv4Addr::new(192, 168, 77, 3);
-    let mut table =
-        table([record("10.244.2.0-24", "{"), record("10.244.2.0-24&2001:cafe::-64", &lease::value(PEER))]);
+    let mut table = table([
+        record("10.244.2.0-24", "{"),
+        record("10.244.2.0-24&2001:cafe::-64", &lease::value(PEER.address)),
+    ]);
     let outcome =
-        table.apply([RecordChange::Put(record("10.244.2.0-24&2001:cafe::-64", &lease::value(moved)))]);
-    assert_eq!(outcome.changes, [Change::Set(net("10.244.2.0/24"), moved)]);
+        table.apply([Change::Put(record("10.244.2.0-24&2001:cafe::-64", &lease::value(OTHER.address)))]);
+    assert_eq!(outcome.changes, [RouteChange::set(net("10.244.2.0/24"), OTHER)]);
     assert!(outcome.skipped.is_empty(), "{outcome:?}");
 }
 
 #[test]
 fn a_fixed_peer_is_there_from_the_start_and_wins_over_a_record() {
-    let fixed = BTreeMap::from([(net("10.244.2.0/24"), Ipv4Addr::new(192, 168, 77, 9))]);
+    let fixed = Routes::from([(net("10.244.2.0/24"), std::net::Ipv4Addr::new(192, 168, 77, 9).into())]);
     let mut table = RouteTable::new(own(), fixed.clone());
     assert_eq!(table.routes(), &fixed);
-    let outcome = table.replace([record("10.244.2.0-24", &lease::value(PEER))]);
+    let outcome = table.replace([record("10.244.2.0-24", &lease::value(PEER.address))]);
     assert_eq!((outcome.changes, outcome.skipped.len()), (vec![], 1));
     assert_eq!(table.routes(), &fixed);
     assert!(table.replace([]).changes.is_empty());
     assert_eq!(table.routes(), &fixed);
-}
-
-#[test]
-fn diff_is_exactly_the_difference_and_adds_before_it_removes() {
-    let current = BTreeMap::from([
-        (net("10.244.2.0/24"), PEER),
-        (net("10.244.3.0/24"), PEER),
-        (net("10.244.4.0/24"), PEER),
-    ]);
-    let moved = Ipv4Addr::new(192, 168, 77, 3);
-    let desired = BTreeMap::from([
-        (net("10.244.2.0/24"), PEER),
-        (net("10.244.3.0/24"), moved),
-        (net("10.244.5.0/24"), PEER),
-    ]);
-    assert_eq!(
-        diff(&current, &desired),
-        [
-            Change::Set(net("10.244.3.0/24"), moved),
-            Change::Set(net("10.244.5.0/24"), PEER),
-            Change::Remove(net("10.244.4.0/24")),
-        ]
-    );
-    assert!(diff(&desired, &desired).is_empty());
 }
 
 /// Keys and values that meet in every way: subnets named twice, nested, ours, foreign, fixed, broken.
@@ -176,12 +155,12 @@ fn generated_changes_lead_to_the_table_of_all_records_at_once() {
     for seed in 0..200 {
         let mut random = StdRng::seed_from_u64(seed);
         let fixed = match seed % 2 {
-            0 => BTreeMap::new(),
-            _ => BTreeMap::from([(net("10.244.4.0/24"), PEER)]),
+            0 => Routes::new(),
+            _ => Routes::from([(net("10.244.4.0/24"), PEER)]),
         };
         let mut own = own();
         let mut table = RouteTable::new(own, fixed.clone());
-        let mut records: BTreeMap<String, Record> = BTreeMap::new();
+        let mut records: BTreeMap<String, LeaseRecord> = BTreeMap::new();
         for round in 0..60 {
             let before = (table.routes().clone(), table.skipped());
             let outcome = match random.random_range(0..10) {
@@ -191,8 +170,8 @@ fn generated_changes_lead_to_the_table_of_all_records_at_once() {
                 }
                 1 => {
                     own.subnet = net(any(&mut random, &["10.244.1.0/24", "10.244.3.0/24"]));
-                    own.public_ip = any(&mut random, &[own.public_ip, Ipv4Addr::new(192, 168, 77, 3)]);
-                    table.set_own(own)
+                    own.public_ip = any(&mut random, &[own.public_ip, OTHER.address]);
+                    table.set_local(own)
                 }
                 _ => {
                     let mut changes = Vec::new();
@@ -200,11 +179,11 @@ fn generated_changes_lead_to_the_table_of_all_records_at_once() {
                         let key = any(&mut random, &KEYS).to_owned();
                         if random.random_bool(0.3) {
                             records.remove(&key);
-                            changes.push(RecordChange::Delete { key });
+                            changes.push(Change::Delete { key });
                         } else {
                             let record = record(&key, any(&mut random, &VALUES));
                             records.insert(key, record.clone());
-                            changes.push(RecordChange::Put(record));
+                            changes.push(Change::Put(record));
                         }
                     }
                     table.apply(changes)
@@ -215,22 +194,22 @@ fn generated_changes_lead_to_the_table_of_all_records_at_once() {
             assert_eq!(table.skipped(), skipped, "seed {seed}, round {round}: {records:?}");
             assert_eq!(outcome.changes, diff(&before.0, &routes), "seed {seed}, round {round}: {records:?}");
             let mut new: Vec<_> = skipped.into_iter().filter(|one| !before.1.contains(one)).collect();
-            let mut told = outcome.skipped;
+            let mut reported = outcome.skipped;
             new.sort();
-            told.sort();
-            assert_eq!(told, new, "seed {seed}, round {round}: {records:?}");
+            reported.sort();
+            assert_eq!(reported, new, "seed {seed}, round {round}: {records:?}");
         }
     }
 }
 
 #[test]
-fn an_onlooker_is_told_the_same_reasons_and_sees_every_holder() {
+fn operators_see_the_same_reasons_and_every_holder() {
     let records = [
         record("10.244.1.0-24", &lease::value(own().public_ip)),
-        record("10.244.2.0-24", &lease::value(PEER)),
+        record("10.244.2.0-24", &lease::value(PEER.address)),
         record("10.244.6.0-24", r#"{"PublicIP":"192.168.77.6","BackendType":"vxlan"}"#),
         record("10.244.9.0-24", "{"),
-        record("10.245.2.0-24", &lease::value(PEER)),
+        record("10.245.2.0-24", &lease::value(PEER.address)),
     ];
     let reasons = refusals(Some(own().network), &records);
     assert_eq!(reasons[..2], [None, None]);
@@ -245,5 +224,5 @@ fn an_onlooker_is_told_the_same_reasons_and_sees_every_holder() {
 fn a_reason_that_quotes_a_record_is_short_and_harmless() {
     let long = format!("[\"\u{9b}31m{}\"]", "x".repeat(5000));
     let why = refusals(None, &[record("10.244.2.0-24", &long)])[0].clone().unwrap();
-    assert!(why.len() < 300 && why.contains("\\u{9b}31m") && why.ends_with("..."), "{why}");
+    assert!(why.len() < 300 && why.contains("\\u{9b}31m") && why.contains("..."), "{why}");
 }

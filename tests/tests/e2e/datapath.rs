@@ -120,6 +120,17 @@ fn hook(device: &str, direction: TcAttachType) -> Result<(u64, Vec<u32>)> {
     Ok((revision, programs.iter().map(|program| program.id()).collect()))
 }
 
+/// Revisions of the tc hooks of an agent's devices with the ids of their programs, and the id of the XDP program. A revision
+/// counts every attaching and detaching.
+pub(crate) fn attached(side: &Side) -> Result<impl PartialEq + std::fmt::Debug + use<>> {
+    inside(&side.host, async {
+        let netlink = Netlink::connect()?;
+        let index = netlink.link(UPLINK).await?.context("no underlay")?.index;
+        let xdp = netlink.xdp_program(index).await?;
+        anyhow::Ok((hook(DEVICE, TcAttachType::Egress)?, hook(UPLINK, TcAttachType::Ingress)?, xdp))
+    })?
+}
+
 /// Another descriptor of a map that the program on the overlay device uses.
 fn map(name: &str) -> Result<MapData> {
     let (_, programs) = SchedClassifier::query_tcx(DEVICE, TcAttachType::Egress)?;

@@ -16,11 +16,15 @@ use overlay_tests::{
     agent::{Agent, DEVICE, Rung, Site},
     pair::{Pair, Store},
     sandbox::Sandbox,
-    topology::{NETWORK, OVERLAY_MTU, PodOffload, Side, Topology, UPLINK, Underlay},
-    traffic::{ping::ping_with_ttl, steady::without_loss, udp::every_size},
+    topology::{Endpoint, NETWORK, OVERLAY_MTU, PodOffload, Side, Topology, UPLINK, Underlay},
+    traffic::{
+        ping::ping_with_ttl,
+        steady::{meanwhile, without_loss},
+        udp::every_size,
+    },
 };
 
-use crate::{machine::Need, matrix::needs, suite::Suite, wait::wait_until};
+use crate::{datapath::attached, machine::Need, matrix::needs, suite::Suite, wait::wait_until};
 
 /// A small MTU of the underlay, and the resulting MTU of the overlay.
 const SMALL: (usize, usize) = (1400, 1372);
@@ -75,6 +79,7 @@ fn follows_mtu(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
         )
     };
     ensure!(subnet_file(&pair.a)? == file(OVERLAY_MTU), "at first: {}", subnet_file(&pair.a)?);
+    let programs = [attached(a)?, attached(b)?];
     for (underlay, overlay) in [SMALL, (1500, OVERLAY_MTU)] {
         without_loss(from, to, || {
             for side in [a, b] {
@@ -93,6 +98,7 @@ fn follows_mtu(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
         pair.a.status()?.pid == pid && pair.a.status()?.state == "running",
         "the agent was started again"
     );
+    ensure!([attached(a)?, attached(b)?] == programs, "programs were attached again: {programs:?}");
     pair.a.stop()?;
     pair.b.stop()
 }
@@ -102,13 +108,31 @@ fn follows_address(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
     let (a, moved) = (&pair.topology.a, Ipv4Addr::new(192, 168, 77, 11));
     let (from, to) = pair.topology.pods();
     let pid = pair.a.status()?.pid;
+    let programs = [attached(a)?, attached(&pair.topology.b)?];
     a.host.tool(&format!("ip address add {moved}/24 dev {UPLINK}"))?;
     // Without this, removing the first address would remove the second of the same network.
     a.host.tool(&format!("sysctl -q -w net.ipv4.conf.{UPLINK}.promote_secondaries=1"))?;
-    a.host.tool(&format!("ip address delete {}/24 dev {UPLINK}", a.underlay))?;
-    wait_until("B routes to the new address", || {
-        Ok(pair.b.routes()?.routes.iter().any(|route| route.subnet == a.subnet && route.peer == moved))
+    let host = Endpoint { netns: &pair.topology.b.host, address: pair.topology.b.underlay };
+    let address = Endpoint { netns: &a.host, address: a.underlay };
+    // The underlay loses all datagrams to the old address, one in a second; the overlay must not lose more.
+    let (((), overlay), underlay) = meanwhile(host, address, || {
+        meanwhile(from, to, || {
+            // Until both flows run.
+            thread::sleep(Duration::from_millis(300));
+            a.host.tool(&format!("ip address delete {}/24 dev {UPLINK}", a.underlay))?;
+            wait_until("B routes to the new address", || {
+                let routes = pair.b.routes()?.routes;
+                Ok(routes.iter().any(|route| route.subnet == a.subnet && route.peer == moved))
+            })?;
+            wait_until("containers reach each other", || {
+                Ok(ping_with_ttl(from.netns, to.address, 60).is_ok())
+            })?;
+            thread::sleep(Duration::from_millis(300));
+            Ok(())
+        })
     })?;
+    ensure!(overlay.lost <= underlay.lost, "the overlay lost {overlay:?}, the underlay {underlay:?}");
+    ensure!([attached(a)?, attached(&pair.topology.b)?] == programs, "programs were attached again");
     ensure!(
         pair.store.read("subnets/10.244.1.0-24")? == format!(r#"{{"PublicIP":"{moved}","PublicIPv6":null}}"#)
     );

@@ -5,22 +5,15 @@ use std::{net::Ipv4Addr, time::Duration};
 use etcd_client::{Client, GetOptions, KeyValue, PutOptions};
 use overlay_agent::{
     config::NetworkConfig,
-    store::{
-        Event, LeaseEvent,
-        etcd::{EtcdOptions, EtcdStore, Held},
-    },
+    store::{Held, LeaseEvent, LeaseKeeper, Store, StoreError, SubnetRequest, etcd::EtcdOptions},
 };
 use overlay_tests::etcd::Etcd;
-use tokio::{
-    sync::{mpsc, oneshot, watch},
-    task::JoinHandle,
-    time::timeout,
-};
+use tokio::{sync::mpsc, time::timeout};
 
 pub(crate) const PREFIX: &str = "/coreos.com/network";
 pub(crate) const NETWORK: &str = r#"{"Network":"10.5.0.0/16","Backend":{"Type":"udp"}}"#;
 /// Longer than anything here takes, and much shorter than waiting for a lease of 24 hours.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(40);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(40);
 
 /// A server, a client of its own, and the network's configuration.
 pub(crate) struct Network {
@@ -52,24 +45,50 @@ impl Network {
         }
     }
 
-    pub(crate) async fn store(&self, host: u8) -> EtcdStore {
-        EtcdStore::connect(self.options(host)).await.unwrap()
+    pub(crate) async fn store(&self, host: u8) -> Store {
+        Store::etcd(self.options(host)).await.unwrap()
     }
 
     /// A store whose leases last only seconds.
-    pub(crate) async fn short_store(&self, host: u8, seconds: u64) -> EtcdStore {
+    pub(crate) async fn short_store(&self, host: u8, seconds: u64) -> Store {
         let ttl = Duration::from_secs(seconds);
         let options = EtcdOptions { lease_ttl: ttl, renew_margin: ttl / 2, ..self.options(host) };
-        EtcdStore::connect(options).await.unwrap()
+        Store::etcd(options).await.unwrap()
+    }
+
+    pub(crate) fn request(&self) -> SubnetRequest {
+        SubnetRequest::any(self.config.clone())
+    }
+
+    pub(crate) fn wanting(&self, subnet: &str) -> SubnetRequest {
+        SubnetRequest { wanted: Some(subnet.parse().unwrap()), ..self.request() }
+    }
+
+    /// A request of a host that had this subnet in an earlier run.
+    pub(crate) fn preferring(&self, subnet: &str) -> SubnetRequest {
+        SubnetRequest { earlier: Some(subnet.parse().unwrap()), ..self.request() }
+    }
+
+    /// The host's agent acquires a subnet under another host's address.
+    pub(crate) async fn acquire_as(&self, host: u8, address: u8) -> Result<Held, StoreError> {
+        self.store(host).await.acquire(&self.request(), ip(address)).await
     }
 
     pub(crate) async fn acquire(&self, host: u8) -> Held {
-        self.store(host).await.acquire(&self.config, ip(host), None, None).await.unwrap()
+        self.acquire_as(host, host).await.unwrap()
+    }
+
+    pub(crate) async fn try_take(&self, host: u8, subnet: &str) -> Result<Held, StoreError> {
+        self.store(host).await.acquire(&self.wanting(subnet), ip(host)).await
     }
 
     pub(crate) async fn take(&self, host: u8, subnet: &str) -> Held {
-        let wanted = Some(subnet.parse().unwrap());
-        self.store(host).await.acquire(&self.config, ip(host), wanted, None).await.unwrap()
+        self.try_take(host, subnet).await.unwrap()
+    }
+
+    /// The etcd lease of a held subnet's record, 0 for a reservation.
+    pub(crate) async fn lease_of(&mut self, held: &Held) -> i64 {
+        self.get(&key_of(held)).await.unwrap().lease()
     }
 
     /// Writes a record by hand, as an operator does: without an etcd lease unless one is given.
@@ -90,7 +109,7 @@ impl Network {
 
     /// Waits until a record has changed to what `wanted` says.
     pub(crate) async fn wait_for(&mut self, key: &str, wanted: impl Fn(Option<&KeyValue>) -> bool) {
-        let waited = timeout(PATIENCE, async {
+        let waited = timeout(TIMEOUT, async {
             loop {
                 // The server may be on its way up.
                 if let Ok(mut answer) = self.raw.get(subnet_key(key), None).await
@@ -109,11 +128,6 @@ pub(crate) fn ip(host: u8) -> Ipv4Addr {
     Ipv4Addr::new(192, 168, 77, host)
 }
 
-/// An address that stays.
-pub(crate) fn fixed(address: Ipv4Addr) -> watch::Receiver<Ipv4Addr> {
-    watch::channel(address).1
-}
-
 /// What flannel's udp backend writes, byte for byte.
 pub(crate) fn value(host: u8) -> String {
     format!(r#"{{"PublicIP":"192.168.77.{host}","PublicIPv6":null}}"#)
@@ -124,58 +138,48 @@ pub(crate) fn subnet_key(key: &str) -> String {
 }
 
 pub(crate) fn key_of(held: &Held) -> String {
-    format!("{}-{}", held.subnet.network(), held.subnet.prefix_len())
+    overlay_agent::lease::key(held.subnet)
 }
 
-/// Events as they come, within a time that fails the test.
-pub(crate) struct Events(pub(crate) mpsc::Receiver<Event>);
+/// The next event, within a time that fails the test.
+pub(crate) async fn next<T>(events: &mut mpsc::Receiver<T>) -> T {
+    timeout(TIMEOUT, events.recv()).await.expect("no event came").expect("the events ended")
+}
 
-impl Events {
-    pub(crate) async fn next(&mut self) -> Event {
-        timeout(PATIENCE, self.0.recv()).await.expect("no event came").expect("the events ended")
+/// A task that keeps a lease.
+pub(crate) struct Keeper(pub(crate) LeaseKeeper);
+
+impl Keeper {
+    pub(crate) fn start(store: &Store, held: Held) -> Self {
+        Self(store.keep(held))
     }
 
-    /// The next event about the lease that is more than a confirmation.
+    pub(crate) async fn next(&mut self) -> LeaseEvent {
+        next(&mut self.0.events).await
+    }
+
+    /// The next event that is more than a confirmation.
     pub(crate) async fn news(&mut self) -> LeaseEvent {
         loop {
             match self.next().await {
-                Event::Lease(LeaseEvent::Confirmed { .. }) => {}
-                Event::Lease(event) => return event,
-                other => panic!("not about the lease: {other:?}"),
+                LeaseEvent::Confirmed { .. } => {}
+                event => return event,
             }
         }
     }
 
     pub(crate) async fn confirmed(&mut self) -> Option<Duration> {
         match self.next().await {
-            Event::Lease(LeaseEvent::Confirmed { expires_in }) => expires_in,
+            LeaseEvent::Confirmed { expires_in } => expires_in,
             other => panic!("not a confirmation: {other:?}"),
         }
     }
-}
 
-/// A task that keeps a lease.
-pub(crate) struct Keeper {
-    pub(crate) events: Events,
-    pub(crate) public_ip: watch::Sender<Ipv4Addr>,
-    stop: oneshot::Sender<()>,
-    task: JoinHandle<Held>,
-}
-
-impl Keeper {
-    pub(crate) fn start(store: EtcdStore, held: Held) -> Self {
-        let (sender, events) = mpsc::channel(64);
-        let (stop, stopped) = oneshot::channel();
-        let stopped = async move {
-            let _ = stopped.await;
-        };
-        let (public_ip, address) = watch::channel(held.public_ip);
-        let task = tokio::spawn(async move { store.maintain(held, address, sender, stopped).await });
-        Self { events: Events(events), public_ip, stop, task }
+    pub(crate) fn is_silent(&mut self) -> bool {
+        self.0.events.try_recv().is_err()
     }
 
     pub(crate) async fn stop(self) -> Held {
-        self.stop.send(()).unwrap();
-        self.task.await.unwrap()
+        self.0.stop().await.unwrap()
     }
 }

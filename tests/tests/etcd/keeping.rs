@@ -2,23 +2,23 @@
 
 use std::{thread, time::Duration};
 
-use overlay_agent::store::{Event, LeaseEvent};
+use overlay_agent::store::{LeaseEvent, Store};
 use tokio::{sync::mpsc, time::sleep};
 
-use crate::hosts::{Events, Keeper, NETWORK, Network, PREFIX, fixed, ip, key_of, subnet_key, value};
+use crate::hosts::{Keeper, NETWORK, Network, PREFIX, ip, key_of, next, subnet_key, value};
 
 #[tokio::test]
 async fn a_short_lease_is_renewed_again_and_again() {
     let mut network = Network::start().await;
     let store = network.short_store(1, 3).await;
-    let held = store.acquire(&network.config, ip(1), None, None).await.unwrap();
-    let mut keeper = Keeper::start(store, held.clone());
+    let held = store.acquire(&network.request(), ip(1)).await.unwrap();
+    let mut keeper = Keeper::start(&store, held.clone());
     for _ in 0..4 {
-        assert_eq!(keeper.events.confirmed().await, Some(Duration::from_secs(3)));
+        assert_eq!(keeper.confirmed().await, Some(Duration::from_secs(3)));
     }
     sleep(Duration::from_secs(5)).await;
     let record = network.get(&key_of(&held)).await.unwrap();
-    assert_eq!(Some(record.lease()), keeper.stop().await.etcd_lease());
+    keeper.stop().await;
     assert_eq!(record.version(), 1, "renewing does not write the record");
 }
 
@@ -26,72 +26,50 @@ async fn a_short_lease_is_renewed_again_and_again() {
 async fn a_revoked_lease_and_a_deleted_key_are_taken_back() {
     let mut network = Network::start().await;
     let held = network.acquire(1).await;
-    let mut keeper = Keeper::start(network.store(1).await, held.clone());
-    keeper.events.confirmed().await;
-    let first = held.etcd_lease().unwrap();
+    let mut keeper = Keeper::start(&network.store(1).await, held.clone());
+    keeper.confirmed().await;
+    let first = network.lease_of(&held).await;
     network.raw.lease_revoke(first).await.unwrap();
-    let news = keeper.events.news().await;
-    assert!(matches!(news, LeaseEvent::Retaken { subnet, .. } if subnet == held.subnet), "{news:?}");
+    let news = keeper.news().await;
+    assert!(matches!(news, LeaseEvent::Reacquired { subnet, .. } if subnet == held.subnet), "{news:?}");
     let second = network.get(&key_of(&held)).await.unwrap();
     assert_eq!(second.value_str().unwrap(), value(1));
     assert!(second.lease() != 0 && second.lease() != first);
     network.raw.delete(subnet_key(&key_of(&held)), None).await.unwrap();
-    let news = keeper.events.news().await;
-    assert!(matches!(news, LeaseEvent::Retaken { subnet, .. } if subnet == held.subnet), "{news:?}");
-    let third = network.get(&key_of(&held)).await.unwrap();
-    assert_eq!(keeper.stop().await.etcd_lease(), Some(third.lease()));
+    let news = keeper.news().await;
+    assert!(matches!(news, LeaseEvent::Reacquired { subnet, .. } if subnet == held.subnet), "{news:?}");
+    let third = network.lease_of(&held).await;
+    keeper.stop().await;
+    let leases: Vec<_> =
+        network.raw.leases().await.unwrap().leases().iter().map(|lease| lease.id()).collect();
+    assert!(leases.contains(&third) && !leases.contains(&second.lease()) && !leases.contains(&first));
 }
 
 #[tokio::test]
 async fn a_subnet_that_somebody_else_holds_meanwhile_is_left_to_them() {
     let mut network = Network::start().await;
     let held = network.acquire(1).await;
-    let mut keeper = Keeper::start(network.store(1).await, held.clone());
-    keeper.events.confirmed().await;
-    // One write: there is no moment at which the key is free.
+    let mut keeper = Keeper::start(&network.store(1).await, held.clone());
+    keeper.confirmed().await;
+    let lease = network.lease_of(&held).await;
+    // One write: the key is never free.
     let theirs = network.raw.lease_grant(600, None).await.unwrap().id();
     network.put(&key_of(&held), value(50), theirs).await;
     let before = network.get(&key_of(&held)).await.unwrap();
-    let LeaseEvent::Moved { from, to, why } = keeper.events.news().await else { panic!("not moved") };
+    let LeaseEvent::Moved { from, to, why } = keeper.news().await else { panic!("not moved") };
     assert!(from == held.subnet && to != from && why.contains("192.168.77.50"), "{to} {why}");
     let moved = keeper.stop().await;
     assert_eq!(moved.subnet, to);
     assert_eq!(network.get(&key_of(&moved)).await.unwrap().value_str().unwrap(), value(1));
     let after = network.get(&key_of(&held)).await.unwrap();
     assert_eq!((after.mod_revision(), after.lease()), (before.mod_revision(), theirs));
-    assert!(
-        !network
-            .raw
-            .leases()
-            .await
-            .unwrap()
-            .leases()
-            .iter()
-            .any(|lease| Some(lease.id()) == held.etcd_lease())
-    );
+    assert!(!network.raw.leases().await.unwrap().leases().iter().any(|other| other.id() == lease));
 }
 
-#[tokio::test]
-async fn a_host_that_lost_its_subnet_in_a_full_network_says_so_and_takes_the_next_free_one() {
-    let mut network = Network::of(r#"{"Network":"10.9.0.0/28","SubnetLen":30}"#).await;
-    let held = network.acquire(1).await;
-    let others = [network.acquire(2).await, network.acquire(3).await];
-    let mut keeper = Keeper::start(network.store(1).await, held.clone());
-    keeper.events.confirmed().await;
-    let theirs = network.raw.lease_grant(600, None).await.unwrap().id();
-    network.put(&key_of(&held), value(50), theirs).await;
-    let news = keeper.events.news().await;
-    assert!(matches!(&news, LeaseEvent::Unheld { why } if why.contains("full")), "{news:?}");
-    network.raw.lease_revoke(others[0].etcd_lease().unwrap()).await.unwrap();
-    let news = keeper.events.news().await;
-    assert!(matches!(&news, LeaseEvent::Moved { to, .. } if *to == others[0].subnet), "{news:?}");
-    keeper.stop().await;
-}
-
-/// An agent in a thread of its own that can be stopped as SIGSTOP stops a process: everything of it at once, its connections
-/// included, while time goes on.
+/// An agent in a thread of its own that can be stopped as SIGSTOP stops a process: all of it at once, its connections
+/// included, while time continues.
 struct Pausable {
-    events: Events,
+    events: mpsc::Receiver<LeaseEvent>,
     pause: mpsc::UnboundedSender<Duration>,
     thread: thread::JoinHandle<()>,
 }
@@ -102,32 +80,35 @@ impl Pausable {
         let mut options = network.options(1);
         options.lease_ttl = ttl;
         options.renew_margin = ttl / 2;
-        let config = network.config.clone();
+        let request = network.preferring("10.5.9.0/24");
         let (sender, events) = mpsc::channel(64);
         let (pause, mut pauses) = mpsc::unbounded_channel::<Duration>();
         let thread = thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async move {
-                let store = overlay_agent::store::etcd::EtcdStore::connect(options).await.unwrap();
-                let earlier = Some("10.5.9.0/24".parse().unwrap());
-                let held = store.acquire(&config, ip(1), None, earlier).await.unwrap();
-                let stop = async {
-                    while let Some(pause) = pauses.recv().await {
-                        // Blocks the only thread of this runtime.
-                        thread::sleep(pause);
+                let store = Store::etcd(options).await.unwrap();
+                let held = store.acquire(&request, ip(1)).await.unwrap();
+                let mut keeper = store.keep(held);
+                loop {
+                    tokio::select! {
+                        Some(event) = keeper.events.recv() => sender.send(event).await.unwrap(),
+                        pause = pauses.recv() => match pause {
+                            // Blocks the only thread of this runtime.
+                            Some(pause) => thread::sleep(pause),
+                            None => return,
+                        },
                     }
-                };
-                store.maintain(held, fixed(ip(1)), sender, stop).await;
+                }
             });
         });
-        Self { events: Events(events), pause, thread }
+        Self { events, pause, thread }
     }
 
-    /// What became of the lease. That requests timed out in its sleep may come first.
+    /// The next event that is neither a confirmation nor about requests that timed out during the pause.
     async fn news(&mut self) -> LeaseEvent {
         loop {
-            match self.events.news().await {
-                LeaseEvent::Unconfirmed { .. } => {}
+            match next(&mut self.events).await {
+                LeaseEvent::Unconfirmed { .. } | LeaseEvent::Confirmed { .. } => {}
                 news => return news,
             }
         }
@@ -143,7 +124,7 @@ impl Pausable {
 async fn an_agent_that_was_paused_past_its_lease_does_not_overwrite_the_new_owner() {
     let mut network = Network::start().await;
     let mut agent = Pausable::start(&network, 2);
-    agent.events.confirmed().await;
+    next(&mut agent.events).await;
     agent.pause.send(Duration::from_secs(9)).unwrap();
     network.wait_for("10.5.9.0-24", |record| record.is_none()).await;
     let theirs = network.take(2, "10.5.9.0/24").await;
@@ -167,12 +148,12 @@ async fn an_agent_that_was_paused_past_its_lease_does_not_overwrite_the_new_owne
 async fn an_agent_that_was_paused_and_missed_by_nobody_has_its_subnet_back() {
     let mut network = Network::start().await;
     let mut agent = Pausable::start(&network, 2);
-    agent.events.confirmed().await;
+    next(&mut agent.events).await;
     agent.pause.send(Duration::from_secs(6)).unwrap();
     network.wait_for("10.5.9.0-24", |record| record.is_none()).await;
     let news = agent.news().await;
     assert!(
-        matches!(&news, LeaseEvent::Retaken { subnet, .. } if *subnet == "10.5.9.0/24".parse().unwrap()),
+        matches!(&news, LeaseEvent::Reacquired { subnet, .. } if *subnet == "10.5.9.0/24".parse().unwrap()),
         "{news:?}"
     );
     assert_eq!(network.get("10.5.9.0-24").await.unwrap().value_str().unwrap(), value(1));
@@ -183,35 +164,35 @@ async fn an_agent_that_was_paused_and_missed_by_nobody_has_its_subnet_back() {
 async fn an_etcd_that_is_away_makes_a_lease_unconfirmed_once_and_confirmed_after() {
     let mut network = Network::start().await;
     let held = network.acquire(1).await;
-    let mut keeper = Keeper::start(network.store(1).await, held.clone());
-    keeper.events.confirmed().await;
+    let mut keeper = Keeper::start(&network.store(1).await, held.clone());
+    keeper.confirmed().await;
     network.etcd.kill();
-    let news = keeper.events.news().await;
+    let news = keeper.news().await;
     let LeaseEvent::Unconfirmed { expires_in: Some(left), .. } = &news else { panic!("{news:?}") };
     assert!(*left > Duration::from_secs(86000), "{left:?}");
     sleep(Duration::from_secs(3)).await;
     network.etcd.restart().unwrap();
     // Nothing in between: the trouble is said once.
-    assert_eq!(keeper.events.confirmed().await, Some(Duration::from_secs(86400)));
-    let record = network.get(&key_of(&held)).await.unwrap();
-    assert_eq!((record.version(), Some(record.lease())), (1, keeper.stop().await.etcd_lease()));
+    assert_eq!(keeper.confirmed().await, Some(Duration::from_secs(86400)));
+    assert_eq!(network.get(&key_of(&held)).await.unwrap().version(), 1);
+    keeper.stop().await;
 }
 
 #[tokio::test]
 async fn after_etcd_lost_its_data_our_lease_is_written_again() {
     let mut network = Network::start().await;
     let held = network.acquire(1).await;
-    let mut keeper = Keeper::start(network.store(1).await, held.clone());
-    keeper.events.confirmed().await;
+    let mut keeper = Keeper::start(&network.store(1).await, held.clone());
+    keeper.confirmed().await;
     network.etcd.wipe().unwrap();
     network.etcd.restart().unwrap();
     let news = loop {
-        match keeper.events.news().await {
+        match keeper.news().await {
             LeaseEvent::Unconfirmed { .. } => {}
             news => break news,
         }
     };
-    assert!(matches!(&news, LeaseEvent::Retaken { subnet, .. } if *subnet == held.subnet), "{news:?}");
+    assert!(matches!(&news, LeaseEvent::Reacquired { subnet, .. } if *subnet == held.subnet), "{news:?}");
     let record = network.get(&key_of(&held)).await.unwrap();
     assert_eq!(record.value_str().unwrap(), value(1));
     keeper.stop().await;
@@ -221,26 +202,12 @@ async fn after_etcd_lost_its_data_our_lease_is_written_again() {
 async fn a_config_that_is_gone_keeps_no_lease_from_being_kept() {
     let mut network = Network::start().await;
     let held = network.acquire(1).await;
-    let mut keeper = Keeper::start(network.store(1).await, held.clone());
-    keeper.events.confirmed().await;
+    let mut keeper = Keeper::start(&network.store(1).await, held.clone());
+    keeper.confirmed().await;
     network.raw.delete(format!("{PREFIX}/config"), None).await.unwrap();
     network.raw.delete(subnet_key(&key_of(&held)), None).await.unwrap();
-    let news = keeper.events.news().await;
-    assert!(matches!(&news, LeaseEvent::Retaken { subnet, .. } if *subnet == held.subnet), "{news:?}");
+    let news = keeper.news().await;
+    assert!(matches!(&news, LeaseEvent::Reacquired { subnet, .. } if *subnet == held.subnet), "{news:?}");
     assert!(network.store(1).await.set_config(NETWORK).await.unwrap().is_none());
     keeper.stop().await;
-}
-
-#[tokio::test]
-async fn keeping_ends_when_nobody_listens() {
-    let network = Network::start().await;
-    let held = network.acquire(1).await;
-    let (sender, events) = mpsc::channel::<Event>(1);
-    let store = network.store(1).await;
-    let kept = tokio::spawn({
-        let held = held.clone();
-        async move { store.maintain(held, fixed(ip(1)), sender, std::future::pending()).await }
-    });
-    drop(events);
-    assert_eq!(kept.await.unwrap().subnet, held.subnet);
 }

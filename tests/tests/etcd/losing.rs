@@ -3,10 +3,7 @@
 use std::time::Duration;
 
 use etcd_client::{Client, ConnectOptions, Permission, PermissionType, RoleRevokePermissionOptions};
-use overlay_agent::store::{
-    LeaseEvent,
-    etcd::{EtcdOptions, EtcdStore},
-};
+use overlay_agent::store::{LeaseEvent, Store, etcd::EtcdOptions};
 use tokio::time::sleep;
 
 use crate::{
@@ -15,38 +12,26 @@ use crate::{
 };
 
 #[tokio::test]
-async fn our_own_record_that_somebody_spoils_is_put_right_and_renumbers_nobody() {
+async fn an_overwritten_record_of_ours_is_restored_and_the_subnet_kept() {
     let mut network = Network::start().await;
     let held = network.acquire(1).await;
     let key = key_of(&held);
     let born = network.get(&key).await.unwrap().create_revision();
-    let mut keeper = Keeper::start(network.store(1).await, held.clone());
-    keeper.events.confirmed().await;
+    let mut keeper = Keeper::start(&network.store(1).await, held.clone());
+    keeper.confirmed().await;
+    let ours = network.lease_of(&held).await;
     // With our etcd lease, as a program does that keeps it, and without, as `etcdctl put` does.
-    for lease in [held.etcd_lease().unwrap(), 0] {
+    for lease in [ours, 0] {
         network.put(&key, "{\"Public\u{1b}[2J", lease).await;
-        let LeaseEvent::Retaken { subnet, why } = keeper.events.news().await else { panic!("not retaken") };
+        let LeaseEvent::Reacquired { subnet, why } = keeper.news().await else { panic!("not retaken") };
         assert_eq!(subnet, held.subnet);
         assert!(why.contains("Public") && !why.contains('\u{1b}'), "{why}");
         let record = network.get(&key).await.unwrap();
         assert_eq!(record.value_str().unwrap(), value(1));
-        assert_eq!((Some(record.lease()), record.create_revision()), (held.etcd_lease(), born));
+        assert_eq!((record.lease(), record.create_revision()), (ours, born));
     }
     assert_eq!(keeper.stop().await.subnet, held.subnet);
     assert_eq!(network.records().await.len(), 1);
-}
-
-#[tokio::test]
-async fn a_spoilt_reservation_is_put_right_as_one() {
-    let mut network = Network::start().await;
-    network.put("10.5.250.0-24", value(1), 0).await;
-    let mut keeper = Keeper::start(network.store(1).await, network.acquire(1).await);
-    keeper.events.confirmed().await;
-    network.put("10.5.250.0-24", "garbage", 0).await;
-    assert!(matches!(keeper.events.news().await, LeaseEvent::Retaken { .. }));
-    let record = network.get("10.5.250.0-24").await.unwrap();
-    assert_eq!((record.value_str().unwrap(), record.lease()), (value(1).as_str(), 0));
-    assert!(keeper.stop().await.is_reservation());
 }
 
 #[tokio::test]
@@ -57,15 +42,15 @@ async fn a_new_record_that_nobody_can_read_is_left_alone_and_the_subnet_kept() {
     network.raw.delete(subnet_key(&key), None).await.unwrap();
     network.put(&key, "garbage", 0).await;
     let before = network.get(&key).await.unwrap();
-    let mut keeper = Keeper::start(network.store(1).await, held.clone());
-    let LeaseEvent::Unheld { why } = keeper.events.news().await else { panic!("not unheld") };
-    assert!(why.contains("garbage") && why.contains(&subnet_key(&key)), "{why}");
+    let mut keeper = Keeper::start(&network.store(1).await, held.clone());
+    let LeaseEvent::Lost { why } = keeper.news().await else { panic!("not unheld") };
+    assert!(why.contains("garbage") && why.contains(&key), "{why}");
     sleep(Duration::from_secs(4)).await;
-    assert!(keeper.events.0.try_recv().is_err());
+    assert!(keeper.is_silent());
     assert_eq!(network.get(&key).await.unwrap().mod_revision(), before.mod_revision());
     network.raw.delete(subnet_key(&key), None).await.unwrap();
-    let news = keeper.events.news().await;
-    assert!(matches!(&news, LeaseEvent::Retaken { subnet, .. } if *subnet == held.subnet), "{news:?}");
+    let news = keeper.news().await;
+    assert!(matches!(&news, LeaseEvent::Reacquired { subnet, .. } if *subnet == held.subnet), "{news:?}");
     keeper.stop().await;
     assert_eq!(network.records().await.len(), 1);
 }
@@ -75,31 +60,13 @@ async fn a_record_that_others_wrote_with_our_etcd_lease_does_not_end_with_it() {
     let mut network = Network::start().await;
     let held = network.acquire(1).await;
     let key = key_of(&held);
-    let mut keeper = Keeper::start(network.store(1).await, held.clone());
-    keeper.events.confirmed().await;
-    network.put(&key, value(50), held.etcd_lease().unwrap()).await;
-    assert!(matches!(keeper.events.news().await, LeaseEvent::Moved { .. }));
-    keeper.events.confirmed().await;
+    let mut keeper = Keeper::start(&network.store(1).await, held.clone());
+    keeper.confirmed().await;
+    let lease = network.lease_of(&held).await;
+    network.put(&key, value(50), lease).await;
+    assert!(matches!(keeper.news().await, LeaseEvent::Moved { .. }));
+    keeper.confirmed().await;
     assert_eq!(network.get(&key).await.unwrap().value_str().unwrap(), value(50));
-    keeper.stop().await;
-}
-
-#[tokio::test]
-async fn a_subnet_that_the_operator_asked_for_is_waited_for_and_not_moved_away_from() {
-    let mut network = Network::start().await;
-    let held = network.take(1, "10.5.9.0/24").await;
-    let mut keeper = Keeper::start(network.store(1).await, held.clone());
-    keeper.events.confirmed().await;
-    let theirs = network.raw.lease_grant(600, None).await.unwrap().id();
-    network.put("10.5.9.0-24", value(50), theirs).await;
-    let LeaseEvent::Unheld { why } = keeper.events.news().await else { panic!("not unheld") };
-    assert!(why.starts_with("--subnet asks for 10.5.9.0/24, which 192.168.77.50 holds"), "{why}");
-    sleep(Duration::from_secs(4)).await;
-    assert!(keeper.events.0.try_recv().is_err(), "it is said once");
-    assert_eq!(network.records().await.len(), 1);
-    network.raw.lease_revoke(theirs).await.unwrap();
-    let news = keeper.events.news().await;
-    assert!(matches!(&news, LeaseEvent::Retaken { subnet, .. } if *subnet == held.subnet), "{news:?}");
     keeper.stop().await;
 }
 
@@ -114,11 +81,11 @@ async fn a_removed_record_that_may_not_be_written_again_is_a_lost_claim_and_fill
         password: Some(PASSWORD.to_owned().into()),
         ..network.options(1)
     };
-    let store = EtcdStore::connect(options).await.unwrap();
-    let held = store.acquire(&network.config, ip(1), None, None).await.unwrap();
+    let store = Store::etcd(options).await.unwrap();
+    let held = store.acquire(&network.request(), ip(1)).await.unwrap();
     let key = subnet_key(&key_of(&held));
-    let mut keeper = Keeper::start(store, held.clone());
-    keeper.events.confirmed().await;
+    let mut keeper = Keeper::start(&store, held.clone());
+    keeper.confirmed().await;
 
     let prefix = format!("{PREFIX}/");
     let all = RoleRevokePermissionOptions::new().with_prefix();
@@ -127,13 +94,13 @@ async fn a_removed_record_that_may_not_be_written_again_is_a_lost_claim_and_fill
     root.role_grant_permission("overlay", read).await.unwrap();
     root.delete(key.clone(), None).await.unwrap();
     let news = loop {
-        match keeper.events.news().await {
+        match keeper.news().await {
             // Its login is from before the change.
             LeaseEvent::Unconfirmed { .. } => {}
             news => break news,
         }
     };
-    let LeaseEvent::Unheld { why } = &news else { panic!("{news:?}") };
+    let LeaseEvent::Lost { why } = &news else { panic!("{news:?}") };
     assert!(why.contains("removed"), "{why}");
     sleep(Duration::from_secs(6)).await;
     // That of the record, that of the claim on the address, and another of seconds while that is tried again.
@@ -143,12 +110,12 @@ async fn a_removed_record_that_may_not_be_written_again_is_a_lost_claim_and_fill
     let write = Permission::new(PermissionType::Readwrite, prefix).with_prefix();
     root.role_grant_permission("overlay", write).await.unwrap();
     let news = loop {
-        match keeper.events.news().await {
-            LeaseEvent::Unheld { .. } => {}
+        match keeper.news().await {
+            LeaseEvent::Lost { .. } => {}
             news => break news,
         }
     };
-    assert!(matches!(&news, LeaseEvent::Retaken { subnet, .. } if *subnet == held.subnet), "{news:?}");
+    assert!(matches!(&news, LeaseEvent::Reacquired { subnet, .. } if *subnet == held.subnet), "{news:?}");
     let record = root.get(key, None).await.unwrap().take_kvs().pop().unwrap();
     assert_eq!(record.value_str().unwrap(), value(1));
     keeper.stop().await;

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use etcd_client::GetOptions;
-use overlay_agent::store::{LeaseEvent, etcd::EtcdError};
+use overlay_agent::store::{LeaseEvent, StoreError};
 
 use crate::hosts::{Keeper, Network, PREFIX, ip, key_of};
 
@@ -11,9 +11,9 @@ use crate::hosts::{Keeper, Network, PREFIX, ip, key_of};
 async fn a_second_host_with_a_live_ones_address_refuses() {
     let mut network = Network::start().await;
     let held = network.acquire(1).await;
-    let keeper = Keeper::start(network.store(1).await, held.clone());
-    let error = network.store(2).await.acquire(&network.config, ip(1), None, None).await.unwrap_err();
-    assert!(matches!(error, EtcdError::SamePublicIp { .. }) && !error.is_transient());
+    let keeper = Keeper::start(&network.store(1).await, held.clone());
+    let error = network.acquire_as(2, 1).await.unwrap_err();
+    assert!(matches!(error, StoreError::SamePublicIp { .. }) && !error.is_transient());
     let text = error.to_string();
     assert!(text.contains("192.168.77.1") && text.contains("--public-ip"), "{text}");
     assert_eq!(network.records().await.len(), 1);
@@ -26,7 +26,7 @@ async fn a_new_machine_with_a_dead_ones_address_waits_and_gets_its_subnet() {
     // Nothing renews this claim: its agent is dead.
     let dead = network.acquire(1).await;
     let start = Instant::now();
-    let held = network.store(2).await.acquire(&network.config, ip(1), None, None).await.unwrap();
+    let held = network.acquire_as(2, 1).await.unwrap();
     assert_eq!((held.subnet, held.created), (dead.subnet, false));
     assert!(start.elapsed() > Duration::from_secs(1), "it did not wait for the claim to end");
 }
@@ -50,10 +50,7 @@ async fn an_agent_that_left_in_order_keeps_nobody_waiting_and_its_record_stays()
     assert_eq!(network.raw.get(key, Some(claims)).await.unwrap().count(), 0);
     assert!(network.get(&key_of(&held)).await.is_some());
     let start = Instant::now();
-    assert_eq!(
-        network.store(2).await.acquire(&network.config, ip(1), None, None).await.unwrap().subnet,
-        held.subnet
-    );
+    assert_eq!(network.acquire_as(2, 1).await.unwrap().subnet, held.subnet);
     assert!(start.elapsed() < Duration::from_secs(2));
 }
 
@@ -62,19 +59,15 @@ async fn a_host_that_was_replaced_while_it_was_away_stays_off_the_subnet() {
     let mut network = Network::start().await;
     let old = network.acquire(1).await;
     let new_store = network.store(2).await;
-    let new = new_store.acquire(&network.config, ip(1), None, None).await.unwrap();
-    let new_keeper = Keeper::start(new_store.clone(), new.clone());
+    let new = new_store.acquire(&network.request(), ip(1)).await.unwrap();
+    let new_keeper = Keeper::start(&new_store, new.clone());
     let before = network.get(&key_of(&new)).await.unwrap();
-    let mut old_keeper = Keeper::start(network.store(1).await, old);
-    assert!(
-        matches!(old_keeper.events.news().await, LeaseEvent::Superseded { why } if why.contains("--public-ip"))
-    );
+    let mut old_keeper = Keeper::start(&network.store(1).await, old);
+    assert!(matches!(old_keeper.news().await, LeaseEvent::Superseded { why } if why.contains("--public-ip")));
     assert_eq!(network.get(&key_of(&new)).await.unwrap().mod_revision(), before.mod_revision());
     // When the new one goes, the old one has its place back.
     let new = new_keeper.stop().await;
     new_store.release(&new).await.unwrap();
-    assert!(
-        matches!(old_keeper.events.news().await, LeaseEvent::Retaken { subnet, .. } if subnet == new.subnet)
-    );
+    assert!(matches!(old_keeper.news().await, LeaseEvent::Reacquired { subnet, .. } if subnet == new.subnet));
     old_keeper.stop().await;
 }

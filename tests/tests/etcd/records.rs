@@ -1,9 +1,11 @@
 //! Records that are no leases, and records as an operator sees them.
 
-use overlay_agent::{route_table::RecordChange, store::Event};
-use tokio::sync::mpsc;
+use overlay_agent::{
+    lease::{Lease, LeaseRecord},
+    store::{Change, Event},
+};
 
-use crate::hosts::{Events, Network, ip, key_of, subnet_key, value};
+use crate::hosts::{Network, ip, key_of, next, subnet_key, value};
 
 const MIB: usize = 1024 * 1024;
 
@@ -27,29 +29,25 @@ async fn malformed_and_huge_records_disturb_neither_the_list_nor_the_changes() {
     for number in 0..24 {
         network.put(&format!("10.5.{}.0-24", 100 + number), huge.clone(), 0).await;
     }
-    let (sender, events) = mpsc::channel(8);
-    let store = network.store(9).await;
-    tokio::spawn(async move { store.watch(sender).await });
-    let mut events = Events(events);
-    let Event::Snapshot(records) = events.next().await else { panic!("not a snapshot") };
+    let mut events = network.store(9).await.follow::<Lease>();
+    let Event::Snapshot(records) = next(&mut events).await else { panic!("not a snapshot") };
     assert_eq!(records.len(), 1 + 6 + 1 + 24);
-    let good: Vec<_> = records
-        .iter()
-        .filter(|record| overlay_agent::lease::parse_value(&record.value).is_ok())
-        .filter(|record| overlay_agent::lease::parse_key(&record.key).is_ok())
-        .collect();
+    let good: Vec<_> = records.iter().filter(|record| record.id.is_ok() && record.value.is_ok()).collect();
     assert_eq!(good.len(), 1, "a record that is too long is no lease either");
     assert_eq!(good[0].key, key_of(&held));
-    assert!(records.iter().all(|record| record.value.len() <= 64 * 1024));
+    assert!(
+        records.iter().all(|record| format!("{record:?}").len() < 1000),
+        "what is kept of a record is short"
+    );
     // Changes of that kind pass as well, and what follows them arrives.
     network.put("10.5.90.0-24", huge, 0).await;
     network.put("10.5.91.0-24", value(91), 0).await;
     let mut keys = Vec::new();
     while keys.len() < 2 {
-        let Event::Changes(changes) = events.next().await else { panic!("not changes") };
+        let Event::Changes(changes) = next(&mut events).await else { panic!("not changes") };
         keys.extend(changes.into_iter().map(|change| match change {
-            RecordChange::Put(record) => record.key,
-            RecordChange::Delete { key } => key,
+            Change::Put(record) => record.key,
+            Change::Delete { key } => key,
         }));
     }
     assert_eq!(keys, ["10.5.90.0-24", "10.5.91.0-24"]);
@@ -67,18 +65,18 @@ async fn an_operator_sees_holders_and_times_and_removes_what_is_still_as_listed(
     network.put("10.5.3.0-24", vxlan, 0).await;
     network.put("junk", "junk", 0).await;
     let store = network.store(9).await;
-    let leases = store.leases().await.unwrap();
-    let keys: Vec<_> = leases.iter().map(|lease| lease.record.key.as_str()).collect();
+    let records: Vec<LeaseRecord> = store.list().await.unwrap();
+    let keys: Vec<_> = records.iter().map(|record| record.key.as_str()).collect();
     assert_eq!(keys, ["10.5.1.0-24", "10.5.2.0-24", "10.5.3.0-24", "junk"]);
-    assert_eq!((leases[0].public_ip, leases[0].etcd_lease), (Some(ip(1)), held.etcd_lease()));
-    let left = leases[0].expires_in.unwrap().as_secs();
+    let times = store.times_left(&records).await.unwrap();
+    let lease = records[0].version.lifetime.id().unwrap();
+    assert_eq!((records[0].holder(), lease), (Some(ip(1)), network.lease_of(&held).await));
+    let left = times[&lease].as_secs();
     assert!((86000..=86400).contains(&left), "{left}");
-    assert_eq!((leases[1].public_ip, leases[1].expires_in), (Some(ip(2)), None));
-    assert_eq!(leases[2].backend_type.as_deref(), Some("vxlan"));
-    assert_eq!((leases[3].subnet, leases[3].public_ip), (None, None));
+    assert!(records[1].is_reservation() && times.len() == 1);
     network.put("10.5.2.0-24", value(20), 0).await;
-    assert!(!store.remove(&leases[1]).await.unwrap(), "it is not what was listed any more");
-    assert!(store.remove(&leases[2]).await.unwrap());
+    assert!(!store.remove(&records[1]).await.unwrap(), "it changed since it was listed");
+    assert!(store.remove(&records[2]).await.unwrap());
     assert_eq!(network.records().await.len(), 3);
 }
 

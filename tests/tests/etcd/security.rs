@@ -3,13 +3,15 @@
 use std::path::PathBuf;
 
 use etcd_client::{Client, Permission, PermissionType, RoleRevokePermissionOptions};
-use overlay_agent::store::etcd::{EtcdError, EtcdOptions, EtcdStore};
+use overlay_agent::{
+    lease::Lease,
+    store::{Event, Store, StoreError, SubnetRequest, etcd::EtcdOptions},
+};
 use overlay_tests::etcd::{Etcd, ServerTls};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use tempfile::TempDir;
-use tokio::sync::mpsc;
 
-use crate::hosts::{Events, NETWORK, Network, PREFIX, ip};
+use crate::hosts::{NETWORK, Network, PREFIX, ip, next};
 
 /// A CA and what it signs, as files.
 struct Authority {
@@ -59,15 +61,12 @@ fn options(etcd: &Etcd) -> EtcdOptions {
 
 /// The whole way: config, lease, watch.
 async fn works(options: EtcdOptions) {
-    let store = EtcdStore::connect(options).await.unwrap();
+    let store = Store::etcd(options).await.unwrap();
     store.set_config(NETWORK).await.unwrap();
-    let config = store.config().await.unwrap().unwrap();
-    let held = store.acquire(&config, ip(1), None, None).await.unwrap();
-    let (sender, events) = mpsc::channel(1);
-    let watching = store.clone();
-    tokio::spawn(async move { watching.watch(sender).await });
-    let snapshot = Events(events).next().await;
-    assert!(format!("{snapshot:?}").contains(&held.subnet.network().to_string()), "{snapshot:?}");
+    let config = store.config(None).await.unwrap().unwrap();
+    let held = store.acquire(&SubnetRequest::any(config), ip(1)).await.unwrap();
+    let Event::Snapshot(records) = next(&mut store.follow::<Lease>()).await else { panic!("no snapshot") };
+    assert_eq!(records[0].subnet(), Some(held.subnet));
     store.release(&held).await.unwrap();
 }
 
@@ -76,14 +75,14 @@ async fn a_ca_alone_is_enough_for_a_server_that_asks_for_no_certificate() {
     let authority = Authority::new();
     let etcd = authority.server(false);
     works(EtcdOptions { ca_file: Some(authority.ca()), ..options(&etcd) }).await;
-    let without = EtcdStore::connect(options(&etcd)).await.unwrap_err();
+    let without = Store::etcd(options(&etcd)).await.unwrap_err();
     assert!(without.to_string().contains("certificate"), "{without}");
     let wrong = EtcdOptions { ca_file: Some(Authority::new().ca()), ..options(&etcd) };
-    let missing_file = EtcdStore::connect(wrong).await.unwrap_err();
-    assert!(matches!(missing_file, EtcdError::Option { .. }), "its directory is gone: {missing_file}");
+    let missing_file = Store::etcd(wrong).await.unwrap_err();
+    assert!(matches!(missing_file, StoreError::Option { .. }), "its directory is gone: {missing_file}");
     let stranger = Authority::new();
     let wrong = EtcdOptions { ca_file: Some(stranger.ca()), ..options(&etcd) };
-    assert!(EtcdStore::connect(wrong).await.unwrap_err().to_string().contains("certificate"));
+    assert!(Store::etcd(wrong).await.unwrap_err().to_string().contains("certificate"));
 }
 
 #[tokio::test]
@@ -93,7 +92,7 @@ async fn a_client_certificate_is_shown_to_a_server_that_asks_for_one() {
     let (cert, key) = authority.sign("client");
     let with_ca = EtcdOptions { ca_file: Some(authority.ca()), ..options(&etcd) };
     works(EtcdOptions { cert_file: Some(cert), key_file: Some(key), ..with_ca.clone() }).await;
-    assert!(EtcdStore::connect(with_ca).await.is_err());
+    assert!(Store::etcd(with_ca).await.is_err());
 }
 
 /// The user of [`with_users`], and the password.
@@ -128,15 +127,15 @@ async fn a_user_with_a_password_works_and_a_wrong_one_is_refused_without_being_s
     with_users(&mut network).await;
     works(user(&network, "hunter2")).await;
     for options in [user(&network, "hunter3"), network.options(1)] {
-        let error = match EtcdStore::connect(options).await {
-            Ok(store) => store.config().await.unwrap_err(),
+        let error = match Store::etcd(options).await {
+            Ok(store) => store.config(None).await.unwrap_err(),
             Err(error) => error,
         };
-        assert!(matches!(error, EtcdError::Denied { .. }) && !error.is_transient(), "{error:?}");
+        assert!(matches!(error, StoreError::Denied { .. }) && !error.is_transient(), "{error:?}");
         let shown = format!("{error} {error:?}");
         assert!(shown.contains("--etcd-username") && !shown.contains("hunter"), "{shown}");
     }
-    let store = EtcdStore::connect(user(&network, "hunter2")).await.unwrap();
+    let store = Store::etcd(user(&network, "hunter2")).await.unwrap();
     assert!(!format!("{store:?}").contains("hunter2"), "{store:?}");
 }
 
@@ -158,9 +157,9 @@ async fn a_user_who_may_write_flannels_keys_only_gets_a_subnet_all_the_same() {
         let keys = Permission::new(PermissionType::Readwrite, format!("{PREFIX}/{keys}")).with_prefix();
         root.role_grant_permission("overlay", keys).await.unwrap();
     }
-    let store = EtcdStore::connect(user(&network, "hunter2")).await.unwrap();
-    let held = store.acquire(&network.config, ip(1), None, None).await.unwrap();
-    let mut keeper = crate::hosts::Keeper::start(store, held);
-    assert!(keeper.events.confirmed().await.is_some());
+    let store = Store::etcd(user(&network, "hunter2")).await.unwrap();
+    let held = store.acquire(&network.request(), ip(1)).await.unwrap();
+    let mut keeper = crate::hosts::Keeper::start(&store, held);
+    assert!(keeper.confirmed().await.is_some());
     keeper.stop().await;
 }

@@ -3,44 +3,42 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use overlay_agent::{
-    route_table::RecordChange,
-    store::{Event, etcd::EtcdStore},
+    lease::{Lease, LeaseRecord},
+    store::{Change, Event, Store},
 };
 use tokio::{
     io::copy_bidirectional,
     net::{TcpListener, TcpStream},
     sync::mpsc,
-    time::{sleep, timeout},
+    time::timeout,
 };
 
-use crate::hosts::{Events, Keeper, Network, PREFIX, key_of, subnet_key, value};
+use crate::hosts::{Keeper, Network, PREFIX, ip, key_of, next, subnet_key, value};
 
 /// What a follower knows, built from its events as the agent does.
 struct Follower {
-    events: Events,
-    records: BTreeMap<String, Vec<u8>>,
+    events: mpsc::Receiver<Event<Lease>>,
+    records: BTreeMap<String, LeaseRecord>,
     lost: usize,
     snapshots: usize,
 }
 
 impl Follower {
-    fn start(store: EtcdStore) -> Self {
-        let (sender, events) = mpsc::channel(8);
-        tokio::spawn(async move { store.watch(sender).await });
-        Self { events: Events(events), records: BTreeMap::new(), lost: 0, snapshots: 0 }
+    fn start(store: &Store) -> Self {
+        Self { events: store.follow(), records: BTreeMap::new(), lost: 0, snapshots: 0 }
     }
 
     async fn step(&mut self) {
-        match self.events.next().await {
+        match next(&mut self.events).await {
             Event::Snapshot(records) => {
                 self.snapshots += 1;
-                self.records = records.into_iter().map(|record| (record.key, record.value)).collect();
+                self.records = records.into_iter().map(|record| (record.key.clone(), record)).collect();
             }
             Event::Changes(changes) => {
                 for change in changes {
                     match change {
-                        RecordChange::Put(record) => self.records.insert(record.key, record.value),
-                        RecordChange::Delete { key } => self.records.remove(&key),
+                        Change::Put(record) => self.records.insert(record.key.clone(), record),
+                        Change::Delete { key } => self.records.remove(&key),
                     };
                 }
             }
@@ -48,7 +46,6 @@ impl Follower {
                 assert!(!why.is_empty());
                 self.lost += 1;
             }
-            Event::Lease(event) => panic!("not about the records: {event:?}"),
         }
     }
 
@@ -79,7 +76,7 @@ impl Follower {
 async fn a_list_comes_first_and_then_every_change() {
     let mut network = Network::start().await;
     network.put("10.5.1.0-24", value(1), 0).await;
-    let mut follower = Follower::start(network.store(9).await);
+    let mut follower = Follower::start(&network.store(9).await);
     follower.until_snapshot(1).await;
     assert_eq!(follower.keys(), ["10.5.1.0-24"]);
     network.put("10.5.2.0-24", value(2), 0).await;
@@ -88,14 +85,14 @@ async fn a_list_comes_first_and_then_every_change() {
     assert_eq!(follower.keys(), ["10.5.2.0-24"]);
     network.put("10.5.2.0-24", value(3), 0).await;
     follower.step().await;
-    assert_eq!(follower.records.get("10.5.2.0-24").unwrap(), value(3).as_bytes());
+    assert_eq!(follower.records["10.5.2.0-24"].holder(), Some(ip(3)));
     assert_eq!((follower.snapshots, follower.lost), (1, 0));
 }
 
 #[tokio::test]
 async fn an_empty_network_is_an_empty_list() {
     let network = Network::start().await;
-    let mut follower = Follower::start(network.store(9).await);
+    let mut follower = Follower::start(&network.store(9).await);
     follower.until_snapshot(1).await;
     assert!(follower.records.is_empty());
 }
@@ -104,12 +101,12 @@ async fn an_empty_network_is_an_empty_list() {
 async fn a_killed_etcd_is_lost_once_and_followed_again_with_what_it_had() {
     let mut network = Network::start().await;
     let held = network.acquire(1).await;
-    let mut follower = Follower::start(network.store(9).await);
+    let mut follower = Follower::start(&network.store(9).await);
     follower.until_snapshot(1).await;
     network.etcd.kill();
     follower.until_lost(1).await;
     // Neither a second word nor an empty list comes while it is away.
-    assert!(timeout(Duration::from_secs(4), follower.events.0.recv()).await.is_err());
+    assert!(timeout(Duration::from_secs(4), follower.events.recv()).await.is_err());
     network.etcd.restart().unwrap();
     follower.until_snapshot(2).await;
     assert_eq!(follower.keys(), [key_of(&held)]);
@@ -122,7 +119,7 @@ async fn a_killed_etcd_is_lost_once_and_followed_again_with_what_it_had() {
 async fn a_paused_etcd_is_noticed_and_followed_again() {
     let mut network = Network::start().await;
     network.put("10.5.1.0-24", value(1), 0).await;
-    let mut follower = Follower::start(network.store(9).await);
+    let mut follower = Follower::start(&network.store(9).await);
     follower.until_snapshot(1).await;
     network.etcd.pause().unwrap();
     follower.until_lost(1).await;
@@ -140,7 +137,7 @@ async fn what_happened_and_was_compacted_while_we_were_away_is_in_the_next_list(
     for host in 1..=3 {
         network.put(&format!("10.5.{host}.0-24"), value(host), 0).await;
     }
-    let mut follower = Follower::start(network.store(9).await);
+    let mut follower = Follower::start(&network.store(9).await);
     follower.until_snapshot(1).await;
     assert_eq!(follower.records.len(), 3);
     network.etcd.kill();
@@ -155,7 +152,7 @@ async fn what_happened_and_was_compacted_while_we_were_away_is_in_the_next_list(
     network.etcd.restart_back().unwrap();
     follower.until_snapshot(2).await;
     assert_eq!(follower.keys(), ["10.5.2.0-24", "10.5.3.0-24", "10.5.4.0-24"]);
-    assert_eq!(follower.records.get("10.5.2.0-24").unwrap(), value(20).as_bytes());
+    assert_eq!(follower.records["10.5.2.0-24"].holder(), Some(ip(20)));
     assert_eq!(follower.lost, 1);
 }
 
@@ -164,8 +161,8 @@ async fn wiped_data_removes_nobody_until_they_have_had_the_time_to_come_back() {
     let mut network = Network::start().await;
     let (stays, goes) = (network.acquire(1).await, network.acquire(2).await);
     // The host of `stays` is alive; that of `goes` is not.
-    let keeper = Keeper::start(network.store(1).await, stays.clone());
-    let mut follower = Follower::start(network.short_store(9, 8).await);
+    let keeper = Keeper::start(&network.store(1).await, stays.clone());
+    let mut follower = Follower::start(&network.short_store(9, 8).await);
     follower.until_snapshot(1).await;
     assert_eq!(follower.records.len(), 2);
     network.etcd.wipe().unwrap();
@@ -182,7 +179,7 @@ async fn wiped_data_removes_nobody_until_they_have_had_the_time_to_come_back() {
 async fn a_wiped_etcd_that_has_grown_as_long_again_is_still_recognised() {
     let mut network = Network::start().await;
     let held = network.take(1, "10.5.5.0/24").await;
-    let mut follower = Follower::start(network.store(9).await);
+    let mut follower = Follower::start(&network.store(9).await);
     follower.until_snapshot(1).await;
     network.etcd.kill();
     follower.until_lost(1).await;
@@ -197,17 +194,6 @@ async fn a_wiped_etcd_that_has_grown_as_long_again_is_still_recognised() {
     follower.until_snapshot(2).await;
     assert!(follower.records.contains_key(&key_of(&held)), "{:?}", follower.keys());
     assert!(follower.records.contains_key("10.5.77.0-24"));
-}
-
-#[tokio::test]
-async fn following_ends_when_nobody_listens() {
-    let network = Network::start().await;
-    let (sender, events) = mpsc::channel(1);
-    let store = network.store(9).await;
-    let task = tokio::spawn(async move { store.watch(sender).await });
-    sleep(Duration::from_millis(200)).await;
-    drop(events);
-    timeout(Duration::from_secs(5), task).await.expect("it goes on").unwrap();
 }
 
 #[tokio::test]
@@ -227,7 +213,7 @@ async fn pages_of_records_and_many_changes_at_once_all_arrive() {
             .collect();
         network.raw.txn(etcd_client::Txn::new().and_then(puts)).await.unwrap();
     }
-    let mut follower = Follower::start(network.store(9).await);
+    let mut follower = Follower::start(&network.store(9).await);
     follower.until_snapshot(1).await;
     assert_eq!(follower.records.len(), 5000);
     let options = etcd_client::DeleteOptions::new().with_prefix();
@@ -256,7 +242,7 @@ async fn a_member_whose_streams_break_at_once_is_not_asked_for_everything_withou
             });
         }
     });
-    let mut follower = Follower::start(EtcdStore::connect(options).await.unwrap());
+    let mut follower = Follower::start(&Store::etcd(options).await.unwrap());
     let _ = timeout(Duration::from_secs(8), async {
         loop {
             follower.step().await;

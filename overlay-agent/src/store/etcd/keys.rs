@@ -1,12 +1,6 @@
-//! flannel's keys below the prefix, and the one key of our own beside them.
+//! Full keys in etcd, from keys relative to the network's prefix and back.
 
-use std::net::Ipv4Addr;
-
-use ipnet::Ipv4Net;
-
-use crate::lease;
-
-/// The names of everything that one network keeps in etcd.
+/// The prefix of one network.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Keys {
     prefix: String,
@@ -19,46 +13,32 @@ impl Keys {
         let root = if prefix.starts_with('/') { "/" } else { "" };
         let segments: Vec<_> =
             prefix.split('/').filter(|segment| !segment.is_empty() && *segment != ".").collect();
-        Self { prefix: format!("{root}{}", segments.join("/")) }
+        let slash = if segments.is_empty() { "" } else { "/" };
+        Self { prefix: format!("{root}{}{slash}", segments.join("/")) }
     }
 
-    fn below(&self, name: &str) -> String {
-        match self.prefix.as_str() {
-            "" | "/" => format!("{}{name}", self.prefix),
-            prefix => format!("{prefix}/{name}"),
+    /// The full key.
+    pub(super) fn full(&self, key: &str) -> String {
+        format!("{}{key}", self.prefix)
+    }
+
+    /// The part of a full key behind the prefix. Bytes that are no UTF-8 are replaced.
+    pub(super) fn relative(&self, key: &[u8]) -> String {
+        String::from_utf8_lossy(key.strip_prefix(self.prefix.as_bytes()).unwrap_or(key)).into_owned()
+    }
+}
+
+/// The first key behind all that begin with `prefix`.
+pub(super) fn range_end(prefix: &[u8]) -> Vec<u8> {
+    let mut end = prefix.to_vec();
+    while let Some(last) = end.pop() {
+        if let Some(next) = last.checked_add(1) {
+            end.push(next);
+            return end;
         }
     }
-
-    /// The network's configuration.
-    pub(super) fn config(&self) -> String {
-        self.below("config")
-    }
-
-    /// What all lease records begin with.
-    pub(super) fn subnets(&self) -> String {
-        self.below("subnets/")
-    }
-
-    /// A lease record by the part behind `subnets/`.
-    pub(super) fn record(&self, key: &str) -> String {
-        self.below(&format!("subnets/{key}"))
-    }
-
-    /// The lease record of a subnet.
-    pub(super) fn subnet(&self, subnet: Ipv4Net) -> String {
-        self.record(&lease::key(subnet))
-    }
-
-    /// Which running agent speaks for a public address. flannel looks only below `subnets` and never sees it.
-    pub(super) fn owner(&self, public_ip: Ipv4Addr) -> String {
-        self.below(&format!("overlay-agent/owners/{public_ip}"))
-    }
-
-    /// The part of a record's full key behind `subnets/`.
-    pub(super) fn relative(&self, key: &[u8]) -> String {
-        let subnets = self.subnets();
-        String::from_utf8_lossy(key.strip_prefix(subnets.as_bytes()).unwrap_or(key)).into_owned()
-    }
+    // etcd's notation for "no end".
+    vec![0]
 }
 
 #[cfg(test)]
@@ -68,17 +48,24 @@ mod tests {
     #[test]
     fn keys_are_flannels() {
         let keys = Keys::new("/coreos.com/network");
-        assert_eq!(keys.config(), "/coreos.com/network/config");
-        assert_eq!(keys.subnet("10.5.34.0/24".parse().unwrap()), "/coreos.com/network/subnets/10.5.34.0-24");
-        assert_eq!(keys.owner(Ipv4Addr::new(1, 2, 3, 4)), "/coreos.com/network/overlay-agent/owners/1.2.3.4");
-        assert_eq!(keys.relative(b"/coreos.com/network/subnets/10.5.34.0-24"), "10.5.34.0-24");
+        assert_eq!(keys.full("config"), "/coreos.com/network/config");
+        assert_eq!(keys.full("subnets/10.5.34.0-24"), "/coreos.com/network/subnets/10.5.34.0-24");
+        assert_eq!(keys.relative(b"/coreos.com/network/subnets/10.5.34.0-24"), "subnets/10.5.34.0-24");
     }
 
     #[test]
     fn a_prefix_is_cleaned_as_gos_path_join_does() {
-        assert_eq!(Keys::new("/a//b/./").config(), "/a/b/config");
-        assert_eq!(Keys::new("a/b").config(), "a/b/config");
-        assert_eq!(Keys::new("/").config(), "/config");
-        assert_eq!(Keys::new("").config(), "config");
+        for (prefix, key) in
+            [("/a//b/./", "/a/b/config"), ("a/b", "a/b/config"), ("/", "/config"), ("", "config")]
+        {
+            assert_eq!(Keys::new(prefix).full("config"), key, "{prefix:?}");
+        }
+    }
+
+    #[test]
+    fn a_range_ends_behind_its_prefix() {
+        assert_eq!(range_end(b"/a/subnets/"), b"/a/subnets0");
+        assert_eq!(range_end(b"a\xff"), b"b");
+        assert_eq!(range_end(b"\xff"), [0]);
     }
 }

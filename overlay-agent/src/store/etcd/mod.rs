@@ -1,136 +1,325 @@
 //! The etcd store: flannel's records in etcd, version 3 of its API. The only module that knows etcd.
 //!
-//! In reading order: `options` is what the operator says, `keys` flannel's schema, `session` the connection, `records`
-//! reads the records, `choose` decides which subnet a host should have, `owner` keeps two hosts with one address apart,
-//! `acquire` takes a subnet, `readdress` moves it to another
-//! address, `maintain` keeps it and `regain` gets it back, `watch` follows everybody's, `leases` is for operators.
-//!
-//! What is written here is written by transactions that name what they replace: nothing of anybody else is ever overwritten.
+//! In reading order: `options` and `keys`, `session` (the connection), this file (the primitives), `follow` (everybody's
+//! records), `error`. Every write is a transaction that names what it replaces.
 
-use std::sync::Arc;
-
-use crate::config::NetworkConfig;
-
-mod acquire;
-mod choose;
 mod error;
+mod follow;
 mod keys;
-mod leases;
-mod maintain;
 mod options;
-mod owner;
-mod readdress;
-mod records;
-mod regain;
 mod session;
-mod watch;
 
-pub use acquire::Held;
-pub use error::EtcdError;
-pub use leases::ListedLease;
+use std::{sync::Arc, time::Duration};
+
+use etcd_client::{
+    Compare, CompareOp, Error, GetOptions, KeyValue, PutOptions, Txn, TxnOp, TxnOpResponse, WatchOptions,
+    WatchResponse, WatchStream,
+};
+use tokio::time::timeout;
+
+pub(super) use follow::follow;
 pub use options::{EtcdOptions, LEASE_TTL, OWNER_TTL, RENEW_MARGIN};
 
-use etcd_client::{Compare, CompareOp, Txn, TxnOp};
-use session::{Session, Shared};
+use super::{
+    StoreError,
+    backend::{Expected, Snapshot, Write, Written},
+    record::{Lifetime, LifetimeId, MAX_VALUE, RawRecord, Version},
+};
+use error::store_error;
+use keys::range_end;
+use session::{Connection, REQUEST, Session};
 
-/// How often a transaction is tried again because somebody else wrote in between.
-const ATTEMPTS: usize = 64;
+/// Longest answer that is accepted, in bytes. It holds any single record: etcd's own limit for one is 1.5 MiB unless raised.
+const MAX_ANSWER: usize = 16 * 1024 * 1024;
+/// Records per request. 10,000 usual leases are 1.3 MB.
+const PAGE: i64 = 4000;
+/// Attempts at a list whose history etcd compacts half-way.
+const LIST_ATTEMPTS: usize = 5;
 
-/// One network's records in etcd. Clones share the connection.
-#[derive(Clone, Debug)]
-pub struct EtcdStore {
-    session: Shared,
+/// One network's records in etcd.
+#[derive(Debug)]
+pub(super) struct Etcd {
+    session: Arc<Session>,
 }
 
-impl EtcdStore {
+impl Etcd {
     /// Connects to the first endpoint that answers.
-    ///
-    /// # Errors
-    ///
-    /// When the options cannot be used, etcd refuses the user, or no endpoint answers (the only one of these that
-    /// [`EtcdError::is_transient`]).
-    pub async fn connect(options: EtcdOptions) -> Result<Self, EtcdError> {
+    pub(super) async fn connect(options: EtcdOptions) -> Result<Self, StoreError> {
         let session = Arc::new(Session::new(options)?);
         session.connection().await?;
         Ok(Self { session })
     }
 
-    /// The endpoints, for messages.
-    pub fn endpoints(&self) -> String {
+    pub(super) fn options(&self) -> &EtcdOptions {
+        &self.session.options
+    }
+
+    pub(super) fn endpoints(&self) -> String {
         self.session.endpoints()
     }
 
-    /// The key of the network's configuration, for messages.
-    pub fn config_key(&self) -> String {
-        self.session.keys.config()
+    pub(super) fn full_key(&self, key: &str) -> String {
+        self.session.keys.full(key)
     }
 
-    /// The network's configuration as it stands in etcd; `None` when there is none.
-    ///
-    /// # Errors
-    ///
-    /// When etcd does not answer or refuses.
-    pub async fn config_text(&self) -> Result<Option<String>, EtcdError> {
-        let found = self.session.read_config().await?;
-        Ok(found.map(|found| found.text))
+    /// The next request opens a new connection.
+    pub(super) async fn forget_connection(&self) {
+        self.session.forget_connection().await;
     }
 
-    /// The network's configuration; `None` when there is none.
-    ///
-    /// # Errors
-    ///
-    /// When etcd does not answer or refuses, or the configuration cannot be used.
-    pub async fn config(&self) -> Result<Option<NetworkConfig>, EtcdError> {
-        let Some(text) = self.config_text().await? else { return Ok(None) };
-        self.parse_config(&text).map(Some)
+    pub(super) async fn get(&self, keys: &[String]) -> Result<Snapshot<Vec<Option<RawRecord>>>, StoreError> {
+        let full: Vec<_> = keys.iter().map(|key| self.full_key(key)).collect();
+        let operation = format!("read {} in etcd", full.join(" and "));
+        let gets: Vec<_> = full.into_iter().map(|key| TxnOp::get(key, None)).collect();
+        let answer = self
+            .session
+            .request(&operation, |client| async move {
+                let mut client = client.kv_client().max_decoding_message_size(MAX_ANSWER);
+                client.txn(Txn::new().and_then(gets)).await
+            })
+            .await?;
+        let revision = answer.header().map_or(0, |header| header.revision());
+        let records = answer.op_responses().into_iter().filter_map(got).map(|kvs| {
+            let kv = kvs.into_iter().next()?;
+            Some(self.raw(&kv))
+        });
+        Ok(Snapshot { revision, records: records.collect() })
     }
 
-    /// Writes the network's configuration, which must be one that can be used. What stood there before is returned.
-    ///
-    /// # Errors
-    ///
-    /// When `text` cannot be used, or etcd does not answer or refuses.
-    pub async fn set_config(&self, text: &str) -> Result<Option<String>, EtcdError> {
-        self.parse_config(text)?;
-        let key = self.config_key();
-        let operation = format!("write {key} in etcd");
-        for _ in 0..ATTEMPTS {
-            let before = self.session.read_config().await?;
-            let revision = before.as_ref().map_or(0, |before| before.mod_revision);
-            let transaction = Txn::new()
-                .when([Compare::mod_revision(key.clone(), CompareOp::Equal, revision)])
-                .and_then([TxnOp::put(key.clone(), text, None)]);
-            let answer = self
-                .session
-                .request(&operation, |mut client| async move { client.txn(transaction).await })
-                .await?;
-            if answer.succeeded() {
-                return Ok(before.map(|before| before.text));
+    pub(super) async fn list(&self, prefix: &str) -> Result<Snapshot<Vec<RawRecord>>, StoreError> {
+        let prefix = self.full_key(prefix);
+        let operation = format!("list {prefix} in etcd");
+        for _ in 0..LIST_ATTEMPTS {
+            if let Some(snapshot) = self.list_once(&prefix, &operation).await? {
+                return Ok(snapshot);
             }
         }
-        Err(EtcdError::Crowded(ATTEMPTS))
+        Err(StoreError::away(operation, "its history is compacted faster than it can be read"))
     }
 
-    fn parse_config(&self, text: &str) -> Result<NetworkConfig, EtcdError> {
-        NetworkConfig::parse(text).map_err(|source| EtcdError::Config { key: self.config_key(), source })
+    /// Reads pages of one revision; `None` when etcd compacted that revision between two pages.
+    async fn list_once(
+        &self,
+        prefix: &str,
+        operation: &str,
+    ) -> Result<Option<Snapshot<Vec<RawRecord>>>, StoreError> {
+        let mut start = prefix.as_bytes().to_vec();
+        let mut snapshot = Snapshot { revision: 0, records: Vec::new() };
+        let mut limit = PAGE;
+        loop {
+            let options = GetOptions::new()
+                .with_range(range_end(prefix.as_bytes()))
+                .with_limit(limit)
+                .with_revision(snapshot.revision);
+            let from = start.clone();
+            let page = self
+                .session
+                .try_request(operation, |client| async move {
+                    client.kv_client().max_decoding_message_size(MAX_ANSWER).get(from, Some(options)).await
+                })
+                .await?;
+            let page = match page {
+                Ok(page) => page,
+                Err(error) if error::is_compacted(&error) => return Ok(None),
+                Err(error) if error::is_too_long(&error) && limit > 1 => {
+                    limit = (limit / 8).max(1);
+                    continue;
+                }
+                Err(error) => return Err(store_error(operation, &error)),
+            };
+            if snapshot.revision == 0 {
+                snapshot.revision = page.header().map_or(0, |header| header.revision());
+            }
+            snapshot.records.extend(page.kvs().iter().map(|kv| self.raw(kv)));
+            match page.kvs().last() {
+                Some(last) if page.more() => {
+                    start = last.key().to_vec();
+                    start.push(0);
+                }
+                _ => return Ok(Some(snapshot)),
+            }
+            limit = limit.saturating_mul(2).min(PAGE);
+        }
+    }
+
+    pub(super) async fn write(&self, write: Write) -> Result<Option<Written>, StoreError> {
+        let key = self.full_key(&write.key);
+        let operation = format!("write {key} in etcd");
+        let conditions: Vec<_> =
+            write.when.iter().flat_map(|(key, expected)| self.compare(key, *expected)).collect();
+        let change = match write.value {
+            Some(value) => TxnOp::put(key, value, write.lifetime.map(|id| PutOptions::new().with_lease(id))),
+            None => TxnOp::delete(key, None),
+        };
+        let list = write.list.map(|prefix| {
+            TxnOp::get(self.full_key(prefix), Some(GetOptions::new().with_prefix().with_keys_only()))
+        });
+        let operations: Vec<_> = [change].into_iter().chain(list).collect();
+        let answer = self
+            .session
+            .request(&operation, |client| async move {
+                let mut client = client.kv_client().max_decoding_message_size(MAX_ANSWER);
+                client.txn(Txn::new().when(conditions).and_then(operations)).await
+            })
+            .await?;
+        if !answer.succeeded() {
+            return Ok(None);
+        }
+        let revision = answer.header().map_or(0, |header| header.revision());
+        let lifetime = write.lifetime.map_or(Lifetime::Unlimited, Lifetime::Limited);
+        // The revision of creation is right for new records only; for others nothing needs it.
+        let version = Version { created: Some(revision), modified: revision, lifetime };
+        let keys = answer.op_responses().into_iter().filter_map(got).flatten();
+        let keys = keys.map(|kv| self.session.keys.relative(kv.key())).collect();
+        Ok(Some(Written { version, keys }))
+    }
+
+    fn compare(&self, key: &str, expected: Expected) -> Vec<Compare> {
+        let key = self.full_key(key);
+        match expected {
+            Expected::Absent => vec![Compare::version(key, CompareOp::Equal, 0)],
+            Expected::Unchanged(version) => vec![
+                Compare::mod_revision(key.clone(), CompareOp::Equal, version.modified),
+                Compare::lease(key, CompareOp::Equal, version.lifetime.id().unwrap_or(0)),
+            ],
+            Expected::Attached(lifetime) => vec![Compare::lease(key, CompareOp::Equal, lifetime)],
+        }
+    }
+
+    pub(super) async fn grant(&self, ttl: Duration) -> Result<LifetimeId, StoreError> {
+        let seconds = i64::try_from(ttl.as_secs()).unwrap_or(i64::MAX);
+        let grant = |mut client: etcd_client::Client| async move { client.lease_grant(seconds, None).await };
+        Ok(self.session.request("grant a lease in etcd", grant).await?.id())
+    }
+
+    pub(super) async fn renew(&self, lifetime: LifetimeId) -> Result<Option<Duration>, StoreError> {
+        let operation = "renew a lease in etcd";
+        let answer = self
+            .session
+            .try_request(operation, |mut client| async move {
+                let (mut keeper, mut answers) = client.lease_keep_alive(lifetime).await?;
+                // The client swallows the first answer, and with it the time to live.
+                keeper.keep_alive().await?;
+                answers.message().await
+            })
+            .await?;
+        match answer {
+            Ok(Some(answer)) => Ok(seconds(answer.ttl()).filter(|ttl| !ttl.is_zero())),
+            Ok(None) => Err(StoreError::away(operation, "the connection ended")),
+            Err(error) if error::is_no_lease(&error) => Ok(None),
+            Err(error) => Err(store_error(operation, &error)),
+        }
+    }
+
+    pub(super) async fn time_left(&self, lifetime: LifetimeId) -> Result<Option<Duration>, StoreError> {
+        let operation = "read a lease in etcd";
+        let answer =
+            self.session
+                .try_request(operation, |mut client| async move {
+                    client.lease_time_to_live(lifetime, None).await
+                })
+                .await?;
+        match answer {
+            // -1 means that it has ended.
+            Ok(answer) => Ok(seconds(answer.ttl())),
+            Err(error) if error::is_no_lease(&error) => Ok(None),
+            Err(error) => Err(store_error(operation, &error)),
+        }
+    }
+
+    pub(super) async fn revoke(&self, lifetime: LifetimeId) -> Result<(), StoreError> {
+        let revoke = |mut client: etcd_client::Client| async move { client.lease_revoke(lifetime).await };
+        self.session.request("revoke a lease in etcd", revoke).await.map(drop)
+    }
+
+    pub(super) async fn watch_keys(&self, keys: &[String], revision: i64) -> Result<KeyWatch, StoreError> {
+        let options = WatchOptions::new().with_start_revision(revision + 1);
+        let keys = keys.iter().map(|key| (self.full_key(key), options.clone())).collect();
+        self.open_watch(keys).await
+    }
+
+    /// Opens one stream with a watch for each full key.
+    async fn open_watch(&self, keys: Vec<(String, WatchOptions)>) -> Result<KeyWatch, StoreError> {
+        let names: Vec<_> = keys.iter().map(|(key, _)| key.as_str()).collect();
+        let operation = format!("watch {} in etcd", names.join(" and "));
+        let connection = self.session.connection().await?;
+        let mut client = connection.client.watch_client().max_decoding_message_size(MAX_ANSWER);
+        let opened = async {
+            let mut keys = keys.into_iter();
+            let (first, options) = keys.next().ok_or(Error::InvalidArgs("no key to watch".to_owned()))?;
+            let mut stream = client.watch(first, Some(options)).await?;
+            for (key, options) in keys {
+                stream.watch(key, Some(options)).await?;
+            }
+            Ok(stream)
+        };
+        let failure = match timeout(REQUEST, opened).await {
+            Ok(Ok(stream)) => return Ok(KeyWatch { session: self.session.clone(), connection, stream }),
+            Ok(Err(error)) => store_error(&operation, &error),
+            Err(_) => StoreError::away(operation, format!("no answer within {} s", REQUEST.as_secs())),
+        };
+        self.session.drop_connection(&connection).await;
+        Err(failure)
+    }
+
+    fn raw(&self, kv: &KeyValue) -> RawRecord {
+        RawRecord {
+            key: self.session.keys.relative(kv.key()),
+            value: kv.value().get(..MAX_VALUE).unwrap_or(kv.value()).to_vec(),
+            version: version(kv),
+        }
     }
 }
 
-/// The configuration as etcd has it.
-struct FoundConfig {
-    text: String,
-    mod_revision: i64,
+fn version(kv: &KeyValue) -> Version {
+    Version {
+        created: Some(kv.create_revision()),
+        modified: kv.mod_revision(),
+        lifetime: if kv.lease() == 0 { Lifetime::Unlimited } else { Lifetime::Limited(kv.lease()) },
+    }
 }
 
-impl Session {
-    async fn read_config(&self) -> Result<Option<FoundConfig>, EtcdError> {
-        let key = self.keys.config();
-        let operation = format!("read {key} in etcd");
-        let mut answer =
-            self.request(&operation, |mut client| async move { client.get(key, None).await }).await?;
-        Ok(answer.take_kvs().pop().map(|kv| FoundConfig {
-            text: String::from_utf8_lossy(kv.value()).into_owned(),
-            mod_revision: kv.mod_revision(),
-        }))
+fn got(answer: TxnOpResponse) -> Option<Vec<KeyValue>> {
+    match answer {
+        TxnOpResponse::Get(mut answer) => Some(answer.take_kvs()),
+        TxnOpResponse::Put(_) | TxnOpResponse::Delete(_) | TxnOpResponse::Txn(_) => None,
+    }
+}
+
+fn seconds(ttl: i64) -> Option<Duration> {
+    u64::try_from(ttl).ok().map(Duration::from_secs)
+}
+
+/// A stream of changes, with the connection that carries it.
+pub(super) struct KeyWatch {
+    session: Arc<Session>,
+    connection: Connection,
+    stream: WatchStream,
+}
+
+impl KeyWatch {
+    pub(super) async fn changed(&mut self) -> Result<(), StoreError> {
+        loop {
+            match self.next().await? {
+                // The answer to the request for a watch, or a progress notification.
+                Some(answer) if answer.events().is_empty() => {}
+                Some(_) | None => return Ok(()),
+            }
+        }
+    }
+
+    /// The next message; `None` when etcd no longer has the history between the last one and now, so that the caller must
+    /// read the current state.
+    async fn next(&mut self) -> Result<Option<WatchResponse>, StoreError> {
+        let operation = "watch records in etcd";
+        let failure = match self.stream.message().await {
+            Ok(Some(answer)) if answer.compact_revision() > 0 => return Ok(None),
+            Ok(Some(answer)) if !answer.canceled() => return Ok(Some(answer)),
+            Ok(Some(answer)) => StoreError::away(operation, answer.cancel_reason()),
+            Ok(None) => StoreError::away(operation, "the connection ended"),
+            Err(error) => store_error(operation, &error),
+        };
+        self.session.drop_connection(&self.connection).await;
+        Err(failure)
     }
 }

@@ -1,4 +1,4 @@
-//! What the operator says about etcd, and what must be true of it before the first request.
+//! Options of the etcd store, checked before the first request.
 
 use std::{
     path::{Path, PathBuf},
@@ -6,27 +6,27 @@ use std::{
 };
 
 use etcd_client::{Certificate, Identity, TlsOptions};
-use ipnet::Ipv4Net;
 use secrecy::{ExposeSecret as _, SecretString};
 
-use super::error::EtcdError;
+use crate::store::StoreError;
 
-/// How long a host's claim lasts without a word from it: flannel's 24 hours.
+/// Time to live of a host's lease without a renewal: flannel's 24 hours.
 pub const LEASE_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 /// flannel's `-subnet-lease-renew-margin`: an hour.
 pub const RENEW_MARGIN: Duration = Duration::from_secs(60 * 60);
-/// How long a host that died keeps its public address from another one. It is renewed three times as often, so this is also
-/// a load on etcd: 10,000 hosts make 1,000 renewals per second, which never reach etcd's disk.
+/// Time to live of an agent's claim on its public address: how long a host that died blocks the address. It is renewed
+/// three times as often, so it is also a load on etcd: 10,000 hosts make 1,000 renewals per second, which never reach its
+/// disk.
 pub const OWNER_TTL: Duration = Duration::from_secs(30);
 
-/// Where etcd is, who we are to it, and how long our claims last.
+/// Endpoints, prefix and credentials of etcd, and the times to live of what this host writes there.
 #[derive(Clone, Debug)]
 pub struct EtcdOptions {
     /// URLs, or `host:port`, which is https when a TLS file is named. One that works is kept until it fails.
     pub endpoints: Vec<String>,
-    /// What all keys of the network begin with.
+    /// Prefix of all keys of the network.
     pub prefix: String,
-    /// CA that signed the servers' certificates; `None` trusts whom the system trusts.
+    /// CA that signed the servers' certificates; `None` takes the system's CAs.
     pub ca_file: Option<PathBuf>,
     /// Our certificate, with `key_file`.
     pub cert_file: Option<PathBuf>,
@@ -36,17 +36,15 @@ pub struct EtcdOptions {
     pub username: Option<String>,
     /// The user's password.
     pub password: Option<SecretString>,
-    /// How long the claim on a subnet lasts without a renewal.
+    /// Time to live of the lease on a subnet.
     pub lease_ttl: Duration,
-    /// The claim is renewed at the latest this long before it ends, and never later than half-way.
+    /// The lease is renewed at the latest this long before it ends, and never later than half-way.
     pub renew_margin: Duration,
-    /// How long the claim on the public address lasts without a renewal.
+    /// Time to live of the claim on the public address.
     pub owner_ttl: Duration,
-    /// What tells this host from another one with the same address; `None` takes the machine's boot and the network
-    /// namespace, which a restarted agent shares and no other host does.
+    /// Identity of this host among hosts with the same address; `None` takes the machine's boot id and the network namespace,
+    /// which a restarted agent shares and no other host does.
     pub instance: Option<String>,
-    /// Subnets that others hold though no record says so: they are not taken.
-    pub fixed: Vec<Ipv4Net>,
 }
 
 impl Default for EtcdOptions {
@@ -63,7 +61,6 @@ impl Default for EtcdOptions {
             renew_margin: RENEW_MARGIN,
             owner_ttl: OWNER_TTL,
             instance: None,
-            fixed: Vec::new(),
         }
     }
 }
@@ -77,7 +74,7 @@ pub(super) struct Endpoint {
 
 impl EtcdOptions {
     /// The endpoints with their schemes.
-    pub(super) fn servers(&self) -> Result<Vec<Endpoint>, EtcdError> {
+    pub(super) fn servers(&self) -> Result<Vec<Endpoint>, StoreError> {
         let any_tls_file = self.ca_file.is_some() || self.cert_file.is_some();
         let servers: Vec<_> = self
             .endpoints
@@ -102,7 +99,7 @@ impl EtcdOptions {
     }
 
     /// The user and password, both or none.
-    pub(super) fn user(&self) -> Result<Option<(String, String)>, EtcdError> {
+    pub(super) fn user(&self) -> Result<Option<(String, String)>, StoreError> {
         let username = self.username.clone().filter(|username| !username.is_empty());
         match (username, &self.password) {
             (Some(username), Some(password)) => Ok(Some((username, password.expose_secret().to_owned()))),
@@ -116,8 +113,8 @@ impl EtcdOptions {
         }
     }
 
-    /// What TLS needs, read from the files as they are now: certificates are renewed in place.
-    pub(super) fn tls(&self) -> Result<TlsOptions, EtcdError> {
+    /// The TLS settings, with the files read again at each call: certificates are renewed in place.
+    pub(super) fn tls(&self) -> Result<TlsOptions, StoreError> {
         let mut tls = TlsOptions::new();
         tls = match &self.ca_file {
             Some(file) => tls.ca_certificate(Certificate::from_pem(read("--etcd-cafile", file)?)),
@@ -138,8 +135,8 @@ impl EtcdOptions {
         }
     }
 
-    /// Whether claims can last as the options say.
-    pub(super) fn check_times(&self) -> Result<(), EtcdError> {
+    /// Whether the times to live fit together.
+    pub(super) fn check_times(&self) -> Result<(), StoreError> {
         if self.lease_ttl < Duration::from_secs(2) || self.owner_ttl < Duration::from_secs(2) {
             return Err(wrong(
                 "the lease's time to live",
@@ -156,20 +153,15 @@ impl EtcdOptions {
         }
         Ok(())
     }
-
-    /// How long after a confirmation the next one is asked for.
-    pub(super) fn renew_after(&self, ttl: Duration) -> Duration {
-        (ttl / 2).min(ttl.saturating_sub(self.renew_margin)).max(ttl / 10)
-    }
 }
 
-fn server(endpoint: &str, any_tls_file: bool) -> Result<Endpoint, EtcdError> {
+fn server(endpoint: &str, any_tls_file: bool) -> Result<Endpoint, StoreError> {
     let (scheme, rest) = match endpoint.split_once("://") {
         Some((scheme, rest)) => (scheme.to_ascii_lowercase(), rest),
         None => ((if any_tls_file { "https" } else { "http" }).to_owned(), endpoint),
     };
     if rest.contains('@') {
-        // The endpoint is not repeated: it may hold a password.
+        // The error does not quote the endpoint: it may hold a password.
         return Err(wrong(
             "--etcd-endpoints",
             "an endpoint holds a user: give --etcd-username and --etcd-password instead",
@@ -181,12 +173,12 @@ fn server(endpoint: &str, any_tls_file: bool) -> Result<Endpoint, EtcdError> {
     }
 }
 
-fn read(option: &'static str, file: &Path) -> Result<Vec<u8>, EtcdError> {
+fn read(option: &'static str, file: &Path) -> Result<Vec<u8>, StoreError> {
     std::fs::read(file).map_err(|error| wrong(option, format!("cannot read {}: {error}", file.display())))
 }
 
-fn wrong(option: &'static str, why: impl Into<String>) -> EtcdError {
-    EtcdError::Option { option, why: why.into() }
+fn wrong(option: &'static str, why: impl Into<String>) -> StoreError {
+    StoreError::Option { option, why: why.into() }
 }
 
 #[cfg(test)]
@@ -200,7 +192,7 @@ mod tests {
         }
     }
 
-    fn refused<T: std::fmt::Debug>(result: Result<T, EtcdError>) -> String {
+    fn refused<T: std::fmt::Debug>(result: Result<T, StoreError>) -> String {
         result.unwrap_err().to_string()
     }
 
@@ -241,16 +233,5 @@ mod tests {
         assert!(refused(no_password.user()).contains("--etcd-password"));
         let late = EtcdOptions { renew_margin: LEASE_TTL, ..EtcdOptions::default() };
         assert!(refused(late.check_times()).contains("--subnet-lease-renew-margin"));
-    }
-
-    #[test]
-    fn a_lease_is_renewed_half_way_or_a_margin_before_its_end() {
-        let hour = Duration::from_secs(3600);
-        let mut options = EtcdOptions::default();
-        assert_eq!(options.renew_after(LEASE_TTL), 12 * hour);
-        options.renew_margin = 20 * hour;
-        assert_eq!(options.renew_after(LEASE_TTL), 4 * hour);
-        options.renew_margin = hour;
-        assert_eq!(options.renew_after(Duration::from_secs(4)), Duration::from_millis(400));
     }
 }

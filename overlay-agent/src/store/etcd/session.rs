@@ -1,30 +1,28 @@
 //! The connection to etcd: one endpoint that works, kept until it fails, then the next. Every request has a time limit.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use etcd_client::{Client, ConnectOptions, Error, GetOptions};
 use tokio::{sync::Mutex, time::timeout};
 use tracing::{debug, warn};
 
 use super::{
-    error::{self, EtcdError},
+    error,
     keys::Keys,
     options::{Endpoint, EtcdOptions},
 };
+use crate::store::StoreError;
 
 /// Time for a TCP connection and the TLS handshake.
 const CONNECT: Duration = Duration::from_secs(3);
 /// Time for one request. etcd itself gives up a request after 5 s plus two elections, and says so.
 pub(super) const REQUEST: Duration = Duration::from_secs(8);
-/// A connection without traffic is tried this often. etcd closes those that try more often than every 5 s.
+/// Interval of HTTP/2 pings on a connection without traffic. etcd closes connections that ping more often than every 5 s.
 const PING: Duration = Duration::from_secs(10);
-/// A connection that does not answer a try for this long is dead.
+/// A connection that does not answer a ping for this long is dead.
 const PONG: Duration = Duration::from_secs(5);
 
-/// A stream that has lasted this long is one that works: the next failure is a first one again.
-pub(super) const STEADY: Duration = Duration::from_secs(5);
-
-/// What all parts of one store share.
+/// One network in etcd: options, keys and the current connection.
 #[derive(Debug)]
 pub(super) struct Session {
     pub(super) options: EtcdOptions,
@@ -36,7 +34,7 @@ pub(super) struct Session {
 #[derive(Default)]
 struct Current {
     client: Option<Client>,
-    /// Which connection it is: a late failure of an earlier one must not end this one.
+    /// Counts connections: a late failure of an earlier one must not end this one.
     number: u64,
     /// Index of the server that is tried first.
     next: usize,
@@ -49,7 +47,7 @@ impl std::fmt::Debug for Current {
     }
 }
 
-/// A connection, to be handed back when it fails.
+/// A connection, to be passed to [`Session::drop_connection`] when it fails.
 #[derive(Clone)]
 pub(super) struct Connection {
     pub(super) client: Client,
@@ -57,7 +55,7 @@ pub(super) struct Connection {
 }
 
 impl Session {
-    pub(super) fn new(options: EtcdOptions) -> Result<Self, EtcdError> {
+    pub(super) fn new(options: EtcdOptions) -> Result<Self, StoreError> {
         options.check_times()?;
         options.user()?;
         let servers = options.servers()?;
@@ -74,7 +72,7 @@ impl Session {
     }
 
     /// The connection that works, or a new one.
-    pub(super) async fn connection(&self) -> Result<Connection, EtcdError> {
+    pub(super) async fn connection(&self) -> Result<Connection, StoreError> {
         let mut current = self.current.lock().await;
         if let Some(client) = &current.client {
             return Ok(Connection { client: client.clone(), number: current.number });
@@ -90,15 +88,15 @@ impl Session {
                         Current { client: Some(client.clone()), number: current.number + 1, next: index };
                     return Ok(Connection { client, number: current.number });
                 }
-                Err(EtcdError::Away { why, .. }) => refusals.push(format!("{}: {why}", server.url)),
-                // No other server would say otherwise.
+                Err(StoreError::Away { why, .. }) => refusals.push(format!("{}: {why}", server.url)),
+                // The other servers would answer the same.
                 Err(error) => return Err(error),
             }
         }
-        Err(EtcdError::Unreachable { endpoints: self.endpoints(), why: refusals.join("; ") })
+        Err(StoreError::Unreachable { endpoints: self.endpoints(), why: refusals.join("; ") })
     }
 
-    /// Gives a connection up; the next one goes to the next server.
+    /// Gives up a connection that failed; the next one goes to the next server.
     pub(super) async fn drop_connection(&self, connection: &Connection) {
         let mut current = self.current.lock().await;
         if current.number == connection.number && current.client.take().is_some() {
@@ -106,28 +104,28 @@ impl Session {
         }
     }
 
-    /// The next request makes a new connection. For when this host has another address: what was sent from the old one
-    /// is not answered any more, and only a long silence would tell.
+    /// The next request opens a new connection. For a host whose address changed: packets to the old one no longer arrive,
+    /// and only a long timeout would show it.
     pub(super) async fn forget_connection(&self) {
         self.current.lock().await.client = None;
     }
 
-    /// One request. An error that another connection may not give ends this one.
-    pub(super) async fn request<T, F, Answer>(&self, operation: &str, request: F) -> Result<T, EtcdError>
+    /// Sends one request. An error that another connection may not give ends this one.
+    pub(super) async fn request<T, F, Answer>(&self, operation: &str, request: F) -> Result<T, StoreError>
     where
         F: FnOnce(Client) -> Answer,
         Answer: Future<Output = Result<T, Error>>,
     {
-        self.try_request(operation, request).await?.map_err(|error| EtcdError::of(operation, &error))
+        self.try_request(operation, request).await?.map_err(|error| error::store_error(operation, &error))
     }
 
-    /// Like [`Self::request`], for requests of which some errors are answers: those that say nothing about the connection
-    /// come back as they are.
+    /// Like [`Self::request`], for requests of which some errors are answers: errors that do not concern the connection are
+    /// returned as they are.
     pub(super) async fn try_request<T, F, Answer>(
         &self,
         operation: &str,
         request: F,
-    ) -> Result<Result<T, Error>, EtcdError>
+    ) -> Result<Result<T, Error>, StoreError>
     where
         F: FnOnce(Client) -> Answer,
         Answer: Future<Output = Result<T, Error>>,
@@ -135,16 +133,14 @@ impl Session {
         let connection = self.connection().await?;
         match timeout(REQUEST, request(connection.client.clone())).await {
             Ok(Ok(answer)) => Ok(Ok(answer)),
-            Ok(Err(error)) if error::is_no_lease(&error) || !error::breaks_connection(&error) => {
-                Ok(Err(error))
-            }
+            Ok(Err(error)) if !error::breaks_connection(&error) => Ok(Err(error)),
             Ok(Err(error)) => {
                 self.drop_connection(&connection).await;
-                Err(EtcdError::of(operation, &error))
+                Err(error::store_error(operation, &error))
             }
             Err(_) => {
                 self.drop_connection(&connection).await;
-                Err(EtcdError::Away {
+                Err(StoreError::Away {
                     operation: operation.to_owned(),
                     why: format!("no answer within {} s", REQUEST.as_secs()),
                 })
@@ -152,14 +148,14 @@ impl Session {
         }
     }
 
-    async fn connect(&self, server: &Endpoint) -> Result<Client, EtcdError> {
+    async fn connect(&self, server: &Endpoint) -> Result<Client, StoreError> {
         let operation = format!("connect to etcd at {}", server.url);
         let mut options = ConnectOptions::new()
             .with_connect_timeout(CONNECT)
             .with_keep_alive(PING, PONG)
-            // etcd ends connections that are tried while nothing is asked on them.
+            // etcd closes connections that ping while no request is open.
             .with_keep_alive_while_idle(false)
-            // A member cut off from the others would serve old records and never say that they are old.
+            // A member cut off from the others would serve stale records.
             .with_require_leader(true)
             .with_auto_token_refresh(true);
         if server.tls {
@@ -172,10 +168,7 @@ impl Session {
                         .await
                     {
                         Err(error) if error::is_without_users(&error) => {
-                            warn!(
-                                "etcd at {} runs without users: going on without --etcd-username",
-                                server.url
-                            );
+                            warn!("etcd at {} runs without users: --etcd-username is ignored", server.url);
                             Client::connect([&server.url], Some(options)).await
                         }
                         result => result,
@@ -183,62 +176,19 @@ impl Session {
                 }
                 None => Client::connect([&server.url], Some(options)).await,
             }
-            .map_err(|error| EtcdError::of(&operation, &error))?;
-            // The client connects at the first request. What it may read shows when it is asked for more than this.
-            let probe = client.get(self.keys.config(), Some(GetOptions::new().with_count_only())).await;
+            .map_err(|error| error::store_error(&operation, &error))?;
+            // The client connects at the first request. Missing rights show at the requests that need them.
+            let probe = client.get(self.keys.full("config"), Some(GetOptions::new().with_count_only())).await;
             match probe {
-                Err(error) if error::is_away(&error) => Err(EtcdError::of(&operation, &error)),
+                Err(error) if error::is_away(&error) => Err(error::store_error(&operation, &error)),
                 _ => Ok(client),
             }
         };
         timeout(CONNECT + REQUEST, attempt).await.unwrap_or_else(|_| {
-            Err(EtcdError::Away {
+            Err(StoreError::Away {
                 operation: operation.clone(),
                 why: format!("no answer within {} s", (CONNECT + REQUEST).as_secs()),
             })
         })
-    }
-}
-
-/// Pauses between attempts: short at first, never long, and not in step with other hosts that wait for the same etcd.
-#[derive(Debug, Default)]
-pub(super) struct Backoff {
-    failures: u32,
-}
-
-impl Backoff {
-    const SHORTEST: Duration = Duration::from_millis(100);
-    const LONGEST: Duration = Duration::from_secs(5);
-
-    /// The next attempt is the first again.
-    pub(super) fn reset(&mut self) {
-        self.failures = 0;
-    }
-
-    /// How long to wait before the next attempt.
-    pub(super) fn next(&mut self) -> Duration {
-        let pause = Self::SHORTEST.saturating_mul(1 << self.failures.min(10)).min(Self::LONGEST);
-        self.failures += 1;
-        pause.mul_f64(rand::random_range(0.5..=1.0))
-    }
-}
-
-/// A session that several tasks use.
-pub(super) type Shared = Arc<Session>;
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pauses_grow_to_a_limit_and_start_short_again() {
-        let mut backoff = Backoff::default();
-        assert!(backoff.next() <= Backoff::SHORTEST);
-        for _ in 0..40 {
-            assert!(backoff.next() <= Backoff::LONGEST);
-        }
-        assert!(backoff.next() >= Backoff::LONGEST / 2);
-        backoff.reset();
-        assert!(backoff.next() <= Backoff::SHORTEST);
     }
 }

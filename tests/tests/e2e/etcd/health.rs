@@ -64,7 +64,7 @@ fn health(sandbox: &Arc<Sandbox>) -> Result<()> {
     expect((200, 503), "waiting: ")?;
     ensure!(!site.subnet_file().exists(), "there is a subnet.env before there is a subnet");
     server.restart()?;
-    expect((200, 503), "there is no /coreos.com/network/config")?;
+    expect((200, 503), "there is no network config yet at /coreos.com/network/config")?;
     server.write_config(&config(NETWORK))?;
     expect((200, 200), "ok")?;
     agent.wait_until_running()?;

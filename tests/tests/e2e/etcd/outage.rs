@@ -131,7 +131,7 @@ fn wiped_data(sandbox: &Arc<Sandbox>) -> Result<()> {
         }
         for agent in [&*a, &*b] {
             wait_for_log(agent.site(), "etcd has lost its data")?;
-            wait_for_log(agent.site(), "was lost and taken again")?;
+            wait_for_log(agent.site(), "was lost and acquired again")?;
             wait_for_state(agent, "running")?;
         }
         Ok(())

@@ -15,7 +15,7 @@ use super::{
     server::{PREFIX, Server},
     start, value, wait_for_log, wait_for_route, wait_until,
 };
-use crate::{machine::Need, matrix::needs, suite::Suite};
+use crate::{datapath::attached, machine::Need, matrix::needs, suite::Suite};
 
 pub(super) fn register(suite: &mut Suite) {
     let tc = needs(Rung::Tc, Rung::Tun);
@@ -98,6 +98,7 @@ fn paused_agent_yields(sandbox: &Arc<Sandbox>) -> Result<()> {
     let fixture = without_wishes(sandbox)?;
     let Fixture { a, b, server, topology } = &fixture;
     let (host, old) = (&topology.a.host, topology.a.subnet);
+    let programs = attached(&topology.a)?;
     a.pause()?;
     expire(server, old)?;
     let theirs = server.grant()?;
@@ -132,6 +133,7 @@ fn paused_agent_yields(sandbox: &Arc<Sandbox>) -> Result<()> {
     wait_for_route(b, old, peer(99))?;
     wait_for_route(b, &subnet, topology.a.underlay)?;
     ping_with_ttl(&topology.b.host, base.parse()?, 62)?;
+    ensure!(attached(&topology.a)? == programs, "programs were attached again: {programs:?}");
 
     // Everything that was due during the pause is done, and the new owner's record is unchanged.
     thread::sleep(Duration::from_secs(1));
@@ -149,7 +151,7 @@ fn revoked_lease_is_acquired_again(sandbox: &Arc<Sandbox>) -> Result<()> {
     let ((), flow) = steady::meanwhile(from, to, || {
         thread::sleep(Duration::from_millis(300));
         server.revoke(lost.lease)?;
-        wait_for_log(a.site(), &format!("the lease of {subnet} was lost and taken again"))?;
+        wait_for_log(a.site(), &format!("the lease of {subnet} was lost and acquired again"))?;
         wait_until("the record is back", || Ok(server.record(&key(subnet))?.is_some()))?;
         wait_for_route(b, subnet, topology.a.underlay)?;
         thread::sleep(Duration::from_secs(1));

@@ -12,7 +12,7 @@ use overlay_tests::{
 use super::{arguments, config, key, server::Server, value, wait_for_log};
 use crate::{machine::Need, snapshot::Snapshot, suite::Suite, wait::wait_until};
 
-const NO_CONFIG: &str = "waiting: there is no /coreos.com/network/config in etcd yet";
+const NO_CONFIG: &str = "waiting: there is no network config yet at /coreos.com/network/config";
 
 pub(super) fn register(suite: &mut Suite) {
     let tun: &[Need] = &[Need::Tun];
@@ -78,8 +78,9 @@ fn waiting_agent_ends(sandbox: &Arc<Sandbox>) -> Result<()> {
     // `status` and `down` find a waiting agent.
     let mut agent = fixture.site.launch(fixture.command())?;
     wait_for_log(&fixture.site, NO_CONFIG)?;
-    let answer = agent.status().err().map(|error| format!("{error:#}")).unwrap_or_default();
-    ensure!(answer.contains("there is no /coreos.com/network/config"), "status reports {answer}");
+    let status = agent.state()?;
+    let reported = status.problems.iter().any(|problem| problem.contains(NO_CONFIG));
+    ensure!(status.state == "starting" && reported, "status reports {status:?}");
     fixture.site.down()?;
     wait_until("the agent has ended", || Ok(!agent.is_running()?))?;
     before.is_unchanged(&fixture.topology.a.host)?;

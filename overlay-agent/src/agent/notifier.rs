@@ -1,4 +1,4 @@
-//! How the agent fares, told to whoever asks (`/healthz`) and to whoever started it (systemd).
+//! Reports agent health over HTTP and to systemd.
 
 use std::net::SocketAddr;
 
@@ -13,19 +13,16 @@ use crate::{
     systemd::Systemd,
 };
 
-/// What was told last, and to whom.
-pub(super) struct Outlook {
+/// The last report, and its receivers.
+pub(super) struct HealthNotifier {
     report: watch::Sender<Report>,
     systemd: Systemd,
     watchdog: Option<Interval>,
 }
 
-impl Outlook {
-    /// Begins to answer at `healthz`.
-    ///
-    /// # Errors
-    ///
-    /// When that address cannot be had.
+impl HealthNotifier {
+    /// Starts the HTTP server, if there is an address for it.
+    /// Fails when the address is not available.
     pub(super) async fn start(healthz: Option<SocketAddr>) -> Result<Self> {
         let (report, receiver) = watch::channel(Report::now(Health::starting()));
         if let Some(address) = healthz {
@@ -39,31 +36,31 @@ impl Outlook {
         Ok(Self { report, systemd: Systemd::default(), watchdog })
     }
 
-    /// The start waits for something outside.
+    /// Reports that the start waits for something.
     pub(super) fn waiting(&mut self, why: &str) {
         let ready = Err(format!("waiting: {why}"));
-        self.tell(Health { ready, ..Health::starting() });
+        self.notify(Health { ready, ..Health::starting() });
+        self.extend_start();
+    }
+
+    /// Extends the start timeout of systemd.
+    pub(super) fn extend_start(&self) {
         self.systemd.extend_start();
     }
 
-    /// The start takes longer and is not stuck.
-    pub(super) fn still_starting(&self) {
-        self.systemd.extend_start();
-    }
-
-    /// What is told, as it changes.
+    /// The report, as it changes.
     pub(super) fn subscribe(&self) -> watch::Receiver<Report> {
         self.report.subscribe()
     }
 
-    /// Tells what is new, and that the main loop turns. To be called every 5 s at least once the agent is ready.
-    pub(super) fn tell(&mut self, health: Health) {
+    /// Reports the health, and that the main loop runs. To be called at least every 5 s once the agent is ready.
+    pub(super) fn notify(&mut self, health: Health) {
         self.systemd.notify(&health);
-        // The time travels also where nothing is new: nobody needs to be woken for it.
+        // The time of the report is updated even when the health did not change; that wakes no receiver.
         self.report.send_if_modified(|report| report.update(health));
     }
 
-    /// Waits until systemd's watchdog wants to hear from the main loop; for ever when there is none.
+    /// Waits until systemd's watchdog expects a ping; for ever without a watchdog.
     pub(super) async fn watchdog(&mut self) {
         match &mut self.watchdog {
             Some(interval) => drop(interval.tick().await),
@@ -71,12 +68,12 @@ impl Outlook {
         }
     }
 
-    /// Says that the main loop turns.
-    pub(super) fn alive(&self) {
+    /// Resets systemd's watchdog.
+    pub(super) fn ping_watchdog(&self) {
         self.systemd.ping_watchdog();
     }
 
-    /// Says that the agent ends because it was told to.
+    /// Reports that the agent shuts down as requested.
     pub(super) fn stopping(&self) {
         self.systemd.stopping();
     }

@@ -1,35 +1,38 @@
-//! The records that name one subnet, and what they decide about its route.
+//! The records that name one subnet, and the route that they give it.
 
 use std::net::Ipv4Addr;
 
 use ipnet::Ipv4Net;
 
-use super::{Own, Skipped};
-use crate::lease::{LeaseError, LeaseValue};
+use super::Skipped;
+use crate::{
+    lease::{LeaseRecord, LeaseValue},
+    route::{LocalNode, Peer, Subnet},
+    store::RecordError,
+};
 
-/// What a record says about its holder. Values are not kept: they may be long.
-type Said = Result<LeaseValue, LeaseError>;
+type Value = Result<LeaseValue, RecordError>;
 
 /// The records that name one subnet.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Claims {
-    /// In order of their keys: one, but for flannel's dual-stack keys, which may name an IPv4 subnet twice.
-    records: Vec<(String, Said)>,
-    /// Those that were left aside when it was last decided.
+pub(super) struct Candidates {
+    /// In order of their keys: one, except where flannel's dual-stack keys name an IPv4 subnet twice.
+    records: Vec<(String, Value)>,
+    /// The records that the last decision skipped.
     pub(super) skipped: Vec<Skipped>,
 }
 
-/// What became of a subnet.
+/// The decision about a subnet.
 pub(super) struct Decision {
-    pub(super) peer: Option<Ipv4Addr>,
+    pub(super) peer: Option<Peer>,
     pub(super) skipped: Vec<Skipped>,
 }
 
 /// Why a record gives no route.
 pub(super) enum Refused {
-    /// Nobody knows what it says, so that what was known before may still hold.
+    /// It cannot be read, so that the route before it may still be right.
     Unreadable(String),
-    /// What it says cannot be.
+    /// It cannot be a route.
     Unfit(String),
 }
 
@@ -41,18 +44,18 @@ impl Refused {
     }
 }
 
-impl Claims {
-    pub(super) fn put(&mut self, key: String, said: Said) {
+impl Candidates {
+    pub(super) fn put(&mut self, LeaseRecord { key, value, .. }: LeaseRecord) {
         match self.find(&key) {
             Ok(index) => {
                 if let Some(record) = self.records.get_mut(index) {
-                    record.1 = said;
+                    record.1 = value;
                 }
             }
             Err(index) => {
                 // Nearly always the only one.
                 self.records.reserve_exact(1);
-                self.records.insert(index, (key, said));
+                self.records.insert(index, (key, value));
             }
         }
     }
@@ -71,27 +74,23 @@ impl Claims {
         self.records.is_empty()
     }
 
-    pub(super) fn first(&self) -> Option<&Said> {
-        self.records.first().map(|(_, said)| said)
-    }
-
     fn find(&self, key: &str) -> Result<usize, usize> {
         self.records.binary_search_by(|(known, _)| known.as_str().cmp(key))
     }
 
-    /// Who gets `subnet`: a fixed peer, else whom the first record that can be used names, else, while there is a record
-    /// that cannot be read, whoever had it `before`.
+    /// The peer of `subnet`: a fixed one, else that of the first usable record, else, while a record cannot be read, the one
+    /// `before`.
     pub(super) fn decide(
         &self,
-        own: &Own,
-        subnet: Ipv4Net,
-        fixed: Option<Ipv4Addr>,
-        before: Option<Ipv4Addr>,
+        local: &LocalNode,
+        subnet: Subnet,
+        fixed: Option<Peer>,
+        before: Option<Peer>,
     ) -> Decision {
         let mut decision = Decision { peer: fixed, skipped: Vec::new() };
         let mut unreadable = Vec::new();
-        for (key, said) in &self.records {
-            let why = match peer(Some(own.network), Some(own), subnet, said) {
+        for (key, value) in &self.records {
+            let why = match peer(Some(local.network), Some(local), subnet, value) {
                 Ok(None) => continue,
                 Ok(Some(peer)) => match check_holder(*decision.peer.get_or_insert(peer), peer, subnet) {
                     Ok(()) => continue,
@@ -118,46 +117,46 @@ impl Claims {
 }
 
 /// Of two records for one subnet, only the first holder's counts.
-pub(super) fn check_holder(holder: Ipv4Addr, peer: Ipv4Addr, subnet: Ipv4Net) -> Result<(), String> {
+pub(super) fn check_holder(holder: Peer, peer: Peer, subnet: Subnet) -> Result<(), String> {
     match holder == peer {
         true => Ok(()),
         false => Err(format!("{holder} holds {subnet} already")),
     }
 }
 
-/// The peer that a record names; `None` when it is `own`. An onlooker has no place of his own, and may not know the
-/// network.
+/// The peer that a record names; `None` for the record of this host. Commands for operators run outside of any host's place
+/// (`local`), and perhaps without knowing the network.
 pub(super) fn peer(
     network: Option<Ipv4Net>,
-    own: Option<&Own>,
-    subnet: Ipv4Net,
-    said: &Said,
-) -> Result<Option<Ipv4Addr>, Refused> {
+    local: Option<&LocalNode>,
+    subnet: Subnet,
+    value: &Value,
+) -> Result<Option<Peer>, Refused> {
     let refused = |why: String| Err(Refused::Unfit(why));
-    let value = match said {
+    let value = match value {
         Ok(value) => value,
         Err(error) => return Err(Refused::Unreadable(error.to_string())),
     };
-    let public_ip = value.public_ip;
-    if let Some(own) = own.filter(|own| own.public_ip == public_ip) {
-        return match subnet == own.subnet {
+    let public_ip: Ipv4Addr = value.public_ip;
+    if let Some(local) = local.filter(|local| local.public_ip == public_ip) {
+        return match subnet == local.subnet {
             true => Ok(None),
             false => {
-                refused(format!("it carries our own address {public_ip}, but our subnet is {}", own.subnet))
+                refused(format!("it carries our own address {public_ip}, but our subnet is {}", local.subnet))
             }
         };
     }
     if let Some(kind) = &value.backend_type {
         return refused(format!("its holder uses the {kind:?} backend"));
     }
-    if let Some(network) = network.filter(|network| !network.contains(&subnet) || subnet == *network) {
+    if let Some(network) = network.filter(|network| !subnet.is_part_of(*network)) {
         return refused(format!("it is not a part of the network {network}"));
     }
-    if let Some(own) = own.filter(|own| subnet.contains(&own.subnet) || own.subnet.contains(&subnet)) {
-        return refused(format!("it overlaps our own subnet {}", own.subnet));
+    if let Some(local) = local.filter(|local| subnet.overlaps(local.subnet)) {
+        return refused(format!("it overlaps our own subnet {}", local.subnet));
     }
     if network.is_some_and(|network| network.contains(&public_ip)) {
         return refused(format!("PublicIP {public_ip} lies inside the overlay: packets to it would loop"));
     }
-    Ok(Some(public_ip))
+    Ok(Some(public_ip.into()))
 }

@@ -1,0 +1,344 @@
+//! Forwarding: routes from records, and the datapath that follows them.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use tokio::{
+    sync::mpsc,
+    time::{Instant, sleep_until},
+};
+use tracing::{error, info, warn};
+
+use super::{
+    Options,
+    conditions::{Condition, Conditions},
+};
+use crate::{
+    datapath::{Choice, Datapath, Desired, PathCounters, UnderlayDevice},
+    device::{DeviceAlias, DeviceSpec},
+    lease::Lease,
+    netlink::Netlink,
+    report,
+    route::{LocalNode, RouteChange},
+    route_table::{Outcome, RouteTable, Skipped},
+    store::Event,
+    underlay::Underlay,
+};
+
+/// Changes of one kind that are logged one by one.
+const LOGGED: usize = 5;
+
+/// Route table and datapath.
+pub(super) struct Forwarding {
+    table: RouteTable,
+    datapath: Datapath,
+    failures: mpsc::Receiver<String>,
+    spec: DeviceSpec,
+    underlay: UnderlayDevice,
+    options: Options,
+    /// Whether a snapshot of the records was seen: from then on, no route is missing.
+    has_snapshot: bool,
+    /// Whether the last reconciliation succeeded, and nothing has failed since.
+    up: bool,
+    retry: Retry,
+    pub(super) conditions: Conditions,
+}
+
+impl Forwarding {
+    /// Prepares forwarding without changing the host. `mtu` is that of the overlay device.
+    pub(super) fn new(
+        options: &Options,
+        netlink: &Netlink,
+        local: LocalNode,
+        underlay: &Underlay,
+        port: u16,
+        mtu: u32,
+    ) -> Self {
+        let (sender, failures) = mpsc::channel(2);
+        let alias = DeviceAlias { network: local.network, port, underlay: underlay.link.name.clone() };
+        Self {
+            table: RouteTable::new(local, options.peers.clone()),
+            datapath: Datapath::new(netlink.clone(), sender),
+            failures,
+            spec: DeviceSpec { name: options.device.clone(), alias, subnet: local.subnet, mtu },
+            underlay: UnderlayDevice { link: underlay.link.clone(), local_ip: underlay.local_ip },
+            options: options.clone(),
+            has_snapshot: false,
+            up: false,
+            retry: Retry::default(),
+            conditions: Conditions::default(),
+        }
+    }
+
+    /// Makes the datapath for the first time.
+    /// Fails when a step fails; see [`Datapath::reconcile`].
+    pub(super) async fn start(&mut self) -> Result<()> {
+        self.reconcile().await?;
+        self.up = true;
+        self.retry.succeeded(Instant::now());
+        Ok(())
+    }
+
+    /// Makes the datapath what it should be.
+    async fn reconcile(&mut self) -> Result<()> {
+        let desired = Desired {
+            device: &self.spec,
+            underlays: std::slice::from_ref(&self.underlay),
+            request: self.options.datapath,
+            tc_attach: self.options.tc_attach,
+            routes: self.table.routes(),
+            log: self.options.datapath_log,
+        };
+        let report = self.datapath.reconcile(&desired).await?;
+        for step in &report.made {
+            info!("set up: {step}");
+        }
+        if !report.repaired.is_empty() {
+            warn!("another program changed this host; repaired: {}", report.repaired.join(", "));
+        }
+        self.set_routes_behind(report.routes_behind);
+        Ok(())
+    }
+
+    /// Reconciles, and schedules another attempt when it fails.
+    pub(super) async fn try_reconcile(&mut self) {
+        let reconciled = self.reconcile().await;
+        // Threads that ended meanwhile may have reported the same failure.
+        while self.failures.try_recv().is_ok() {}
+        let now = Instant::now();
+        match reconciled {
+            Ok(()) => {
+                self.conditions.clear(Condition::Datapath);
+                self.up = true;
+                self.retry.succeeded(now);
+            }
+            Err(error) => {
+                self.up = false;
+                let why = format!("the datapath cannot be made, trying again: {error:#}");
+                self.conditions.set(Condition::Datapath, why);
+                self.retry.failed(now);
+            }
+        }
+    }
+
+    /// Checks the datapath at its turn. While an attempt is scheduled, that one checks it.
+    pub(super) async fn check(&mut self) {
+        if self.retry.at.is_none() {
+            self.try_reconcile().await;
+        }
+    }
+
+    /// Returns when [`Self::try_reconcile`] is due: a part of the datapath failed, or an earlier attempt.
+    pub(super) async fn due(&mut self) {
+        let retry_at = self.retry.at;
+        let retry = async {
+            match retry_at {
+                Some(at) => sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = retry => {}
+            Some(failure) = self.failures.recv() => {
+                error!("the datapath failed and is made again: {failure}");
+                self.up = false;
+                if let Some(at) = self.retry.lost(Instant::now()) {
+                    sleep_until(at).await;
+                }
+            }
+        }
+    }
+
+    /// Follows the records.
+    pub(super) fn on_records(&mut self, event: Event<Lease>) {
+        match event {
+            Event::Snapshot(records) => {
+                self.conditions.clear(Condition::Store);
+                self.has_snapshot = true;
+                let outcome = self.table.replace(records);
+                self.apply(&outcome);
+            }
+            Event::Changes(changes) => {
+                let outcome = self.table.apply(changes);
+                self.apply(&outcome);
+            }
+            Event::Lost(why) => {
+                let routes = self.table.routes().len();
+                let why = format!("the store cannot be read, {routes} routes stay as they are: {why}");
+                self.conditions.set(Condition::Store, why);
+            }
+        }
+    }
+
+    /// This host has another subnet or public address.
+    pub(super) async fn set_local(&mut self, local: LocalNode) {
+        let moved = self.spec.subnet != local.subnet;
+        self.spec.subnet = local.subnet;
+        let outcome = self.table.set_local(local);
+        self.apply(&outcome);
+        if moved {
+            self.try_reconcile().await;
+        }
+    }
+
+    /// The underlay has another address, MTU or device.
+    pub(super) async fn set_underlay(&mut self, underlay: &Underlay, mtu: u32) {
+        self.underlay = UnderlayDevice { link: underlay.link.clone(), local_ip: underlay.local_ip };
+        self.spec.alias.underlay.clone_from(&underlay.link.name);
+        self.spec.mtu = mtu;
+        self.try_reconcile().await;
+    }
+
+    fn apply(&mut self, outcome: &Outcome) {
+        log(outcome);
+        let applied = self.datapath.apply_routes(&outcome.changes, self.table.routes());
+        self.set_routes_behind(applied.err().map(|error| format!("{error:#}")));
+    }
+
+    /// Routes that the fast path lacks affect their destinations only.
+    fn set_routes_behind(&mut self, why: Option<String>) {
+        let why =
+            why.map(|why| format!("the fast path's routes are behind, the next change tries again: {why}"));
+        self.conditions.update(Condition::Routes, why);
+    }
+
+    /// Whether a snapshot of the records was seen and the datapath forwards.
+    /// Errors: what is missing.
+    pub(super) fn ready(&self) -> Result<(), String> {
+        match (self.has_snapshot, self.up) {
+            (false, _) => Err("the store has not listed the peers' leases yet".to_owned()),
+            (true, false) => Err("the device or the datapath is not there yet".to_owned()),
+            (true, true) => Ok(()),
+        }
+    }
+
+    /// Whether packets are forwarded to all peers.
+    /// Errors: the reason why not.
+    pub(super) fn health(&self) -> Result<(), String> {
+        let grave = [Condition::Datapath, Condition::Underlay, Condition::Routes];
+        if let Some(why) = grave.into_iter().find_map(|condition| self.conditions.get(condition)) {
+            return Err(why);
+        }
+        match self.up {
+            true => Ok(()),
+            false => Err("the datapath is down and being made again; the log says why".to_owned()),
+        }
+    }
+
+    pub(super) fn table(&self) -> &RouteTable {
+        &self.table
+    }
+
+    pub(super) fn spec(&self) -> &DeviceSpec {
+        &self.spec
+    }
+
+    /// The overlay device as it is; `None` while it is missing.
+    pub(super) fn device(&self) -> Option<report::Device> {
+        let ifindex = self.datapath.overlay_ifindex()?;
+        Some(report::Device { name: self.spec.name.clone(), ifindex, mtu: self.spec.mtu })
+    }
+
+    /// The rungs of egress and ingress; `None` while the datapath is down.
+    pub(super) fn rungs(&self) -> Option<(Choice, Choice)> {
+        self.up.then(|| (self.datapath.egress().clone(), self.datapath.ingress().clone()))
+    }
+
+    /// Counters since the agent started.
+    /// Fails when the kernel's map cannot be read.
+    pub(super) fn counters(&self) -> Result<PathCounters> {
+        self.datapath.counters()
+    }
+
+    /// Removes programs and device.
+    /// Fails when the device is not ours any more or the kernel refuses.
+    pub(super) async fn remove(&mut self) -> Result<()> {
+        self.datapath.remove().await
+    }
+}
+
+/// When to try again: at once after a long life, later and later after short ones.
+#[derive(Debug, Default)]
+struct Retry {
+    at: Option<Instant>,
+    up_since: Option<Instant>,
+    failures: u32,
+}
+
+impl Retry {
+    const FIRST: Duration = Duration::from_secs(1);
+    const LONGEST: Duration = Duration::from_secs(30);
+    /// A datapath that lived longer than this worked.
+    const STABLE: Duration = Duration::from_secs(10);
+
+    fn succeeded(&mut self, now: Instant) {
+        self.at = None;
+        self.up_since.get_or_insert(now);
+    }
+
+    /// An attempt failed.
+    fn failed(&mut self, now: Instant) {
+        self.up_since = None;
+        self.failures = self.failures.saturating_add(1);
+        self.at = Some(now + self.pause());
+    }
+
+    /// A working datapath was lost. Returns when to make it again, `None` for at once.
+    fn lost(&mut self, now: Instant) -> Option<Instant> {
+        let was_stable = self.up_since.take().is_none_or(|since| now.duration_since(since) > Self::STABLE);
+        self.failures = if was_stable { 0 } else { self.failures.saturating_add(1) };
+        self.at = (self.failures > 0).then(|| now + self.pause());
+        self.at
+    }
+
+    fn pause(&self) -> Duration {
+        let doublings = self.failures.saturating_sub(1);
+        (Self::FIRST * 2_u32.saturating_pow(doublings)).min(Self::LONGEST)
+    }
+}
+
+/// An agent that starts in a large network gets thousands of routes at once: they are counted, not listed.
+fn log(outcome: &Outcome) {
+    for change in outcome.changes.iter().take(LOGGED) {
+        match change {
+            RouteChange::Set(route) => info!("route {} via {}", route.subnet, route.peer),
+            RouteChange::Remove(subnet) => info!("route {subnet} removed"),
+        }
+    }
+    let rest = outcome.changes.get(LOGGED..).unwrap_or_default();
+    if !rest.is_empty() {
+        let removed = rest.iter().filter(|change| matches!(change, RouteChange::Remove(_))).count();
+        info!("and {} more routes, {removed} more removed", rest.len() - removed);
+    }
+    for Skipped { record, why } in outcome.skipped.iter().take(LOGGED) {
+        warn!("skipped the record {record}: {why}");
+    }
+    let rest = outcome.skipped.len().saturating_sub(LOGGED);
+    if rest > 0 {
+        warn!("and skipped {rest} more records: `overlay-agent routes` lists them");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_datapath_that_is_lost_again_and_again_is_made_later_and_later() {
+        let second = Duration::from_secs(1);
+        let (mut retry, start) = (Retry::default(), Instant::now());
+        retry.succeeded(start);
+        assert_eq!(retry.lost(start + 60 * second), None, "at once after a long life");
+        let mut now = start + 60 * second;
+        for pause in [1, 2, 4, 8, 16, 30, 30] {
+            retry.succeeded(now);
+            assert_eq!(retry.lost(now + second), Some(now + second + pause * second));
+            now += second;
+        }
+        retry.succeeded(now);
+        assert_eq!(retry.at, None);
+        assert_eq!(retry.lost(now + 11 * second), None);
+        retry.failed(now);
+        assert_eq!(retry.at, Some(now + second), "never at once after an attempt that failed");
+    }
+}

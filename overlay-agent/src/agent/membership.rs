@@ -1,0 +1,426 @@
+//! This host's membership in the network: the store, this host's lease and the address in its record.
+
+use std::{fmt::Display, net::Ipv4Addr, time::Duration};
+
+use anyhow::{Context as _, Result, bail};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, sleep, timeout},
+};
+use tracing::{info, warn};
+
+use super::{
+    Options, StoreOption,
+    conditions::{Condition, Conditions},
+    notifier::HealthNotifier,
+};
+use crate::{
+    config::NetworkConfig,
+    lease::Lease,
+    route::{LocalNode, Subnet},
+    store::{Event, Held, LeaseEvent, LeaseKeeper, Store, StoreError, SubnetRequest},
+    subnet_env,
+};
+
+/// First and longest pause between attempts to reach etcd.
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// Time for the last requests to the store at shutdown.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
+/// Time for the first snapshot of the records before the datapath starts without it.
+const FIRST_SNAPSHOT: Duration = Duration::from_secs(5);
+
+/// An opened store and the network's configuration. Without a store, all peers are fixed.
+pub(super) struct Network {
+    store: Option<Store>,
+    pub(super) config: NetworkConfig,
+}
+
+/// Whether the subnet is ours, as far as the store tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum LeaseState {
+    Held,
+    /// The store cannot be asked; its last confirmation is valid until this time, or without end.
+    Unconfirmed(Option<Instant>),
+    Lost,
+}
+
+/// This host's lease. It is kept by a task once the agent has started.
+#[derive(Debug)]
+enum OwnLease {
+    /// Without a store there is nothing to keep.
+    Fixed,
+    Held(Box<Held>),
+    Kept(LeaseKeeper),
+}
+
+/// News for the main loop.
+#[derive(Debug)]
+pub(super) enum News {
+    /// Records of all hosts.
+    Records(Event<Lease>),
+    /// This host's lease.
+    Lease(LeaseEvent),
+}
+
+/// This host's place in the network, and the lease that gives it.
+#[derive(Debug)]
+pub(super) struct Membership {
+    store: Option<Store>,
+    lease: OwnLease,
+    records: mpsc::Receiver<Event<Lease>>,
+    local: LocalNode,
+    /// Our address in the store.
+    recorded_ip: Ipv4Addr,
+    state: LeaseState,
+    /// With less than this left, an unconfirmed lease is a danger.
+    margin: Duration,
+    pub(super) conditions: Conditions,
+}
+
+impl Network {
+    /// Opens the store and reads the network's configuration. While etcd is away or has no configuration yet, this waits and
+    /// reports the reason.
+    /// Fails when waiting does not help.
+    pub(super) async fn open(options: &Options, notifier: &mut HealthNotifier) -> Result<Self> {
+        let store = match &options.store {
+            StoreOption::None => None,
+            StoreOption::Dir(root) => Some(Store::dir(root.clone())),
+            StoreOption::Etcd(etcd) => Some(retry(notifier, || Store::etcd((**etcd).clone())).await?),
+        };
+        let mut config = match (&store, options.network) {
+            (Some(store), _) => wait_for_config(store, options, notifier).await?,
+            (None, Some(network)) => NetworkConfig::of_network(network)?,
+            (None, None) => bail!(
+                "without --store, name the network with --network, this host's part with --subnet and the others with --peer"
+            ),
+        };
+        match options.port {
+            Some(port) if store.is_some() && port != config.port => bail!(
+                "--port is {port}, but the network's config says {}: all hosts of a network use one port",
+                config.port
+            ),
+            Some(port) => config.port = port,
+            None => {}
+        }
+        Ok(Self { store, config })
+    }
+
+    /// Acquires a subnet for the host at `public_ip`, and follows all records.
+    /// Fails when no subnet is available.
+    pub(super) async fn join(
+        self,
+        options: &Options,
+        public_ip: Ipv4Addr,
+        notifier: &mut HealthNotifier,
+    ) -> Result<Membership> {
+        let Self { store, config } = self;
+        let network = config.network;
+        let (lease, subnet, records) = match (&store, options.subnet) {
+            (None, Some(subnet)) => (OwnLease::Fixed, subnet, no_records()),
+            (None, None) => bail!("without --store, name this host's part of the network with --subnet"),
+            (Some(store), wanted) => {
+                let request = SubnetRequest {
+                    config,
+                    wanted,
+                    earlier: options.subnet_file.as_deref().and_then(subnet_env::read_subnet),
+                    fixed: options.peers.keys().copied().collect(),
+                };
+                if let Some(network) = options.network {
+                    store.ensure_config(network).await?;
+                }
+                let held = retry(notifier, || store.acquire(&request, public_ip)).await?;
+                let subnet = held.subnet;
+                (OwnLease::Held(Box::new(held)), subnet, store.follow())
+            }
+        };
+        Ok(Membership {
+            store,
+            lease,
+            records,
+            local: LocalNode { network, subnet, public_ip },
+            recorded_ip: public_ip,
+            state: LeaseState::Held,
+            margin: options.lease_margin(),
+            conditions: Conditions::default(),
+        })
+    }
+}
+
+impl Membership {
+    /// This host's place in the network.
+    pub(super) fn local(&self) -> LocalNode {
+        self.local
+    }
+
+    /// Name of the store, for `status`.
+    pub(super) fn store_name(&self) -> String {
+        self.store.as_ref().map_or_else(|| "none".to_owned(), Store::name)
+    }
+
+    /// The first records; `None` when the store does not answer in time.
+    pub(super) async fn first_records(&mut self) -> Option<Event<Lease>> {
+        timeout(FIRST_SNAPSHOT, self.records.recv()).await.ok().flatten()
+    }
+
+    /// Starts to keep the lease.
+    pub(super) fn keep_lease(&mut self) {
+        if let Some(store) = &self.store
+            && let OwnLease::Held(held) = &self.lease
+        {
+            self.lease = OwnLease::Kept(store.keep((**held).clone()));
+        }
+    }
+
+    /// The next news.
+    pub(super) async fn next(&mut self) -> News {
+        let lease = async {
+            match &mut self.lease {
+                OwnLease::Kept(keeper) => keeper.events.recv().await,
+                OwnLease::Fixed | OwnLease::Held(_) => None,
+            }
+        };
+        tokio::select! {
+            Some(event) = self.records.recv() => News::Records(event),
+            Some(event) = lease => News::Lease(event),
+            else => std::future::pending().await,
+        }
+    }
+
+    /// Follows the lease. Returns the subnet when it is another one.
+    pub(super) fn on_lease(&mut self, event: LeaseEvent) -> Option<Subnet> {
+        match event {
+            LeaseEvent::Confirmed { .. } => self.confirmed(),
+            LeaseEvent::Unconfirmed { why, expires_in } => {
+                self.state = LeaseState::Unconfirmed(expires_in.map(|left| Instant::now() + left));
+                let left =
+                    expires_in.map_or_else(String::new, |left| format!(", it ends in {} s", left.as_secs()));
+                self.conditions.set(Condition::Lease, format!("the lease cannot be confirmed{left}: {why}"));
+            }
+            LeaseEvent::Reacquired { subnet, why } => {
+                self.confirmed();
+                warn!("the lease of {subnet} was lost and acquired again: {why}");
+            }
+            LeaseEvent::Readdressed { public_ip } => {
+                self.recorded_ip = public_ip;
+                self.confirmed();
+                self.check_address();
+            }
+            LeaseEvent::Moved { from, to, why } => {
+                self.confirmed();
+                warn!("our subnet is {to} now, no longer {from}: {why}");
+                self.local.subnet = to;
+                return Some(to);
+            }
+            LeaseEvent::Lost { why } | LeaseEvent::Superseded { why } => {
+                self.state = LeaseState::Lost;
+                self.conditions.set(Condition::Lease, why);
+            }
+        }
+        None
+    }
+
+    fn confirmed(&mut self) {
+        self.state = LeaseState::Held;
+        self.conditions.clear(Condition::Lease);
+    }
+
+    /// This host has another public address: our record follows.
+    pub(super) fn set_public_ip(&mut self, public_ip: Ipv4Addr) {
+        let LocalNode { subnet, public_ip: before, .. } = self.local;
+        self.local.public_ip = public_ip;
+        match &self.lease {
+            OwnLease::Kept(keeper) => keeper.set_address(public_ip),
+            OwnLease::Fixed => {
+                warn!("peers know this host by {before}: give them another --peer {subnet}={public_ip}");
+                self.recorded_ip = public_ip;
+            }
+            OwnLease::Held(_) => {}
+        }
+        self.check_address();
+    }
+
+    /// Peers send to the address in our record, and accept packets from no other.
+    fn check_address(&mut self) {
+        let (public_ip, recorded) = (self.local.public_ip, self.recorded_ip);
+        let why = (public_ip != recorded).then(|| {
+            format!(
+                "our address is {public_ip}, and the store still says {recorded}: peers are out of reach until it follows"
+            )
+        });
+        self.conditions.update(Condition::Address, why);
+    }
+
+    /// Whether peers reach this host and will.
+    /// Errors: the reason why not.
+    pub(super) fn health(&self, now: Instant) -> Result<(), String> {
+        if let Some(why) = self.conditions.get(Condition::Address) {
+            return Err(why);
+        }
+        let why = || self.conditions.get(Condition::Lease).unwrap_or_default();
+        match self.state {
+            LeaseState::Held | LeaseState::Unconfirmed(None) => Ok(()),
+            LeaseState::Lost => Err(why()),
+            LeaseState::Unconfirmed(Some(end)) => {
+                let left = end.saturating_duration_since(now);
+                match left < self.margin {
+                    true => Err(format!("the lease is about to be lost, in {} s: {}", left.as_secs(), why())),
+                    false => Ok(()),
+                }
+            }
+        }
+    }
+
+    /// Gives back a lease that was acquired in vain: the agent could not start.
+    pub(super) async fn give_back(self) {
+        if let (Some(store), OwnLease::Held(held)) = (self.store, self.lease) {
+            if !held.created {
+                store.leave(&held).await;
+            } else if let Err(error) = store.release(&held).await {
+                warn!("give the lease back: {error}");
+            }
+        }
+    }
+
+    /// The agent ends. Its lease stays for the next start.
+    pub(super) async fn leave(self) {
+        if let (Some(store), OwnLease::Kept(keeper)) = (self.store, self.lease) {
+            let leave = async {
+                if let Some(held) = keeper.stop().await {
+                    store.leave(&held).await;
+                }
+            };
+            if timeout(SHUTDOWN_TIMEOUT, leave).await.is_err() {
+                warn!("etcd does not answer: another host can use our address only after a delay");
+            }
+        }
+    }
+}
+
+/// The records of a network without a store: none, and no changes.
+fn no_records() -> mpsc::Receiver<Event<Lease>> {
+    let (sender, receiver) = mpsc::channel(1);
+    // Cannot fail: there is room for one.
+    let _ = sender.try_send(Event::Snapshot(Vec::new()));
+    receiver
+}
+
+async fn wait_for_config(
+    store: &Store,
+    options: &Options,
+    notifier: &mut HealthNotifier,
+) -> Result<NetworkConfig> {
+    let mut pause = Pause::default();
+    loop {
+        if let Some(config) = retry(notifier, || store.config(options.network)).await? {
+            return Ok(config);
+        }
+        let why = format!("there is no network config yet at {}: write it there", store.config_location());
+        pause.wait(notifier, why).await;
+    }
+}
+
+/// Repeats a request while etcd is away.
+async fn retry<T, F: Future<Output = Result<T, StoreError>>>(
+    notifier: &mut HealthNotifier,
+    mut request: impl FnMut() -> F,
+) -> Result<T> {
+    let mut pause = Pause::default();
+    loop {
+        match request().await {
+            Ok(answer) => return Ok(answer),
+            Err(error) if error.is_transient() => pause.wait(notifier, error).await,
+            Err(error) => return Err(error).context("the store"),
+        }
+    }
+}
+
+/// Longer and longer pauses. Each new reason is logged.
+#[derive(Default)]
+struct Pause {
+    last: Option<Duration>,
+    logged: String,
+}
+
+impl Pause {
+    async fn wait(&mut self, notifier: &mut HealthNotifier, why: impl Display) {
+        let why = why.to_string();
+        notifier.waiting(&why);
+        if why != self.logged {
+            info!("waiting: {why}");
+            self.logged = why;
+        }
+        let pause = self.last.map_or(FIRST_PAUSE, |last| (last * 2).min(LONGEST_PAUSE));
+        self.last = Some(pause);
+        sleep(pause).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OLD: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 1);
+    const NEW: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 9);
+
+    fn membership() -> Membership {
+        let subnet = "10.244.1.0/24".parse().unwrap();
+        Membership {
+            store: None,
+            lease: OwnLease::Fixed,
+            records: no_records(),
+            local: LocalNode { network: "10.244.0.0/16".parse().unwrap(), subnet, public_ip: OLD },
+            recorded_ip: OLD,
+            state: LeaseState::Held,
+            margin: Duration::from_secs(60),
+            conditions: Conditions::default(),
+        }
+    }
+
+    #[test]
+    fn a_lease_in_doubt_is_healthy_until_its_end_is_near() {
+        let mut membership = membership();
+        let now = Instant::now();
+        let expires_in = Some(Duration::from_secs(600));
+        membership.on_lease(LeaseEvent::Unconfirmed { why: "etcd is away".to_owned(), expires_in });
+        assert_eq!(membership.health(now), Ok(()));
+        assert!(membership.conditions.get(Condition::Lease).unwrap().contains("600 s: etcd is away"));
+        let why = membership.health(now + Duration::from_secs(550)).unwrap_err();
+        assert!(why.contains("about to be lost"), "{why}");
+        membership.on_lease(LeaseEvent::Confirmed { expires_in });
+        assert_eq!((membership.health(now), membership.conditions.iter().count()), (Ok(()), 0));
+        membership.on_lease(LeaseEvent::Unconfirmed { why: "etcd is away".to_owned(), expires_in: None });
+        assert_eq!(membership.health(now + Duration::from_secs(1 << 30)), Ok(()), "a reservation has no end");
+    }
+
+    #[test]
+    fn a_lost_lease_is_unhealthy_and_a_moved_one_is_reported() {
+        let mut membership = membership();
+        let now = Instant::now();
+        assert_eq!(membership.on_lease(LeaseEvent::Lost { why: "removed".to_owned() }), None);
+        assert_eq!(membership.health(now), Err("removed".to_owned()));
+        let (from, to) = (membership.local().subnet, "10.244.2.0/24".parse().unwrap());
+        let moved = membership.on_lease(LeaseEvent::Moved { from, to, why: "taken".to_owned() });
+        assert_eq!((moved, membership.local().subnet, membership.health(now)), (Some(to), to, Ok(())));
+    }
+
+    #[test]
+    fn an_address_that_the_store_does_not_have_yet_is_unhealthy() {
+        let mut membership = membership();
+        membership.recorded_ip = Ipv4Addr::new(192, 168, 77, 5);
+        membership.check_address();
+        assert!(membership.health(Instant::now()).unwrap_err().contains("192.168.77.5"));
+        membership.on_lease(LeaseEvent::Readdressed { public_ip: OLD });
+        assert_eq!(membership.health(Instant::now()), Ok(()));
+        // Without a store, peers are told by an operator.
+        membership.set_public_ip(NEW);
+        assert_eq!((membership.local().public_ip, membership.health(Instant::now())), (NEW, Ok(())));
+    }
+
+    #[tokio::test]
+    async fn a_network_without_a_store_has_no_records_and_no_news() {
+        let mut membership = membership();
+        assert_eq!(membership.first_records().await, Some(Event::Snapshot(Vec::new())));
+        assert!(timeout(Duration::from_millis(50), membership.next()).await.is_err());
+    }
+}

@@ -1,0 +1,97 @@
+//! The start of an agent, in an order that leaves nothing half-done.
+
+use std::net::SocketAddrV4;
+
+use anyhow::Result;
+use tracing::{info, warn};
+
+use super::{
+    Options,
+    checks::{check_addresses, inner_mtu},
+    forwarding::Forwarding,
+    host::HostSetup,
+    membership::{Membership, Network},
+    notifier::HealthNotifier,
+};
+use crate::{
+    datapath::tun::{Endpoint, Socket},
+    device,
+    netlink::Netlink,
+    subnet_env,
+    underlay::Underlay,
+};
+
+/// The parts of an agent that has changed nothing on its host yet. Getting this far may take long: etcd may be away.
+pub(super) struct Prepared {
+    pub(super) options: Options,
+    pub(super) membership: Membership,
+    pub(super) forwarding: Forwarding,
+    pub(super) host: HostSetup,
+    pub(super) underlay: Underlay,
+}
+
+impl Prepared {
+    /// Checks everything that can be refused, and acquires the lease last.
+    /// Fails when the options, the network config and this host do not fit together, or no lease is available.
+    pub(super) async fn new(
+        options: Options,
+        netlink: &Netlink,
+        notifier: &mut HealthNotifier,
+    ) -> Result<Self> {
+        // Looked up now to refuse at once what cannot work, and again when etcd, perhaps hours later, has answered.
+        Underlay::find(netlink, &options.underlay).await?;
+        if let Some(file) = &options.subnet_file {
+            subnet_env::check(file)?;
+        }
+        let network = Network::open(&options, notifier).await?;
+        let underlay = Underlay::find(netlink, &options.underlay).await?;
+        check_addresses(&options, &network.config, &underlay)?;
+        device::preflight(netlink, &options.device, network.config.network).await?;
+        let mtu = inner_mtu(&underlay.link)?;
+        let port = network.config.port;
+        let address = SocketAddrV4::new(underlay.local_ip, port);
+        drop(Socket::bind(Endpoint { address, ifindex: underlay.link.index })?);
+        let membership = network.join(&options, underlay.public_ip, notifier).await?;
+        let local = membership.local();
+        info!("{} is {} in {}, MTU {mtu}, port {port}", local.public_ip, local.subnet, local.network);
+        let forwarding = Forwarding::new(&options, netlink, local, &underlay, port, mtu);
+        let host = HostSetup::new(&options);
+        Ok(Self { options, membership, forwarding, host, underlay })
+    }
+
+    /// Changes the host: datapath with its routes first, then firewall and routes.
+    /// Fails when a step fails; the host is then as it was before, and a new lease is given back.
+    pub(super) async fn apply(mut self, netlink: &Netlink) -> Result<Self> {
+        match self.try_apply(netlink).await {
+            Ok(()) => Ok(self),
+            Err(error) => {
+                remove(&mut self.forwarding, &mut self.host, netlink).await.unwrap_or_else(|error| {
+                    warn!("{error:#}");
+                });
+                self.membership.give_back().await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn try_apply(&mut self, netlink: &Netlink) -> Result<()> {
+        // The programs get their routes before they see a packet.
+        if let Some(event) = self.membership.first_records().await {
+            self.forwarding.on_records(event);
+        }
+        self.forwarding.start().await?;
+        self.host.apply(netlink, self.membership.local()).await
+    }
+}
+
+/// Removes what the parts have changed on the host: programs first, then rules, then the device.
+/// Fails when the device is not ours any more or the kernel refuses.
+pub(super) async fn remove(
+    forwarding: &mut Forwarding,
+    host: &mut HostSetup,
+    netlink: &Netlink,
+) -> Result<()> {
+    let removed = forwarding.remove().await;
+    host.clear(netlink).await;
+    removed
+}

@@ -1,0 +1,117 @@
+//! Answers to queries, in every state of the agent.
+
+use serde::Serialize;
+use tokio::time::Instant;
+use tracing::debug;
+
+use super::{Agent, Condition, Options, StoreOption};
+use crate::{
+    control::{Answer, Query},
+    datapath::PathCounters,
+    health::Health,
+    report::{self, CounterList, Device, Route, RouteList, Status},
+};
+
+/// Name of the store before it is opened.
+pub(super) fn store_name(options: &Options) -> String {
+    match &options.store {
+        StoreOption::None => "none".to_owned(),
+        StoreOption::Dir(root) => format!("dir:{}", root.display()),
+        StoreOption::Etcd(etcd) => format!("etcd at {}", etcd.endpoints.join(", ")),
+    }
+}
+
+/// The answer of an agent that has no parts yet.
+pub(super) fn answer_while_starting(query: Query, health: &Health, store: &str) -> Answer {
+    match query {
+        Query::Status => json(&Status {
+            problems: vec![health.to_string()],
+            store: report::Store { name: store.to_owned(), lost: None },
+            ..Status::starting()
+        }),
+        Query::Routes => json(&RouteList { routes: Vec::new(), skipped: Vec::new() }),
+        Query::Counters => json(&CounterList::from(PathCounters::ZERO)),
+    }
+}
+
+impl Agent {
+    pub(super) fn answer(&self, query: Query) -> Answer {
+        debug!("query {query:?}");
+        match query {
+            Query::Status => json(&self.status()),
+            Query::Routes => {
+                let table = self.forwarding.table();
+                let route =
+                    |(subnet, peer): (&_, &crate::route::Peer)| Route { subnet: *subnet, peer: peer.address };
+                json(&RouteList {
+                    routes: table.routes().iter().map(route).collect(),
+                    skipped: table.skipped(),
+                })
+            }
+            Query::Counters => {
+                let counters = self.forwarding.counters().map_err(|error| format!("{error:#}"))?;
+                json(&CounterList::from(counters))
+            }
+        }
+    }
+
+    fn status(&self) -> Status {
+        let (local, spec) = (self.membership.local(), self.forwarding.spec());
+        let rungs = self.forwarding.rungs();
+        let mut problems = self.problems();
+        let counters = self.forwarding.counters();
+        if let Err(error) = &counters {
+            problems.push(format!("counters cannot be read: {error:#}"));
+        }
+        let (egress, ingress) = rungs.unzip();
+        let state = match (self.running, problems.is_empty()) {
+            (false, _) => "starting",
+            (true, true) => "running",
+            (true, false) => "degraded",
+        };
+        Status {
+            state: state.to_owned(),
+            problems,
+            network: Some(local.network),
+            subnet: Some(local.subnet),
+            public_ip: Some(local.public_ip),
+            port: Some(spec.alias.port),
+            device: self.forwarding.device(),
+            underlay: Some(Device::from(&self.underlay.link)),
+            egress,
+            ingress,
+            routes: self.forwarding.table().routes().len(),
+            store: report::Store {
+                name: self.membership.store_name(),
+                lost: self.forwarding.conditions.get(Condition::Store),
+            },
+            drops: counters.as_ref().map_or(0, report::errors),
+            ..Status::starting()
+        }
+    }
+
+    /// The problems of all parts, in order of their subjects.
+    fn problems(&self) -> Vec<String> {
+        let parts = [&self.forwarding.conditions, &self.membership.conditions, &self.host.conditions];
+        let mut problems: Vec<_> = parts.into_iter().flat_map(|conditions| conditions.iter()).collect();
+        problems.sort();
+        problems.into_iter().map(|(_, why)| why.to_owned()).collect()
+    }
+
+    pub(super) fn health(&self) -> Health {
+        let problems = self.problems().join("; ");
+        let ready = match self.running {
+            true => Ok(()),
+            false => self.forwarding.ready().and_then(|()| self.host.ready()),
+        };
+        Health {
+            ready,
+            healthy: self.forwarding.health().and_then(|()| self.membership.health(Instant::now())),
+            degraded: Some(problems).filter(|problems| !problems.is_empty()),
+        }
+    }
+}
+
+fn json(answer: &impl Serialize) -> Answer {
+    serde_json::to_value(answer).map_err(|error| error.to_string())
+}

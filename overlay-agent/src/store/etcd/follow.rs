@@ -1,0 +1,182 @@
+//! Follows all records of a kind: a list, then changes, and a list again after any gap.
+//!
+//! etcd may come back empty (a new disk, a wrong data directory). A list of it would then remove every route. So the records
+//! that were known before are kept beside the new ones until their hosts have had the time of a lease to write them again.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use etcd_client::{EventType, GetOptions, WatchOptions, WatchResponse};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, sleep, sleep_until},
+};
+use tracing::warn;
+
+use super::{Etcd, KeyWatch, MAX_ANSWER, error, store_error};
+use crate::store::{
+    StoreError,
+    backend::Snapshot,
+    backoff::Backoff,
+    record::{Change, Event, Kind, RawRecord, Record},
+};
+
+/// Sends events until their receiver is closed: a snapshot first, then changes; [`Event::Lost`] once when etcd cannot be
+/// read, and a snapshot when it can again.
+pub(in crate::store) async fn follow<K: Kind>(etcd: Arc<Etcd>, events: mpsc::Sender<Event<K>>) {
+    let mut follower = Follower {
+        etcd,
+        events: events.clone(),
+        known: BTreeMap::new(),
+        remembered: BTreeMap::new(),
+        remembered_until: Instant::now(),
+        lost: false,
+    };
+    tokio::select! {
+        () = follower.run() => {}
+        () = events.closed() => {}
+    }
+}
+
+struct Follower<K: Kind> {
+    etcd: Arc<Etcd>,
+    events: mpsc::Sender<Event<K>>,
+    /// The records that etcd last had.
+    known: BTreeMap<String, Record<K>>,
+    /// Records of an etcd whose data is gone. They count until `remembered_until`.
+    remembered: BTreeMap<String, Record<K>>,
+    remembered_until: Instant,
+    lost: bool,
+}
+
+impl<K: Kind> Follower<K> {
+    async fn run(&mut self) {
+        let mut backoff = Backoff::default();
+        loop {
+            if let Err(error) = self.list_and_watch(&mut backoff).await {
+                if !std::mem::replace(&mut self.lost, true) {
+                    self.send(Event::Lost(error.to_string())).await;
+                }
+                sleep(backoff.next()).await;
+            }
+        }
+    }
+
+    /// Returns when etcd no longer has the history since the list.
+    async fn list_and_watch(&mut self, backoff: &mut Backoff) -> Result<(), StoreError> {
+        let Snapshot { revision, records } = self.etcd.list(K::PREFIX).await?;
+        if !self.is_same_history().await? {
+            self.remember();
+        }
+        self.known =
+            records.into_iter().map(Record::from).map(|record| (record.key.clone(), record)).collect();
+        self.remembered.retain(|key, _| !self.known.contains_key(key));
+        // Opened before the snapshot is sent: a failure now must not be reported as a snapshot and a loss.
+        let mut watch = self.open_watch(revision).await?;
+        let steady = sleep(Backoff::STEADY);
+        tokio::pin!(steady);
+        let mut is_steady = false;
+        self.lost = false;
+        self.send(self.snapshot()).await;
+        loop {
+            tokio::select! {
+                // Not before: a member that opens streams and breaks them would be listed without end.
+                () = &mut steady, if !is_steady => {
+                    is_steady = true;
+                    backoff.reset();
+                }
+                message = watch.next() => {
+                    let Some(answer) = message? else { return Ok(()) };
+                    let changes = self.apply(&answer);
+                    if !changes.is_empty() {
+                        self.send(Event::Changes(changes)).await;
+                    }
+                }
+                () = sleep_until(self.remembered_until), if !self.remembered.is_empty() => {
+                    warn!("{} records from before etcd lost its data were not written again", self.remembered.len());
+                    self.remembered.clear();
+                    self.send(self.snapshot()).await;
+                }
+            }
+        }
+    }
+
+    async fn open_watch(&self, revision: i64) -> Result<KeyWatch, StoreError> {
+        let options = WatchOptions::new()
+            .with_prefix()
+            .with_start_revision(revision + 1)
+            // Many changes at once come in pieces that fit the limit for an answer.
+            .with_fragment();
+        self.etcd.open_watch(vec![(self.etcd.full_key(K::PREFIX), options)]).await
+    }
+
+    /// Whether the history of the etcd that answers now contains the youngest known record.
+    async fn is_same_history(&self) -> Result<bool, StoreError> {
+        let Some(youngest) = self.known.values().max_by_key(|record| record.version.modified) else {
+            return Ok(true);
+        };
+        let key = self.etcd.full_key(&format!("{}{}", K::PREFIX, youngest.key));
+        let options = GetOptions::new().with_revision(youngest.version.modified);
+        let operation = "read etcd's history";
+        let answer = self
+            .etcd
+            .session
+            .try_request(operation, |client| async move {
+                client.kv_client().max_decoding_message_size(MAX_ANSWER).get(key, Some(options)).await
+            })
+            .await?;
+        match answer {
+            // Numbers of etcd leases are random: the same one at the same revision is no coincidence.
+            Ok(answer) => Ok(answer.kvs().first().is_some_and(|kv| {
+                let RawRecord { version, .. } = self.etcd.raw(kv);
+                (version.modified, version.lifetime) == (youngest.version.modified, youngest.version.lifetime)
+            })),
+            // The history goes further than ours; that part of it is gone.
+            Err(error) if error::is_compacted(&error) => Ok(true),
+            Err(error) if error::is_future(&error) => Ok(false),
+            Err(error) => Err(store_error(operation, &error)),
+        }
+    }
+
+    /// Keeps what is known for the time of a lease.
+    fn remember(&mut self) {
+        let ttl = self.etcd.options().lease_ttl;
+        warn!(
+            "etcd has lost its data: the {} known records stay in force until they are written again, for {} min at most",
+            self.known.len(),
+            ttl.as_secs().div_ceil(60)
+        );
+        self.remembered.append(&mut self.known);
+        self.remembered_until = Instant::now() + ttl;
+    }
+
+    fn snapshot(&self) -> Event<K> {
+        let mut records: Vec<_> = self.known.values().chain(self.remembered.values()).cloned().collect();
+        records.sort_by(|a, b| a.key.cmp(&b.key));
+        Event::Snapshot(records)
+    }
+
+    fn apply(&mut self, answer: &WatchResponse) -> Vec<Change<K>> {
+        let mut changes = Vec::new();
+        for event in answer.events() {
+            let Some(kv) = event.kv() else { continue };
+            let record = Record::from(self.etcd.raw(kv));
+            self.remembered.remove(&record.key);
+            match event.event_type() {
+                EventType::Put => {
+                    self.known.insert(record.key.clone(), record.clone());
+                    changes.push(Change::Put(record));
+                }
+                EventType::Delete => {
+                    self.known.remove(&record.key);
+                    changes.push(Change::Delete { key: record.key });
+                }
+            }
+        }
+        changes
+    }
+
+    /// A closed receiver ends [`follow`].
+    async fn send(&self, event: Event<K>) {
+        let _ = self.events.send(event).await;
+    }
+}

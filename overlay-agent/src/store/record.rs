@@ -1,0 +1,137 @@
+//! Records of any kind: parsed once, where they enter, and identified by a version for compare-and-swap.
+
+use std::fmt::Debug;
+
+use thiserror::Error;
+
+/// A kind of record. All records of a kind stand below one prefix.
+pub trait Kind: Clone + Debug + Send + Sync + 'static {
+    /// First part of the keys, with the slash at its end: `subnets/`.
+    const PREFIX: &'static str;
+    /// What a key names.
+    type Id: Clone + Debug + PartialEq + Send + Sync;
+    /// What a value means.
+    type Value: Clone + Debug + PartialEq + Send + Sync;
+
+    /// Parses the part of a key behind the prefix.
+    /// Fails when it names nothing of this kind.
+    fn parse_key(key: &str) -> Result<Self::Id, RecordError>;
+
+    /// Parses a value.
+    /// Fails when it is not a value of this kind.
+    fn parse_value(value: &[u8]) -> Result<Self::Value, RecordError>;
+}
+
+/// Why a record cannot be used. The texts quote at most 64 characters of the record, without control characters.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the messages show what each field is")]
+pub enum RecordError {
+    /// The key names nothing of its kind.
+    #[error("the key {key:?} is not {expected}")]
+    Key { key: String, expected: &'static str },
+    /// The value is not JSON, or not an object.
+    #[error("the value `{value}` is not a JSON object: {why}")]
+    NotJson { value: String, why: String },
+    /// A field is missing or has an impossible value.
+    #[error("{field} is {value}: expected {expected}")]
+    Field { field: &'static str, value: String, expected: &'static str },
+}
+
+/// A lifetime in the store: records attached to it are removed when it ends. The number of an etcd lease.
+pub type LifetimeId = i64;
+
+/// How long a record stays.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Lifetime {
+    /// Until somebody removes it; the store knows no lifetimes.
+    #[default]
+    Untracked,
+    /// Until somebody removes it, in a store that knows lifetimes: an operator wrote it.
+    Unlimited,
+    /// Until this lifetime ends.
+    Limited(LifetimeId),
+}
+
+impl Lifetime {
+    /// The lifetime, if there is one.
+    pub fn id(self) -> Option<LifetimeId> {
+        match self {
+            Self::Limited(id) => Some(id),
+            Self::Untracked | Self::Unlimited => None,
+        }
+    }
+}
+
+/// One state of a record: equal versions are the same write.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Version {
+    /// Revision at which the record was created; stays while the record is overwritten. `None` where the store keeps none.
+    pub(super) created: Option<i64>,
+    /// Changes with every write.
+    pub(super) modified: i64,
+    /// How long the record stays.
+    pub lifetime: Lifetime,
+}
+
+/// A record as the store holds it, not parsed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct RawRecord {
+    /// Key behind the store's own prefix: `subnets/10.5.34.0-24`.
+    pub(super) key: String,
+    /// At most [`MAX_VALUE`] bytes: a longer value is cut, so that it does not parse.
+    pub(super) value: Vec<u8>,
+    pub(super) version: Version,
+}
+
+/// Longest value that is read, in bytes. Lease values have about 100.
+pub(super) const MAX_VALUE: usize = 64 * 1024;
+
+/// A record of the kind `K`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Record<K: Kind> {
+    /// The part of the key behind [`Kind::PREFIX`], as it is in the store.
+    pub key: String,
+    /// What the key names.
+    pub id: Result<K::Id, RecordError>,
+    /// What the value means.
+    pub value: Result<K::Value, RecordError>,
+    /// Which write this is.
+    pub version: Version,
+}
+
+impl<K: Kind> Record<K> {
+    /// Parses a record. `key` is the part behind the kind's prefix.
+    pub fn parse(key: &str, value: &[u8], version: Version) -> Self {
+        Self { key: key.to_owned(), id: K::parse_key(key), value: K::parse_value(value), version }
+    }
+}
+
+impl<K: Kind> From<RawRecord> for Record<K> {
+    fn from(raw: RawRecord) -> Self {
+        let key = raw.key.strip_prefix(K::PREFIX).unwrap_or(&raw.key);
+        Self::parse(key, &raw.value, raw.version)
+    }
+}
+
+/// A record that was written or removed.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Change<K: Kind> {
+    /// The record is new or has a new value.
+    Put(Record<K>),
+    /// The record was removed.
+    Delete {
+        /// Its key, as in [`Record::key`].
+        key: String,
+    },
+}
+
+/// News about the records of one kind.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event<K: Kind> {
+    /// All records, in order of their keys.
+    Snapshot(Vec<Record<K>>),
+    /// Changes since the last event, in order.
+    Changes(Vec<Change<K>>),
+    /// The store cannot be read, with the reason. Known records stay valid; a snapshot follows when it can be read again.
+    Lost(String),
+}
