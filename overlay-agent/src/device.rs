@@ -9,10 +9,10 @@ use crate::{
     route::Subnet,
 };
 
-/// Begins the alias of every device that an agent made, so that no agent touches one that another made.
+/// Begins the alias of every device that an agent made, so that no agent changes any other device.
 const ALIAS: &str = "overlay-agent";
 
-/// The alias of an overlay device: tells that an agent made it, and what `down` must know when that agent is gone.
+/// The alias of an overlay device: shows that an agent made it, and what `down` must know when that agent is gone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceAlias {
     /// The whole overlay.
@@ -31,7 +31,7 @@ impl std::fmt::Display for DeviceAlias {
 
 impl DeviceAlias {
     /// Reads an alias; `None` when it is not one of ours.
-    pub fn parse(alias: &str) -> Option<Self> {
+    pub(crate) fn parse(alias: &str) -> Option<Self> {
         let mut words = alias.strip_prefix(ALIAS)?.split_whitespace();
         let (network, port, underlay) = (words.next()?, words.next()?, words.next()?);
         Some(Self { network: network.parse().ok()?, port: port.parse().ok()?, underlay: underlay.to_owned() })
@@ -51,35 +51,27 @@ pub struct DeviceSpec {
     pub mtu: u32,
 }
 
-/// The overlay device of one network.
-pub struct OverlayDevice {
-    /// Index.
-    pub index: u32,
-    /// The agent's end of it.
-    pub fd: SyncDevice,
+/// An open overlay device.
+pub(crate) struct OverlayDevice {
+    pub(crate) index: u32,
+    pub(crate) fd: SyncDevice,
 }
 
 /// Whether an agent made the device.
-pub fn is_ours(link: &Link) -> bool {
+pub(crate) fn is_ours(link: &Link) -> bool {
     link.kind.as_deref() == Some("tun") && link.alias.as_deref().and_then(DeviceAlias::parse).is_some()
 }
 
 /// Checks, without changing anything, that the device can be made: its name is free or an earlier agent's, and nothing else
-/// routes the network.
-///
-/// # Errors
-///
-/// Names what is in the way and what to do about it.
-pub async fn preflight(netlink: &Netlink, name: &str, network: Ipv4Net) -> Result<()> {
+/// routes the network. An error names what is in the way and what to do about it.
+pub(crate) async fn preflight(netlink: &Netlink, name: &str, network: Ipv4Net) -> Result<()> {
     if name.is_empty() || name.len() > 15 || name.contains(['/', ' ', '%', ':']) {
         bail!(
             "{name:?} cannot be a device name: --device takes 1 to 15 characters without '/', ':', '%' or spaces"
         );
     }
     let own = netlink.link(name).await?;
-    if let Some(link) = &own
-        && !is_ours(link)
-    {
+    if own.as_ref().is_some_and(|link| !is_ours(link)) {
         bail!(
             "a device {name} exists that overlay-agent did not make: remove it (ip link delete {name}) or choose another --device"
         );
@@ -98,16 +90,15 @@ pub async fn preflight(netlink: &Netlink, name: &str, network: Ipv4Net) -> Resul
 }
 
 impl OverlayDevice {
-    /// Makes the device, or takes over the one that an earlier agent left, and sets its attributes.
-    ///
-    /// # Errors
-    ///
-    /// When another process holds it or the kernel refuses.
-    pub async fn open(netlink: &Netlink, spec: &DeviceSpec) -> Result<Self> {
+    /// Makes the device, or takes over the one that an earlier agent left, and sets its attributes. Fails when another process
+    /// holds it or the kernel refuses.
+    pub(crate) async fn open(netlink: &Netlink, spec: &DeviceSpec) -> Result<Self> {
         let fd = open_tun(&spec.name)?;
         let configure = async {
             let link = netlink.link(&spec.name).await?.context("the device vanished")?;
-            forbid_ipv6(&spec.name);
+            // The overlay carries no IPv6; without this the kernel sends router solicitations into the device for ever.
+            // Fails where the kernel has no IPv6, and then there is nothing to forbid.
+            let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", spec.name), "1");
             reconcile(netlink, &link, spec).await?;
             // Last: until here the kernel removes the device when its descriptor is closed, also when the agent is killed.
             fd.persist().context("make the device persistent")?;
@@ -119,11 +110,11 @@ impl OverlayDevice {
 }
 
 /// Sets the attributes of the device `link` that are not as `spec` says, and returns their names.
-///
-/// # Errors
-///
-/// When the kernel refuses.
-pub async fn reconcile(netlink: &Netlink, link: &Link, spec: &DeviceSpec) -> Result<Vec<&'static str>> {
+pub(crate) async fn reconcile(
+    netlink: &Netlink,
+    link: &Link,
+    spec: &DeviceSpec,
+) -> Result<Vec<&'static str>> {
     let (index, network, mut set) = (link.index, spec.alias.network, Vec::new());
     let alias = spec.alias.to_string();
     if link.alias.as_ref() != Some(&alias) {
@@ -157,11 +148,8 @@ pub async fn reconcile(netlink: &Netlink, link: &Link, spec: &DeviceSpec) -> Res
 }
 
 /// Removes the device if an agent made it; its addresses, routes and programs go with it. `false` when there is none.
-///
-/// # Errors
-///
-/// When the device is not ours or the kernel refuses.
-pub async fn remove(netlink: &Netlink, name: &str) -> Result<bool> {
+/// Fails when the device is not ours or the kernel refuses.
+pub(crate) async fn remove(netlink: &Netlink, name: &str) -> Result<bool> {
     let Some(link) = netlink.link(name).await? else {
         return Ok(false);
     };
@@ -181,26 +169,15 @@ fn open_tun(name: &str) -> Result<SyncDevice> {
     let device = DeviceBuilder::new()
         .name(name)
         .layer(Layer::L3)
-        .with(|builder| {
-            // The virtio header in front of each packet lets partial checksums and super-packets cross, both ways.
-            builder.offload(true);
-        })
+        // The virtio header in front of each packet lets partial checksums and super-packets cross, both ways.
+        .with(|builder| _ = builder.offload(true))
         .build_sync();
     match device {
-        Ok(device) => Ok(device),
-        Err(error) if error.raw_os_error() == Some(nix::libc::EBUSY) => {
-            bail!(
-                "another process holds the device {name}: is an overlay-agent running on this network already? (overlay-agent status)"
-            )
-        }
-        Err(error) => Err(error).with_context(|| format!("open the tun device {name}")),
+        Err(error) if error.raw_os_error() == Some(nix::libc::EBUSY) => bail!(
+            "another process holds the device {name}: is an overlay-agent running on this network already? (overlay-agent status)"
+        ),
+        device => device.with_context(|| format!("open the tun device {name}")),
     }
-}
-
-/// The overlay carries no IPv6; without this the kernel sends router solicitations into the device for ever. Where the
-/// kernel has no IPv6 there is nothing to forbid.
-fn forbid_ipv6(name: &str) {
-    let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1");
 }
 
 #[cfg(test)]
@@ -208,12 +185,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_alias_tells_that_an_agent_made_the_device() {
-        let alias = DeviceAlias {
-            network: "10.244.0.0/16".parse().unwrap(),
-            port: 8285,
-            underlay: "eth0".to_owned(),
-        };
+    fn an_alias_shows_that_an_agent_made_the_device() {
+        let network = "10.244.0.0/16".parse().unwrap();
+        let alias = DeviceAlias { network, port: 8285, underlay: "eth0".to_owned() };
         assert_eq!(DeviceAlias::parse(&alias.to_string()), Some(alias));
         assert_eq!(DeviceAlias::parse("my own tunnel"), None);
         assert_eq!(DeviceAlias::parse("overlay-agent"), None);

@@ -5,10 +5,7 @@ use clap::ValueEnum as _;
 use overlay_ebpf::abi::{Config, Counters};
 use serde::{Deserialize, Serialize};
 
-use super::{
-    ebpf::TcAttach,
-    plan::{Plan, Underlay},
-};
+use super::{ebpf::TcAttach, plan::Plan};
 use crate::{
     device::DeviceSpec,
     netlink::Link,
@@ -86,11 +83,7 @@ pub struct Desired<'a> {
 }
 
 impl Desired<'_> {
-    /// The configuration of the packet core when the overlay device has this index.
-    ///
-    /// # Errors
-    ///
-    /// When there is no underlay device.
+    /// The configuration of the packet core for an overlay device with this index.
     pub(super) fn config(&self, overlay_ifindex: u32) -> Result<Config> {
         let first = self.underlays.first().context("there is no underlay device")?;
         let (network, subnet) = (self.device.alias.network, self.device.subnet.prefix());
@@ -100,16 +93,10 @@ impl Desired<'_> {
     }
 
     pub(super) fn plan(&self, overlay_ifindex: u32) -> Plan {
-        let underlay = |UnderlayDevice { link, .. }: &UnderlayDevice| Underlay {
-            name: link.name.clone(),
-            ifindex: link.index,
-            kind: link.kind.clone(),
-            ethernet: link.ethernet,
-        };
         Plan {
             request: self.request,
             mode: self.tc_attach.mode(self.device.alias.port),
-            underlays: self.underlays.iter().map(underlay).collect(),
+            underlays: self.underlays.iter().map(|underlay| underlay.link.clone()).collect(),
             overlay_ifindex,
             log: self.log,
         }
@@ -126,6 +113,12 @@ pub struct Report {
     /// Why the kernel's map lacks routes that the slow path has. [`super::Datapath::apply_routes`] and the next
     /// reconciliation try again.
     pub routes_behind: Option<String>,
+}
+
+impl Report {
+    pub(super) fn add(&mut self, repaired: bool, step: String) {
+        if repaired { self.repaired.push(step) } else { self.made.push(step) }
+    }
 }
 
 /// Counters of both paths.

@@ -1,21 +1,21 @@
 //! The fast path: the loaded programs, their maps and their attachments.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Context as _, Result, bail};
 use overlay_ebpf::abi::{Config, Counters};
 use tracing::{debug, info, warn};
 
 use super::{
     Choice, Report, Request, Rung,
-    plan::{Plan, Refusals, Step, next_step},
-};
-use crate::{
-    datapath::ebpf::{
+    ebpf::{
         self, Attachment, OverlaySet, Target,
         overlay_set::{EGRESS, INGRESS, XDP},
         self_test,
     },
+    plan::{Plan, Refusals, Step, next_step},
+};
+use crate::{
     netlink::{Netlink, device_name},
     route::{RouteChange, Routes},
 };
@@ -27,6 +27,7 @@ const READ_BACK_SHARE: u32 = 1000;
 pub(super) struct FastPath {
     pub(super) egress: Choice,
     pub(super) ingress: Choice,
+    netlink: Netlink,
     /// XDP first: dropped from the front.
     attachments: Vec<Attachment>,
     set: Option<OverlaySet>,
@@ -37,14 +38,17 @@ pub(super) struct FastPath {
     /// What sets that are gone counted.
     counted: Counters,
     next_read_back: Option<Instant>,
+    /// Whether the last update of the route map failed.
+    behind: bool,
 }
 
 impl FastPath {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(netlink: Netlink) -> Self {
         let choice = Choice { rung: Rung::Tun, why: "not started".to_owned() };
         Self {
             egress: choice.clone(),
             ingress: choice,
+            netlink,
             attachments: Vec::new(),
             set: None,
             config: None,
@@ -52,18 +56,14 @@ impl FastPath {
             refusals: Refusals::default(),
             counted: Counters::ZERO,
             next_read_back: None,
+            behind: false,
         }
     }
 
-    /// Makes maps and attachments what `plan`, `config` and `routes` say: maps first.
-    ///
-    /// # Errors
-    ///
-    /// When a step fails that was asked for explicitly, or the kernel's state cannot be read. Steps already made stay, unless
-    /// nothing was attached before.
+    /// Makes maps and attachments what `plan`, `config` and `routes` say: maps first. Fails when the kernel's state cannot be
+    /// read, or a step fails that was asked for explicitly; steps already made stay, unless nothing was attached before.
     pub(super) async fn reconcile(
         &mut self,
-        netlink: &Netlink,
         plan: Plan,
         config: &Config,
         routes: &Routes,
@@ -71,21 +71,18 @@ impl FastPath {
     ) -> Result<()> {
         let request = plan.request;
         let started = !self.attachments.is_empty();
-        let done = self.take_steps(netlink, plan, config, routes, report).await;
+        let done = self.take_steps(plan, config, routes, report).await;
         if done.is_err() && !started {
             self.unload();
         }
-        match request {
-            Request::Auto => done,
-            Request::Xdp | Request::Tc | Request::Tun => {
-                done.with_context(|| format!("{} cannot be had", request.flag()))
-            }
+        if request == Request::Auto {
+            return done;
         }
+        done.with_context(|| format!("{} cannot be had", request.flag()))
     }
 
     async fn take_steps(
         &mut self,
-        netlink: &Netlink,
         plan: Plan,
         config: &Config,
         routes: &Routes,
@@ -108,7 +105,7 @@ impl FastPath {
                 self.refusals.programs = Some(format!("{error:#}"));
             }
             self.fill_maps(config, routes, report)?;
-            self.drop_unlisted(netlink, report).await?;
+            self.drop_unlisted(report).await?;
         }
         loop {
             let attached: Vec<_> = self.attachments.iter().map(|attachment| attachment.target).collect();
@@ -118,15 +115,17 @@ impl FastPath {
                     self.attachments.retain(|attachment| attachment.target != target);
                     report.made.push(format!("{} detached", target.hook.program));
                 }
-                Some(Step::Attach(target)) => match self.attach(netlink, target).await {
+                Some(Step::Attach(target)) => match self.attach(target).await {
                     Ok(()) => report.made.push(format!("{} attached", target.hook.program)),
                     Err(error) if plan.request == Request::Auto => {
                         debug!("{} is not attached: {error:#}", target.hook.program);
                         self.refusals.targets.push((target, format!("{error:#}")));
                     }
                     Err(error) => {
+                        // Without the tc program, nothing delivers what XDP decapsulates on the device.
                         if target.hook == INGRESS {
-                            self.detach_xdp(target.ifindex);
+                            let is_xdp = |other: Target| other.hook == XDP && other.ifindex == target.ifindex;
+                            self.attachments.retain(|attachment| !is_xdp(attachment.target));
                         }
                         return Err(error);
                     }
@@ -136,20 +135,9 @@ impl FastPath {
         if self.attachments.is_empty() {
             self.unload();
         }
-        self.choose(&plan);
+        update("egress", &mut self.egress, plan.egress(&self.refusals));
+        update("ingress", &mut self.ingress, plan.ingress(&self.refusals));
         Ok(())
-    }
-
-    fn choose(&mut self, plan: &Plan) {
-        let (egress, ingress) = (plan.egress(&self.refusals), plan.ingress(&self.refusals));
-        for (direction, before, now) in
-            [("egress", &self.egress, &egress), ("ingress", &self.ingress, &ingress)]
-        {
-            if before != now {
-                info!("{direction}: {:?}, {}", now.rung, now.why);
-            }
-        }
-        (self.egress, self.ingress) = (egress, ingress);
     }
 
     /// Loads and tests the tc programs, unless they are loaded.
@@ -165,7 +153,7 @@ impl FastPath {
         for hook in [EGRESS, INGRESS] {
             set.programs.load_program(hook)?;
         }
-        self_test::run(object).context("the kernel does not run the eBPF programs as it should")?;
+        self_test::run(object, INGRESS).context("the kernel does not run the eBPF programs as it should")?;
         self.set = Some(set);
         Ok(())
     }
@@ -174,33 +162,31 @@ impl FastPath {
         let Some(set) = &mut self.set else { return Ok(()) };
         if set.config()? != *config {
             set.set_config(config)?;
-            match self.config == Some(*config) {
-                true => report.repaired.push("configuration in the kernel's map".to_owned()),
-                false => report.made.push("configuration written".to_owned()),
-            }
+            let foreign = self.config == Some(*config);
+            report.add(foreign, "configuration in the kernel's map".to_owned());
         }
         self.config = Some(*config);
         let now = Instant::now();
         if self.next_read_back.is_none_or(|next| next <= now) {
             let foreign = set.check_routes()?;
-            let took: Duration = now.elapsed();
-            self.next_read_back = Some(now + took * READ_BACK_SHARE);
+            self.next_read_back = Some(now + now.elapsed() * READ_BACK_SHARE);
             if foreign > 0 {
                 report.repaired.push(format!("{foreign} routes in the kernel's map"));
             }
         }
         report.routes_behind = set.set_routes(routes).err().map(|error| format!("{error:#}"));
+        self.behind = report.routes_behind.is_some();
         Ok(())
     }
 
     /// Forgets attachments that the kernel does not list any more; they are made again.
-    async fn drop_unlisted(&mut self, netlink: &Netlink, report: &mut Report) -> Result<()> {
+    async fn drop_unlisted(&mut self, report: &mut Report) -> Result<()> {
         let Some(set) = &self.set else { return Ok(()) };
         let mut unlisted = Vec::new();
         for Attachment { target, .. } in &self.attachments {
             // The kernel removes a program with its device; the plan has the successor of the device.
             let Ok(device) = device_name(target.ifindex) else { continue };
-            if !set.programs.is_attached(netlink, *target).await? {
+            if !set.programs.is_attached(&self.netlink, *target).await? {
                 report.repaired.push(format!("program {} on {device}", target.hook.program));
                 unlisted.push(*target);
             }
@@ -209,27 +195,28 @@ impl FastPath {
         Ok(())
     }
 
-    async fn attach(&mut self, netlink: &Netlink, target: Target) -> Result<()> {
+    async fn attach(&mut self, target: Target) -> Result<()> {
         let set = self.set.as_mut().context("no programs are loaded")?;
         let xdp = target.hook == XDP;
         if xdp {
             set.programs.load_program(XDP)?;
-            self_test::run_xdp(object()?)?;
+            self_test::run(object()?, XDP)?;
         }
-        let attachment = set.programs.attach(netlink, target).await?;
+        let attachment = set.programs.attach(&self.netlink, target).await?;
         let position = if xdp { 0 } else { self.attachments.len() };
         self.attachments.insert(position, attachment);
         Ok(())
     }
 
-    /// Changes single routes in the kernel's map.
-    pub(super) fn apply_routes(&mut self, changes: &[RouteChange]) -> Result<()> {
-        self.set.as_mut().map_or(Ok(()), |set| set.apply_routes(changes))
-    }
-
-    /// Makes the kernel's map hold exactly `routes`.
-    pub(super) fn set_routes(&mut self, routes: &Routes) -> Result<()> {
-        self.set.as_mut().map_or(Ok(()), |set| set.set_routes(routes))
+    /// Makes `changes` in the kernel's map, or, after an error, all that differs from `routes`.
+    pub(super) fn apply_routes(&mut self, changes: &[RouteChange], routes: &Routes) -> Result<()> {
+        let Some(set) = &mut self.set else { return Ok(()) };
+        let done = match self.behind {
+            true => set.set_routes(routes),
+            false => set.apply_routes(changes),
+        };
+        self.behind = done.is_err();
+        done
     }
 
     pub(super) fn counters(&self) -> Result<Counters> {
@@ -238,11 +225,6 @@ impl FastPath {
             sum.add(&set.counters()?);
         }
         Ok(sum)
-    }
-
-    /// Detaches XDP from a device without a tc program that would deliver what XDP decapsulates.
-    fn detach_xdp(&mut self, ifindex: u32) {
-        self.attachments.retain(|Attachment { target, .. }| target.hook != XDP || target.ifindex != ifindex);
     }
 
     /// Detaches all programs, XDP first, and closes their maps.
@@ -257,7 +239,12 @@ impl FastPath {
 }
 
 fn object() -> Result<&'static [u8]> {
-    ebpf::OBJECT.ok_or_else(|| {
-        anyhow!("this binary was built without eBPF programs: build it with `cargo xtask build`")
-    })
+    ebpf::OBJECT.context("this binary was built without eBPF programs: build it with `cargo xtask build`")
+}
+
+fn update(direction: &str, choice: &mut Choice, now: Choice) {
+    if *choice != now {
+        info!("{direction}: {:?}, {}", now.rung, now.why);
+        *choice = now;
+    }
 }

@@ -11,7 +11,7 @@ pub use desired::{Choice, Desired, PathCounters, Report, Request, Rung, Underlay
 
 use std::{net::SocketAddrV4, sync::Arc};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use tokio::sync::mpsc;
 use tun::{Endpoint, Settings, SlowCounters, Socket, TunRung};
 
@@ -34,8 +34,6 @@ pub struct Datapath {
     counters: Arc<SlowCounters>,
     /// What the last reconciliation made of the device.
     device: Option<DeviceSpec>,
-    /// Whether the kernel's route map may lack what the slow path has.
-    behind: bool,
 }
 
 impl Datapath {
@@ -43,51 +41,39 @@ impl Datapath {
     /// [`Datapath::reconcile`] makes what was lost again.
     pub fn new(netlink: Netlink, failures: mpsc::Sender<String>) -> Self {
         Self {
+            fast: FastPath::new(netlink.clone()),
             netlink,
             failures,
-            fast: FastPath::new(),
             slow: None,
             sockets: Vec::new(),
             counters: Arc::default(),
             device: None,
-            behind: false,
         }
     }
 
     /// Makes the datapath what `desired` says, and repairs what was changed by others. Programs, threads and sockets that
     /// `desired` does not change stay as they are.
     ///
-    /// # Errors
-    ///
-    /// Names the step that failed: the slow path cannot be had, or an explicit request cannot be met. The steps before it stay,
-    /// and the next call continues; but programs are detached when none were attached before.
+    /// Fails when the slow path cannot be had or an explicit request cannot be met. The steps before stay, and the next call
+    /// continues; but programs are detached when none were attached before.
     pub async fn reconcile(&mut self, desired: &Desired<'_>) -> Result<Report> {
         let mut report = Report::default();
         let sockets = self.bind_sockets(desired, &mut report)?;
         let opened = self.reconcile_device(desired.device, &mut report).await?;
-        let ifindex = match (&opened, &self.slow) {
-            (Some(device), _) => device.index,
-            (None, Some(rung)) => rung.ifindex,
-            (None, None) => bail!("the overlay device is not open"),
-        };
+        let ifindex = opened.as_ref().map(|device| device.index).or_else(|| self.overlay_ifindex());
+        let ifindex = ifindex.context("the overlay device is not open")?;
         let config = desired.config(ifindex)?;
         let settings = Settings { config, mtu: desired.device.mtu as usize, sockets: sockets.clone() };
-        match (opened, &self.slow) {
-            (Some(device), _) => {
-                let counters = Arc::clone(&self.counters);
-                self.slow = Some(TunRung::start(device, settings, desired.routes, counters, &self.failures)?);
-            }
-            (None, Some(rung)) => {
-                rung.set_settings(settings);
-                rung.set_routes(desired.routes);
-            }
-            (None, None) => {}
+        if let Some(device) = opened {
+            let counters = Arc::clone(&self.counters);
+            self.slow = Some(TunRung::start(device, settings, desired.routes, counters, &self.failures)?);
+        } else if let Some(rung) = &self.slow {
+            rung.set_settings(settings);
+            rung.set_routes(desired.routes);
         }
         // Replaced sockets are closed with the settings that had them.
         self.sockets = sockets;
-        let plan = desired.plan(ifindex);
-        self.fast.reconcile(&self.netlink, plan, &config, desired.routes, &mut report).await?;
-        self.behind = report.routes_behind.is_some();
+        self.fast.reconcile(desired.plan(ifindex), &config, desired.routes, &mut report).await?;
         Ok(report)
     }
 
@@ -126,38 +112,26 @@ impl Datapath {
             device::preflight(&self.netlink, &spec.name, spec.alias.network).await?;
             let device = OverlayDevice::open(&self.netlink, spec).await?;
             let lost = self.device.replace(spec.clone()).is_some_and(|before| before.name == spec.name);
-            let steps = if lost { &mut report.repaired } else { &mut report.made };
-            steps.push(format!("device {}", spec.name));
+            report.add(lost, format!("device {}", spec.name));
             return Ok(Some(device));
         };
         let set = device::reconcile(&self.netlink, &link, spec)
             .await
             .with_context(|| format!("set up the overlay device {}", spec.name))?;
-        let same = self.device.as_ref() == Some(spec);
-        let steps = if same { &mut report.repaired } else { &mut report.made };
-        steps.extend(set.iter().map(|attribute| format!("{attribute} of {}", spec.name)));
-        self.device = Some(spec.clone());
+        let same = self.device.replace(spec.clone()).as_ref() == Some(spec);
+        for attribute in set {
+            report.add(same, format!("{attribute} of {}", spec.name));
+        }
         Ok(None)
     }
 
-    /// Makes `changes` in both paths; `routes` is what they lead to. After an error, the next call compares all routes.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel refuses an update of its map, or the map is full; the slow path has the routes then all the same.
+    /// Makes `changes`, which lead to `routes`, in both paths. Fails when the kernel refuses an update of its map, or the map is
+    /// full: the slow path has the routes then all the same, and the next call compares all routes.
     pub fn apply_routes(&mut self, changes: &[RouteChange], routes: &Routes) -> Result<()> {
-        if changes.is_empty() && !self.behind {
-            return Ok(());
-        }
         if let Some(rung) = &self.slow {
-            rung.apply_routes(changes);
+            rung.set_routes(routes);
         }
-        let done = match self.behind {
-            true => self.fast.set_routes(routes),
-            false => self.fast.apply_routes(changes),
-        };
-        self.behind = done.is_err();
-        done
+        self.fast.apply_routes(changes, routes)
     }
 
     /// How inner packets leave.
@@ -175,26 +149,13 @@ impl Datapath {
         self.slow.as_ref().map(|rung| rung.ifindex)
     }
 
-    /// Whether the slow path runs, without which no packet is sure to move.
-    pub fn is_alive(&self) -> bool {
-        self.slow.as_ref().is_some_and(TunRung::is_alive)
-    }
-
-    /// What both paths have counted since this value was made.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel's map cannot be read.
+    /// What both paths have counted since this value was made. Fails when the kernel's map cannot be read.
     pub fn counters(&self) -> Result<PathCounters> {
         Ok(PathCounters { fast: self.fast.counters()?, slow: self.counters.read() })
     }
 
     /// Detaches the programs, stops the threads and removes the overlay device, in this order: nothing may redirect to a
-    /// device that is gone.
-    ///
-    /// # Errors
-    ///
-    /// When the device is not ours any more or the kernel refuses.
+    /// device that is gone. Fails when the device is not ours any more or the kernel refuses.
     pub async fn remove(&mut self) -> Result<()> {
         self.fast.unload();
         self.slow = None;

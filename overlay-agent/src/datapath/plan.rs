@@ -1,27 +1,20 @@
 //! Which programs should be attached where, and the steps from what is attached to that. Pure.
 
-use super::{Choice, Request, Rung};
-use crate::datapath::ebpf::{
-    Hook, Target, TcMode,
-    overlay_set::{EGRESS, INGRESS, XDP},
+use super::{
+    Choice, Request, Rung,
+    ebpf::{
+        Hook, Target, TcMode,
+        overlay_set::{EGRESS, INGRESS, XDP},
+    },
 };
-
-/// A device that carries outer packets, as far as the choice of rungs depends on it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Underlay {
-    pub(super) name: String,
-    pub(super) ifindex: u32,
-    /// What kind of virtual device it is; `None` for hardware and virtio.
-    pub(super) kind: Option<String>,
-    pub(super) ethernet: bool,
-}
+use crate::netlink::Link;
 
 /// What the programs that should be attached depend on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Plan {
     pub(super) request: Request,
     pub(super) mode: TcMode,
-    pub(super) underlays: Vec<Underlay>,
+    pub(super) underlays: Vec<Link>,
     pub(super) overlay_ifindex: u32,
     pub(super) log: bool,
 }
@@ -45,7 +38,7 @@ impl Plan {
         Target { hook, ifindex, mode: self.mode }
     }
 
-    fn wants_xdp(&self, underlay: &Underlay) -> bool {
+    fn wants_xdp(&self, underlay: &Link) -> bool {
         match self.request {
             Request::Xdp => true,
             // Virtual devices with native XDP lose more elsewhere (veth: TSO of the peer, and a copy).
@@ -56,30 +49,28 @@ impl Plan {
 
     /// The programs that should be attached, in the order of attaching: what XDP passes on needs the tc program behind it.
     pub(super) fn targets(&self, refusals: &Refusals) -> Vec<Target> {
-        if self.request == Request::Tun || refusals.programs.is_some() {
-            return Vec::new();
-        }
         let mut targets = Vec::new();
         for underlay in &self.underlays {
-            let ingress = self.target(INGRESS, underlay.ifindex);
-            targets.push(ingress);
-            if self.wants_xdp(underlay) && refusals.why(ingress).is_none() {
-                targets.push(self.target(XDP, underlay.ifindex));
-            }
+            let hooks = match self.ingress_of(underlay, refusals).rung {
+                Rung::Xdp => &[INGRESS, XDP][..],
+                Rung::Tc => &[INGRESS],
+                Rung::Tun => &[],
+            };
+            targets.extend(hooks.iter().map(|hook| self.target(*hook, underlay.index)));
         }
-        targets.push(self.target(EGRESS, self.overlay_ifindex));
-        targets.retain(|target| refusals.why(*target).is_none());
+        if self.egress(refusals).rung == Rung::Tc {
+            targets.push(self.target(EGRESS, self.overlay_ifindex));
+        }
         targets
     }
 
     /// How inner packets leave.
     pub(super) fn egress(&self, refusals: &Refusals) -> Choice {
-        let refused = refusals.why(self.target(EGRESS, self.overlay_ifindex));
-        let rung = if refused.is_some() { Rung::Tun } else { Rung::Tc };
-        self.choice(refusals, rung, || match refused {
-            Some(why) => format!("no tc program on the overlay device: {why}"),
-            None => "the kernel runs tc programs on the overlay device".to_owned(),
-        })
+        let (rung, why) = match refusals.why(self.target(EGRESS, self.overlay_ifindex)) {
+            Some(why) => (Rung::Tun, format!("no tc program on the overlay device: {why}")),
+            None => (Rung::Tc, "the kernel runs tc programs on the overlay device".to_owned()),
+        };
+        self.choice(refusals, rung, why)
     }
 
     /// How outer packets arrive: the slowest way of several underlay devices.
@@ -89,31 +80,31 @@ impl Plan {
         slowest.unwrap_or(Choice { rung: Rung::Tun, why: "there is no underlay device".to_owned() })
     }
 
-    fn ingress_of(&self, underlay: &Underlay, refusals: &Refusals) -> Choice {
-        let [no_tc, no_xdp] = [INGRESS, XDP].map(|hook| refusals.why(self.target(hook, underlay.ifindex)));
-        let rung = match (no_tc, no_xdp) {
-            (Some(_), _) => Rung::Tun,
-            (None, None) if self.wants_xdp(underlay) => Rung::Xdp,
-            (None, _) => Rung::Tc,
-        };
-        self.choice(refusals, rung, || match (no_tc, &underlay.kind, no_xdp) {
-            (Some(why), ..) => format!("no tc program on the underlay: {why}"),
-            (None, Some(kind), _) => {
-                format!("{} is a {kind} device, which tc serves better than XDP", underlay.name)
+    fn ingress_of(&self, underlay: &Link, refusals: &Refusals) -> Choice {
+        let [no_tc, no_xdp] = [INGRESS, XDP].map(|hook| refusals.why(self.target(hook, underlay.index)));
+        let (rung, why) = match (no_tc, no_xdp, &underlay.kind) {
+            (Some(why), ..) => (Rung::Tun, format!("no tc program on the underlay: {why}")),
+            (None, Some(why), _) => (Rung::Tc, format!("no XDP: {why}")),
+            (None, None, _) if self.wants_xdp(underlay) => {
+                (Rung::Xdp, "the underlay's driver has native XDP".to_owned())
             }
-            (None, None, Some(why)) => format!("no XDP: {why}"),
-            (None, None, None) => "the underlay's driver has native XDP".to_owned(),
-        })
+            (None, None, Some(kind)) => {
+                (Rung::Tc, format!("{} is a {kind} device, which tc serves better than XDP", underlay.name))
+            }
+            // Only on request, and then that is why.
+            (None, None, None) => (Rung::Tc, String::new()),
+        };
+        self.choice(refusals, rung, why)
     }
 
     /// `rung`, unless there are no programs; `why` if it was not asked for.
-    fn choice(&self, refusals: &Refusals, rung: Rung, why: impl FnOnce() -> String) -> Choice {
+    fn choice(&self, refusals: &Refusals, rung: Rung, why: String) -> Choice {
         let asked = || format!("asked for with {}", self.request.flag());
         let (rung, why) = match (self.request, &refusals.programs) {
             (Request::Tun, _) => (Rung::Tun, asked()),
             (_, Some(why)) => (Rung::Tun, format!("eBPF cannot be had: {why}")),
             (Request::Xdp | Request::Tc, None) => (rung, asked()),
-            (Request::Auto, None) => (rung, why()),
+            (Request::Auto, None) => (rung, why),
         };
         Choice { rung, why }
     }
@@ -143,19 +134,17 @@ mod tests {
     const OVERLAY: u32 = 9;
 
     fn plan(request: Request, kinds: &[Option<&str>]) -> Plan {
-        let underlay = |(ifindex, kind): (u32, &Option<&str>)| Underlay {
-            name: format!("eth{ifindex}"),
-            ifindex,
-            kind: kind.map(str::to_owned),
+        let underlay = |(index, kind): (u32, &Option<&str>)| Link {
+            name: format!("eth{index}"),
+            index,
+            mtu: 1500,
+            up: true,
             ethernet: true,
+            kind: kind.map(str::to_owned),
+            alias: None,
         };
-        Plan {
-            request,
-            mode: TcMode::Tcx,
-            underlays: (1..).zip(kinds).map(underlay).collect(),
-            overlay_ifindex: OVERLAY,
-            log: false,
-        }
+        let underlays = (1..).zip(kinds).map(underlay).collect();
+        Plan { request, mode: TcMode::Tcx, underlays, overlay_ifindex: OVERLAY, log: false }
     }
 
     fn target(hook: Hook, ifindex: u32) -> Target {
@@ -189,19 +178,19 @@ mod tests {
     #[test]
     fn each_direction_falls_back_for_itself() {
         let auto = plan(Request::Auto, &[None]);
-        let refused = |hook, ifindex| Refusals {
-            programs: None,
-            targets: vec![(target(hook, ifindex), "no".to_owned())],
-        };
-        let refusals = refused(XDP, 1);
-        assert_eq!(auto.targets(&refusals), [target(INGRESS, 1), target(EGRESS, OVERLAY)]);
-        assert_eq!(auto.ingress(&refusals), Choice { rung: Rung::Tc, why: "no XDP: no".to_owned() });
-        // XDP alone would hand packets to the stack that nothing delivers.
-        let refusals = refused(INGRESS, 1);
-        assert_eq!(auto.targets(&refusals), [target(EGRESS, OVERLAY)]);
-        assert_eq!((auto.ingress(&refusals).rung, auto.egress(&refusals).rung), (Rung::Tun, Rung::Tc));
-        let refusals = refused(EGRESS, OVERLAY);
-        assert_eq!((auto.ingress(&refusals).rung, auto.egress(&refusals).rung), (Rung::Xdp, Rung::Tun));
+        let (tc, xdp, egress) = (target(INGRESS, 1), target(XDP, 1), target(EGRESS, OVERLAY));
+        for (refused, targets, rungs) in [
+            (xdp, &[tc, egress][..], (Rung::Tc, Rung::Tc)),
+            // XDP alone would hand packets to the stack that nothing delivers.
+            (tc, &[egress], (Rung::Tun, Rung::Tc)),
+            (egress, &[tc, xdp], (Rung::Xdp, Rung::Tun)),
+        ] {
+            let refusals = Refusals { programs: None, targets: vec![(refused, "no".to_owned())] };
+            assert_eq!(auto.targets(&refusals), targets);
+            let (ingress, egress) = (auto.ingress(&refusals), auto.egress(&refusals));
+            assert_eq!((ingress.rung, egress.rung), rungs);
+            assert_eq!(ingress.why == "no XDP: no", refused == xdp);
+        }
         let refusals = Refusals { programs: Some("no BPF".to_owned()), targets: Vec::new() };
         assert!(auto.targets(&refusals).is_empty());
         assert_eq!(auto.egress(&refusals).why, "eBPF cannot be had: no BPF");
@@ -215,11 +204,7 @@ mod tests {
         assert_eq!(steps(xdp.clone(), &tc), [Step::Detach(target(XDP, 1))]);
         assert!(steps(tc.clone(), &tc).is_empty());
         let to_tun = steps(xdp, &targets(Request::Tun));
-        assert_eq!(
-            to_tun[0],
-            Step::Detach(target(XDP, 1)),
-            "XDP is detached before the tc program behind it"
-        );
+        assert_eq!(to_tun[0], Step::Detach(target(XDP, 1)), "XDP is detached first");
         assert_eq!(to_tun.len(), 3);
     }
 
@@ -227,7 +212,7 @@ mod tests {
     fn a_recreated_device_gets_programs_before_the_old_ones_go() {
         let mut after = plan(Request::Xdp, &[None]);
         let before = after.targets(&Refusals::default());
-        after.underlays[0].ifindex = 5;
+        after.underlays[0].index = 5;
         let expected = [
             Step::Attach(target(INGRESS, 5)),
             Step::Attach(target(XDP, 5)),

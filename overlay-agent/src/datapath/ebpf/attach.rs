@@ -9,6 +9,7 @@ use aya::{
     },
     util::KernelVersion,
 };
+use nix::libc;
 
 use super::{Hook, HookKind, ProgramSet};
 use crate::netlink::{Netlink, device_name};
@@ -30,44 +31,39 @@ pub enum TcAttach {
 
 /// [`TcAttach`], decided for this kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TcMode {
-    /// tcx links.
+pub(crate) enum TcMode {
     Tcx,
-    /// clsact filters with this handle, which tells filters of several agents on one device apart.
+    /// Filters with this minor handle, which distinguishes those of several agents on one device.
     Clsact {
-        /// The minor number of the handle.
         handle: u16,
     },
 }
 
 /// A program on a hook of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Target {
-    /// The program.
-    pub hook: Hook,
-    /// Index of the device.
-    pub ifindex: u32,
+pub(crate) struct Target {
+    pub(crate) hook: Hook,
+    pub(crate) ifindex: u32,
     /// How it is attached if it is a tc program.
-    pub mode: TcMode,
+    pub(crate) mode: TcMode,
 }
 
 /// An attached program. Dropping it detaches.
-pub struct Attachment {
-    /// Which, and where.
-    pub target: Target,
+pub(crate) struct Attachment {
+    pub(crate) target: Target,
     _link: Link,
 }
 
+/// The kernel removes tcx and XDP links with their last file descriptor, so also when the agent is killed. A clsact filter
+/// stays until it is removed.
 enum Link {
-    /// The kernel removes it with its last file descriptor, so also when the agent is killed.
-    Descriptor { _link: FdLink },
-    /// Stays until it is removed.
-    Filter { _link: SchedClassifierLink },
+    Tc { _link: SchedClassifierLink },
+    Xdp { _link: FdLink },
 }
 
 impl TcAttach {
     /// Decides for this kernel; clsact filters get `handle`.
-    pub fn mode(self, handle: u16) -> TcMode {
+    pub(crate) fn mode(self, handle: u16) -> TcMode {
         let tcx = match self {
             Self::Auto => KernelVersion::current().is_ok_and(|kernel| kernel >= KernelVersion::new(6, 6, 0)),
             Self::Tcx => true,
@@ -78,13 +74,8 @@ impl TcAttach {
 }
 
 impl ProgramSet {
-    /// Loads a program if it is not, attaches it, and checks that the kernel runs it there.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel refuses; nothing stays attached then. For XDP also when the driver has no native XDP or another program
-    /// is there.
-    pub async fn attach(&mut self, netlink: &Netlink, target: Target) -> Result<Attachment> {
+    /// Loads a program if it is not, attaches it, and checks that the kernel runs it there. After an error it is not attached.
+    pub(crate) async fn attach(&mut self, netlink: &Netlink, target: Target) -> Result<Attachment> {
         let device = device_name(target.ifindex)?;
         self.load_program(target.hook)?;
         let link = match target.hook.kind {
@@ -93,20 +84,14 @@ impl ProgramSet {
             HookKind::Xdp => self.attach_xdp(target, &device)?,
         };
         if !self.is_attached(netlink, target).await? {
-            bail!(
-                "attach {} to {device}: the kernel took the program but does not list it",
-                target.hook.program
-            );
+            let program = target.hook.program;
+            bail!("attach {program} to {device}: the kernel took the program but does not list it");
         }
         Ok(Attachment { target, _link: link })
     }
 
     /// Whether the kernel lists our program on its hook.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel cannot be asked or the device is gone.
-    pub async fn is_attached(&self, netlink: &Netlink, target: Target) -> Result<bool> {
+    pub(crate) async fn is_attached(&self, netlink: &Netlink, target: Target) -> Result<bool> {
         let own = self.info(target.hook)?.id();
         let direction = match target.hook.kind {
             HookKind::Xdp => return Ok(netlink.xdp_program(target.ifindex).await? == Some(own)),
@@ -144,42 +129,35 @@ impl ProgramSet {
         let context = || format!("attach {} to {device}", target.hook.program);
         let program = self.tc(target.hook)?;
         let id = program.attach_with_options(device, direction, options).with_context(context)?;
-        let link = program.take_link(id).with_context(context)?;
-        Ok(match target.mode {
-            TcMode::Tcx => Link::Descriptor { _link: FdLink::try_from(link).with_context(context)? },
-            TcMode::Clsact { .. } => Link::Filter { _link: link },
-        })
+        Ok(Link::Tc { _link: program.take_link(id).with_context(context)? })
     }
 
     fn attach_xdp(&mut self, target: Target, device: &str) -> Result<Link> {
         let program = self.xdp(target.hook)?;
         let context = || format!("attach {} to {device}", target.hook.program);
-        let id = match program.attach_to_if_index(target.ifindex, XdpMode::Driver) {
-            Ok(id) => id,
-            Err(ProgramError::SyscallError(error))
-                if matches!(error.io_error.raw_os_error(), Some(nix::libc::EBUSY | nix::libc::EEXIST)) =>
-            {
-                bail!(
+        let attached = program.attach_to_if_index(target.ifindex, XdpMode::Driver);
+        if let Err(ProgramError::SyscallError(error)) = &attached {
+            match error.io_error.raw_os_error() {
+                Some(libc::EBUSY | libc::EEXIST) => bail!(
                     "another XDP program is on {device}: remove it (ip link set dev {device} xdp off) or choose --datapath tc"
-                )
+                ),
+                Some(libc::EOPNOTSUPP) => {
+                    bail!("the driver of {device} has no native XDP: choose --datapath tc")
+                }
+                _ => {}
             }
-            Err(ProgramError::SyscallError(error))
-                if error.io_error.raw_os_error() == Some(nix::libc::EOPNOTSUPP) =>
-            {
-                bail!("the driver of {device} has no native XDP: choose --datapath tc")
-            }
-            Err(error) => return Err(error).with_context(context),
-        };
+        }
+        let id = attached.with_context(context)?;
         // When the kernel has no XDP links, the library falls back to an attachment that outlives us; taking it detaches it.
         let link = program.take_link(id)?;
         let link = FdLink::try_from(link)
             .with_context(|| format!("{}: the kernel has no XDP links (5.9)", context()))?;
-        Ok(Link::Descriptor { _link: link })
+        Ok(Link::Xdp { _link: link })
     }
 }
 
 /// Removes the filter with this handle that a killed agent left, if there is one. tcx and XDP links leave nothing.
-pub fn detach_filter(device: &str, direction: TcAttachType, handle: u16) {
+pub(crate) fn detach_filter(device: &str, direction: TcAttachType, handle: u16) {
     // Dropping the link detaches the filter; usually there is none.
     let handle = TcHandle::new(0, handle);
     drop(SchedClassifierLink::attached(device, direction, FILTER_PRIORITY, handle, None));
@@ -187,8 +165,7 @@ pub fn detach_filter(device: &str, direction: TcAttachType, handle: u16) {
 
 fn ensure_clsact(device: &str) -> Result<()> {
     match tc::qdisc_add_clsact(device) {
-        Ok(()) => Ok(()),
-        Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(nix::libc::EEXIST) => Ok(()),
-        Err(error) => Err(error).with_context(|| format!("add a clsact qdisc to {device}")),
+        Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
+        added => added.with_context(|| format!("add a clsact qdisc to {device}")),
     }
 }

@@ -5,7 +5,8 @@ pub mod overlay_set;
 mod program_set;
 pub mod self_test;
 
-pub use attach::{Attachment, Target, TcAttach, TcMode, detach_filter};
+pub use attach::TcAttach;
+pub(crate) use attach::{Attachment, Target, TcMode, detach_filter};
 pub use overlay_set::OverlaySet;
 pub use program_set::{Hook, HookKind, Outcome, ProgramSet};
 

@@ -37,10 +37,6 @@ pub struct OverlaySet {
 
 impl OverlaySet {
     /// Loads the maps; see [`ProgramSet::load`].
-    ///
-    /// # Errors
-    ///
-    /// When the kernel refuses a map.
     pub fn load(object: &[u8], log: bool) -> Result<Self> {
         let mut programs = ProgramSet::load("overlay", object, log)?;
         Ok(Self {
@@ -53,40 +49,23 @@ impl OverlaySet {
     }
 
     /// Writes this host's configuration.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel refuses the update.
     pub fn set_config(&mut self, config: &Config) -> Result<()> {
         self.config.set(0, bytemuck::cast::<Config, ConfigBytes>(*config), 0).context("write the map CONFIG")
     }
 
     /// The configuration in the kernel's map.
-    ///
-    /// # Errors
-    ///
-    /// When the map cannot be read.
     pub fn config(&self) -> Result<Config> {
         let config = self.config.get(&0, 0).context("read the map CONFIG")?;
         Ok(bytemuck::cast::<ConfigBytes, Config>(config))
     }
 
-    /// Makes the route map hold exactly `desired`, step by step. After an error the steps already made stay and the next call
-    /// continues from there.
-    ///
-    /// # Errors
-    ///
-    /// When there are more routes than the map holds, or the kernel refuses an update. Those that fit are there.
+    /// Makes the route map hold exactly `desired`. Fails as [`OverlaySet::apply_routes`]; the next call continues from there.
     pub fn set_routes(&mut self, desired: &Routes) -> Result<()> {
-        let changes = diff(&self.routes, desired);
-        self.apply_routes(&changes)
+        self.apply_routes(&diff(&self.routes, desired))
     }
 
-    /// Makes `changes` in the route map, in order.
-    ///
-    /// # Errors
-    ///
-    /// As [`OverlaySet::set_routes`].
+    /// Makes `changes` in the route map, in order. Fails at the first that the kernel refuses, or when there are more routes
+    /// than the map holds: then those that fit are there.
     pub fn apply_routes(&mut self, changes: &[RouteChange]) -> Result<()> {
         // Additions come first, so a full map takes some of them only after others have been removed.
         let mut waiting = Vec::new();
@@ -139,10 +118,6 @@ impl OverlaySet {
     }
 
     /// The routes in the kernel's map.
-    ///
-    /// # Errors
-    ///
-    /// When the map cannot be read.
     pub fn routes(&self) -> Result<Routes> {
         let mut routes = Routes::new();
         for entry in self.route_map.iter() {
@@ -155,10 +130,6 @@ impl OverlaySet {
 
     /// Reads the kernel's map and returns how many of its routes are not as they were written. The next
     /// [`OverlaySet::set_routes`] repairs them.
-    ///
-    /// # Errors
-    ///
-    /// When the map cannot be read.
     pub fn check_routes(&mut self) -> Result<usize> {
         let found = self.routes()?;
         let foreign = diff(&self.routes, &found).len();
@@ -167,10 +138,6 @@ impl OverlaySet {
     }
 
     /// The counters of all CPUs, added up.
-    ///
-    /// # Errors
-    ///
-    /// When the map cannot be read.
     pub fn counters(&self) -> Result<Counters> {
         let mut sum = Counters::ZERO;
         for cpu in self.counters.get(&0, 0).context("read the map COUNTERS")?.iter() {

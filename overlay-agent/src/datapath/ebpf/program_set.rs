@@ -16,7 +16,7 @@ use tokio::task::JoinHandle;
 const LOG_INTERVAL: Duration = Duration::from_millis(100);
 
 /// A program and the kind of hook that it is made for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hook {
     /// The program's name in the object and in what the kernel lists.
     pub program: &'static str,
@@ -54,40 +54,25 @@ pub struct ProgramSet {
 
 impl ProgramSet {
     /// Loads the maps of `object`. With `log`, the programs log failures, and a task of the current tokio runtime forwards the
-    /// lines.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel refuses a map, or `object` cannot log.
-    ///
-    /// # Panics
-    ///
-    /// With `log` outside of a tokio runtime.
+    /// lines; it panics outside of one. Fails when the kernel refuses a map, or `object` cannot log.
     pub fn load(name: &'static str, object: &[u8], log: bool) -> Result<Self> {
         let log_failures = u32::from(log);
-        let mut ebpf =
-            EbpfLoader::new().override_global("LOG_FAILURES", &log_failures, log).load(object).with_context(
-                || format!("load the eBPF maps of {name}: root and kernel 5.10 or later are needed"),
-            )?;
+        let mut loader = EbpfLoader::new();
+        let loaded = loader.override_global("LOG_FAILURES", &log_failures, log).load(object);
+        let mut ebpf = loaded.with_context(|| {
+            format!("load the eBPF maps of {name}: root and kernel 5.10 or later are needed")
+        })?;
         let log = if log { Some(forward_log(&mut ebpf)?) } else { None };
         Ok(Self { name, ebpf, log })
     }
 
     /// Takes a map out of the set; it must live as long as the set loads programs.
-    ///
-    /// # Errors
-    ///
-    /// When there is no such map, or it has another type.
     pub fn take_map<M: TryFrom<Map, Error = MapError>>(&mut self, map: &str) -> Result<M> {
         let found = self.ebpf.take_map(map).with_context(|| format!("{} has no map {map}", self.name))?;
         M::try_from(found).with_context(|| format!("the map {map} of {}", self.name))
     }
 
-    /// Loads a program, unless it is loaded.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel refuses it; the message ends with the last lines of the verifier's log.
+    /// Loads a program, unless it is loaded. An error ends with the last lines of the verifier's log.
     pub fn load_program(&mut self, hook: Hook) -> Result<()> {
         let loaded = match hook.kind {
             HookKind::TcIngress | HookKind::TcEgress => self.tc(hook)?.load(),
@@ -100,10 +85,6 @@ impl ProgramSet {
     }
 
     /// The kernel's description of a loaded program.
-    ///
-    /// # Errors
-    ///
-    /// When the program is not loaded.
     pub fn info(&self, hook: Hook) -> Result<ProgramInfo> {
         let program = self.ebpf.program(hook.program).with_context(|| self.lacks(hook))?;
         program.info().with_context(|| format!("look up the program {}", hook.program))
@@ -111,10 +92,6 @@ impl ProgramSet {
 
     /// Runs a loaded program on a packet without sending anything (`BPF_PROG_TEST_RUN`). The kernel takes the first 14 bytes
     /// for an Ethernet header.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel refuses the packet or the program is not loaded.
     pub fn test_run(&mut self, hook: Hook, packet: &[u8]) -> Result<Outcome> {
         // Room for headers that the program adds.
         let mut out = vec![0; packet.len() + 64];
@@ -177,11 +154,9 @@ fn verifier_error(program: &str, error: ProgramError) -> anyhow::Error {
     };
     let log = verifier_log.to_string();
     let statistics = ["processed ", "verification time", "stack depth"];
-    let tail = log
-        .lines()
-        .rev()
-        .filter(|line| !line.trim().is_empty() && !statistics.iter().any(|start| line.starts_with(start)));
-    let mut tail: Vec<&str> = tail.take(3).collect();
+    let is_reason =
+        |line: &&str| !line.trim().is_empty() && !statistics.iter().any(|start| line.starts_with(start));
+    let mut tail: Vec<&str> = log.lines().rev().filter(is_reason).take(3).collect();
     tail.reverse();
     anyhow!("load the program {program}: {io_error}: {}", tail.join(" | "))
 }

@@ -2,16 +2,12 @@
 //! helpers do not do what they promise.
 
 use anyhow::{Result, bail};
-use ipnet::Ipv4Net;
 use overlay_ebpf::{
-    abi::{Config, DECAPPED_MARK},
+    abi::{Config, DECAPPED_MARK, Prefix},
     wire::{Ethernet, OVERHEAD},
 };
 
-use super::{
-    Hook, HookKind, OverlaySet,
-    overlay_set::{EGRESS_ETHERNET, INGRESS, XDP},
-};
+use super::{Hook, HookKind, OverlaySet, overlay_set::EGRESS_ETHERNET};
 use crate::route::{Peer, Routes, Subnet, abi_prefix};
 
 /// `TC_ACT_REDIRECT` (linux/pkt_cls.h).
@@ -19,44 +15,32 @@ pub const TC_ACT_REDIRECT: u32 = 7;
 /// `XDP_PASS` (linux/bpf.h).
 pub const XDP_PASS: u32 = 2;
 
-/// Sends a packet through the egress and the tc ingress program of copies of the set: the result must be the packet, two hops
-/// older.
-///
-/// # Errors
-///
-/// Names the program that does not do what it should.
-pub fn run(object: &[u8]) -> Result<()> {
-    check_ingress(object, INGRESS)
-}
+/// Underlay address and subnet.
+type Host = ([u8; 4], &'static str);
 
-/// The same with the XDP program.
-///
-/// # Errors
-///
-/// As [`run`].
-pub fn run_xdp(object: &[u8]) -> Result<()> {
-    check_ingress(object, XDP)
-}
+// Addresses for documentation and benchmarks (RFC 5737, RFC 2544), which no host has.
+const SENDER: Host = ([192, 0, 2, 1], "198.18.0.0/24");
+const RECEIVER: Host = ([192, 0, 2, 2], "198.18.1.0/24");
 
-fn check_ingress(object: &[u8], hook: Hook) -> Result<()> {
-    // Addresses for documentation and benchmarks (RFC 5737, RFC 2544), which no host has.
-    let sender = load(object, [192, 0, 2, 1], "198.18.0.0/24", EGRESS_ETHERNET)?;
-    let receiver = load(object, [192, 0, 2, 2], "198.18.1.0/24", hook)?;
+/// Sends a packet through the egress program of one copy of the set and `ingress` of another: the result must be the packet,
+/// two hops older. An error names the program that fails.
+pub(crate) fn run(object: &[u8], ingress: Hook) -> Result<()> {
     let inner = inner_packet();
     let frame = [&[2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0][..], &inner].concat();
+    let sender = load(object, EGRESS_ETHERNET, SENDER, RECEIVER)?;
     let outer = run_on(sender, EGRESS_ETHERNET, &frame, TC_ACT_REDIRECT)?;
     if outer.len() != frame.len() + OVERHEAD {
         bail!("self-test: {} did not encapsulate a packet: {} bytes", EGRESS_ETHERNET.program, outer.len());
     }
     // The kernel returns XDP's metadata in front of the packet.
-    let (action, mark) = match hook.kind {
+    let (action, mark) = match ingress.kind {
         HookKind::Xdp => (XDP_PASS, &DECAPPED_MARK[..]),
         HookKind::TcIngress | HookKind::TcEgress => (TC_ACT_REDIRECT, &[][..]),
     };
-    let got = run_on(receiver, hook, &outer, action)?;
+    let got = run_on(load(object, ingress, RECEIVER, SENDER)?, ingress, &outer, action)?;
     let packet = got.strip_prefix(mark).and_then(|frame| frame.get(Ethernet::LEN..));
     if packet != Some(&two_hops_older(&inner)[..]) {
-        bail!("self-test: {} did not decapsulate a packet: {} bytes", hook.program, got.len());
+        bail!("self-test: {} did not decapsulate a packet: {} bytes", ingress.program, got.len());
     }
     Ok(())
 }
@@ -69,20 +53,14 @@ fn run_on(mut set: OverlaySet, hook: Hook, frame: &[u8], action: u32) -> Result<
     Ok(outcome.packet)
 }
 
-/// A copy of the set for the host at `public_ip` that holds `subnet`, with the other host as its peer.
-fn load(object: &[u8], public_ip: [u8; 4], subnet: &str, hook: Hook) -> Result<OverlaySet> {
+/// A copy of the set for `own` with `peer` as its only peer.
+fn load(object: &[u8], hook: Hook, own: Host, peer: Host) -> Result<OverlaySet> {
     let mut set = OverlaySet::load(object, false)?;
     set.programs.load_program(hook)?;
-    let network = abi_prefix("198.18.0.0/15".parse::<Ipv4Net>()?);
-    let own: Subnet = subnet.parse()?;
-    set.set_config(&Config::new(public_ip, network, abi_prefix(own.prefix()), 8285).with_devices(1, 1))?;
-    let holders = [("198.18.0.0/24", [192, 0, 2, 1]), ("198.18.1.0/24", [192, 0, 2, 2])];
-    let mut routes = Routes::new();
-    for (subnet, address) in holders {
-        routes.insert(subnet.parse()?, Peer { address: address.into() });
-    }
-    routes.remove(&own);
-    set.set_routes(&routes)?;
+    let subnet = abi_prefix(own.1.parse::<Subnet>()?.prefix());
+    let config = Config::new(own.0, Prefix::new([198, 18, 0, 0], 15), subnet, 8285);
+    set.set_config(&config.with_devices(1, 1))?;
+    set.set_routes(&Routes::from([(peer.1.parse()?, Peer { address: peer.0.into() })]))?;
     Ok(set)
 }
 

@@ -6,7 +6,7 @@ use overlay_ebpf::{abi::Counters, reason::DropReason};
 
 /// The slow path's share of [`Counters`]; it never punts.
 #[derive(Debug, Default)]
-pub struct SlowCounters {
+pub(crate) struct SlowCounters {
     egress_packets: AtomicU64,
     egress_bytes: AtomicU64,
     ingress_packets: AtomicU64,
@@ -15,27 +15,23 @@ pub struct SlowCounters {
 }
 
 impl SlowCounters {
-    /// Counts a packet sent to a peer.
-    pub fn sent(&self, bytes: usize) {
+    pub(super) fn sent(&self, bytes: usize) {
         self.egress_packets.fetch_add(1, Relaxed);
         self.egress_bytes.fetch_add(bytes as u64, Relaxed);
     }
 
-    /// Counts a packet delivered to the overlay device.
-    pub fn delivered(&self, bytes: usize) {
+    pub(super) fn delivered(&self, bytes: usize) {
         self.ingress_packets.fetch_add(1, Relaxed);
         self.ingress_bytes.fetch_add(bytes as u64, Relaxed);
     }
 
-    /// Counts a discarded packet.
-    pub fn dropped(&self, reason: DropReason) {
+    pub(super) fn dropped(&self, reason: DropReason) {
         if let Some(counter) = self.drops.get(reason.index()) {
             counter.fetch_add(1, Relaxed);
         }
     }
 
-    /// All values.
-    pub fn read(&self) -> Counters {
+    pub(crate) fn read(&self) -> Counters {
         let mut counters = Counters::ZERO;
         counters.egress_packets = self.egress_packets.load(Relaxed);
         counters.egress_bytes = self.egress_bytes.load(Relaxed);

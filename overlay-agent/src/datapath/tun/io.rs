@@ -148,7 +148,8 @@ fn receive(
         let whole = buffer.get(..VIRTIO_NET_HDR_LEN + len).unwrap_or_default();
         match shared.device.send(whole) {
             Ok(_) => shared.counters.delivered(len),
-            Err(error) if device_is_gone(&error) => {
+            // What a tun descriptor answers when its device was deleted.
+            Err(error) if error.raw_os_error() == Some(libc::EBADFD) => {
                 return Err(error).context("write to the overlay device: was it removed?");
             }
             Err(_) => shared.counters.dropped(DropReason::DeviceFailed),
@@ -157,12 +158,7 @@ fn receive(
     Ok(())
 }
 
-/// `EBADFD`: what a tun descriptor answers when its device was deleted.
-fn device_is_gone(error: &std::io::Error) -> bool {
-    error.raw_os_error() == Some(libc::EBADFD)
-}
-
-/// Waits until a source is readable or there are new settings, and says which sources are; `None` when it is time to stop.
+/// Waits until a source is readable or there are new settings, and returns which sources are; `None` when it is time to stop.
 fn wait(shared: &Shared, wake: &EventFd, sources: &[BorrowedFd<'_>]) -> Result<Option<Vec<bool>>> {
     let all = sources.iter().copied().chain([wake.as_fd()]);
     let mut fds: Vec<_> = all.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();

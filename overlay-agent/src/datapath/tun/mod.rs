@@ -6,13 +6,13 @@
 mod counters;
 mod io;
 mod lookup;
-pub mod partial;
+mod partial;
 pub mod shell;
 mod socket;
 
-pub use counters::SlowCounters;
+pub(crate) use counters::SlowCounters;
 pub use lookup::Lookup;
-pub use socket::{Endpoint, Socket};
+pub(crate) use socket::{Endpoint, Socket};
 
 use std::{
     sync::{
@@ -30,28 +30,24 @@ use tokio::sync::mpsc;
 use tracing::error;
 use tun_rs::SyncDevice;
 
-use crate::{
-    device::OverlayDevice,
-    route::{RouteChange, Routes},
-};
+use crate::{device::OverlayDevice, route::Routes};
 
 /// The running threads of the tun rung.
-pub struct TunRung {
+pub(crate) struct TunRung {
     /// Index of the overlay device.
-    pub ifindex: u32,
+    pub(crate) ifindex: u32,
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
 }
 
 /// What may change while the threads run.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Settings {
-    /// This host's place in the network.
-    pub config: Config,
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Settings {
+    pub(crate) config: Config,
     /// Largest inner packet in bytes.
-    pub mtu: usize,
+    pub(crate) mtu: usize,
     /// One per underlay device; the first sends.
-    pub sockets: Vec<Arc<Socket>>,
+    pub(crate) sockets: Vec<Arc<Socket>>,
 }
 
 /// What both threads use.
@@ -69,11 +65,7 @@ struct Shared {
 
 impl TunRung {
     /// Starts to move packets between `device` and the sockets. When a thread has to end, its reason comes through `failures`.
-    ///
-    /// # Errors
-    ///
-    /// When a thread cannot be started.
-    pub fn start(
+    pub(crate) fn start(
         device: OverlayDevice,
         settings: Settings,
         routes: &Routes,
@@ -112,12 +104,12 @@ impl TunRung {
     }
 
     /// Whether both threads run.
-    pub fn is_alive(&self) -> bool {
+    pub(crate) fn is_alive(&self) -> bool {
         !self.shared.failed.load(Ordering::Acquire)
     }
 
     /// Replaces the settings if they differ.
-    pub fn set_settings(&self, settings: Settings) {
+    pub(crate) fn set_settings(&self, settings: Settings) {
         if **self.shared.settings.load() != settings {
             self.shared.settings.store(Arc::new(settings));
             self.wake();
@@ -125,17 +117,10 @@ impl TunRung {
     }
 
     /// Replaces all routes at once if they differ.
-    pub fn set_routes(&self, routes: &Routes) {
-        let lookup = Lookup::new(routes);
-        if **self.shared.routes.load() != lookup {
-            self.shared.routes.store(Arc::new(lookup));
+    pub(crate) fn set_routes(&self, routes: &Routes) {
+        if self.shared.routes.load().routes != *routes {
+            self.shared.routes.store(Arc::new(Lookup::new(routes)));
         }
-    }
-
-    /// Changes some routes, all at once.
-    pub fn apply_routes(&self, changes: &[RouteChange]) {
-        let changed = self.shared.routes.load().changed(changes);
-        self.shared.routes.store(Arc::new(changed));
     }
 
     fn wake(&self) {

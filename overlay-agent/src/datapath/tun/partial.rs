@@ -28,7 +28,7 @@ const TCP_CWR: u8 = 0x80;
 /// `struct virtio_net_hdr` of a tun device: byte order of the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
-pub struct VirtioHeader {
+pub(super) struct VirtioHeader {
     flags: u8,
     gso_type: u8,
     hdr_len: u16,
@@ -39,7 +39,7 @@ pub struct VirtioHeader {
 
 /// The virtio header with which to write a valid inner packet to a device of `mtu` bytes: empty, or asking the kernel to
 /// complete the checksum, and to treat a TCP packet longer than the MTU as the super-packet it is.
-pub fn header(packet: &[u8], mtu: usize) -> VirtioHeader {
+pub(super) fn header(packet: &[u8], mtu: usize) -> VirtioHeader {
     partial(packet, mtu).unwrap_or_default()
 }
 
@@ -102,35 +102,30 @@ mod tests {
     }
 
     #[test]
-    fn a_short_partial_packet_asks_for_its_checksum() {
-        let header = header(&partial_tcp(100, 0x10), 1472);
-        assert_eq!(header.flags, NEEDS_CSUM);
-        assert_eq!((header.csum_start, header.csum_offset, header.gso_type, header.gso_size), (20, 16, 0, 0));
-    }
-
-    #[test]
-    fn a_super_packet_is_declared_as_one() {
-        let header = header(&partial_tcp(60_000, 0x10), 1472);
-        assert_eq!(header.gso_type, GSO_TCPV4);
-        assert_eq!((header.hdr_len, header.gso_size), (52, 1420));
-    }
-
-    #[test]
-    fn a_super_packet_with_cwr_keeps_it_on_one_segment() {
-        let header = header(&partial_tcp(60_000, 0x90), 1472);
-        assert_eq!(header.gso_type, GSO_TCPV4 | GSO_ECN);
+    fn partial_packets_ask_for_checksums_and_super_packets_for_segments() {
+        const ACK: u8 = 0x10;
+        let cases = [
+            ("short", 100, ACK, (0, 0, 0)),
+            ("super-packet", 60_000, ACK, (GSO_TCPV4, 52, 1420)),
+            ("CWR", 60_000, ACK | TCP_CWR, (GSO_TCPV4 | GSO_ECN, 52, 1420)),
+        ];
+        for (name, total_len, flags, segments) in cases {
+            let header = header(&partial_tcp(total_len, flags), 1472);
+            assert_eq!((header.flags, header.csum_start, header.csum_offset), (NEEDS_CSUM, 20, 16), "{name}");
+            assert_eq!((header.gso_type, header.hdr_len, header.gso_size), segments, "{name}");
+        }
     }
 
     #[test]
     fn finished_or_strange_packets_are_written_as_they_are() {
-        let mut finished = partial_tcp(100, 0x10);
-        finished[36] ^= 0x55;
-        let mut fragment = partial_tcp(100, 0x10);
-        fragment[6] = 0x20;
-        let mut icmp = partial_tcp(100, 0x10);
-        icmp[9] = 1;
-        let short = partial_tcp(100, 0x10)[..36].to_vec();
-        for packet in [&finished[..], &fragment, &icmp, &short, &[]] {
+        let changed = |index: usize, value: u8| {
+            let mut packet = partial_tcp(100, 0x10);
+            packet[index] ^= value;
+            packet
+        };
+        let [finished, fragment, icmp] = [(36, 0x55), (6, 0x60), (9, 7)].map(|(i, value)| changed(i, value));
+        let short = &partial_tcp(100, 0x10)[..36];
+        for packet in [&finished[..], &fragment, &icmp, short, &[]] {
             assert_eq!(header(packet, 1472).flags, 0);
         }
     }

@@ -1,4 +1,5 @@
-//! The tun rung without its I/O: applies the packet core's verdicts to packets in user space.
+//! The tun rung without its I/O: applies the packet core's verdicts to packets in user space. An error is the reason to drop
+//! the packet.
 
 use overlay_ebpf::{
     abi::Config,
@@ -21,10 +22,6 @@ pub struct Send {
 }
 
 /// Decides about an inner packet read from the overlay device, and rewrites it in place.
-///
-/// # Errors
-///
-/// The reason to drop it.
 pub fn egress(packet: &mut [u8], config: &Config, routes: &impl Routes) -> Result<Send, DropReason> {
     match egress::decide(packet, 0, packet.len(), config, routes) {
         EgressVerdict::Encap(encap) => {
@@ -36,12 +33,8 @@ pub fn egress(packet: &mut [u8], config: &Config, routes: &impl Routes) -> Resul
     }
 }
 
-/// Decides about the payload of a datagram from `peer` with `tos` in its outer header, and rewrites it in place. It is then
-/// to be written to the overlay device.
-///
-/// # Errors
-///
-/// The reason to drop it.
+/// Decides about the payload of a datagram from `peer` with `tos` in its outer header, and rewrites it in place for the
+/// overlay device.
 pub fn ingress(
     payload: &mut [u8],
     peer: [u8; 4],

@@ -21,18 +21,16 @@ const SOCKET_BUFFER: usize = 4 << 20;
 
 /// What a socket is bound to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Endpoint {
-    /// Address and port.
-    pub address: SocketAddrV4,
+pub(crate) struct Endpoint {
+    pub(crate) address: SocketAddrV4,
     /// Index of the device whose datagrams it takes.
-    pub ifindex: u32,
+    pub(crate) ifindex: u32,
 }
 
-/// A bound socket. Sockets are equal that are bound to the same.
+/// A bound socket. Sockets are equal that are bound to the same endpoint.
 #[derive(Debug)]
-pub struct Socket {
-    /// What it is bound to.
-    pub endpoint: Endpoint,
+pub(crate) struct Socket {
+    pub(crate) endpoint: Endpoint,
     fd: OwnedFd,
 }
 
@@ -58,30 +56,18 @@ impl Socket {
     /// Opens the network's UDP socket. It takes datagrams that arrive on its device only: otherwise a container could send
     /// one with a peer's address to the host's, and be taken for that peer. Sockets of several devices, also of a device and
     /// its predecessor, may have one address.
-    ///
-    /// # Errors
-    ///
-    /// When the port is taken, the address is not this host's, or the device is gone.
-    pub fn bind(endpoint: Endpoint) -> Result<Self> {
+    pub(crate) fn bind(endpoint: Endpoint) -> Result<Self> {
         let Endpoint { address, ifindex } = endpoint;
         let device = device_name(ifindex)?;
-        let fd = socket(
-            AddressFamily::Inet,
-            SockType::Datagram,
-            SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
-            None,
-        )
-        .context("open a UDP socket")?;
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let fd = socket(AddressFamily::Inet, SockType::Datagram, flags, None).context("open a UDP socket")?;
         setsockopt(&fd, sockopt::BindToDevice, &device.as_str().into())
             .with_context(|| format!("bind the UDP socket to {device}"))?;
         match bind_socket(fd.as_raw_fd(), &SockaddrIn::from(address)) {
-            Ok(()) => {}
-            Err(Errno::EADDRINUSE) => {
-                bail!(
-                    "UDP {address} is in use: stop what uses it (flanneld, or another overlay-agent?) or choose another port"
-                )
-            }
-            Err(error) => return Err(error).with_context(|| format!("bind UDP {address}")),
+            Err(Errno::EADDRINUSE) => bail!(
+                "UDP {address} is in use: stop what uses it (flanneld, or another overlay-agent?) or choose another port"
+            ),
+            bound => bound.with_context(|| format!("bind UDP {address}"))?,
         }
         // The outer header carries the inner one's ECN and DSCP, so it must be known on arrival.
         setsockopt(&fd, sockopt::IpRecvTos, &true).context("ask for the TOS of datagrams")?;
@@ -89,7 +75,7 @@ impl Socket {
             .context("enlarge the socket's receive buffer")?;
         setsockopt(&fd, sockopt::SndBufForce, &SOCKET_BUFFER).context("enlarge the socket's send buffer")?;
         // DF on every outer packet. Unlike IP_PMTUDISC_DO this does not believe ICMP about the path: ports and addresses are
-        // known, so anybody could shrink it (the eBPF rungs do not listen to it either).
+        // known, so any host could shrink it (the eBPF rungs do not listen to it either).
         rustix::net::sockopt::set_ip_mtu_discover(&fd, Ipv4PathMtuDiscovery::PROBE)
             .context("set DF on datagrams")?;
         Ok(Self { endpoint, fd })
