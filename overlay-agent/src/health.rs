@@ -20,6 +20,13 @@ use tokio::{
 };
 use tracing::{debug, info, warn};
 
+/// Longest age of a report once the agent is ready: it reports every 5 s.
+const MAX_AGE: Duration = Duration::from_secs(30);
+/// Longest age of a report before: the agent reports at each attempt to reach the store, up to 70 s apart.
+const MAX_STARTING_AGE: Duration = Duration::from_secs(120);
+
+/// Limit of a connection: one request and its response.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(5);
 /// Limit of connections. One more closes the oldest, so that idle connections do not lock out other clients.
 const MAX_CONNECTIONS: usize = 32;
 
@@ -79,59 +86,32 @@ impl Report {
     }
 
     /// The health as of now: unhealthy when the report is stale.
-    fn current(&self, limits: Limits) -> Health {
-        let limit = if self.health.ready.is_ok() { limits.ready } else { limits.starting };
-        let age = self.at.elapsed();
-        let why = || format!("the agent's main loop has not reported for {} s", age.as_secs());
-        match age > limit {
-            true => Health { healthy: Err(why()), ..self.health.clone() },
-            false => self.health.clone(),
+    fn current(&self) -> Health {
+        let limit = if self.health.ready.is_ok() { MAX_AGE } else { MAX_STARTING_AGE };
+        let (age, mut health) = (self.at.elapsed(), self.health.clone());
+        if age > limit {
+            health.healthy = Err(format!("the agent's main loop has not reported for {} s", age.as_secs()));
         }
+        health
     }
 }
-
-/// Timeouts.
-#[derive(Clone, Copy, Debug)]
-struct Limits {
-    /// Age of a report once the agent is ready: it reports every 5 s.
-    ready: Duration,
-    /// Age of a report before: the agent reports at each attempt to reach the store, up to 70 s apart.
-    starting: Duration,
-    /// Duration of a connection: one request and its response.
-    connection: Duration,
-}
-
-const LIMITS: Limits = Limits {
-    ready: Duration::from_secs(30),
-    starting: Duration::from_secs(120),
-    connection: Duration::from_secs(5),
-};
 
 /// A listening server that does not accept connections yet.
 #[derive(Debug)]
 pub struct HealthServer {
     listener: TcpListener,
     address: SocketAddr,
-    limits: Limits,
+    connection_timeout: Duration,
 }
 
 impl HealthServer {
-    /// Listens at `address`.
-    ///
-    /// # Errors
-    ///
-    /// When it cannot listen there; the error names the flags.
+    /// Listens at `address`. When that fails, the error names the flags.
     pub async fn listen(address: SocketAddr) -> Result<Self> {
         let listener = TcpListener::bind(address).await.with_context(|| {
             format!("listen for /healthz at {address}: choose another --healthz-ip or --healthz-port")
         })?;
         let address = listener.local_addr().context("read the address of /healthz")?;
-        Ok(Self { listener, address, limits: LIMITS })
-    }
-
-    /// The address at which it listens.
-    pub const fn address(&self) -> SocketAddr {
-        self.address
+        Ok(Self { listener, address, connection_timeout: CONNECTION_TIMEOUT })
     }
 
     /// Serves requests until the sender of the reports is dropped.
@@ -139,14 +119,15 @@ impl HealthServer {
         info!("/healthz and /readyz at http://{}", self.address);
         let mut open = VecDeque::new();
         loop {
-            let stream = tokio::select! {
+            let accepted = tokio::select! {
                 accepted = self.listener.accept() => accepted,
-                () = closed(&mut reports) => return,
+                // Until the sender is dropped.
+                () = async { while reports.changed().await.is_ok() {} } => return,
             };
-            match stream {
+            match accepted {
                 Ok((stream, _)) => {
                     make_room(&mut open);
-                    let connection = serve_connection(stream, reports.clone(), self.limits);
+                    let connection = serve_connection(stream, reports.clone(), self.connection_timeout);
                     open.push_back(tokio::spawn(connection).abort_handle());
                 }
                 Err(error) => {
@@ -169,23 +150,18 @@ fn make_room(open: &mut VecDeque<AbortHandle>) {
     }
 }
 
-/// Waits until the sender is dropped.
-async fn closed(reports: &mut watch::Receiver<Report>) {
-    while reports.changed().await.is_ok() {}
-}
-
-async fn serve_connection(stream: TcpStream, reports: watch::Receiver<Report>, limits: Limits) {
+async fn serve_connection(stream: TcpStream, reports: watch::Receiver<Report>, limit: Duration) {
     let service = service_fn(move |request: Request<Incoming>| {
-        let health = reports.borrow().current(limits);
+        let health = reports.borrow().current();
         let answer = answer(request.method(), request.uri().path(), &health);
         async move { Ok::<_, Infallible>(answer) }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(limits.connection)
+        .header_read_timeout(limit)
         .keep_alive(false)
         .serve_connection(TokioIo::new(stream), service);
-    match timeout(limits.connection, connection).await {
+    match timeout(limit, connection).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => debug!("a connection to /healthz failed: {error}"),
         Err(_) => debug!("a connection to /healthz lasted too long"),
@@ -225,8 +201,11 @@ mod tests {
     /// Ample time on a busy machine.
     const TIMEOUT: Duration = Duration::from_secs(30);
 
-    async fn ask(address: SocketAddr, request: &str) -> String {
-        let mut stream = TcpStream::connect(address).await.unwrap();
+    async fn connect(address: SocketAddr) -> TcpStream {
+        TcpStream::connect(address).await.unwrap()
+    }
+
+    async fn ask(mut stream: TcpStream, request: &str) -> String {
         stream.write_all(format!("{request} HTTP/1.1\r\nhost: x\r\n\r\n").as_bytes()).await.unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.unwrap();
@@ -235,20 +214,20 @@ mod tests {
 
     /// Status code and body.
     async fn get(address: SocketAddr, path: &str) -> (u16, String) {
-        let answer = ask(address, &format!("GET {path}")).await;
+        let answer = ask(connect(address).await, &format!("GET {path}")).await;
         let (head, body) = answer.split_once("\r\n\r\n").unwrap();
         (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
     }
 
     async fn start() -> (SocketAddr, watch::Sender<Report>, tokio::task::JoinHandle<()>) {
-        start_with(LIMITS).await
+        start_with(CONNECTION_TIMEOUT).await
     }
 
-    async fn start_with(limits: Limits) -> (SocketAddr, watch::Sender<Report>, tokio::task::JoinHandle<()>) {
+    async fn start_with(limit: Duration) -> (SocketAddr, watch::Sender<Report>, tokio::task::JoinHandle<()>) {
         let mut server = HealthServer::listen("127.0.0.1:0".parse().unwrap()).await.unwrap();
-        server.limits = limits;
+        server.connection_timeout = limit;
         let (sender, receiver) = watch::channel(Report::now(Health::starting()));
-        (server.address(), sender, tokio::spawn(server.serve(receiver)))
+        (server.address, sender, tokio::spawn(server.serve(receiver)))
     }
 
     fn healthy() -> Health {
@@ -261,33 +240,23 @@ mod tests {
         assert_eq!(get(address, "/healthz").await, (200, "ok, not ready: starting\n".to_owned()));
         assert_eq!(get(address, "/readyz").await, (503, "not ready: starting\n".to_owned()));
 
-        sender.send_replace(Report::now(healthy()));
-        for path in ["/healthz", "/readyz", "/readyz?verbose"] {
-            assert_eq!(get(address, path).await, (200, "ok\n".to_owned()), "{path}");
-        }
-
-        sender.send_replace(Report::now(Health {
-            degraded: Some("etcd is unreachable".to_owned()),
-            ..healthy()
-        }));
-        for path in ["/healthz", "/readyz"] {
-            assert_eq!(
-                get(address, path).await,
-                (200, "degraded: etcd is unreachable\n".to_owned()),
-                "{path}"
-            );
-        }
-
-        sender.send_replace(Report::now(Health {
-            healthy: Err("the datapath is down".to_owned()),
-            ..healthy()
-        }));
-        for path in ["/healthz", "/readyz"] {
-            assert_eq!(
-                get(address, path).await,
-                (503, "unhealthy: the datapath is down\n".to_owned()),
-                "{path}"
-            );
+        for (health, code, text) in [
+            (healthy(), 200, "ok\n"),
+            (
+                Health { degraded: Some("etcd is unreachable".to_owned()), ..healthy() },
+                200,
+                "degraded: etcd is unreachable\n",
+            ),
+            (
+                Health { healthy: Err("the datapath is down".to_owned()), ..healthy() },
+                503,
+                "unhealthy: the datapath is down\n",
+            ),
+        ] {
+            sender.send_replace(Report::now(health));
+            for path in ["/healthz", "/readyz", "/readyz?verbose"] {
+                assert_eq!(get(address, path).await, (code, text.to_owned()), "{path}");
+            }
         }
         drop(sender);
         timeout(TIMEOUT, server).await.unwrap().unwrap();
@@ -297,45 +266,39 @@ mod tests {
     async fn other_requests_are_refused_and_garbage_does_no_harm() {
         let (address, _sender, _server) = start().await;
         assert_eq!(get(address, "/metrics").await.0, 404);
-        assert!(ask(address, "POST /healthz").await.starts_with("HTTP/1.1 405"));
-        let head = ask(address, "HEAD /healthz").await;
+        assert!(ask(connect(address).await, "POST /healthz").await.starts_with("HTTP/1.1 405"));
+        let head = ask(connect(address).await, "HEAD /healthz").await;
         assert!(head.starts_with("HTTP/1.1 200") && head.ends_with("\r\n\r\n"), "{head}");
-        let mut stream = TcpStream::connect(address).await.unwrap();
+        let mut stream = connect(address).await;
         stream.write_all(&[0xff; 4096]).await.unwrap();
-        let _idle = TcpStream::connect(address).await.unwrap();
+        let _idle = connect(address).await;
         assert_eq!(get(address, "/healthz").await.0, 200);
     }
 
     #[tokio::test]
     async fn idle_connections_do_not_block_others() {
         // Without this, connections would also be closed by their timeout.
-        let limits = Limits { connection: Duration::from_secs(3600), ..LIMITS };
-        let (address, _sender, _server) = start_with(limits).await;
+        let (address, _sender, _server) = start_with(Duration::from_secs(3600)).await;
         let mut idle = Vec::new();
         for _ in 0..MAX_CONNECTIONS + 8 {
-            idle.push(TcpStream::connect(address).await.unwrap());
+            idle.push(connect(address).await);
         }
         assert_eq!(timeout(TIMEOUT, get(address, "/healthz")).await.unwrap().0, 200);
         // The oldest was closed, the newest is open.
         assert_eq!(timeout(TIMEOUT, idle[0].read(&mut [0])).await.unwrap().unwrap(), 0);
-        let newest = idle.last_mut().unwrap();
-        newest.write_all(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
-        let mut answer = String::new();
-        timeout(TIMEOUT, newest.read_to_string(&mut answer)).await.unwrap().unwrap();
+        let newest = idle.pop().unwrap();
+        let answer = timeout(TIMEOUT, ask(newest, "GET /healthz")).await.unwrap();
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     }
 
     #[tokio::test]
     async fn connections_are_bounded() {
-        let mut open = VecDeque::new();
-        let tasks: Vec<_> = (0..3 * MAX_CONNECTIONS)
-            .map(|_| {
-                make_room(&mut open);
-                let task = tokio::spawn(std::future::pending::<()>());
-                open.push_back(task.abort_handle());
-                task
-            })
-            .collect();
+        let (mut open, mut tasks) = (VecDeque::new(), Vec::new());
+        for _ in 0..3 * MAX_CONNECTIONS {
+            make_room(&mut open);
+            tasks.push(tokio::spawn(std::future::pending::<()>()));
+            open.push_back(tasks.last().unwrap().abort_handle());
+        }
         assert_eq!(open.len(), MAX_CONNECTIONS);
         let (ended, kept) = tasks.split_at(2 * MAX_CONNECTIONS);
         while !ended.iter().all(tokio::task::JoinHandle::is_finished) {
@@ -346,12 +309,16 @@ mod tests {
         assert!(open.len() < MAX_CONNECTIONS);
     }
 
+    fn aged(health: Health, seconds: u64) -> Report {
+        Report { health, at: Instant::now().checked_sub(Duration::from_secs(seconds)).unwrap() }
+    }
+
     #[tokio::test]
     async fn a_main_loop_that_stops_reporting_is_unhealthy() {
-        let limits = Limits { ready: Duration::ZERO, starting: Duration::from_secs(3600), ..LIMITS };
-        let (address, sender, _server) = start_with(limits).await;
+        let (address, sender, _server) = start().await;
+        sender.send_replace(aged(Health::starting(), 31));
         assert_eq!(get(address, "/healthz").await.0, 200, "a start may take longer");
-        sender.send_replace(Report::now(healthy()));
+        sender.send_replace(aged(healthy(), 31));
         for path in ["/healthz", "/readyz"] {
             let (code, text) = get(address, path).await;
             assert!(code == 503 && text.contains("main loop has not reported for"), "{code} {text}");
@@ -360,19 +327,15 @@ mod tests {
 
     #[test]
     fn an_old_report_is_unhealthy() {
-        let aged = |health: Health, seconds| {
-            let at = Instant::now().checked_sub(Duration::from_secs(seconds)).unwrap();
-            Report { health, at }
-        };
-        assert_eq!(aged(healthy(), 20).current(LIMITS), healthy());
+        assert_eq!(aged(healthy(), 20).current(), healthy());
         let why = "the agent's main loop has not reported for 31 s";
-        assert_eq!(aged(healthy(), 31).current(LIMITS).healthy, Err(why.to_owned()));
-        assert_eq!(aged(Health::starting(), 31).current(LIMITS), Health::starting());
-        assert!(aged(Health::starting(), 121).current(LIMITS).healthy.is_err());
+        assert_eq!(aged(healthy(), 31).current().healthy, Err(why.to_owned()));
+        assert_eq!(aged(Health::starting(), 31).current(), Health::starting());
+        assert!(aged(Health::starting(), 121).current().healthy.is_err());
         // An unchanged report is no change, but resets the age.
         let mut report = aged(healthy(), 31);
         assert!(!report.update(healthy()));
-        assert_eq!(report.current(LIMITS), healthy());
+        assert_eq!(report.current(), healthy());
         assert!(report.update(Health::starting()));
     }
 

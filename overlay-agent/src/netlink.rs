@@ -1,21 +1,34 @@
 //! Links, addresses and routes over rtnetlink.
 #![allow(clippy::wildcard_enum_match_arm, reason = "the kernel adds attributes; only a few are read")]
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use anyhow::{Context as _, Result, ensure};
 use futures_util::TryStreamExt as _;
 use ipnet::Ipv4Net;
+use nix::libc::{EACCES, EHOSTUNREACH, EINVAL, ENETUNREACH, ESRCH};
 use rtnetlink::{
     Handle, LinkUnspec, RouteMessageBuilder,
     packet_route::{
         AddressFamily,
-        address::AddressAttribute,
+        address::{AddressAttribute, AddressMessage},
         link::{LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, LinkXdp},
-        route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType},
+        route::{
+            RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+        },
         tc::TcHandle,
     },
 };
+
+/// The value of the first of some attributes that matches a pattern.
+macro_rules! attribute {
+    ($attributes:expr, $pattern:pat => $value:expr) => {
+        $attributes.iter().find_map(|attribute| match attribute {
+            $pattern => Some($value),
+            _ => None,
+        })
+    };
+}
 
 /// A connection to the kernel in the current network namespace. All methods fail when the kernel returns an error.
 #[derive(Clone, Debug)]
@@ -70,10 +83,6 @@ impl From<Handle> for Netlink {
 
 impl Netlink {
     /// Connects, with a task of the current runtime.
-    ///
-    /// # Errors
-    ///
-    /// When the netlink socket cannot be opened.
     pub fn connect() -> Result<Self> {
         let (connection, handle, _) = rtnetlink::new_connection().context("open a netlink socket")?;
         tokio::spawn(connection);
@@ -82,9 +91,8 @@ impl Netlink {
 
     /// All devices.
     pub async fn links(&self) -> Result<Vec<Link>> {
-        let links: Vec<LinkMessage> =
-            self.handle.link().get().execute().try_collect().await.context("list network devices")?;
-        Ok(links.iter().filter_map(link).collect())
+        let messages = self.handle.link().get().execute().try_filter_map(async |message| Ok(link(&message)));
+        messages.try_collect().await.context("list network devices")
     }
 
     /// The device with this name.
@@ -94,43 +102,32 @@ impl Netlink {
 
     /// All IPv4 addresses with the index of their device.
     pub async fn addresses(&self) -> Result<Vec<(u32, Ipv4Net)>> {
-        let messages: Vec<_> =
-            self.handle.address().get().execute().try_collect().await.context("list addresses")?;
-        Ok(messages
-            .into_iter()
-            .filter(|message| message.header.family == AddressFamily::Inet)
-            .filter_map(|message| {
-                let local = message.attributes.iter().find_map(|attribute| match attribute {
-                    AddressAttribute::Local(std::net::IpAddr::V4(address)) => Some(*address),
-                    _ => None,
-                })?;
-                Some((message.header.index, Ipv4Net::new(local, message.header.prefix_len).ok()?))
-            })
-            .collect())
+        let messages = self.address_messages().await?;
+        Ok(messages.iter().filter_map(|message| Some((message.header.index, address(message)?))).collect())
+    }
+
+    async fn address_messages(&self) -> Result<Vec<AddressMessage>> {
+        self.handle.address().get().execute().try_collect().await.context("list addresses")
     }
 
     /// All unicast IPv4 routes of the main table.
     pub async fn routes(&self) -> Result<Vec<Route>> {
-        let request = RouteMessageBuilder::<Ipv4Addr>::new().build();
-        let messages: Vec<_> =
-            self.handle.route().get(request).execute().try_collect().await.context("list routes")?;
-        Ok(messages
-            .into_iter()
-            .filter(|message| message.header.kind == RouteType::Unicast && message.header.table == 254)
+        let messages = self.route_messages().await?;
+        let unicast = messages.iter().filter(|message| {
+            message.header.kind == RouteType::Unicast && message.header.table == RouteHeader::RT_TABLE_MAIN
+        });
+        Ok(unicast
             .filter_map(|message| {
-                let (mut destination, mut index, mut metric) = (Ipv4Addr::UNSPECIFIED, None, 0);
-                for attribute in &message.attributes {
-                    match attribute {
-                        RouteAttribute::Destination(RouteAddress::Inet(address)) => destination = *address,
-                        RouteAttribute::Oif(oif) => index = Some(*oif),
-                        RouteAttribute::Priority(priority) => metric = *priority,
-                        _ => {}
-                    }
-                }
-                let destination = Ipv4Net::new(destination, message.header.destination_prefix_length).ok()?;
-                Some(Route { destination, index: index?, metric })
+                let metric =
+                    attribute!(message.attributes, RouteAttribute::Priority(metric) => *metric).unwrap_or(0);
+                Some(Route { destination: destination(message)?, index: device(message)?, metric })
             })
             .collect())
+    }
+
+    async fn route_messages(&self) -> Result<Vec<RouteMessage>> {
+        let request = RouteMessageBuilder::<Ipv4Addr>::new().build();
+        self.handle.route().get(request).execute().try_collect().await.context("list routes")
     }
 
     /// The device of the default route, the preferred one of several.
@@ -141,50 +138,34 @@ impl Netlink {
     }
 
     /// The kernel's route to an address; `None` when it has none.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel returns another error.
     pub async fn route_to(&self, address: Ipv4Addr) -> Result<Option<Hop>> {
         let request = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(address, 32).build();
         let message = match self.handle.route().get(request).execute().try_next().await {
-            Ok(message) => message,
-            Err(rtnetlink::Error::NetlinkError(error)) if is_no_route(&error.to_io()) => None,
-            Err(error) => return Err(error).with_context(|| format!("look up the route to {address}")),
+            Err(error) if is_no_route(&error) => None,
+            message => message.with_context(|| format!("look up the route to {address}"))?,
         };
-        let Some(message) = message else { return Ok(None) };
-        let (mut index, mut source) = (None, None);
-        for attribute in &message.attributes {
-            match attribute {
-                RouteAttribute::Oif(oif) => index = Some(*oif),
-                RouteAttribute::PrefSource(RouteAddress::Inet(address)) => source = Some(*address),
-                _ => {}
-            }
-        }
-        Ok(index.map(|index| Hop { index, source }))
+        Ok(message.and_then(|message| {
+            let source =
+                attribute!(message.attributes, RouteAttribute::PrefSource(RouteAddress::Inet(source)) => *source);
+            Some(Hop { index: device(&message)?, source })
+        }))
     }
 
     /// Id of the XDP program on a device, in whatever mode; `None` when there is none.
     pub async fn xdp_program(&self, index: u32) -> Result<Option<u32>> {
         let mut links = self.handle.link().get().match_index(index).execute();
         let link = links.try_next().await.with_context(|| format!("look up the device {index}"))?;
-        Ok(link.into_iter().flat_map(|link| link.attributes).find_map(|attribute| match attribute {
-            LinkAttribute::Xdp(xdp) => xdp.into_iter().find_map(|xdp| match xdp {
-                LinkXdp::ProgId(id) | LinkXdp::DrvProgId(id) | LinkXdp::SkbProgId(id) => Some(id),
-                _ => None,
-            }),
-            _ => None,
+        let xdp = link.iter().find_map(|link| attribute!(link.attributes, LinkAttribute::Xdp(xdp) => xdp));
+        Ok(xdp.and_then(|xdp| {
+            attribute!(xdp, LinkXdp::ProgId(id) | LinkXdp::DrvProgId(id) | LinkXdp::SkbProgId(id) => *id)
         }))
     }
 
     /// Whether a clsact qdisc of a device has a filter with this priority and minor handle.
     pub async fn has_filter(&self, index: u32, egress: bool, priority: u16, handle: u16) -> Result<bool> {
-        let filters = self.handle.traffic_filter(index as i32).get();
-        let filters = if egress { filters.egress() } else { filters.ingress() };
-        let filters: Vec<_> = filters
-            .execute()
-            .try_collect()
-            .await
+        let request = self.handle.traffic_filter(index as i32).get();
+        let request = if egress { request.egress() } else { request.ingress() };
+        let filters: Vec<_> = (request.execute().try_collect().await)
             .with_context(|| format!("list the tc filters of the device {index}"))?;
         let handle = TcHandle { major: 0, minor: handle };
         Ok(filters
@@ -201,12 +182,8 @@ impl Netlink {
     /// Sets a device's MTU and sets the device up.
     pub async fn set_up(&self, index: u32, mtu: u32) -> Result<()> {
         let message = LinkUnspec::new_with_index(index).mtu(mtu).up().build();
-        self.handle
-            .link()
-            .change(message)
-            .execute()
-            .await
-            .with_context(|| format!("set the device up with MTU {mtu}"))
+        let request = self.handle.link().change(message);
+        request.execute().await.with_context(|| format!("set the device up with MTU {mtu}"))
     }
 
     /// Removes a device.
@@ -221,21 +198,10 @@ impl Netlink {
     }
 
     /// Removes all IPv4 addresses of a device but this one.
-    pub async fn remove_other_addresses(&self, index: u32, address: Ipv4Net) -> Result<()> {
-        let messages: Vec<_> = self
-            .handle
-            .address()
-            .get()
-            .set_link_index_filter(index)
-            .execute()
-            .try_collect()
-            .await
-            .context("list addresses")?;
-        for message in messages.into_iter().filter(|message| message.header.family == AddressFamily::Inet) {
-            let local = message.attributes.iter().any(|attribute| {
-                matches!(attribute, AddressAttribute::Local(std::net::IpAddr::V4(local)) if *local == address.addr())
-            });
-            if !local || message.header.prefix_len != address.prefix_len() {
+    pub async fn remove_other_addresses(&self, index: u32, kept: Ipv4Net) -> Result<()> {
+        for message in self.address_messages().await? {
+            let is_ipv4 = message.header.family == AddressFamily::Inet;
+            if message.header.index == index && is_ipv4 && address(&message) != Some(kept) {
                 self.handle.address().del(message).execute().await.context("remove a stale address")?;
             }
         }
@@ -244,67 +210,38 @@ impl Netlink {
 
     /// Routes a network through a device, with `source` as the preferred source address.
     pub async fn add_route(&self, network: Ipv4Net, index: u32, source: Ipv4Addr) -> Result<()> {
-        let route = RouteMessageBuilder::<Ipv4Addr>::new()
-            .destination_prefix(network.network(), network.prefix_len())
-            .output_interface(index)
-            .pref_source(source)
-            .scope(RouteScope::Link)
-            .build();
-        self.handle
-            .route()
-            .add(route)
-            .replace()
-            .execute()
-            .await
-            .with_context(|| format!("route {network} through the device"))
+        let route = route_to_net(network).output_interface(index).pref_source(source).scope(RouteScope::Link);
+        let request = self.handle.route().add(route.build()).replace();
+        request.execute().await.with_context(|| format!("route {network} through the device"))
     }
 
     /// Adds a blackhole route with the lowest preference. It belongs to no device and stays until
     /// [`Netlink::remove_blackhole`].
     pub async fn add_blackhole(&self, subnet: Ipv4Net) -> Result<()> {
-        let request = self.handle.route().add(blackhole(subnet)).replace().execute();
-        request.await.with_context(|| format!("add the blackhole route for {subnet}"))
+        let request = self.handle.route().add(blackhole(subnet)).replace();
+        request.execute().await.with_context(|| format!("add the blackhole route for {subnet}"))
     }
 
     /// Subnets with a route from [`Netlink::add_blackhole`].
     pub async fn blackholes(&self) -> Result<Vec<Ipv4Net>> {
-        let request = RouteMessageBuilder::<Ipv4Addr>::new().build();
-        let messages: Vec<_> =
-            self.handle.route().get(request).execute().try_collect().await.context("list routes")?;
+        let messages = self.route_messages().await?;
         let ours = messages.iter().filter(|message| {
             message.header.kind == RouteType::BlackHole && message.header.protocol == BLACKHOLE_MARK
         });
-        Ok(ours
-            .filter_map(|message| {
-                message.attributes.iter().find_map(|attribute| match attribute {
-                    RouteAttribute::Destination(RouteAddress::Inet(address)) => {
-                        Ipv4Net::new(*address, message.header.destination_prefix_length).ok()
-                    }
-                    _ => None,
-                })
-            })
-            .collect())
+        Ok(ours.filter_map(destination).collect())
     }
 
     /// Removes the route from [`Netlink::add_blackhole`]. `false` when it does not exist.
     pub async fn remove_blackhole(&self, subnet: Ipv4Net) -> Result<bool> {
         match self.handle.route().del(blackhole(subnet)).execute().await {
             Ok(()) => Ok(true),
-            Err(rtnetlink::Error::NetlinkError(error))
-                if error.to_io().raw_os_error() == Some(nix::libc::ESRCH) =>
-            {
-                Ok(false)
-            }
+            Err(error) if errno(&error) == Some(ESRCH) => Ok(false),
             Err(error) => Err(error).with_context(|| format!("remove the blackhole route for {subnet}")),
         }
     }
 }
 
-/// The name of a device.
-///
-/// # Errors
-///
-/// When the device is gone.
+/// The name of a device. Fails when the device is gone.
 pub fn device_name(index: u32) -> Result<String> {
     // Without such a device the library returns an empty name.
     let name = nix::net::if_::if_indextoname(index).unwrap_or_default();
@@ -315,45 +252,56 @@ pub fn device_name(index: u32) -> Result<String> {
 /// Distinguishes the agent's blackhole routes from others; iproute2 assigns this protocol number to no program.
 const BLACKHOLE_MARK: RouteProtocol = RouteProtocol::Other(0x6f);
 
+fn route_to_net(net: Ipv4Net) -> RouteMessageBuilder<Ipv4Addr> {
+    RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(net.network(), net.prefix_len())
+}
+
 /// With the lowest preference: the containers' bridge may have a route to the same subnet.
 fn blackhole(subnet: Ipv4Net) -> RouteMessage {
-    RouteMessageBuilder::<Ipv4Addr>::new()
-        .destination_prefix(subnet.network(), subnet.prefix_len())
-        .kind(RouteType::BlackHole)
-        .protocol(BLACKHOLE_MARK)
-        .priority(u32::MAX)
-        .build()
+    route_to_net(subnet).kind(RouteType::BlackHole).protocol(BLACKHOLE_MARK).priority(u32::MAX).build()
+}
+
+fn errno(error: &rtnetlink::Error) -> Option<i32> {
+    match error {
+        rtnetlink::Error::NetlinkError(error) => error.to_io().raw_os_error(),
+        _ => None,
+    }
 }
 
 /// Errors for an address without route, or with a prohibit, unreachable or blackhole route.
-fn is_no_route(error: &std::io::Error) -> bool {
-    use nix::libc::{EACCES, EHOSTUNREACH, EINVAL, ENETUNREACH};
-    matches!(error.raw_os_error(), Some(ENETUNREACH | EHOSTUNREACH | EACCES | EINVAL))
+fn is_no_route(error: &rtnetlink::Error) -> bool {
+    matches!(errno(error), Some(ENETUNREACH | EHOSTUNREACH | EACCES | EINVAL))
 }
 
 fn link(message: &LinkMessage) -> Option<Link> {
-    let mut link = Link {
-        name: String::new(),
-        index: message.header.index,
-        mtu: 0,
-        up: message.header.flags.contains(LinkFlags::Up),
-        ethernet: message.header.link_layer_type == LinkLayerType::Ether,
-        kind: None,
-        alias: None,
-    };
-    for attribute in &message.attributes {
-        match attribute {
-            LinkAttribute::IfName(name) => link.name.clone_from(name),
-            LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
-            LinkAttribute::IfAlias(alias) => link.alias = Some(alias.clone()),
-            LinkAttribute::LinkInfo(info) => {
-                link.kind = info.iter().find_map(|info| match info {
-                    LinkInfo::Kind(kind) => Some(kind.to_string()),
-                    _ => None,
-                });
-            }
-            _ => {}
-        }
-    }
-    (!link.name.is_empty()).then_some(link)
+    let (header, attributes) = (&message.header, &message.attributes);
+    let info = attribute!(attributes, LinkAttribute::LinkInfo(info) => info);
+    Some(Link {
+        name: attribute!(attributes, LinkAttribute::IfName(name) => name.clone())?,
+        index: header.index,
+        mtu: attribute!(attributes, LinkAttribute::Mtu(mtu) => *mtu).unwrap_or(0),
+        up: header.flags.contains(LinkFlags::Up),
+        ethernet: header.link_layer_type == LinkLayerType::Ether,
+        kind: info.and_then(|info| attribute!(info, LinkInfo::Kind(kind) => kind.to_string())),
+        alias: attribute!(attributes, LinkAttribute::IfAlias(alias) => alias.clone()),
+    })
+}
+
+/// The IPv4 address of a message about an address.
+fn address(message: &AddressMessage) -> Option<Ipv4Net> {
+    let local = attribute!(message.attributes, AddressAttribute::Local(IpAddr::V4(address)) => *address)?;
+    Ipv4Net::new(local, message.header.prefix_len).ok()
+}
+
+/// The destination of a route; a default route has no such attribute.
+fn destination(message: &RouteMessage) -> Option<Ipv4Net> {
+    let address =
+        attribute!(message.attributes, RouteAttribute::Destination(RouteAddress::Inet(address)) => *address);
+    let length = message.header.destination_prefix_length;
+    Ipv4Net::new(address.unwrap_or(Ipv4Addr::UNSPECIFIED), length).ok()
+}
+
+/// The index of a route's device.
+fn device(message: &RouteMessage) -> Option<u32> {
+    attribute!(message.attributes, RouteAttribute::Oif(index) => *index)
 }

@@ -21,21 +21,19 @@ impl Rewrite {
         let ttl = header.ttl().wrapping_sub(1);
         let [old_tos_word, _, _, _, old_ttl_word, ..] = header.words();
         let new_ttl_word = u16::from_be_bytes([ttl, header.protocol()]);
-        let checksum = checksum::update(header.checksum(), old_ttl_word, new_ttl_word);
-        let checksum = if tos == header.tos() {
-            checksum
-        } else {
-            checksum::update(checksum, old_tos_word, (old_tos_word & 0xff00) | tos as u16)
-        };
+        let mut checksum = checksum::update(header.checksum(), old_ttl_word, new_ttl_word);
+        if tos != header.tos() {
+            checksum = checksum::update(checksum, old_tos_word, (old_tos_word & 0xff00) | tos as u16);
+        }
         Self { tos, ttl, checksum }
     }
 
     /// Writes the fields. Addresses and lengths stay.
     #[inline(always)]
     pub fn apply(self, header: &mut Ipv4) {
-        header.set_tos(self.tos);
-        header.set_ttl(self.ttl);
-        header.set_checksum(self.checksum);
+        header.tos = self.tos;
+        header.ttl = self.ttl;
+        header.checksum = self.checksum.to_be_bytes();
     }
 }
 
@@ -62,7 +60,7 @@ mod tests {
     #[test]
     fn a_wrong_checksum_stays_wrong() {
         let mut header = header(0, 64);
-        header.set_checksum(0x1234);
+        header.checksum = [0x12, 0x34];
         Rewrite::next_hop(&header, 0).apply(&mut header);
         assert!(!header.has_valid_checksum());
     }

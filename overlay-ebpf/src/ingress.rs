@@ -31,9 +31,7 @@ pub fn decide<P: Bytes + ?Sized>(
     config: &Config,
     routes: &impl Routes,
 ) -> IngressVerdict {
-    let Some((ipv4, udp)) = ours(frame, config) else {
-        return IngressVerdict::Pass;
-    };
+    let Some((ipv4, udp)) = ours(frame, config) else { return IngressVerdict::Pass };
     if ipv4.header_len() > Ipv4::LEN {
         return IngressVerdict::Punt(PuntReason::OuterOptions);
     }
@@ -44,15 +42,15 @@ pub fn decide<P: Bytes + ?Sized>(
         return IngressVerdict::Punt(PuntReason::OuterHeaderChecksum);
     }
     if Ethernet::LEN + ipv4.total_len() > len
-        || udp.len() < Udp::LEN
-        || udp.len() + Ipv4::LEN != ipv4.total_len()
+        || udp.length() < Udp::LEN
+        || udp.length() + Ipv4::LEN != ipv4.total_len()
     {
         return IngressVerdict::Punt(PuntReason::OuterLength);
     }
     if is_partial(&ipv4, &udp) {
         return IngressVerdict::Punt(PuntReason::OuterChecksumPartial);
     }
-    let payload = udp.len() - Udp::LEN;
+    let payload = udp.length() - Udp::LEN;
     match decide_inner(frame, INNER_OFFSET, payload, ipv4.source(), ipv4.tos(), config, routes) {
         InnerVerdict::Decap(decap) => IngressVerdict::Decap(decap),
         InnerVerdict::TrailingBytes => IngressVerdict::Punt(PuntReason::OuterGro),
@@ -124,7 +122,7 @@ fn ours<P: Bytes + ?Sized>(frame: &P, config: &Config) -> Option<(Ipv4, Udp)> {
 #[inline(always)]
 fn is_partial(ipv4: &Ipv4, udp: &Udp) -> bool {
     let pseudo_header =
-        checksum::pseudo_header(ipv4.source(), ipv4.destination(), PROTOCOL_UDP, udp.len() as u16);
+        checksum::pseudo_header(ipv4.source(), ipv4.destination(), PROTOCOL_UDP, udp.length() as u16);
     udp.checksum() != 0 && udp.checksum() == pseudo_header
 }
 

@@ -5,15 +5,11 @@ use crate::{
     wire::{Bytes, Ipv4},
 };
 
-/// Checks that an IPv4 packet starts at `offset` in `packet` and lies inside the `available` bytes from there, and
-/// returns its header.
+/// Checks that an IPv4 packet starts at `offset` in `packet` and lies inside the `available` bytes from there. Returns its
+/// header, or the reason to drop the packet.
 ///
 /// The caller checks whether bytes follow it: they mean different things in the two directions. The header checksum is not
 /// checked here but by the receiving stack: RFC 1624 updates keep a wrong one wrong.
-///
-/// # Errors
-///
-/// The reason to drop the packet.
 #[inline(always)]
 pub fn header<P: Bytes + ?Sized>(packet: &P, offset: usize, available: usize) -> Result<Ipv4, DropReason> {
     let Some(header) = packet.view::<Ipv4>(offset).filter(|_| available >= Ipv4::LEN) else {

@@ -91,9 +91,7 @@ mod tests {
     fn names_are_unique_and_indices_dense() {
         let names: HashSet<_> = DropReason::ALL.iter().map(|reason| reason.name()).collect();
         assert_eq!(names.len(), DropReason::COUNT);
-        for (position, reason) in DropReason::ALL.iter().enumerate() {
-            assert_eq!(reason.index(), position);
-        }
+        assert!(DropReason::ALL.iter().map(|reason| reason.index()).eq(0..DropReason::COUNT));
         let names: HashSet<_> = PuntReason::ALL.iter().map(|reason| reason.name()).collect();
         assert_eq!(names.len(), PuntReason::COUNT);
     }

@@ -2,27 +2,20 @@
 
 use crate::{abi::Config, reason::DropReason, route::Routes};
 
-/// Checks an inner packet that leaves this host.
+/// Checks an inner packet that leaves this host. Fails with the reason to drop it.
 ///
 /// Its source may be an address of our own subnet, or one outside the overlay, such as the host's own: the receiver
 /// decides whether to accept that. An overlay address that another host holds is spoofed.
-///
-/// # Errors
-///
-/// The reason to drop the packet.
 #[inline(always)]
 pub fn check_egress(config: &Config, source: [u8; 4]) -> Result<(), DropReason> {
-    if config.subnet.contains(source) || !config.network.contains(source) {
-        return Ok(());
+    match config.subnet.contains(source) || !config.network.contains(source) {
+        true => Ok(()),
+        false => Err(DropReason::SpoofedSource),
     }
-    Err(DropReason::SpoofedSource)
 }
 
-/// Checks an inner packet that arrived from `peer`: that host must hold the lease of the inner source.
-///
-/// # Errors
-///
-/// The reason to drop the packet.
+/// Checks an inner packet that arrived from `peer`: that host must hold the lease of the inner source. Fails with the reason
+/// to drop it.
 #[inline(always)]
 pub fn check_ingress(
     config: &Config,

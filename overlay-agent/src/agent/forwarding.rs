@@ -79,7 +79,7 @@ impl Forwarding {
         Ok(())
     }
 
-    /// Makes the datapath what it should be.
+    /// Reconciles the datapath with the options, the underlay and the route table.
     async fn reconcile(&mut self) -> Result<()> {
         let desired = Desired {
             device: &self.spec,
@@ -114,14 +114,14 @@ impl Forwarding {
             }
             Err(error) => {
                 self.up = false;
-                let why = format!("the datapath cannot be made, trying again: {error:#}");
+                let why = format!("cannot set up the datapath, retrying: {error:#}");
                 self.conditions.set(Condition::Datapath, why);
                 self.retry.failed(now);
             }
         }
     }
 
-    /// Checks the datapath at its turn. While an attempt is scheduled, that one checks it.
+    /// The periodic check of the datapath. A scheduled attempt replaces it.
     pub(super) async fn check(&mut self) {
         if self.retry.at.is_none() {
             self.try_reconcile().await;
@@ -140,7 +140,7 @@ impl Forwarding {
         tokio::select! {
             () = retry => {}
             Some(failure) = self.failures.recv() => {
-                error!("the datapath failed and is made again: {failure}");
+                error!("the datapath failed, setting it up again: {failure}");
                 self.up = false;
                 if let Some(at) = self.retry.lost(Instant::now()) {
                     sleep_until(at).await;
@@ -221,7 +221,7 @@ impl Forwarding {
         }
         match self.up {
             true => Ok(()),
-            false => Err("the datapath is down and being made again; the log says why".to_owned()),
+            false => Err("the datapath is down and is being set up again; the log says why".to_owned()),
         }
     }
 
@@ -257,7 +257,7 @@ impl Forwarding {
     }
 }
 
-/// When to try again: at once after a long life, later and later after short ones.
+/// When to retry: at once when the datapath ran for long, else with exponential backoff.
 #[derive(Debug, Default)]
 struct Retry {
     at: Option<Instant>,
@@ -324,11 +324,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_datapath_that_is_lost_again_and_again_is_made_later_and_later() {
+    fn a_datapath_that_fails_repeatedly_is_retried_with_backoff() {
         let second = Duration::from_secs(1);
         let (mut retry, start) = (Retry::default(), Instant::now());
         retry.succeeded(start);
-        assert_eq!(retry.lost(start + 60 * second), None, "at once after a long life");
+        assert_eq!(retry.lost(start + 60 * second), None, "at once after a long run");
         let mut now = start + 60 * second;
         for pause in [1, 2, 4, 8, 16, 30, 30] {
             retry.succeeded(now);

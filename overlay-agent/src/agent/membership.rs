@@ -271,13 +271,13 @@ impl Membership {
         }
     }
 
-    /// Gives back a lease that was acquired in vain: the agent could not start.
+    /// Releases the lease of an agent that could not start; one that existed before stays.
     pub(super) async fn give_back(self) {
         if let (Some(store), OwnLease::Held(held)) = (self.store, self.lease) {
             if !held.created {
                 store.leave(&held).await;
             } else if let Err(error) = store.release(&held).await {
-                warn!("give the lease back: {error}");
+                warn!("release the lease: {error}");
             }
         }
     }

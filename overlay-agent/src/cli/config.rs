@@ -337,7 +337,7 @@ fn written_text(written: &Written) -> String {
     let mut text = match (&written.before, written.changes.is_empty()) {
         (_, true) => format!("wrote {location}; it means the same as before"),
         (None, false) => format!("wrote {location}, where there was none:\n{table}"),
-        (Some(_), false) => format!("wrote {location}:\n{table}\nAgents go by it when they start again."),
+        (Some(_), false) => format!("wrote {location}:\n{table}\nAgents read it when they restart."),
     };
     if written.misfits > 0 {
         text.push_str(&format!("\n{} of the leases do not fit it.", written.misfits));

@@ -78,7 +78,7 @@ impl FastPath {
         if request == Request::Auto {
             return done;
         }
-        done.with_context(|| format!("{} cannot be had", request.flag()))
+        done.with_context(|| format!("{} is not possible", request.flag()))
     }
 
     async fn take_steps(
@@ -179,7 +179,7 @@ impl FastPath {
         Ok(())
     }
 
-    /// Forgets attachments that the kernel does not list any more; they are made again.
+    /// Forgets attachments that the kernel does not list any more, so that they are attached again.
     async fn drop_unlisted(&mut self, report: &mut Report) -> Result<()> {
         let Some(set) = &self.set else { return Ok(()) };
         let mut unlisted = Vec::new();

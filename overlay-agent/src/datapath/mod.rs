@@ -22,7 +22,7 @@ use crate::{
 };
 use fast::FastPath;
 
-/// A datapath: the overlay device, the slow path on it, and as much of the fast path as was asked for and can be had.
+/// A datapath: the overlay device, the slow path on it, and as much of the fast path as is requested and possible.
 /// Dropping it detaches the programs and stops the threads; [`Datapath::remove`] also removes the device.
 pub struct Datapath {
     netlink: Netlink,
@@ -54,7 +54,7 @@ impl Datapath {
     /// Makes the datapath what `desired` says, and repairs what was changed by others. Programs, threads and sockets that
     /// `desired` does not change stay as they are.
     ///
-    /// Fails when the slow path cannot be had or an explicit request cannot be met. The steps before stay, and the next call
+    /// Fails when the slow path cannot start or an explicit request cannot be met. The steps before stay, and the next call
     /// continues; but programs are detached when none were attached before.
     pub async fn reconcile(&mut self, desired: &Desired<'_>) -> Result<Report> {
         let mut report = Report::default();

@@ -102,7 +102,7 @@ impl Plan {
         let asked = || format!("asked for with {}", self.request.flag());
         let (rung, why) = match (self.request, &refusals.programs) {
             (Request::Tun, _) => (Rung::Tun, asked()),
-            (_, Some(why)) => (Rung::Tun, format!("eBPF cannot be had: {why}")),
+            (_, Some(why)) => (Rung::Tun, format!("eBPF is not available: {why}")),
             (Request::Xdp | Request::Tc, None) => (rung, asked()),
             (Request::Auto, None) => (rung, why),
         };
@@ -193,7 +193,7 @@ mod tests {
         }
         let refusals = Refusals { programs: Some("no BPF".to_owned()), targets: Vec::new() };
         assert!(auto.targets(&refusals).is_empty());
-        assert_eq!(auto.egress(&refusals).why, "eBPF cannot be had: no BPF");
+        assert_eq!(auto.egress(&refusals).why, "eBPF is not available: no BPF");
     }
 
     #[test]

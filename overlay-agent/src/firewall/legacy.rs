@@ -8,17 +8,15 @@ use ipnet::Ipv4Net;
 /// the kernel supports them.
 const TABLES: &str = "/proc/thread-self/net/ip_tables_names";
 
-/// The table with the FORWARD chain whose policy may be to drop.
-const FILTER: &str = "filter";
-
 /// A warning, with the remedy, that iptables-legacy may drop packets of `network`; `None` when it has no FORWARD chain. Its
 /// policy cannot be read.
 pub fn legacy_warning(network: Ipv4Net) -> Option<String> {
     has_filter(&fs::read_to_string(TABLES).unwrap_or_default()).then(|| remedy(network))
 }
 
+/// The table "filter" has the FORWARD chain.
 fn has_filter(tables: &str) -> bool {
-    tables.lines().any(|table| table == FILTER)
+    tables.lines().any(|table| table == "filter")
 }
 
 fn remedy(network: Ipv4Net) -> String {
@@ -35,8 +33,7 @@ mod tests {
 
     #[test]
     fn only_the_filter_table_is_considered() {
-        assert!(has_filter("filter\n"));
-        assert!(has_filter("nat\nfilter\n"));
+        assert!(has_filter("filter\n") && has_filter("nat\nfilter\n"));
         for tables in ["", "nat\nmangle\n", "filter6\n", "myfilter\n"] {
             assert!(!has_filter(tables), "{tables:?}");
         }
@@ -45,11 +42,9 @@ mod tests {
     #[test]
     fn the_remedy_is_a_command() {
         let remedy = remedy("10.244.0.0/16".parse().unwrap());
-        for command in [
-            "`iptables-legacy -A FORWARD -s 10.244.0.0/16 -j ACCEPT`",
-            "`iptables-legacy -A FORWARD -d 10.244.0.0/16 -j ACCEPT`",
-        ] {
-            assert!(remedy.contains(command), "{remedy}");
+        for side in ["-s", "-d"] {
+            let command = format!("`iptables-legacy -A FORWARD {side} 10.244.0.0/16 -j ACCEPT`");
+            assert!(remedy.contains(&command), "{remedy}");
         }
     }
 }

@@ -36,7 +36,7 @@ pub struct Firewall {
 }
 
 /// The agent's rules in the kernel.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 struct Listing {
     /// The agent's table, if it exists.
     table: Option<Value>,
@@ -45,21 +45,13 @@ struct Listing {
 }
 
 impl Firewall {
-    /// Prepares the rules without applying them.
-    ///
-    /// # Errors
-    ///
-    /// When the name of the overlay device cannot be part of a table name.
+    /// Prepares the rules without applying them. Fails when the name of the overlay device cannot be part of a table name.
     pub fn new(rules: Rules) -> Result<Self, BadName> {
         let names = Names::of(&rules.device)?;
         Ok(Self { rules, names, applied: None, warned: Vec::new() })
     }
 
-    /// Replaces the agent's rules in the kernel, in one transaction.
-    ///
-    /// # Errors
-    ///
-    /// When `nft` is missing or fails; nothing has changed then.
+    /// Replaces the agent's rules in the kernel, in one transaction. When that fails, nothing has changed.
     pub async fn apply(&mut self) -> Result<(), NftError> {
         let current = self.list().await?;
         if self.rules.is_empty() && current.is_empty() {
@@ -77,10 +69,6 @@ impl Firewall {
     }
 
     /// Applies the rules again if they differ from what [`Firewall::apply`] left. `true` when they did.
-    ///
-    /// # Errors
-    ///
-    /// As [`Firewall::apply`].
     pub async fn reconcile(&mut self) -> Result<bool, NftError> {
         if self.applied.as_ref() == Some(&self.list().await?) {
             return Ok(false);
@@ -89,11 +77,7 @@ impl Firewall {
         Ok(true)
     }
 
-    /// Applies the rules for another subnet of this host.
-    ///
-    /// # Errors
-    ///
-    /// As [`Firewall::apply`]; [`Firewall::reconcile`] tries again.
+    /// Applies the rules for another subnet of this host. When that fails, [`Firewall::reconcile`] tries again.
     pub async fn set_subnet(&mut self, subnet: Ipv4Net) -> Result<(), NftError> {
         self.rules.subnet = subnet;
         self.applied = None;
@@ -121,25 +105,28 @@ impl Firewall {
                     self.set_subnet(subnet).await.map(|()| false)
                 }
             };
-            let device = &self.rules.device;
+            let rules = format!("the firewall's rules of {}", self.rules.device);
             if let Ok(true) = result {
-                info!("restored the firewall's rules of {device}, which were changed or missing");
+                info!("restored {rules}, which were changed or missing");
             }
-            let failed =
-                result.err().map(|error| format!("the firewall's rules of {device} may be missing: {error}"));
-            problem.send_replace(failed);
+            problem.send_replace(result.err().map(|error| format!("{rules} may be missing: {error}")));
             self.warn_about_legacy();
         }
     }
 
     /// Only a warning: the policy of iptables-legacy is nearly always to accept.
     fn warn_about_legacy(&mut self) {
-        let forward = self.rules.forward.then_some(self.rules.network);
-        if let Some(why) = forward.and_then(legacy_warning)
-            && !self.warned.contains(&why)
+        if self.rules.forward
+            && let Some(why) = legacy_warning(self.rules.network)
         {
-            warn!("{why}");
-            self.warned.push(why);
+            self.warn_once(why);
+        }
+    }
+
+    fn warn_once(&mut self, text: String) {
+        if !self.warned.contains(&text) {
+            warn!("{text}");
+            self.warned.push(text);
         }
     }
 
@@ -158,14 +145,11 @@ impl Firewall {
             Ok(chains) => chains.unwrap_or_default(),
             Err(error) => return warn!("list the chains that drop forwarded packets: {error}"),
         };
+        let network = self.rules.network;
         for place in ruleset::other_drops(&chains) {
-            if !self.warned.contains(&place) {
-                warn!(
-                    "the policy of {place} drops forwarded packets: accept those from and to {} there",
-                    self.rules.network
-                );
-                self.warned.push(place);
-            }
+            self.warn_once(format!(
+                "the policy of {place} drops forwarded packets: accept those from and to {network} there"
+            ));
         }
     }
 }
@@ -184,10 +168,6 @@ impl Listing {
 }
 
 /// Removes the rules that any agent left for an overlay device. `false` when there are none, or no `nft`.
-///
-/// # Errors
-///
-/// When `nft` fails.
 pub async fn remove(device: &str) -> Result<bool, NftError> {
     // No rules exist for an invalid name.
     let Ok(names) = Names::of(device) else { return Ok(false) };

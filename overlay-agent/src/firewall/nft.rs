@@ -1,7 +1,7 @@
 //! Runs `nft` to apply scripts and to list objects.
 
 use std::{
-    io::{self, ErrorKind},
+    io::ErrorKind,
     process::{Output, Stdio},
     time::Duration,
 };
@@ -21,40 +21,9 @@ pub enum NftError {
         "the program nft is missing: install the package nftables, or set --ip-masq=false and --iptables-forward-rules=false"
     )]
     Missing,
-    /// The program cannot be started.
-    #[error("run nft to {task}: {source}")]
-    Run {
-        /// The task.
-        task: String,
-        /// The system's error.
-        source: io::Error,
-    },
-    /// The program did not end in time and was killed.
-    #[error(
-        "nft does not answer: it did not {task} within {} s; try `nft list ruleset`, and look for a process that holds the \
-         kernel's ruleset",
-        TIMEOUT.as_secs()
-    )]
-    Timeout {
-        /// The task.
-        task: String,
-    },
-    /// The program or the kernel reports an error.
-    #[error("nft failed to {task}: {message}")]
-    Failed {
-        /// The task.
-        task: String,
-        /// The first line of its message.
-        message: String,
-    },
-    /// The output is not JSON.
-    #[error("parse the output of nft to {task}: {source}")]
-    Unreadable {
-        /// The task.
-        task: String,
-        /// The parser's error.
-        source: serde_json::Error,
-    },
+    /// What the run was to do, and why it did not.
+    #[error("{0}")]
+    Failed(String),
 }
 
 /// Applies a script in one transaction.
@@ -70,8 +39,7 @@ pub(super) async fn run(script: &str) -> Result<(), NftError> {
 /// Lists an object without counters; `None` when it does not exist.
 pub(super) async fn list(object: &[&str]) -> Result<Option<Value>, NftError> {
     let task = format!("list {}", object.join(" "));
-    let words = [&["-j", "-s", "list"], object].concat();
-    let output = execute(&words, "", &task).await?;
+    let output = execute(&[&["-j", "-s", "list"], object].concat(), "", &task).await?;
     if !output.status.success() {
         // nft distinguishes this from other failures only by the message.
         return match String::from_utf8_lossy(&output.stderr).contains("No such file or directory") {
@@ -79,8 +47,8 @@ pub(super) async fn list(object: &[&str]) -> Result<Option<Value>, NftError> {
             false => Err(failed(&task, &output)),
         };
     }
-    let mut listing: Value =
-        serde_json::from_slice(&output.stdout).map_err(|source| NftError::Unreadable { task, source })?;
+    let mut listing: Value = serde_json::from_slice(&output.stdout)
+        .map_err(|error| NftError::Failed(format!("parse the output of nft to {task}: {error}")))?;
     Ok(listing.get_mut("nftables").map(Value::take))
 }
 
@@ -100,20 +68,21 @@ async fn execute(words: &[&str], input: &str, task: &str) -> Result<Output, NftE
         }
         child.wait_with_output().await
     };
-    let Ok(outcome) = timeout(TIMEOUT, attempt).await else {
-        return Err(NftError::Timeout { task: task.to_owned() });
-    };
-    outcome.map_err(|source| match source.kind() == ErrorKind::NotFound {
-        true => NftError::Missing,
-        false => NftError::Run { task: task.to_owned(), source },
-    })
+    match timeout(TIMEOUT, attempt).await {
+        Ok(Ok(output)) => Ok(output),
+        Ok(Err(error)) if error.kind() == ErrorKind::NotFound => Err(NftError::Missing),
+        Ok(Err(error)) => Err(NftError::Failed(format!("run nft to {task}: {error}"))),
+        Err(_) => Err(NftError::Failed(format!(
+            "nft does not answer: it did not {task} within {} s; try `nft list ruleset`, and look for a process that \
+             holds the kernel's ruleset",
+            TIMEOUT.as_secs()
+        ))),
+    }
 }
 
 fn failed(task: &str, output: &Output) -> NftError {
     let text = String::from_utf8_lossy(&output.stderr);
-    let line = text.lines().find(|line| !line.trim().is_empty());
-    NftError::Failed {
-        task: task.to_owned(),
-        message: line.map_or_else(|| output.status.to_string(), |line| line.trim().to_owned()),
-    }
+    let line = text.lines().map(str::trim).find(|line| !line.is_empty());
+    let why = line.map_or_else(|| output.status.to_string(), str::to_owned);
+    NftError::Failed(format!("nft failed to {task}: {why}"))
 }

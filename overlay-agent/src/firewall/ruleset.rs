@@ -54,7 +54,6 @@ impl Names {
 }
 
 impl Rules {
-    /// Whether no rules are desired.
     pub(super) const fn is_empty(&self) -> bool {
         !self.masquerade && !self.forward
     }
@@ -68,10 +67,8 @@ impl Rules {
         if self.forward && forward.is_some() {
             let ((table, chain), network, comment) = (FORWARD_CHAIN, self.network, &names.comment);
             for side in ["saddr", "daddr"] {
-                let _ = writeln!(
-                    script,
-                    "add rule ip {table} {chain} ip {side} {network} accept comment \"{comment}\""
-                );
+                let rule = format!("ip {side} {network} accept comment \"{comment}\"");
+                let _ = writeln!(script, "add rule ip {table} {chain} {rule}");
             }
         }
         script
@@ -97,10 +94,8 @@ impl Rules {
         ];
         // Writing to a string cannot fail.
         let _ = writeln!(script, "add table ip {}", names.table);
-        let _ = writeln!(
-            script,
-            "add chain {chain} {{ type nat hook postrouting priority 100; policy accept; }}"
-        );
+        let hook = "type nat hook postrouting priority 100; policy accept;";
+        let _ = writeln!(script, "add chain {chain} {{ {hook} }}");
         for rule in rules {
             let _ = writeln!(script, "add rule {chain} {rule}");
         }

@@ -1,7 +1,6 @@
 //! Routes to peers, derived from lease records. Pure: no store, no kernel.
 //!
-//! `candidates` decides about one subnet from the records that name it, [`RouteTable`] keeps all of them up to date record by
-//! record.
+//! `candidates` decides about one subnet from the records that name it, [`RouteTable`] updates all subnets record by record.
 
 mod candidates;
 #[cfg(test)]
@@ -88,7 +87,7 @@ impl RouteTable {
     /// Replaces all records.
     pub fn replace(&mut self, records: impl IntoIterator<Item = LeaseRecord>) -> Outcome {
         for candidates in self.candidates.values_mut() {
-            candidates.clear();
+            candidates.records.clear();
         }
         let known = std::mem::take(&mut self.unnamed);
         for record in records {
@@ -156,8 +155,9 @@ impl RouteTable {
         for subnet in subnets {
             let Some(candidates) = self.candidates.get_mut(&subnet) else { continue };
             let before = self.routes.get(&subnet).copied();
-            let decision = candidates.decide(&self.local, subnet, self.fixed.get(&subnet).copied(), before);
-            match decision.peer {
+            let fixed = self.fixed.get(&subnet).copied();
+            let (peer, skipped) = candidates.decide(&self.local, subnet, fixed, before);
+            match peer {
                 Some(peer) if before != Some(peer) => {
                     self.routes.insert(subnet, peer);
                     outcome.changes.push(RouteChange::set(subnet, peer));
@@ -168,10 +168,10 @@ impl RouteTable {
                 }
                 Some(_) | None => {}
             }
-            let new = decision.skipped.iter().filter(|skipped| !candidates.skipped.contains(skipped));
+            let new = skipped.iter().filter(|skipped| !candidates.skipped.contains(skipped));
             outcome.skipped.extend(new.cloned());
-            candidates.skipped = decision.skipped;
-            if candidates.is_empty() {
+            candidates.skipped = skipped;
+            if candidates.records.is_empty() {
                 self.candidates.remove(&subnet);
             }
         }
@@ -189,7 +189,8 @@ pub fn refusals<'a>(
     let mut holders = Routes::new();
     let mut refusal = |record: &LeaseRecord| {
         let subnet = record.id.clone().map_err(|error| error.to_string())?;
-        match candidates::peer(network, None, subnet, &record.value).map_err(candidates::Refused::why)? {
+        let value = record.value.as_ref().map_err(ToString::to_string)?;
+        match candidates::peer(network, None, subnet, value)? {
             Some(peer) => candidates::check_holder(*holders.entry(subnet).or_insert(peer), peer, subnet),
             None => Ok(()),
         }

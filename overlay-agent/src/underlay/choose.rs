@@ -1,9 +1,9 @@
 //! Selects the underlay from devices, addresses and routes. Pure.
 
-use std::{fmt, net::Ipv4Addr};
+use std::net::Ipv4Addr;
 
+use anyhow::{Result, bail};
 use ipnet::Ipv4Net;
-use thiserror::Error;
 
 use super::{Iface, Pattern, Selector, Underlay};
 use crate::{
@@ -23,77 +23,42 @@ pub(super) struct HostView {
     pub(super) reached: Option<Hop>,
 }
 
-/// No device matches the selector.
-#[derive(Debug, Error, PartialEq, Eq)]
-pub struct NoUnderlay {
-    tried: Vec<NotFound>,
-    /// The host's devices with their addresses.
-    available: Vec<String>,
-}
-
-impl fmt::Display for NoUnderlay {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let tried: Vec<_> = self.tried.iter().map(NotFound::to_string).collect();
-        write!(f, "found no device for the underlay: {}", tried.join("; "))?;
-        match self.available.is_empty() {
-            true => write!(f, "; this host has no device with an IPv4 address"),
-            false => write!(f, "; --iface can be one of {}", self.available.join(", ")),
-        }
-    }
-}
-
-/// Why one criterion found no device.
-#[derive(Debug, Error, PartialEq, Eq)]
-enum NotFound {
-    #[error("--iface {0}: there is no device of that name")]
-    Name(String),
-    #[error("--iface {0}: no device holds that address")]
-    Address(Ipv4Addr),
-    #[error("--iface {0}: the device has no IPv4 address")]
-    NoAddress(String),
-    #[error("--iface-regex {0}: matches the device {1}, which has no IPv4 address")]
-    MatchWithoutAddress(String, String),
-    #[error("--iface-regex {0}: matches no address and no name")]
-    Match(String),
-    #[error("--iface-can-reach {0}: no route to it through a device with an IPv4 address")]
-    Reach(Ipv4Addr),
-    #[error("--public-ip {0}: no device holds that address, so name the device with --iface")]
-    Public(Ipv4Addr),
-    #[error(
-        "there is no default route through a device with an IPv4 address, so name the device with --iface"
-    )]
-    Default,
-}
-
-/// Selects the device and its address as flannel does.
-pub(super) fn choose(selector: &Selector, host: &HostView) -> Result<Underlay, NoUnderlay> {
+/// Selects the device and its address as flannel does. Fails with why each criterion found no device, and the devices that can
+/// be named.
+pub(super) fn choose(selector: &Selector, host: &HostView) -> Result<Underlay> {
     let mut tried = Vec::new();
     let has_criteria =
         !selector.ifaces.is_empty() || !selector.patterns.is_empty() || selector.can_reach.is_some();
     let named = selector.ifaces.iter().map(|iface| host.named(iface));
     let matching = selector.patterns.iter().map(|pattern| host.matching(pattern));
-    let reaching = selector.can_reach.map(|address| host.reaching().ok_or(NotFound::Reach(address)));
+    let reaching = selector.can_reach.map(|address| host.reaching(address));
     let fallback = (!has_criteria).then(|| match selector.public_ip {
-        Some(address) => host.holding(address).ok_or(NotFound::Public(address)),
-        None => host.default_route().ok_or(NotFound::Default),
+        Some(address) => host.holding(address).ok_or_else(|| {
+            format!("--public-ip {address}: no device holds that address, so name the device with --iface")
+        }),
+        None => host.default_route(),
     });
     for attempt in named.chain(matching).chain(reaching).chain(fallback) {
         match attempt {
             Ok((link, address)) => {
                 // Peers send to the public address: if the device holds it, the agent listens there.
-                let held = |public_ip: &Ipv4Addr| {
-                    host.addresses
-                        .iter()
-                        .any(|(holder, net)| *holder == link.index && net.addr() == *public_ip)
-                };
+                let held = |public_ip: &Ipv4Addr| host.of_link(&link).any(|address| address == *public_ip);
                 let local_ip = selector.public_ip.filter(held).unwrap_or(address);
                 return Ok(Underlay { link, local_ip, public_ip: selector.public_ip.unwrap_or(address) });
             }
             Err(reason) => tried.push(reason),
         }
     }
-    Err(NoUnderlay { tried, available: host.names() })
+    let available = host.names().join(", ");
+    let remedy = match available.is_empty() {
+        true => "this host has no device with an IPv4 address".to_owned(),
+        false => format!("--iface can be one of {available}"),
+    };
+    bail!("found no device for the underlay: {}; {remedy}", tried.join("; "))
 }
+
+/// A device and its address, or why a criterion finds none.
+type Found = Result<(Link, Ipv4Addr), String>;
 
 /// The address of a device that flannel would select: not a loopback address, and a link-local one only if there is no other.
 pub(super) fn best_address(addresses: &[(u32, Ipv4Net)], index: u32) -> Option<Ipv4Addr> {
@@ -114,47 +79,15 @@ impl HostView {
         self.candidates().find(|link| link.index == index)
     }
 
+    /// The addresses of a device.
+    fn of_link(&self, link: &Link) -> impl Iterator<Item = Ipv4Addr> {
+        let own = self.addresses.iter().filter(|(holder, _)| *holder == link.index);
+        own.map(|(_, net)| net.addr())
+    }
+
     /// The device with its best address.
     fn with_address(&self, link: &Link) -> Option<(Link, Ipv4Addr)> {
         Some((link.clone(), best_address(&self.addresses, link.index)?))
-    }
-
-    fn named(&self, iface: &Iface) -> Result<(Link, Ipv4Addr), NotFound> {
-        match iface {
-            Iface::Address(address) => self.holding(*address).ok_or(NotFound::Address(*address)),
-            Iface::Name(name) => {
-                let link = self.candidates().find(|link| link.name == *name);
-                let link = link.ok_or_else(|| NotFound::Name(name.clone()))?;
-                self.with_address(link).ok_or_else(|| NotFound::NoAddress(name.clone()))
-            }
-        }
-    }
-
-    /// Matches the addresses of all devices before their names.
-    fn matching(&self, pattern: &Pattern) -> Result<(Link, Ipv4Addr), NotFound> {
-        let matches = |address: &Ipv4Addr| !address.is_loopback() && pattern.is_in(&address.to_string());
-        for link in self.candidates() {
-            let own = self.addresses.iter().filter(|(holder, _)| *holder == link.index);
-            if let Some(address) = own.map(|(_, net)| net.addr()).find(matches) {
-                return Ok((link.clone(), address));
-            }
-        }
-        match self.candidates().find(|link| pattern.is_in(&link.name)) {
-            Some(link) => self
-                .with_address(link)
-                .ok_or_else(|| NotFound::MatchWithoutAddress(pattern.to_string(), link.name.clone())),
-            None => Err(NotFound::Match(pattern.to_string())),
-        }
-    }
-
-    /// Not for an address of this host: its route uses the loopback device.
-    fn reaching(&self) -> Option<(Link, Ipv4Addr)> {
-        let hop = self.reached?;
-        let link = self.by_index(hop.index).filter(|link| link.name != "lo")?;
-        match hop.source {
-            Some(source) => Some((link.clone(), source)),
-            None => self.with_address(link),
-        }
     }
 
     fn holding(&self, address: Ipv4Addr) -> Option<(Link, Ipv4Addr)> {
@@ -162,16 +95,58 @@ impl HostView {
         Some((self.by_index(*index)?.clone(), address))
     }
 
-    fn default_route(&self) -> Option<(Link, Ipv4Addr)> {
-        self.with_address(self.by_index(self.default?)?)
+    fn named(&self, iface: &Iface) -> Found {
+        let refused = |why| format!("--iface {iface}: {why}");
+        match iface {
+            Iface::Address(address) => {
+                self.holding(*address).ok_or_else(|| refused("no device holds that address"))
+            }
+            Iface::Name(name) => {
+                let link = self.candidates().find(|link| link.name == *name);
+                let link = link.ok_or_else(|| refused("there is no device of that name"))?;
+                self.with_address(link).ok_or_else(|| refused("the device has no IPv4 address"))
+            }
+        }
     }
 
+    /// Matches the addresses of all devices before their names.
+    fn matching(&self, pattern: &Pattern) -> Found {
+        let matches = |address: &Ipv4Addr| !address.is_loopback() && pattern.0.is_match(&address.to_string());
+        for link in self.candidates() {
+            if let Some(address) = self.of_link(link).find(matches) {
+                return Ok((link.clone(), address));
+            }
+        }
+        let link = self.candidates().find(|link| pattern.0.is_match(&link.name));
+        let link = link.ok_or_else(|| format!("--iface-regex {pattern}: matches no address and no name"))?;
+        self.with_address(link).ok_or_else(|| {
+            format!("--iface-regex {pattern}: matches the device {}, which has no IPv4 address", link.name)
+        })
+    }
+
+    /// Not for an address of this host: its route uses the loopback device.
+    fn reaching(&self, address: Ipv4Addr) -> Found {
+        let found = self.reached.and_then(|hop| {
+            let link = self.by_index(hop.index).filter(|link| link.name != "lo")?;
+            hop.source.map(|source| (link.clone(), source)).or_else(|| self.with_address(link))
+        });
+        found.ok_or_else(|| {
+            format!("--iface-can-reach {address}: no route to it through a device with an IPv4 address")
+        })
+    }
+
+    fn default_route(&self) -> Found {
+        let link = self.default.and_then(|index| self.by_index(index));
+        link.and_then(|link| self.with_address(link)).ok_or_else(|| {
+            "there is no default route through a device with an IPv4 address, so name the device with --iface"
+                .to_owned()
+        })
+    }
+
+    /// The candidates that have an address, with it.
     fn names(&self) -> Vec<String> {
-        let named = |link: &Link| {
-            let address = best_address(&self.addresses, link.index)?;
-            Some(format!("{} ({address})", link.name))
-        };
-        self.candidates().filter_map(named).collect()
+        let found = self.candidates().filter_map(|link| self.with_address(link));
+        found.map(|(link, address)| format!("{} ({address})", link.name)).collect()
     }
 }
 
@@ -219,16 +194,20 @@ mod tests {
         }
     }
 
+    fn refusal(selector: &Selector, host: &HostView) -> String {
+        choose(selector, host).unwrap_err().to_string()
+    }
+
     #[test]
     fn the_first_existing_interface_is_selected() {
-        let host = host();
-        assert_eq!(
-            found(&selector(&["eth7", "eth2", "eth1", "eth0"], &[]), &host),
-            "eth1 192.168.7.1 192.168.7.1"
-        );
-        assert_eq!(found(&selector(&["10.9.9.9", "172.16.0.1"], &[]), &host), "eth0 172.16.0.1 172.16.0.1");
-        assert_eq!(found(&selector(&["nosuch"], &["eth1"]), &host), "eth1 192.168.7.1 192.168.7.1");
-        assert_eq!(found(&selector(&["eth1"], &["eth0"]), &host), "eth1 192.168.7.1 192.168.7.1");
+        for (ifaces, patterns, expected) in [
+            (&["eth7", "eth2", "eth1", "eth0"][..], &[][..], "eth1 192.168.7.1 192.168.7.1"),
+            (&["10.9.9.9", "172.16.0.1"], &[], "eth0 172.16.0.1 172.16.0.1"),
+            (&["nosuch"], &["eth1"], "eth1 192.168.7.1 192.168.7.1"),
+            (&["eth1"], &["eth0"], "eth1 192.168.7.1 192.168.7.1"),
+        ] {
+            assert_eq!(found(&selector(ifaces, patterns), &host()), expected);
+        }
     }
 
     #[test]
@@ -261,9 +240,7 @@ mod tests {
         assert_eq!(found(&public([192, 168, 7, 1], &[]), &host), "eth1 192.168.7.1 192.168.7.1");
         assert_eq!(found(&public([203, 0, 113, 5], &["eth0"]), &host), "eth0 10.0.0.1 203.0.113.5");
         assert_eq!(found(&public([172, 16, 0, 1], &["eth0"]), &host), "eth0 172.16.0.1 172.16.0.1");
-        assert!(
-            choose(&public([203, 0, 113, 5], &[]), &host).unwrap_err().to_string().contains("--public-ip")
-        );
+        assert!(refusal(&public([203, 0, 113, 5], &[]), &host).contains("--public-ip"));
         assert_eq!(found(&Selector::default(), &host), "eth0 10.0.0.1 10.0.0.1");
     }
 
@@ -272,19 +249,14 @@ mod tests {
         let host = HostView { default: None, ..host() };
         let selector =
             Selector { can_reach: Some(Ipv4Addr::new(8, 8, 8, 8)), ..selector(&["eth7", "eth2"], &["^en"]) };
-        let text = choose(&selector, &host).unwrap_err().to_string();
+        let text = refusal(&selector, &host);
         for part in
             ["eth7: there is no", "eth2: the device has no", "^en: matches no", "8.8.8.8", "eth0 (10.0.0.1)"]
         {
             assert!(text.contains(part), "{part} is missing: {text}");
         }
         assert!(!text.contains("ovl0") && !text.contains("lo (") && !text.contains('\n'), "{text}");
-        assert!(choose(&Selector::default(), &host).unwrap_err().to_string().contains("default route"));
-        assert!(
-            choose(&Selector::default(), &HostView::default())
-                .unwrap_err()
-                .to_string()
-                .contains("no device with")
-        );
+        assert!(refusal(&Selector::default(), &host).contains("default route"));
+        assert!(refusal(&Selector::default(), &HostView::default()).contains("no device with"));
     }
 }

@@ -5,10 +5,9 @@ mod watch;
 
 use std::{fmt, net::Ipv4Addr, str::FromStr};
 
-use anyhow::{Result, bail};
+use anyhow::{Result, ensure};
 use regex::Regex;
 
-pub use choose::NoUnderlay;
 pub use watch::{UnderlayChange, watch};
 
 use crate::{
@@ -63,12 +62,6 @@ impl fmt::Display for Iface {
 #[derive(Clone, Debug)]
 pub struct Pattern(Regex);
 
-impl Pattern {
-    fn is_in(&self, text: &str) -> bool {
-        self.0.is_match(text)
-    }
-}
-
 impl FromStr for Pattern {
     type Err = regex::Error;
 
@@ -92,12 +85,8 @@ impl PartialEq for Pattern {
 impl Eq for Pattern {}
 
 impl Underlay {
-    /// Finds the device and address that `selector` selects.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel cannot be queried, with [`NoUnderlay`] when no device matches, or when other hosts cannot reach the
-    /// address.
+    /// Finds the device and address that `selector` selects. Fails when no device matches, when other hosts cannot reach the
+    /// address, or when the kernel cannot be queried.
     pub async fn find(netlink: &Netlink, selector: &Selector) -> Result<Self> {
         let host = choose::HostView {
             links: netlink.links().await?,
@@ -109,13 +98,12 @@ impl Underlay {
             },
         };
         let found = choose::choose(selector, &host)?;
-        if !lease::is_host(found.local_ip) || !lease::is_host(found.public_ip) {
-            bail!(
-                "{} on {} cannot be reached by other hosts: choose another --iface or --public-ip",
-                found.public_ip,
-                found.link.name
-            );
-        }
+        let Self { link, local_ip, public_ip } = &found;
+        ensure!(
+            lease::is_host(*local_ip) && lease::is_host(*public_ip),
+            "{public_ip} on {} cannot be reached by other hosts: choose another --iface or --public-ip",
+            link.name
+        );
         Ok(found)
     }
 }

@@ -39,17 +39,16 @@ pub enum UnderlayChange {
 /// Watches `current`, which `selector` selected, in a task that ends when the receiver is dropped.
 ///
 /// An address that the operator named is never replaced by another, but may move to another device. Otherwise the device stays
-/// the same, and its initial address is used whenever the device holds it.
-///
-/// # Errors
-///
-/// When the kernel refuses a socket.
+/// the same, and its initial address is used whenever the device holds it. Fails when the kernel refuses a socket.
 pub fn watch(current: Underlay, selector: &Selector) -> Result<mpsc::Receiver<UnderlayChange>> {
     let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr];
-    let (connection, handle, mut messages) =
-        rtnetlink::new_multicast_connection(&groups).context("subscribe to changes of network devices")?;
-    tokio::spawn(connection);
-    let mut netlink = Netlink::from(handle);
+    let subscribe = move || {
+        let (connection, handle, messages) = rtnetlink::new_multicast_connection(&groups)
+            .context("subscribe to changes of network devices")?;
+        tokio::spawn(connection);
+        anyhow::Ok((Netlink::from(handle), messages))
+    };
+    let (mut netlink, mut messages) = subscribe()?;
     let (sender, receiver) = mpsc::channel(4);
     let mut state = State::new(current, selector);
     tokio::spawn(async move {
@@ -63,27 +62,19 @@ pub fn watch(current: Underlay, selector: &Selector) -> Result<mpsc::Receiver<Un
                     sleep(SETTLE_TIME).await;
                     if message.is_none() {
                         // The connection failed.
-                        match rtnetlink::new_multicast_connection(&groups) {
-                            Ok((connection, handle, new_messages)) => {
-                                tokio::spawn(connection);
-                                (netlink, messages) = (Netlink::from(handle), new_messages);
-                            }
-                            Err(error) => warn!("subscribe to changes of network devices: {error}"),
+                        match subscribe() {
+                            Ok(renewed) => (netlink, messages) = renewed,
+                            Err(error) => warn!("{error:#}"),
                         }
                     }
-                    while let Ok(message) = messages.try_recv() {
-                        drop(message);
-                    }
+                    while messages.try_recv().is_ok() {}
                 }
                 () = sender.closed() => return,
             }
             match state.refresh(&netlink).await {
                 Ok(None) => {}
-                Ok(Some(change)) => {
-                    if sender.send(change).await.is_err() {
-                        return;
-                    }
-                }
+                // Without a receiver, the loop ends above.
+                Ok(Some(change)) => drop(sender.send(change).await),
                 Err(error) => warn!("list the state of the underlay: {error:#}"),
             }
         }
@@ -114,7 +105,11 @@ impl State {
         let (links, addresses) = (netlink.links().await?, netlink.addresses().await?);
         let (link, local_ip) = match self.find(&links, &addresses) {
             Ok(found) => found,
-            Err(why) => return Ok(self.mark_lost(why)),
+            // The loss is reported once.
+            Err(why) => {
+                let is_new = !std::mem::replace(&mut self.lost, true);
+                return Ok(is_new.then_some(UnderlayChange::Lost(why)));
+            }
         };
         let now = Underlay { link, local_ip, public_ip: self.public_ip.unwrap_or(local_ip) };
         let same = !self.lost
@@ -131,10 +126,10 @@ impl State {
             addresses.iter().any(|(index, net)| *index == link.index && net.addr() == address)
         };
         if self.pinned {
-            let holder = links.iter().find(|link| !device::is_ours(link) && holds(link, self.initial));
-            let holder =
-                holder.ok_or_else(|| format!("no device holds the address {} any more", self.initial))?;
-            return Ok((holder.clone(), self.initial));
+            let address = self.initial;
+            let holder = links.iter().find(|link| !device::is_ours(link) && holds(link, address));
+            let holder = holder.ok_or_else(|| format!("no device holds the address {address} any more"))?;
+            return Ok((holder.clone(), address));
         }
         let name = &self.last.link.name;
         let link = links.iter().find(|link| link.name == *name);
@@ -152,11 +147,6 @@ impl State {
             false => Ok((link.clone(), address)),
         }
     }
-
-    /// Reports the loss once.
-    fn mark_lost(&mut self, why: String) -> Option<UnderlayChange> {
-        (!std::mem::replace(&mut self.lost, true)).then_some(UnderlayChange::Lost(why))
-    }
 }
 
 #[cfg(test)]
@@ -169,13 +159,10 @@ mod tests {
 
     /// The result, such as `eth0 10.0.0.1`, when eth0 and eth1 have these addresses.
     fn found(state: &State, eth0: &[&str], eth1: &[&str]) -> String {
-        let of = |index: u32, addresses: &[&str]| {
-            addresses
-                .iter()
-                .map(|address| (index, format!("{address}/24").parse().unwrap()))
-                .collect::<Vec<_>>()
-        };
-        match state.find(&[link(1, "eth0"), link(2, "eth1")], &[of(1, eth0), of(2, eth1)].concat()) {
+        let held = eth0.iter().map(|address| (1, address)).chain(eth1.iter().map(|address| (2, address)));
+        let addresses: Vec<_> =
+            held.map(|(index, address)| (index, format!("{address}/24").parse().unwrap())).collect();
+        match state.find(&[link(1, "eth0"), link(2, "eth1")], &addresses) {
             Ok((link, address)) => format!("{} {address}", link.name),
             Err(why) => why,
         }

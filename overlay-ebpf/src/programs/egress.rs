@@ -4,8 +4,8 @@
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
-        BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L4_UDP, BPF_F_ADJ_ROOM_FIXED_GSO, TC_ACT_SHOT,
-        TC_ACT_UNSPEC, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
+        BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L4_UDP, BPF_F_ADJ_ROOM_FIXED_GSO,
+        bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
     },
     helpers::{bpf_redirect_neigh, bpf_skb_change_head},
     programs::TcContext,
@@ -19,9 +19,11 @@ use overlay_ebpf::{
 };
 
 use super::{
+    TO_THE_SLOW_PATH, discard,
     log::log_failure,
     maps::{self, RouteMap},
     memory::{self, Packet},
+    punt,
 };
 
 /// Grow the packet, keep its segments' size (the device's MTU leaves the room), and tell the kernel what the new bytes
@@ -35,34 +37,24 @@ const HEADERS: usize = Ipv4::LEN + 4;
 /// `EALREADY`: the kernel allows one level of encapsulation per socket buffer.
 const EALREADY: i64 = 114;
 
-/// `TC_ACT_UNSPEC` continues with the next program and then to the device, whose other end is the agent.
-const TO_THE_AGENT: i32 = TC_ACT_UNSPEC;
-
 /// Runs on an inner packet behind `LINK` bytes of link-layer header: 0 or 14.
 #[inline(always)]
 pub(super) fn run<const LINK: usize>(ctx: &TcContext) -> i32 {
     let Some(config) = maps::config() else {
         log_failure!(ctx, "egress: the configuration map has no entry");
-        return TO_THE_AGENT;
+        return TO_THE_SLOW_PATH;
     };
     memory::pull_headers(ctx, LINK + HEADERS);
     if let Some(header) = Packet::of_skb(ctx).view::<Ipv4>(LINK)
         && header.header_len() > Ipv4::LEN
     {
-        let headers = LINK + header.header_len() + 4;
-        memory::pull_headers(ctx, headers);
+        memory::pull_headers(ctx, LINK + header.header_len() + 4);
     }
     let len = ctx.len() as usize - LINK;
     match egress::decide(&Packet::of_skb(ctx), LINK, len, config, &RouteMap) {
         EgressVerdict::Encap(encap) => redirect::<LINK>(ctx, config, &encap, len),
-        EgressVerdict::TooLong => {
-            maps::count_punt(PuntReason::TooLong);
-            TO_THE_AGENT
-        }
-        EgressVerdict::Drop(reason) => {
-            maps::count_drop(reason);
-            TC_ACT_SHOT
-        }
+        EgressVerdict::TooLong => punt(PuntReason::TooLong),
+        EgressVerdict::Drop(reason) => discard(reason),
     }
 }
 
@@ -71,13 +63,10 @@ pub(super) fn run<const LINK: usize>(ctx: &TcContext) -> i32 {
 fn redirect<const LINK: usize>(ctx: &TcContext, config: &Config, encap: &Encap, len: usize) -> i32 {
     match ctx.adjust_room(OVERHEAD as i32, BPF_ADJ_ROOM_MAC, ENCAP_FLAGS) {
         Ok(()) => {}
-        Err(error) if error == -EALREADY => {
-            maps::count_punt(PuntReason::AlreadyEncapsulated);
-            return TO_THE_AGENT;
-        }
+        Err(error) if error == -EALREADY => return punt(PuntReason::AlreadyEncapsulated),
         Err(error) => {
             log_failure!(ctx, "egress: adjust_room refused to add headers: error {}", error);
-            return failed();
+            return discard(DropReason::EncapFailed);
         }
     }
     if LINK == 0 {
@@ -85,14 +74,17 @@ fn redirect<const LINK: usize>(ctx: &TcContext, config: &Config, encap: &Encap, 
         let error = unsafe { bpf_skb_change_head(ctx.as_ptr().cast(), Ethernet::LEN as u32, 0) };
         if error != 0 {
             log_failure!(ctx, "egress: change_head refused to add an Ethernet header: error {}", error);
-            return failed();
+            return discard(DropReason::EncapFailed);
         }
     }
     if write_headers(ctx, encap).is_none() {
         log_failure!(ctx, "egress: the packet has no room for the headers that were added");
-        return failed();
+        return discard(DropReason::EncapFailed);
     }
-    maps::count_egress(len);
+    maps::count(|counters| {
+        counters.egress_packets += 1;
+        counters.egress_bytes += len as u64;
+    });
     // SAFETY: no parameters: the kernel looks up the next hop of the outer destination itself.
     unsafe { bpf_redirect_neigh(config.underlay_ifindex, core::ptr::null_mut(), 0, 0) as i32 }
 }
@@ -105,10 +97,4 @@ fn write_headers(ctx: &TcContext, encap: &Encap) -> Option<()> {
     *packet.view_mut::<Outer>(Ethernet::LEN)? = encap.outer;
     *packet.view_mut::<Ethernet>(0)? = Ethernet::UNRESOLVED_IPV4;
     Some(())
-}
-
-#[inline(always)]
-fn failed() -> i32 {
-    maps::count_drop(DropReason::EncapFailed);
-    TC_ACT_SHOT
 }

@@ -2,10 +2,7 @@
 #![allow(unsafe_code, reason = "kernel helpers that aya does not wrap")]
 
 use aya_ebpf::{
-    bindings::{
-        BPF_F_ADJ_ROOM_FIXED_GSO, BPF_F_INGRESS, TC_ACT_SHOT, TC_ACT_UNSPEC,
-        bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
-    },
+    bindings::{BPF_F_ADJ_ROOM_FIXED_GSO, BPF_F_INGRESS, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC},
     helpers::bpf_redirect,
     programs::TcContext,
 };
@@ -18,48 +15,40 @@ use overlay_ebpf::{
 };
 
 use super::{
+    TO_THE_SLOW_PATH, discard,
     log::log_failure,
     maps::{self, RouteMap},
     memory::{self, Packet},
+    punt,
 };
 
 /// Ethernet, outer and inner headers. An outer header with options may reach further; the stack handles those anyway.
 const HEADERS: usize = INNER_OFFSET + Ipv4::LEN;
-
-/// `TC_ACT_UNSPEC` continues with the next program and then to the kernel's stack, where the agent's socket is.
-const TO_THE_STACK: i32 = TC_ACT_UNSPEC;
 
 /// Runs on a frame with its Ethernet header, after GRO: it may be a super-packet.
 #[inline(always)]
 pub(super) fn run(ctx: &TcContext) -> i32 {
     let Some(config) = maps::config() else {
         log_failure!(ctx, "ingress: the configuration map has no entry");
-        return TO_THE_STACK;
+        return TO_THE_SLOW_PATH;
     };
     if take_mark(ctx) {
         return deliver(config);
     }
     if has_vlan_tag(ctx) {
-        return TO_THE_STACK;
+        return TO_THE_SLOW_PATH;
     }
     memory::pull_headers(ctx, HEADERS);
     match ingress::decide(&Packet::of_skb(ctx), ctx.len() as usize, config, &RouteMap) {
-        IngressVerdict::Pass => TO_THE_STACK,
+        IngressVerdict::Pass => TO_THE_SLOW_PATH,
         // The kernel still marks a segmented packet as tunnelled (before 7.x no helper clears that). TCP is segmented
         // correctly all the same; segmentation of UDP would take the inner UDP header for the tunnel's.
         IngressVerdict::Decap(decap) if decap.protocol != PROTOCOL_TCP && is_segmented(ctx) => {
-            maps::count_punt(PuntReason::SegmentedDatagrams);
-            TO_THE_STACK
+            punt(PuntReason::SegmentedDatagrams)
         }
         IngressVerdict::Decap(decap) => decapsulate(ctx, config, &decap),
-        IngressVerdict::Punt(reason) => {
-            maps::count_punt(reason);
-            TO_THE_STACK
-        }
-        IngressVerdict::Drop(reason) => {
-            maps::count_drop(reason);
-            TC_ACT_SHOT
-        }
+        IngressVerdict::Punt(reason) => punt(reason),
+        IngressVerdict::Drop(reason) => discard(reason),
     }
 }
 
@@ -68,13 +57,8 @@ pub(super) fn run(ctx: &TcContext) -> i32 {
 #[inline(always)]
 fn take_mark(ctx: &TcContext) -> bool {
     let mut metadata = Packet::metadata_of_skb(ctx);
-    match metadata.view_mut::<[u8; 8]>(0) {
-        Some(mark) if *mark == DECAPPED_MARK => {
-            *mark = [0; 8];
-            true
-        }
-        Some(_) | None => false,
-    }
+    let mark = metadata.view_mut::<[u8; 8]>(0).filter(|mark| **mark == DECAPPED_MARK);
+    mark.map(|mark| *mark = [0; 8]).is_some()
 }
 
 /// Whether the frame belongs to a VLAN: the kernel has taken the tag out of the bytes, but it is not this device's frame.
@@ -97,13 +81,13 @@ fn decapsulate(ctx: &TcContext, config: &Config, decap: &Decap) -> i32 {
     if let Err(error) = ctx.adjust_room(-(OVERHEAD as i32), BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO as u64)
     {
         log_failure!(ctx, "ingress: adjust_room refused to remove headers: error {}", error);
-        return failed();
+        return discard(DropReason::DecapFailed);
     }
     let mut packet = Packet::of_skb(ctx);
     // Writing past the kernel's running checksum is right here: an IPv4 header sums to the same before and after.
     let Some(inner) = packet.view_mut::<Ipv4>(Ethernet::LEN) else {
         log_failure!(ctx, "ingress: the packet has no inner header behind those that were removed");
-        return failed();
+        return discard(DropReason::DecapFailed);
     };
     decap.rewrite.apply(inner);
     maps::count_ingress(decap.inner_len);
@@ -115,10 +99,4 @@ fn decapsulate(ctx: &TcContext, config: &Config, decap: &Decap) -> i32 {
 fn deliver(config: &Config) -> i32 {
     // SAFETY: a helper without pointers.
     unsafe { bpf_redirect(config.overlay_ifindex, BPF_F_INGRESS as u64) as i32 }
-}
-
-#[inline(always)]
-fn failed() -> i32 {
-    maps::count_drop(DropReason::DecapFailed);
-    TC_ACT_SHOT
 }

@@ -8,7 +8,6 @@ use aya_ebpf::{
 };
 use overlay_ebpf::{
     abi::{Config, Counters, MAX_ROUTES, RouteValue},
-    reason::{DropReason, PuntReason},
     route::Routes,
 };
 
@@ -29,25 +28,26 @@ static LAST_LINE: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 #[unsafe(no_mangle)]
 static LOG_FAILURES: u32 = 0;
 
-/// Whether failures are logged.
+/// Shortest time between two lines of one CPU, in nanoseconds.
+const LINE_INTERVAL: u64 = 100_000_000;
+
+/// Whether a line may be logged now; the next is then due after [`LINE_INTERVAL`].
 #[inline(always)]
-pub(super) fn logs_failures() -> bool {
+pub(super) fn is_line_due() -> bool {
     // SAFETY: a static; volatile because the loader writes it where the compiler cannot see.
-    unsafe { core::ptr::read_volatile(&raw const LOG_FAILURES) != 0 }
-}
-
-/// Calls `check` with the time of this CPU's last line; `false` without such an entry, which cannot be.
-#[inline(always)]
-pub(super) fn with_last_line(check: impl FnOnce(&mut u64) -> bool) -> bool {
+    if unsafe { core::ptr::read_volatile(&raw const LOG_FAILURES) } == 0 {
+        return false;
+    }
+    let Some(last) = LAST_LINE.get_ptr_mut(0) else { return false };
     // SAFETY: the entry is this CPU's, and networking programs run with bottom halves off: no other reference exists.
-    LAST_LINE.get_ptr_mut(0).is_some_and(|last| check(unsafe { &mut *last }))
-}
-
-/// Nanoseconds since boot.
-#[inline(always)]
-pub(super) fn now() -> u64 {
+    let last = unsafe { &mut *last };
     // SAFETY: a helper without parameters.
-    unsafe { bpf_ktime_get_ns() }
+    let now = unsafe { bpf_ktime_get_ns() };
+    let due = now.wrapping_sub(*last) >= LINE_INTERVAL;
+    if due {
+        *last = now;
+    }
+    due
 }
 
 /// The kernel's route map, for the packet core.
@@ -67,35 +67,18 @@ pub(super) fn config() -> Option<&'static Config> {
 }
 
 #[inline(always)]
-pub(super) fn count_egress(bytes: usize) {
-    with_counters(|counters| {
-        counters.egress_packets += 1;
-        counters.egress_bytes += bytes as u64;
-    });
-}
-
-#[inline(always)]
 pub(super) fn count_ingress(bytes: usize) {
-    with_counters(|counters| {
+    count(|counters| {
         counters.ingress_packets += 1;
         counters.ingress_bytes += bytes as u64;
     });
 }
 
+/// Changes the counters of this CPU.
 #[inline(always)]
-pub(super) fn count_punt(reason: PuntReason) {
-    with_counters(|counters| counters.punt(reason));
-}
-
-#[inline(always)]
-pub(super) fn count_drop(reason: DropReason) {
-    with_counters(|counters| counters.drop(reason));
-}
-
-#[inline(always)]
-fn with_counters(count: impl FnOnce(&mut Counters)) {
+pub(super) fn count(change: impl FnOnce(&mut Counters)) {
     if let Some(counters) = COUNTERS.get_ptr_mut(0) {
         // SAFETY: the entry is this CPU's, and networking programs run with bottom halves off: no other reference exists.
-        count(unsafe { &mut *counters });
+        change(unsafe { &mut *counters });
     }
 }

@@ -9,10 +9,14 @@ mod memory;
 mod xdp;
 
 use aya_ebpf::{
+    bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
     macros::{classifier, xdp},
     programs::{TcContext, XdpContext},
 };
-use overlay_ebpf::wire::Ethernet;
+use overlay_ebpf::{
+    reason::{DropReason, PuntReason},
+    wire::Ethernet,
+};
 
 /// tcx or clsact egress of the overlay device, whose packets have no link-layer header: encapsulates inner packets.
 #[classifier]
@@ -36,6 +40,22 @@ fn ovl_ingress(ctx: TcContext) -> i32 {
 #[xdp(frags)]
 fn ovl_xdp(ctx: XdpContext) -> u32 {
     xdp::run(&ctx)
+}
+
+/// Leaves a packet alone: it continues with the next program and then as without one. From the overlay device that is the
+/// agent, on the underlay the kernel's stack, where the agent's socket is.
+const TO_THE_SLOW_PATH: i32 = TC_ACT_UNSPEC;
+
+#[inline(always)]
+fn punt(reason: PuntReason) -> i32 {
+    maps::count(|counters| counters.punt(reason));
+    TO_THE_SLOW_PATH
+}
+
+#[inline(always)]
+fn discard(reason: DropReason) -> i32 {
+    maps::count(|counters| counters.drop(reason));
+    TC_ACT_SHOT
 }
 
 /// The licence that the kernel's GPL-only helpers require.

@@ -34,10 +34,7 @@ pub(super) fn run(ctx: &XdpContext) -> u32 {
         IngressVerdict::Decap(decap) => decapsulate(ctx, &decap),
         // Not counted: the tc program sees the same frame, comes to the same verdict and counts it.
         IngressVerdict::Punt(_) => XDP_PASS,
-        IngressVerdict::Drop(reason) => {
-            maps::count_drop(reason);
-            XDP_DROP
-        }
+        IngressVerdict::Drop(reason) => discard(reason),
     }
 }
 
@@ -46,25 +43,25 @@ fn decapsulate(ctx: &XdpContext, decap: &Decap) -> u32 {
     // The mark first: a driver may have no room for it, and then the tc program decapsulates the unchanged frame.
     // SAFETY: the context is the one the kernel gave us.
     if unsafe { bpf_xdp_adjust_meta(ctx.ctx, -(DECAPPED_MARK.len() as i32)) } != 0 {
-        maps::count_punt(PuntReason::NoRoomForMark);
+        maps::count(|counters| counters.punt(PuntReason::NoRoomForMark));
         return XDP_PASS;
     }
     let Some(ethernet) = Packet::of_xdp(ctx).view::<Ethernet>(0).copied() else {
         log_failure!(ctx, "xdp: the frame has no Ethernet header");
-        return failed();
+        return discard(DropReason::DecapFailed);
     };
     // SAFETY: the context is the one the kernel gave us. The metadata moves along.
     let error = unsafe { bpf_xdp_adjust_head(ctx.ctx, OVERHEAD as i32) };
     if error != 0 {
         log_failure!(ctx, "xdp: adjust_head refused to remove headers: error {}", error);
-        return failed();
+        return discard(DropReason::DecapFailed);
     }
     if write_headers(ctx, ethernet, decap).is_none() {
         log_failure!(
             ctx,
             "xdp: the frame has no inner header or no mark behind the headers that were removed"
         );
-        return failed();
+        return discard(DropReason::DecapFailed);
     }
     maps::count_ingress(decap.inner_len);
     XDP_PASS
@@ -81,7 +78,7 @@ fn write_headers(ctx: &XdpContext, ethernet: Ethernet, decap: &Decap) -> Option<
 }
 
 #[inline(always)]
-fn failed() -> u32 {
-    maps::count_drop(DropReason::DecapFailed);
+fn discard(reason: DropReason) -> u32 {
+    maps::count(|counters| counters.drop(reason));
     XDP_DROP
 }

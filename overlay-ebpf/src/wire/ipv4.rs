@@ -34,13 +34,13 @@ pub const ECN_CE: u8 = 0b11;
 #[repr(C)]
 pub struct Ipv4 {
     version_ihl: u8,
-    tos: u8,
+    pub(crate) tos: u8,
     total_length: [u8; 2],
     identification: [u8; 2],
     flags_fragment: [u8; 2],
-    ttl: u8,
+    pub(crate) ttl: u8,
     protocol: u8,
-    checksum: [u8; 2],
+    pub(crate) checksum: [u8; 2],
     source: [u8; 4],
     destination: [u8; 4],
 }
@@ -72,100 +72,41 @@ impl Ipv4 {
             source,
             destination,
         };
-        header.set_checksum(header.right_checksum());
+        header.checksum = header.right_checksum().to_be_bytes();
         header
     }
 
-    /// IP version: 4 in a valid header.
-    #[inline(always)]
-    pub fn version(&self) -> u8 {
-        self.version_ihl >> 4
-    }
-
-    /// Header length in bytes with options, 0 to 60; valid from 20.
-    #[inline(always)]
-    pub fn header_len(&self) -> usize {
-        ((self.version_ihl & 0x0f) as usize) << 2
-    }
-
-    /// Type of service: DSCP in the upper six bits, ECN in the lower two.
-    #[inline(always)]
-    pub fn tos(&self) -> u8 {
-        self.tos
-    }
-
-    /// Length of header and payload in bytes, as the header says.
-    #[inline(always)]
-    pub fn total_len(&self) -> usize {
-        u16::from_be_bytes(self.total_length) as usize
-    }
-
-    /// Whether this packet is a piece of a larger one: MF set or offset not 0.
-    #[inline(always)]
-    pub fn is_fragment(&self) -> bool {
-        u16::from_be_bytes(self.flags_fragment) & (FLAG_MF | FRAGMENT_OFFSET) != 0
-    }
-
-    /// Whether this is a fragment other than the first: it has no transport header.
-    #[inline(always)]
-    pub fn is_later_fragment(&self) -> bool {
-        u16::from_be_bytes(self.flags_fragment) & FRAGMENT_OFFSET != 0
-    }
-
-    /// Time to live, in hops.
-    #[inline(always)]
-    pub fn ttl(&self) -> u8 {
-        self.ttl
-    }
-
-    /// Protocol number of the payload.
-    #[inline(always)]
-    pub fn protocol(&self) -> u8 {
-        self.protocol
-    }
-
-    /// Header checksum.
-    #[inline(always)]
-    pub fn checksum(&self) -> u16 {
-        u16::from_be_bytes(self.checksum)
-    }
-
-    /// Source address, network byte order.
-    #[inline(always)]
-    pub fn source(&self) -> [u8; 4] {
-        self.source
-    }
-
-    /// Destination address, network byte order.
-    #[inline(always)]
-    pub fn destination(&self) -> [u8; 4] {
-        self.destination
+    accessors! { ip:
+        /// IP version: 4 in a valid header.
+        version -> u8 { ip.version_ihl >> 4 }
+        /// Header length in bytes with options, 0 to 60; valid from 20.
+        header_len -> usize { ((ip.version_ihl & 0x0f) as usize) << 2 }
+        /// Type of service: DSCP in the upper six bits, ECN in the lower two.
+        tos -> u8 { ip.tos }
+        /// Length of header and payload in bytes, as the header says.
+        total_len -> usize { u16::from_be_bytes(ip.total_length) as usize }
+        /// Whether this packet is a piece of a larger one: MF set or offset not 0.
+        is_fragment -> bool { u16::from_be_bytes(ip.flags_fragment) & (FLAG_MF | FRAGMENT_OFFSET) != 0 }
+        /// Whether this is a fragment other than the first: it has no transport header.
+        is_later_fragment -> bool { u16::from_be_bytes(ip.flags_fragment) & FRAGMENT_OFFSET != 0 }
+        /// Time to live, in hops.
+        ttl -> u8 { ip.ttl }
+        /// Protocol number of the payload.
+        protocol -> u8 { ip.protocol }
+        /// Header checksum.
+        checksum -> u16 { u16::from_be_bytes(ip.checksum) }
+        /// Source address, network byte order.
+        source -> [u8; 4] { ip.source }
+        /// Destination address, network byte order.
+        destination -> [u8; 4] { ip.destination }
     }
 
     /// The header as ten 16-bit words in host byte order, for checksums.
     #[inline(always)]
-    pub fn words(&self) -> [u16; 10] {
+    pub(crate) fn words(&self) -> [u16; 10] {
         let bytes: &[u8; 20] = bytemuck::cast_ref(self);
         let pairs: &[[u8; 2]; 10] = bytemuck::cast_ref(bytes);
         pairs.map(u16::from_be_bytes)
-    }
-
-    /// Replaces the type of service. The checksum stays.
-    #[inline(always)]
-    pub fn set_tos(&mut self, tos: u8) {
-        self.tos = tos;
-    }
-
-    /// Replaces the time to live, in hops. The checksum stays.
-    #[inline(always)]
-    pub fn set_ttl(&mut self, ttl: u8) {
-        self.ttl = ttl;
-    }
-
-    /// Replaces the header checksum.
-    #[inline(always)]
-    pub fn set_checksum(&mut self, checksum: u16) {
-        self.checksum = checksum.to_be_bytes();
     }
 
     /// The checksum that the header should carry if it has no options.
@@ -192,13 +133,9 @@ mod tests {
         0x45, 0x00, 0x00, 0x54, 0x00, 0x00, 0x40, 0x00, 0x40, 0x01, 0x21, 0xbe, 10, 244, 1, 2, 10, 244, 2, 2,
     ];
 
-    fn echo_request() -> Ipv4 {
-        bytemuck::cast(ECHO_REQUEST)
-    }
-
     #[test]
     fn accessors_read_the_fields_of_rfc_791() {
-        let header = echo_request();
+        let header: Ipv4 = bytemuck::cast(ECHO_REQUEST);
         assert_eq!((header.version(), header.header_len(), header.total_len()), (4, 20, 84));
         assert_eq!((header.ttl(), header.protocol(), header.checksum()), (64, 1, 0x21be));
         assert!(!header.is_fragment());
@@ -211,16 +148,7 @@ mod tests {
         let header = Ipv4::new(0, 84, FLAG_DF, 64, 1, [10, 244, 1, 2], [10, 244, 2, 2]);
         assert_eq!(bytemuck::bytes_of(&header), ECHO_REQUEST);
         assert!(header.has_valid_checksum());
-    }
-
-    #[test]
-    fn setters_replace_one_field_each() {
-        let mut header = echo_request();
-        header.set_ttl(63);
-        assert!(!header.has_valid_checksum());
-        header.set_checksum(0x22be);
-        assert!(header.has_valid_checksum());
-        header.set_tos(1);
-        assert_eq!((header.tos(), header.ttl(), header.checksum()), (1, 63, 0x22be));
+        assert!(!Ipv4 { ttl: 63, ..header }.has_valid_checksum());
+        assert!(Ipv4 { ttl: 63, checksum: [0x22, 0xbe], ..header }.has_valid_checksum());
     }
 }

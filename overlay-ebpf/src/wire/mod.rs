@@ -3,6 +3,18 @@
 //! A view is a plain byte array with alignment 1, so it can be laid over packet memory at any address. [`Bytes::view`]
 //! checks once that the bytes are there; after that no accessor can fail.
 
+/// Declares accessors that turn fields of a header (network byte order) into plain values (host byte order).
+macro_rules! accessors {
+    ($header:ident: $($(#[$doc:meta])+ $name:ident -> $type:ty { $value:expr })+) => {$(
+        $(#[$doc])+
+        #[inline(always)]
+        pub fn $name(&self) -> $type {
+            let $header = self;
+            $value
+        }
+    )+};
+}
+
 pub mod ethernet;
 pub mod ipv4;
 pub mod udp;

@@ -27,34 +27,15 @@ impl Udp {
         }
     }
 
-    /// Source port.
-    #[inline(always)]
-    pub fn source_port(&self) -> u16 {
-        u16::from_be_bytes(self.source_port)
-    }
-
-    /// Destination port.
-    #[inline(always)]
-    pub fn destination_port(&self) -> u16 {
-        u16::from_be_bytes(self.destination_port)
-    }
-
-    /// Length of header and payload in bytes, as the header says; valid from 8.
-    #[inline(always)]
-    pub fn len(&self) -> usize {
-        u16::from_be_bytes(self.length) as usize
-    }
-
-    /// Whether the header announces no payload.
-    #[inline(always)]
-    pub fn is_empty(&self) -> bool {
-        self.len() <= Self::LEN
-    }
-
-    /// Checksum over pseudo header, header and payload; 0 when the sender made none.
-    #[inline(always)]
-    pub fn checksum(&self) -> u16 {
-        u16::from_be_bytes(self.checksum)
+    accessors! { udp:
+        /// Source port.
+        source_port -> u16 { u16::from_be_bytes(udp.source_port) }
+        /// Destination port.
+        destination_port -> u16 { u16::from_be_bytes(udp.destination_port) }
+        /// Length of header and payload in bytes, as the header says; valid from 8.
+        length -> usize { u16::from_be_bytes(udp.length) as usize }
+        /// Checksum over pseudo header, header and payload; 0 when the sender made none.
+        checksum -> u16 { u16::from_be_bytes(udp.checksum) }
     }
 }
 
@@ -66,7 +47,7 @@ mod tests {
     fn accessors_read_the_fields_of_rfc_768() {
         let header: Udp = bytemuck::cast([0xc0u8, 0x01, 0x20, 0x5d, 0x00, 0x5c, 0x12, 0x34]);
         assert_eq!((header.source_port(), header.destination_port()), (49153, 8285));
-        assert_eq!((header.len(), header.checksum()), (92, 0x1234));
+        assert_eq!((header.length(), header.checksum()), (92, 0x1234));
         assert_eq!(Udp::new(49153, 8285, 92).checksum(), 0);
     }
 }

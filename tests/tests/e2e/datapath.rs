@@ -304,7 +304,7 @@ fn refused(sandbox: &Arc<Sandbox>) -> Result<()> {
         let mut host = Host::new(a, b, Request::Xdp)?;
         let Err(error) = host.reconcile().await else { bail!("XDP was attached") };
         ensure!(
-            format!("{error:#}").contains("--datapath xdp cannot be had: another XDP program"),
+            format!("{error:#}").contains("--datapath xdp is not possible: another XDP program"),
             "{error:#}"
         );
         ensure!(hook(UPLINK, TcAttachType::Ingress)?.1.is_empty(), "a program stayed attached");

@@ -15,7 +15,7 @@ use tokio::task::JoinHandle;
 /// How often to look for lines of the programs, which are rate-limited and few.
 const LOG_INTERVAL: Duration = Duration::from_millis(100);
 
-/// A program and the kind of hook that it is made for.
+/// A program and the kind of its hook.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hook {
     /// The program's name in the object and in what the kernel lists.
