@@ -1,15 +1,14 @@
 //! The primitives that every store offers: read, list, compare-and-swap, lifetimes and waiting for a change.
 //!
-//! All keys are relative to the store's own prefix or directory. A directory has no lifetimes: its records have no end, and
-//! the functions for lifetimes are never called on it (see [`Backend::has_lifetimes`]).
+//! All keys are relative to the store's own prefix or directory. A directory has no lifetimes: its records have no end.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use super::{
     StoreError,
     dir::{self, Dir},
     etcd::{self, Etcd},
-    record::{LifetimeId, RawRecord, Version},
+    record::{Kind, LifetimeId, RawRecord, Record, Version},
 };
 
 /// What must be true of a record for a write to happen.
@@ -38,9 +37,7 @@ pub(super) struct Write {
 }
 
 /// A write that happened.
-#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Written {
-    /// Version of the written record.
     pub(super) version: Version,
     /// The keys that [`Write::list`] asked for.
     pub(super) keys: Vec<String>,
@@ -55,7 +52,7 @@ impl Write {
     }
 }
 
-/// Records of one revision.
+/// Records of one revision; 0 in a directory.
 #[derive(Clone, Debug)]
 pub(super) struct Snapshot<T> {
     pub(super) revision: i64,
@@ -91,35 +88,37 @@ impl Backend {
         matches!(self, Self::Etcd(_))
     }
 
-    /// The location of a key, for messages.
+    /// Where a key is, for messages.
     pub(super) fn location(&self, key: &str) -> String {
         match self {
             Self::Dir(dir) => dir.path(key).display().to_string(),
-            Self::Etcd(etcd) => etcd.full_key(key),
+            Self::Etcd(etcd) => etcd.keys.full(key),
         }
     }
 
-    /// Some records, `None` for each that is missing.
+    /// One element for each key; `None` where there is no record.
     pub(super) async fn get(
         &self,
         keys: Vec<String>,
     ) -> Result<Snapshot<Vec<Option<RawRecord>>>, StoreError> {
         match self {
-            Self::Dir(dir) => dir.blocking(move |dir| dir.get(&keys)).await,
+            Self::Dir(dir) => {
+                let records = dir.blocking(move |dir| Ok(dir.get(&keys))).await?;
+                Ok(Snapshot { revision: 0, records })
+            }
             Self::Etcd(etcd) => etcd.get(&keys).await,
         }
     }
 
-    /// One record.
     pub(super) async fn get_one(&self, key: &str) -> Result<Option<RawRecord>, StoreError> {
         Ok(self.get(vec![key.to_owned()]).await?.records.pop().flatten())
     }
 
-    /// All records with a prefix, in order of their keys.
-    pub(super) async fn list(&self, prefix: &'static str) -> Result<Snapshot<Vec<RawRecord>>, StoreError> {
+    /// All records of a kind, in order of their keys.
+    pub(super) async fn list<K: Kind>(&self) -> Result<Vec<Record<K>>, StoreError> {
         match self {
-            Self::Dir(dir) => dir.blocking(move |dir| dir.list(prefix)).await,
-            Self::Etcd(etcd) => etcd.list(prefix).await,
+            Self::Dir(dir) => dir.blocking(|dir| dir.list()).await,
+            Self::Etcd(etcd) => Ok(etcd.list().await?.records),
         }
     }
 
@@ -139,30 +138,9 @@ impl Backend {
         }
     }
 
-    /// Creates a lifetime.
-    pub(super) async fn grant(&self, ttl: Duration) -> Result<LifetimeId, StoreError> {
-        self.lifetimes()?.grant(ttl).await
-    }
-
-    /// Renews a lifetime and returns its new duration; `None` when it has ended.
-    pub(super) async fn renew(&self, lifetime: LifetimeId) -> Result<Option<Duration>, StoreError> {
-        self.lifetimes()?.renew(lifetime).await
-    }
-
-    /// The rest of a lifetime; `None` when it has ended.
-    pub(super) async fn time_left(&self, lifetime: LifetimeId) -> Result<Option<Duration>, StoreError> {
-        self.lifetimes()?.time_left(lifetime).await
-    }
-
-    /// Ends a lifetime and removes its records. A failure is only logged: the lifetime then ends by itself.
-    pub(super) async fn revoke(&self, lifetime: LifetimeId) {
-        let revoked = async { self.lifetimes()?.revoke(lifetime).await };
-        if let Err(error) = revoked.await {
-            tracing::debug!("{error}");
-        }
-    }
-
-    fn lifetimes(&self) -> Result<&Etcd, StoreError> {
+    /// The store's lifetimes.
+    /// Fails in a directory, see [`Self::has_lifetimes`].
+    pub(super) fn lifetimes(&self) -> Result<&Etcd, StoreError> {
         match self {
             Self::Etcd(etcd) => Ok(etcd),
             Self::Dir(_) => Err(StoreError::failed("use a lifetime", "a directory has none")),

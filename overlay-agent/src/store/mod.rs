@@ -1,7 +1,7 @@
 //! Records of one network, in etcd or in a directory: one interface for the agent and for an operator's commands.
 //!
-//! In reading order: `record` (kinds, versions, events), `backend` (the primitives), `etcd` and `dir` (the two stores), `lease`
-//! (this host's own lease), and [`Store`], which the rest of the program uses.
+//! In reading order: `record` (kinds, versions, events), `backend` (the primitives), `etcd` and `dir` (the two stores), and
+//! [`Store`], which the rest of the program uses: everybody's records here, this host's own lease in `lease`.
 
 mod backend;
 mod backoff;
@@ -13,27 +13,23 @@ mod record;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
     path::PathBuf,
     sync::Arc,
     time::Duration,
 };
 
 use ipnet::Ipv4Net;
-use tokio::{
-    sync::{mpsc, oneshot, watch},
-    task::{JoinHandle, JoinSet},
-};
+use tokio::{sync::mpsc, task::JoinSet};
 
 pub use error::StoreError;
-pub use lease::{Held, LeaseEvent, SubnetRequest};
+pub use lease::{Held, LeaseEvent, LeaseKeeper, SubnetRequest};
 pub use record::{Change, Event, Kind, Lifetime, LifetimeId, Record, RecordError, Version};
 
-use crate::{config::NetworkConfig, lease::Lease};
+use crate::config::NetworkConfig;
 use backend::{Backend, Expected, Write};
 use dir::Dir;
 use etcd::{Etcd, EtcdOptions};
-use lease::{ATTEMPTS, Leases};
+use lease::{ATTEMPTS, Times};
 
 /// Key of the network's configuration.
 const CONFIG: &str = "config";
@@ -44,30 +40,35 @@ const CONCURRENT_REQUESTS: usize = 32;
 #[derive(Clone, Debug)]
 pub struct Store {
     backend: Backend,
-    leases: Leases,
+    times: Times,
+    /// Identity of this host among hosts with the same address.
+    instance: String,
 }
 
 impl Store {
     /// The store in a directory, which need not exist yet.
     pub fn dir(root: PathBuf) -> Self {
-        Self::new(Backend::Dir(Arc::new(Dir::new(root))))
+        Self::new(Backend::Dir(Arc::new(Dir { root })), &EtcdOptions::default())
     }
 
     /// Connects to the first etcd endpoint that answers.
     /// Fails when the options cannot be used, etcd refuses the user, or no endpoint answers (the only one of these
     /// that [`StoreError::is_transient`]).
     pub async fn etcd(options: EtcdOptions) -> Result<Self, StoreError> {
-        Ok(Self::new(Backend::Etcd(Arc::new(Etcd::connect(options).await?))))
+        let etcd = Etcd::connect(options.clone()).await?;
+        Ok(Self::new(Backend::Etcd(Arc::new(etcd)), &options))
     }
 
-    fn new(backend: Backend) -> Self {
-        Self { leases: Leases::new(backend.clone()), backend }
+    fn new(backend: Backend, options: &EtcdOptions) -> Self {
+        let EtcdOptions { lease_ttl, renew_margin, owner_ttl: claim_ttl, .. } = *options;
+        let instance = options.instance.clone().unwrap_or_else(lease::this_instance);
+        Self { backend, times: Times { lease_ttl, renew_margin, claim_ttl }, instance }
     }
 
     /// Name of the store, for messages.
     pub fn name(&self) -> String {
         match &self.backend {
-            Backend::Dir(dir) => format!("dir:{}", dir.root().display()),
+            Backend::Dir(dir) => format!("dir:{}", dir.root.display()),
             Backend::Etcd(etcd) => format!("etcd at {}", etcd.endpoints()),
         }
     }
@@ -150,7 +151,7 @@ impl Store {
     /// Whether the store exists. A directory is created with the first write; etcd exists once it is connected.
     pub fn exists(&self) -> bool {
         match &self.backend {
-            Backend::Dir(dir) => dir.root().is_dir(),
+            Backend::Dir(dir) => dir.root.is_dir(),
             Backend::Etcd(_) => true,
         }
     }
@@ -160,18 +161,15 @@ impl Store {
     pub async fn list<K: Kind>(&self) -> Result<Vec<Record<K>>, StoreError> {
         if let Backend::Dir(dir) = &self.backend {
             if !self.exists() {
-                let why = "there is no such directory: check --store";
-                return Err(StoreError::failed(
-                    format!("there is no store at {}", dir.root().display()),
-                    why,
-                ));
+                let what = format!("there is no store at {}", dir.root.display());
+                return Err(StoreError::failed(what, "there is no such directory: check --store"));
             }
             // No host has written a record yet.
             if !dir.path(K::PREFIX).exists() {
                 return Ok(Vec::new());
             }
         }
-        Ok(self.backend.list(K::PREFIX).await?.records.into_iter().map(Record::from).collect())
+        self.backend.list().await
     }
 
     /// Follows all records of a kind in a task that ends when the receiver is dropped: a snapshot first, then changes. After
@@ -209,77 +207,14 @@ impl Store {
                 && let Some(lifetime) = waiting.next()
             {
                 let backend = self.backend.clone();
-                requests.spawn(async move { (lifetime, backend.time_left(lifetime).await) });
+                requests.spawn(async move {
+                    let left = backend.lifetimes()?.time_left(lifetime).await?;
+                    Ok::<_, StoreError>(left.map(|left| (lifetime, left)))
+                });
             }
             let Some(done) = requests.join_next().await else { return Ok(times) };
-            let (lifetime, left) = done.map_err(|error| StoreError::failed("read a lifetime", error))?;
-            times.extend(left?.map(|left| (lifetime, left)));
+            times.extend(done.map_err(|error| StoreError::failed("read a lifetime", error))??);
         }
-    }
-
-    /// The running agent that has claimed a public address, in words. `None` for hosts that run flannel and in a directory.
-    /// Fails when the store cannot be read.
-    pub async fn claimant(&self, public_ip: Ipv4Addr) -> Result<Option<String>, StoreError> {
-        self.leases.claimant(public_ip).await
-    }
-
-    /// Acquires a subnet for the host at `public_ip`: the wanted one, else the one whose record carries its address, else the
-    /// earlier one if it is free, else any free one.
-    /// Fails when the store cannot be used, another live agent has the same address, the wanted subnet is not
-    /// available, or the network is full.
-    pub async fn acquire(&self, request: &SubnetRequest, public_ip: Ipv4Addr) -> Result<Held, StoreError> {
-        if let Backend::Dir(dir) = &self.backend {
-            dir.blocking(|dir| dir.create(Lease::PREFIX)).await?;
-        }
-        self.leases.acquire(request, public_ip).await
-    }
-
-    /// Releases a subnet: removes its record if it is still ours. A reservation stays.
-    /// Fails when the store cannot be written.
-    pub async fn release(&self, held: &Held) -> Result<(), StoreError> {
-        self.leases.release(held).await
-    }
-
-    /// Gives up the claim on the public address. The record stays for the next start of this host.
-    pub async fn leave(&self, held: &Held) {
-        self.leases.leave(held).await;
-    }
-
-    /// Keeps a lease in a task: renews it, acquires it again when it is lost, moves it to another address of this host.
-    pub fn keep(&self, held: Held) -> LeaseKeeper {
-        let (sender, events) = mpsc::channel(64);
-        let (address, addresses) = watch::channel(held.public_ip());
-        let (stop, stopped) = oneshot::channel::<()>();
-        let stopped = async {
-            // A dropped sender means the same.
-            let _ = stopped.await;
-        };
-        let task = tokio::spawn(lease::keep(self.leases.clone(), held, addresses, sender, stopped));
-        LeaseKeeper { events, address, _stop: stop, task }
-    }
-}
-
-/// A task that keeps a lease. Ends when it is dropped.
-#[derive(Debug)]
-pub struct LeaseKeeper {
-    /// News about the lease.
-    pub events: mpsc::Receiver<LeaseEvent>,
-    address: watch::Sender<Ipv4Addr>,
-    _stop: oneshot::Sender<()>,
-    task: JoinHandle<Held>,
-}
-
-impl LeaseKeeper {
-    /// This host has another public address: the record follows, and [`LeaseEvent::Readdressed`] confirms it.
-    pub fn set_address(&self, public_ip: Ipv4Addr) {
-        self.address.send_replace(public_ip);
-    }
-
-    /// Stops and returns what is held.
-    pub async fn stop(self) -> Option<Held> {
-        let Self { events, _stop, task, .. } = self;
-        drop((_stop, events));
-        task.await.ok()
     }
 }
 

@@ -27,9 +27,10 @@ use tokio::sync::mpsc;
 
 use super::{
     StoreError,
-    backend::{Expected, Snapshot, Write, Written},
+    backend::{Expected, Write, Written},
     record::{Event, Kind, Lifetime, MAX_VALUE, RawRecord, Record, Version},
 };
+use crate::lease::Lease;
 
 /// Interval of lists without a notification: some file systems (NFS, FUSE) send none.
 const RESYNC: Duration = Duration::from_secs(30);
@@ -52,19 +53,11 @@ const CHANGES: WatchMask = WatchMask::CREATE
 /// A directory that holds one network's records.
 #[derive(Debug)]
 pub(super) struct Dir {
-    root: PathBuf,
+    /// Need not exist yet.
+    pub(super) root: PathBuf,
 }
 
 impl Dir {
-    /// The store in `root`, which need not exist yet.
-    pub(super) fn new(root: PathBuf) -> Self {
-        Self { root }
-    }
-
-    pub(super) fn root(&self) -> &Path {
-        &self.root
-    }
-
     /// The file or directory of a key or prefix.
     pub(super) fn path(&self, key: &str) -> PathBuf {
         self.root.join(key)
@@ -83,25 +76,23 @@ impl Dir {
         })
     }
 
-    pub(super) fn get(&self, keys: &[String]) -> Result<Snapshot<Vec<Option<RawRecord>>>> {
+    /// A file that cannot be read is a record with an empty value.
+    pub(super) fn get(&self, keys: &[String]) -> Vec<Option<RawRecord>> {
         let read = |key: &String| match read_regular(&self.path(key)) {
-            Ok(value) => Some(raw(key.clone(), value)),
             Err(error) if error.kind() == ErrorKind::NotFound => None,
-            Err(_) => Some(raw(key.clone(), Vec::new())),
+            value => Some(raw(key.clone(), value.unwrap_or_default())),
         };
-        Ok(Snapshot { revision: 0, records: keys.iter().map(read).collect() })
+        keys.iter().map(read).collect()
     }
 
-    /// All records. A file that cannot be read is a record with an empty value. Files whose names begin with a dot are not
-    /// records: tools keep temporary files there.
-    pub(super) fn list(&self, prefix: &str) -> Result<Snapshot<Vec<RawRecord>>> {
-        let mut keys = self.names(prefix)?;
+    pub(super) fn list<K: Kind>(&self) -> Result<Vec<Record<K>>> {
+        let mut keys = self.names(K::PREFIX)?;
         keys.sort();
-        let Snapshot { revision, records } = self.get(&keys)?;
         // Files that were removed since are missing.
-        Ok(Snapshot { revision, records: records.into_iter().flatten().collect() })
+        Ok(self.get(&keys).into_iter().flatten().map(Record::from).collect())
     }
 
+    /// All keys with a prefix. Files whose names begin with a dot are not records: tools keep temporary files there.
     fn names(&self, prefix: &str) -> Result<Vec<String>> {
         let directory = self.path(prefix);
         let list = || -> io::Result<Vec<String>> {
@@ -120,10 +111,10 @@ impl Dir {
     pub(super) fn write(&self, write: &Write) -> Result<Option<Written>> {
         let path = self.path(&write.key);
         let directory = path.parent().unwrap_or(&self.root);
-        std::fs::create_dir_all(directory).with_context(|| format!("create {}", directory.display()))?;
+        create(directory)?;
         let _lock = self.lock()?;
         for (key, expected) in &write.when {
-            let found = self.get(std::slice::from_ref(key))?.records.pop().flatten();
+            let found = self.get(std::slice::from_ref(key)).pop().flatten();
             let holds = match (expected, found) {
                 (Expected::Absent, found) => found.is_none(),
                 (Expected::Unchanged(version), Some(found)) => found.version == *version,
@@ -167,16 +158,23 @@ impl Dir {
     }
 
     /// Creates the directory of a kind's records.
-    pub(super) fn create(&self, prefix: &str) -> Result<()> {
-        let directory = self.path(prefix);
-        std::fs::create_dir_all(&directory).with_context(|| format!("create {}", directory.display()))
+    pub(super) fn create<K: Kind>(&self) -> Result<()> {
+        create(&self.path(K::PREFIX))
     }
 
     /// Watches the leases: the only records that a host waits for.
     pub(super) fn watch_keys(&self) -> Result<KeyWatch, StoreError> {
-        KeyWatch::new(self.path(crate::lease::Lease::PREFIX))
+        self.watch::<Lease>()
+    }
+
+    fn watch<K: Kind>(&self) -> Result<KeyWatch, StoreError> {
+        KeyWatch::new(self.path(K::PREFIX))
             .map_err(|error| StoreError::failed("watch the store", format!("{error:#}")))
     }
+}
+
+fn create(directory: &Path) -> Result<()> {
+    std::fs::create_dir_all(directory).with_context(|| format!("create {}", directory.display()))
 }
 
 /// Sends events until their receiver is closed: a snapshot at first and after every change.
@@ -197,11 +195,9 @@ pub(super) async fn follow<K: Kind>(dir: Arc<Dir>, events: mpsc::Sender<Event<K>
 
 /// Watches before it lists, so that no change is missed.
 async fn watch_and_list<K: Kind>(dir: &Arc<Dir>, events: &mpsc::Sender<Event<K>>) -> Result<(), StoreError> {
-    let mut watch = KeyWatch::new(dir.path(K::PREFIX))
-        .map_err(|error| StoreError::failed("watch the store", format!("{error:#}")))?;
+    let mut watch = dir.watch::<K>()?;
     loop {
-        let raw = dir.blocking(|dir| dir.list(K::PREFIX)).await?;
-        let _ = events.send(Event::Snapshot(raw.records.into_iter().map(Record::from).collect())).await;
+        let _ = events.send(Event::Snapshot(dir.blocking(|dir| dir.list()).await?)).await;
         watch.changed().await?;
     }
 }

@@ -1,4 +1,4 @@
-//! Errors of etcd's client, classified by the action that they call for.
+//! Errors of etcd's client, sorted by the action that they call for.
 
 use std::error::Error as _;
 
@@ -7,47 +7,34 @@ use tonic::Code;
 
 use crate::store::StoreError;
 
-/// The error of a request that etcd did not answer with success.
-pub(super) fn store_error(operation: &str, error: &Error) -> StoreError {
-    let (operation, why) = (operation.to_owned(), describe(error));
-    match class(error) {
-        Class::Away => StoreError::Away { operation, why },
-        Class::Denied => StoreError::Denied { operation, why },
-        Class::Other => StoreError::Failed { operation, why },
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Class {
-    /// etcd may answer later, or another endpoint now.
-    Away,
-    /// The credentials or rights are wrong.
-    Denied,
-    /// The request itself is wrong.
-    Other,
-}
-
 /// etcd's messages for wrong credentials and for none. Their status code is the one for malformed requests.
 const NOT_LOGGED_IN: [&str; 2] = ["authentication failed", "user name is empty"];
 
 /// etcd's message for a login from before its users changed: a new connection brings a new login.
 const OLD_LOGIN: &str = "revision of auth store is old";
 
-fn class(error: &Error) -> Class {
+/// The error of a request that etcd did not answer with success. [`StoreError::Failed`] says nothing about the connection;
+/// the others call for a new one: another endpoint may answer, and a token that cannot be renewed needs a new login.
+pub(super) fn store_error(operation: &str, error: &Error) -> StoreError {
+    let (operation, why) = (operation.to_owned(), describe(error));
     let Error::GRpcStatus(status) = error else {
-        let local = matches!(
+        let is_local = matches!(
             error,
             Error::InvalidArgs(_)
                 | Error::InvalidUri(_)
                 | Error::Utf8Error(_)
                 | Error::InvalidMetadataValue(_)
         );
-        return if local { Class::Other } else { Class::Away };
+        return if is_local || is_no_lease(error) {
+            StoreError::Failed { operation, why }
+        } else {
+            StoreError::Away { operation, why }
+        };
     };
     let code = status.code();
     let not_logged_in = NOT_LOGGED_IN.iter().any(|words| status.message().contains(words));
     if not_logged_in || matches!(code, Code::Unauthenticated | Code::PermissionDenied) {
-        return Class::Denied;
+        return StoreError::Denied { operation, why };
     }
     // Unknown and internal are what a connection that breaks half-way looks like; a full disk is resource exhaustion.
     let away = matches!(
@@ -60,17 +47,11 @@ fn class(error: &Error) -> Class {
             | Code::DeadlineExceeded
             | Code::ResourceExhausted
     );
-    if away || status.message().contains(OLD_LOGIN) { Class::Away } else { Class::Other }
-}
-
-/// Whether a connection should be given up after this error: a token that cannot be renewed needs a new login, which comes
-/// with a new connection.
-pub(super) fn breaks_connection(error: &Error) -> bool {
-    class(error) != Class::Other && !is_no_lease(error)
-}
-
-pub(super) fn is_away(error: &Error) -> bool {
-    class(error) == Class::Away
+    if away || status.message().contains(OLD_LOGIN) {
+        StoreError::Away { operation, why }
+    } else {
+        StoreError::Failed { operation, why }
+    }
 }
 
 /// Whether etcd no longer has the requested history.

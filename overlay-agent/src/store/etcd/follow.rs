@@ -12,12 +12,12 @@ use tokio::{
 };
 use tracing::warn;
 
-use super::{Etcd, KeyWatch, MAX_ANSWER, error, store_error};
+use super::{Etcd, error, store_error};
 use crate::store::{
     StoreError,
     backend::Snapshot,
     backoff::Backoff,
-    record::{Change, Event, Kind, RawRecord, Record},
+    record::{Change, Event, Kind, Record},
 };
 
 /// Sends events until their receiver is closed: a snapshot first, then changes; [`Event::Lost`] once when etcd cannot be
@@ -63,15 +63,19 @@ impl<K: Kind> Follower<K> {
 
     /// Returns when etcd no longer has the history since the list.
     async fn list_and_watch(&mut self, backoff: &mut Backoff) -> Result<(), StoreError> {
-        let Snapshot { revision, records } = self.etcd.list(K::PREFIX).await?;
+        let Snapshot { revision, records } = self.etcd.list::<K>().await?;
         if !self.is_same_history().await? {
             self.remember();
         }
-        self.known =
-            records.into_iter().map(Record::from).map(|record| (record.key.clone(), record)).collect();
+        self.known = records.into_iter().map(|record| (record.key.clone(), record)).collect();
         self.remembered.retain(|key, _| !self.known.contains_key(key));
         // Opened before the snapshot is sent: a failure now must not be reported as a snapshot and a loss.
-        let mut watch = self.open_watch(revision).await?;
+        let options = WatchOptions::new()
+            .with_prefix()
+            .with_start_revision(revision + 1)
+            // Many changes at once come in pieces that fit the limit for an answer.
+            .with_fragment();
+        let mut watch = self.etcd.watch(&[K::PREFIX.to_owned()], options).await?;
         let steady = sleep(Backoff::STEADY);
         tokio::pin!(steady);
         let mut is_steady = false;
@@ -100,34 +104,18 @@ impl<K: Kind> Follower<K> {
         }
     }
 
-    async fn open_watch(&self, revision: i64) -> Result<KeyWatch, StoreError> {
-        let options = WatchOptions::new()
-            .with_prefix()
-            .with_start_revision(revision + 1)
-            // Many changes at once come in pieces that fit the limit for an answer.
-            .with_fragment();
-        self.etcd.open_watch(vec![(self.etcd.full_key(K::PREFIX), options)]).await
-    }
-
     /// Whether the history of the etcd that answers now contains the youngest known record.
     async fn is_same_history(&self) -> Result<bool, StoreError> {
         let Some(youngest) = self.known.values().max_by_key(|record| record.version.modified) else {
             return Ok(true);
         };
-        let key = self.etcd.full_key(&format!("{}{}", K::PREFIX, youngest.key));
+        let key = self.etcd.keys.full(&format!("{}{}", K::PREFIX, youngest.key));
         let options = GetOptions::new().with_revision(youngest.version.modified);
         let operation = "read etcd's history";
-        let answer = self
-            .etcd
-            .session
-            .try_request(operation, |client| async move {
-                client.kv_client().max_decoding_message_size(MAX_ANSWER).get(key, Some(options)).await
-            })
-            .await?;
-        match answer {
+        match self.etcd.try_get(operation, key.into_bytes(), options).await? {
             // Numbers of etcd leases are random: the same one at the same revision is no coincidence.
             Ok(answer) => Ok(answer.kvs().first().is_some_and(|kv| {
-                let RawRecord { version, .. } = self.etcd.raw(kv);
+                let version = self.etcd.raw(kv).version;
                 (version.modified, version.lifetime) == (youngest.version.modified, youngest.version.lifetime)
             })),
             // The history goes further than ours; that part of it is gone.
@@ -139,7 +127,7 @@ impl<K: Kind> Follower<K> {
 
     /// Keeps what is known for the time of a lease.
     fn remember(&mut self) {
-        let ttl = self.etcd.options().lease_ttl;
+        let ttl = self.etcd.options.lease_ttl;
         warn!(
             "etcd has lost its data: the {} known records stay in force until they are written again, for {} min at most",
             self.known.len(),

@@ -1,8 +1,8 @@
 //! Full keys in etcd, from keys relative to the network's prefix and back.
 
-/// The prefix of one network.
+/// The prefix of one network, with the slash at its end.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Keys {
+pub(in crate::store) struct Keys {
     prefix: String,
 }
 
@@ -17,8 +17,7 @@ impl Keys {
         Self { prefix: format!("{root}{}{slash}", segments.join("/")) }
     }
 
-    /// The full key.
-    pub(super) fn full(&self, key: &str) -> String {
+    pub(in crate::store) fn full(&self, key: &str) -> String {
         format!("{}{key}", self.prefix)
     }
 

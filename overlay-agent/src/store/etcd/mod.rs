@@ -12,10 +12,10 @@ mod session;
 use std::{sync::Arc, time::Duration};
 
 use etcd_client::{
-    Compare, CompareOp, Error, GetOptions, KeyValue, PutOptions, Txn, TxnOp, TxnOpResponse, WatchOptions,
-    WatchResponse, WatchStream,
+    Client, Compare, CompareOp, Error, GetOptions, GetResponse, KeyValue, KvClient, PutOptions, Txn, TxnOp,
+    TxnOpResponse, TxnResponse, WatchOptions, WatchResponse, WatchStream,
 };
-use tokio::time::timeout;
+use tokio::sync::Mutex;
 
 pub(super) use follow::follow;
 pub use options::{EtcdOptions, LEASE_TTL, OWNER_TTL, RENEW_MARGIN};
@@ -23,11 +23,11 @@ pub use options::{EtcdOptions, LEASE_TTL, OWNER_TTL, RENEW_MARGIN};
 use super::{
     StoreError,
     backend::{Expected, Snapshot, Write, Written},
-    record::{Lifetime, LifetimeId, MAX_VALUE, RawRecord, Version},
+    record::{Kind, Lifetime, LifetimeId, MAX_VALUE, RawRecord, Record, Version},
 };
 use error::store_error;
-use keys::range_end;
-use session::{Connection, REQUEST, Session};
+use keys::{Keys, range_end};
+use session::{Connection, Current, REQUEST, in_time};
 
 /// Longest answer that is accepted, in bytes. It holds any single record: etcd's own limit for one is 1.5 MiB unless raised.
 const MAX_ANSWER: usize = 16 * 1024 * 1024;
@@ -36,58 +36,43 @@ const PAGE: i64 = 4000;
 /// Attempts at a list whose history etcd compacts half-way.
 const LIST_ATTEMPTS: usize = 5;
 
-/// One network's records in etcd.
+/// One network's records in etcd, and the connection to it.
 #[derive(Debug)]
 pub(super) struct Etcd {
-    session: Arc<Session>,
+    pub(super) options: EtcdOptions,
+    pub(super) keys: Keys,
+    /// URLs of the endpoints.
+    servers: Vec<String>,
+    current: Mutex<Current>,
 }
 
 impl Etcd {
-    /// Connects to the first endpoint that answers.
-    pub(super) async fn connect(options: EtcdOptions) -> Result<Self, StoreError> {
-        let session = Arc::new(Session::new(options)?);
-        session.connection().await?;
-        Ok(Self { session })
-    }
-
-    pub(super) fn options(&self) -> &EtcdOptions {
-        &self.session.options
-    }
-
-    pub(super) fn endpoints(&self) -> String {
-        self.session.endpoints()
-    }
-
-    pub(super) fn full_key(&self, key: &str) -> String {
-        self.session.keys.full(key)
-    }
-
-    /// The next request opens a new connection.
-    pub(super) async fn forget_connection(&self) {
-        self.session.forget_connection().await;
-    }
-
     pub(super) async fn get(&self, keys: &[String]) -> Result<Snapshot<Vec<Option<RawRecord>>>, StoreError> {
-        let full: Vec<_> = keys.iter().map(|key| self.full_key(key)).collect();
+        let full: Vec<_> = keys.iter().map(|key| self.keys.full(key)).collect();
         let operation = format!("read {} in etcd", full.join(" and "));
         let gets: Vec<_> = full.into_iter().map(|key| TxnOp::get(key, None)).collect();
-        let answer = self
-            .session
-            .request(&operation, |client| async move {
-                let mut client = client.kv_client().max_decoding_message_size(MAX_ANSWER);
-                client.txn(Txn::new().and_then(gets)).await
-            })
-            .await?;
+        let answer = self.txn(&operation, Txn::new().and_then(gets)).await?;
         let revision = answer.header().map_or(0, |header| header.revision());
-        let records = answer.op_responses().into_iter().filter_map(got).map(|kvs| {
-            let kv = kvs.into_iter().next()?;
-            Some(self.raw(&kv))
-        });
+        let records =
+            answer.op_responses().into_iter().filter_map(got).map(|kvs| kvs.first().map(|kv| self.raw(kv)));
         Ok(Snapshot { revision, records: records.collect() })
     }
 
-    pub(super) async fn list(&self, prefix: &str) -> Result<Snapshot<Vec<RawRecord>>, StoreError> {
-        let prefix = self.full_key(prefix);
+    async fn txn(&self, operation: &str, txn: Txn) -> Result<TxnResponse, StoreError> {
+        self.request(operation, async move |client| kv(&client).txn(txn).await).await
+    }
+
+    async fn try_get(
+        &self,
+        operation: &str,
+        key: Vec<u8>,
+        options: GetOptions,
+    ) -> Result<Result<GetResponse, Error>, StoreError> {
+        self.try_request(operation, async move |client| kv(&client).get(key, Some(options)).await).await
+    }
+
+    pub(super) async fn list<K: Kind>(&self) -> Result<Snapshot<Vec<Record<K>>>, StoreError> {
+        let prefix = self.keys.full(K::PREFIX);
         let operation = format!("list {prefix} in etcd");
         for _ in 0..LIST_ATTEMPTS {
             if let Some(snapshot) = self.list_once(&prefix, &operation).await? {
@@ -98,11 +83,11 @@ impl Etcd {
     }
 
     /// Reads pages of one revision; `None` when etcd compacted that revision between two pages.
-    async fn list_once(
+    async fn list_once<K: Kind>(
         &self,
         prefix: &str,
         operation: &str,
-    ) -> Result<Option<Snapshot<Vec<RawRecord>>>, StoreError> {
+    ) -> Result<Option<Snapshot<Vec<Record<K>>>>, StoreError> {
         let mut start = prefix.as_bytes().to_vec();
         let mut snapshot = Snapshot { revision: 0, records: Vec::new() };
         let mut limit = PAGE;
@@ -111,14 +96,7 @@ impl Etcd {
                 .with_range(range_end(prefix.as_bytes()))
                 .with_limit(limit)
                 .with_revision(snapshot.revision);
-            let from = start.clone();
-            let page = self
-                .session
-                .try_request(operation, |client| async move {
-                    client.kv_client().max_decoding_message_size(MAX_ANSWER).get(from, Some(options)).await
-                })
-                .await?;
-            let page = match page {
+            let page = match self.try_get(operation, start.clone(), options).await? {
                 Ok(page) => page,
                 Err(error) if error::is_compacted(&error) => return Ok(None),
                 Err(error) if error::is_too_long(&error) && limit > 1 => {
@@ -130,7 +108,7 @@ impl Etcd {
             if snapshot.revision == 0 {
                 snapshot.revision = page.header().map_or(0, |header| header.revision());
             }
-            snapshot.records.extend(page.kvs().iter().map(|kv| self.raw(kv)));
+            snapshot.records.extend(page.kvs().iter().map(|kv| Record::from(self.raw(kv))));
             match page.kvs().last() {
                 Some(last) if page.more() => {
                     start = last.key().to_vec();
@@ -143,7 +121,7 @@ impl Etcd {
     }
 
     pub(super) async fn write(&self, write: Write) -> Result<Option<Written>, StoreError> {
-        let key = self.full_key(&write.key);
+        let key = self.keys.full(&write.key);
         let operation = format!("write {key} in etcd");
         let conditions: Vec<_> =
             write.when.iter().flat_map(|(key, expected)| self.compare(key, *expected)).collect();
@@ -152,16 +130,10 @@ impl Etcd {
             None => TxnOp::delete(key, None),
         };
         let list = write.list.map(|prefix| {
-            TxnOp::get(self.full_key(prefix), Some(GetOptions::new().with_prefix().with_keys_only()))
+            TxnOp::get(self.keys.full(prefix), Some(GetOptions::new().with_prefix().with_keys_only()))
         });
         let operations: Vec<_> = [change].into_iter().chain(list).collect();
-        let answer = self
-            .session
-            .request(&operation, |client| async move {
-                let mut client = client.kv_client().max_decoding_message_size(MAX_ANSWER);
-                client.txn(Txn::new().when(conditions).and_then(operations)).await
-            })
-            .await?;
+        let answer = self.txn(&operation, Txn::new().when(conditions).and_then(operations)).await?;
         if !answer.succeeded() {
             return Ok(None);
         }
@@ -170,12 +142,12 @@ impl Etcd {
         // The revision of creation is right for new records only; for others nothing needs it.
         let version = Version { created: Some(revision), modified: revision, lifetime };
         let keys = answer.op_responses().into_iter().filter_map(got).flatten();
-        let keys = keys.map(|kv| self.session.keys.relative(kv.key())).collect();
+        let keys = keys.map(|kv| self.keys.relative(kv.key())).collect();
         Ok(Some(Written { version, keys }))
     }
 
     fn compare(&self, key: &str, expected: Expected) -> Vec<Compare> {
-        let key = self.full_key(key);
+        let key = self.keys.full(key);
         match expected {
             Expected::Absent => vec![Compare::version(key, CompareOp::Equal, 0)],
             Expected::Unchanged(version) => vec![
@@ -186,24 +158,23 @@ impl Etcd {
         }
     }
 
+    /// Creates a lifetime.
     pub(super) async fn grant(&self, ttl: Duration) -> Result<LifetimeId, StoreError> {
         let seconds = i64::try_from(ttl.as_secs()).unwrap_or(i64::MAX);
-        let grant = |mut client: etcd_client::Client| async move { client.lease_grant(seconds, None).await };
-        Ok(self.session.request("grant a lease in etcd", grant).await?.id())
+        let grant = async move |mut client: Client| client.lease_grant(seconds, None).await;
+        Ok(self.request("grant a lease in etcd", grant).await?.id())
     }
 
+    /// Renews a lifetime and returns its new duration; `None` when it has ended.
     pub(super) async fn renew(&self, lifetime: LifetimeId) -> Result<Option<Duration>, StoreError> {
         let operation = "renew a lease in etcd";
-        let answer = self
-            .session
-            .try_request(operation, |mut client| async move {
-                let (mut keeper, mut answers) = client.lease_keep_alive(lifetime).await?;
-                // The client swallows the first answer, and with it the time to live.
-                keeper.keep_alive().await?;
-                answers.message().await
-            })
-            .await?;
-        match answer {
+        let renew = async move |mut client: Client| {
+            let (mut keeper, mut answers) = client.lease_keep_alive(lifetime).await?;
+            // The client swallows the first answer, and with it the time to live.
+            keeper.keep_alive().await?;
+            answers.message().await
+        };
+        match self.try_request(operation, renew).await? {
             Ok(Some(answer)) => Ok(seconds(answer.ttl()).filter(|ttl| !ttl.is_zero())),
             Ok(None) => Err(StoreError::away(operation, "the connection ended")),
             Err(error) if error::is_no_lease(&error) => Ok(None),
@@ -211,15 +182,11 @@ impl Etcd {
         }
     }
 
+    /// The rest of a lifetime; `None` when it has ended.
     pub(super) async fn time_left(&self, lifetime: LifetimeId) -> Result<Option<Duration>, StoreError> {
         let operation = "read a lease in etcd";
-        let answer =
-            self.session
-                .try_request(operation, |mut client| async move {
-                    client.lease_time_to_live(lifetime, None).await
-                })
-                .await?;
-        match answer {
+        let read = async move |mut client: Client| client.lease_time_to_live(lifetime, None).await;
+        match self.try_request(operation, read).await? {
             // -1 means that it has ended.
             Ok(answer) => Ok(seconds(answer.ttl())),
             Err(error) if error::is_no_lease(&error) => Ok(None),
@@ -227,56 +194,57 @@ impl Etcd {
         }
     }
 
+    /// Ends a lifetime and removes its records.
     pub(super) async fn revoke(&self, lifetime: LifetimeId) -> Result<(), StoreError> {
-        let revoke = |mut client: etcd_client::Client| async move { client.lease_revoke(lifetime).await };
-        self.session.request("revoke a lease in etcd", revoke).await.map(drop)
+        let revoke = async move |mut client: Client| client.lease_revoke(lifetime).await;
+        self.request("revoke a lease in etcd", revoke).await.map(drop)
     }
 
-    pub(super) async fn watch_keys(&self, keys: &[String], revision: i64) -> Result<KeyWatch, StoreError> {
-        let options = WatchOptions::new().with_start_revision(revision + 1);
-        let keys = keys.iter().map(|key| (self.full_key(key), options.clone())).collect();
-        self.open_watch(keys).await
+    pub(super) async fn watch_keys(
+        self: &Arc<Self>,
+        keys: &[String],
+        revision: i64,
+    ) -> Result<KeyWatch, StoreError> {
+        self.watch(keys, WatchOptions::new().with_start_revision(revision + 1)).await
     }
 
-    /// Opens one stream with a watch for each full key.
-    async fn open_watch(&self, keys: Vec<(String, WatchOptions)>) -> Result<KeyWatch, StoreError> {
-        let names: Vec<_> = keys.iter().map(|(key, _)| key.as_str()).collect();
-        let operation = format!("watch {} in etcd", names.join(" and "));
-        let connection = self.session.connection().await?;
+    /// Opens one stream with a watch for each key.
+    async fn watch(self: &Arc<Self>, keys: &[String], options: WatchOptions) -> Result<KeyWatch, StoreError> {
+        let keys: Vec<_> = keys.iter().map(|key| self.keys.full(key)).collect();
+        let operation = format!("watch {} in etcd", keys.join(" and "));
+        let connection = self.connection().await?;
         let mut client = connection.client.watch_client().max_decoding_message_size(MAX_ANSWER);
         let opened = async {
             let mut keys = keys.into_iter();
-            let (first, options) = keys.next().ok_or(Error::InvalidArgs("no key to watch".to_owned()))?;
-            let mut stream = client.watch(first, Some(options)).await?;
-            for (key, options) in keys {
-                stream.watch(key, Some(options)).await?;
+            let first = keys.next().ok_or(Error::InvalidArgs("no key to watch".to_owned()))?;
+            let mut stream = client.watch(first, Some(options.clone())).await?;
+            for key in keys {
+                stream.watch(key, Some(options.clone())).await?;
             }
             Ok(stream)
         };
-        let failure = match timeout(REQUEST, opened).await {
-            Ok(Ok(stream)) => return Ok(KeyWatch { session: self.session.clone(), connection, stream }),
+        let failure = match in_time(&operation, REQUEST, opened).await {
+            Ok(Ok(stream)) => return Ok(KeyWatch { etcd: Arc::clone(self), connection, stream }),
             Ok(Err(error)) => store_error(&operation, &error),
-            Err(_) => StoreError::away(operation, format!("no answer within {} s", REQUEST.as_secs())),
+            Err(late) => late,
         };
-        self.session.drop_connection(&connection).await;
+        self.drop_connection(&connection).await;
         Err(failure)
     }
 
     fn raw(&self, kv: &KeyValue) -> RawRecord {
-        RawRecord {
-            key: self.session.keys.relative(kv.key()),
-            value: kv.value().get(..MAX_VALUE).unwrap_or(kv.value()).to_vec(),
-            version: version(kv),
-        }
+        let version = Version {
+            created: Some(kv.create_revision()),
+            modified: kv.mod_revision(),
+            lifetime: if kv.lease() == 0 { Lifetime::Unlimited } else { Lifetime::Limited(kv.lease()) },
+        };
+        let value = kv.value().get(..MAX_VALUE).unwrap_or(kv.value()).to_vec();
+        RawRecord { key: self.keys.relative(kv.key()), value, version }
     }
 }
 
-fn version(kv: &KeyValue) -> Version {
-    Version {
-        created: Some(kv.create_revision()),
-        modified: kv.mod_revision(),
-        lifetime: if kv.lease() == 0 { Lifetime::Unlimited } else { Lifetime::Limited(kv.lease()) },
-    }
+fn kv(client: &Client) -> KvClient {
+    client.kv_client().max_decoding_message_size(MAX_ANSWER)
 }
 
 fn got(answer: TxnOpResponse) -> Option<Vec<KeyValue>> {
@@ -292,7 +260,7 @@ fn seconds(ttl: i64) -> Option<Duration> {
 
 /// A stream of changes, with the connection that carries it.
 pub(super) struct KeyWatch {
-    session: Arc<Session>,
+    etcd: Arc<Etcd>,
     connection: Connection,
     stream: WatchStream,
 }
@@ -319,7 +287,7 @@ impl KeyWatch {
             Ok(None) => StoreError::away(operation, "the connection ended"),
             Err(error) => store_error(operation, &error),
         };
-        self.session.drop_connection(&self.connection).await;
+        self.etcd.drop_connection(&self.connection).await;
         Err(failure)
     }
 }

@@ -19,6 +19,8 @@ pub const RENEW_MARGIN: Duration = Duration::from_secs(60 * 60);
 /// disk.
 pub const OWNER_TTL: Duration = Duration::from_secs(30);
 
+const ENDPOINTS: &str = "--etcd-endpoints";
+
 /// Endpoints, prefix and credentials of etcd, and the times to live of what this host writes there.
 #[derive(Clone, Debug)]
 pub struct EtcdOptions {
@@ -65,35 +67,23 @@ impl Default for EtcdOptions {
     }
 }
 
-/// One server, ready to be connected to.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Endpoint {
-    pub(super) url: String,
-    pub(super) tls: bool,
-}
-
 impl EtcdOptions {
-    /// The endpoints with their schemes.
-    pub(super) fn servers(&self) -> Result<Vec<Endpoint>, StoreError> {
+    /// The URLs of the endpoints.
+    pub(super) fn servers(&self) -> Result<Vec<String>, StoreError> {
         let any_tls_file = self.ca_file.is_some() || self.cert_file.is_some();
         let servers: Vec<_> = self
             .endpoints
             .iter()
             .map(|endpoint| endpoint.trim().trim_end_matches('/'))
             .filter(|endpoint| !endpoint.is_empty())
-            .map(|endpoint| server(endpoint, any_tls_file))
+            .map(|endpoint| url(endpoint, any_tls_file))
             .collect::<Result<_, _>>()?;
         if servers.is_empty() {
-            return Err(wrong(
-                "--etcd-endpoints",
-                "it is empty: name at least one, such as http://10.0.0.1:2379",
-            ));
+            return refuse(ENDPOINTS, "it is empty: name at least one, such as http://10.0.0.1:2379");
         }
-        if any_tls_file && servers.iter().all(|server| !server.tls) {
-            return Err(wrong(
-                "--etcd-endpoints",
-                "TLS files are named, but every endpoint is http://: write https://, or drop the files",
-            ));
+        if any_tls_file && !servers.iter().any(|url| is_tls(url)) {
+            let why = "TLS files are named, but every endpoint is http://: write https://, or drop the files";
+            return refuse(ENDPOINTS, why);
         }
         Ok(servers)
     }
@@ -103,11 +93,9 @@ impl EtcdOptions {
         let username = self.username.clone().filter(|username| !username.is_empty());
         match (username, &self.password) {
             (Some(username), Some(password)) => Ok(Some((username, password.expose_secret().to_owned()))),
-            (Some(_), None) => {
-                Err(wrong("--etcd-username", "there is no password for it: give --etcd-password"))
-            }
+            (Some(_), None) => refuse("--etcd-username", "there is no password for it: give --etcd-password"),
             (None, Some(password)) if !password.expose_secret().is_empty() => {
-                Err(wrong("--etcd-password", "there is no user for it: give --etcd-username"))
+                refuse("--etcd-password", "there is no user for it: give --etcd-username")
             }
             (None, _) => Ok(None),
         }
@@ -125,12 +113,8 @@ impl EtcdOptions {
                 let (cert, key) = (read("--etcd-certfile", cert)?, read("--etcd-keyfile", key)?);
                 Ok(tls.identity(Identity::from_pem(cert, key)))
             }
-            (Some(_), None) => {
-                Err(wrong("--etcd-certfile", "its private key is missing: give --etcd-keyfile"))
-            }
-            (None, Some(_)) => {
-                Err(wrong("--etcd-keyfile", "its certificate is missing: give --etcd-certfile"))
-            }
+            (Some(_), None) => refuse("--etcd-certfile", "its private key is missing: give --etcd-keyfile"),
+            (None, Some(_)) => refuse("--etcd-keyfile", "its certificate is missing: give --etcd-certfile"),
             (None, None) => Ok(tls),
         }
     }
@@ -138,10 +122,8 @@ impl EtcdOptions {
     /// Whether the times to live fit together.
     pub(super) fn check_times(&self) -> Result<(), StoreError> {
         if self.lease_ttl < Duration::from_secs(2) || self.owner_ttl < Duration::from_secs(2) {
-            return Err(wrong(
-                "the lease's time to live",
-                "it is less than 2 s, too short to be renewed in time",
-            ));
+            let why = "it is less than 2 s, too short to be renewed in time";
+            return refuse("the lease's time to live", why);
         }
         if self.renew_margin >= self.lease_ttl {
             let why = format!(
@@ -149,36 +131,39 @@ impl EtcdOptions {
                 self.renew_margin.as_secs() / 60,
                 self.lease_ttl.as_secs() / 60
             );
-            return Err(wrong("--subnet-lease-renew-margin", why));
+            return refuse("--subnet-lease-renew-margin", why);
         }
         Ok(())
     }
 }
 
-fn server(endpoint: &str, any_tls_file: bool) -> Result<Endpoint, StoreError> {
+/// Whether a URL of [`EtcdOptions::servers`] is for TLS.
+pub(super) fn is_tls(url: &str) -> bool {
+    url.starts_with("https:")
+}
+
+fn url(endpoint: &str, any_tls_file: bool) -> Result<String, StoreError> {
     let (scheme, rest) = match endpoint.split_once("://") {
         Some((scheme, rest)) => (scheme.to_ascii_lowercase(), rest),
         None => ((if any_tls_file { "https" } else { "http" }).to_owned(), endpoint),
     };
     if rest.contains('@') {
         // The error does not quote the endpoint: it may hold a password.
-        return Err(wrong(
-            "--etcd-endpoints",
-            "an endpoint holds a user: give --etcd-username and --etcd-password instead",
-        ));
+        let why = "an endpoint holds a user: give --etcd-username and --etcd-password instead";
+        return refuse(ENDPOINTS, why);
     }
     match scheme.as_str() {
-        "http" | "https" => Ok(Endpoint { url: format!("{scheme}://{rest}"), tls: scheme == "https" }),
-        _ => Err(wrong("--etcd-endpoints", format!("{endpoint:?} is neither http:// nor https://"))),
+        "http" | "https" => Ok(format!("{scheme}://{rest}")),
+        _ => refuse(ENDPOINTS, format!("{endpoint:?} is neither http:// nor https://")),
     }
 }
 
 fn read(option: &'static str, file: &Path) -> Result<Vec<u8>, StoreError> {
-    std::fs::read(file).map_err(|error| wrong(option, format!("cannot read {}: {error}", file.display())))
+    std::fs::read(file).or_else(|error| refuse(option, format!("cannot read {}: {error}", file.display())))
 }
 
-fn wrong(option: &'static str, why: impl Into<String>) -> StoreError {
-    StoreError::Option { option, why: why.into() }
+fn refuse<T>(option: &'static str, why: impl Into<String>) -> Result<T, StoreError> {
+    Err(StoreError::Option { option, why: why.into() })
 }
 
 #[cfg(test)]
@@ -211,27 +196,29 @@ mod tests {
     #[test]
     fn endpoints_without_a_scheme_are_https_when_there_are_tls_files() {
         let mut options = options(&["10.0.0.1:2379", " http://10.0.0.2:2379/ ", ""]);
-        let urls = |options: &EtcdOptions| {
-            options.servers().unwrap().into_iter().map(|server| server.url).collect::<Vec<_>>()
-        };
-        assert_eq!(urls(&options), ["http://10.0.0.1:2379", "http://10.0.0.2:2379"]);
+        assert_eq!(options.servers().unwrap(), ["http://10.0.0.1:2379", "http://10.0.0.2:2379"]);
         options.ca_file = Some("/ca.pem".into());
-        assert_eq!(urls(&options), ["https://10.0.0.1:2379", "http://10.0.0.2:2379"]);
+        assert_eq!(options.servers().unwrap(), ["https://10.0.0.1:2379", "http://10.0.0.2:2379"]);
     }
 
     #[test]
     fn what_does_not_fit_together_is_refused_by_name() {
-        assert!(refused(options(&[""]).servers()).contains("--etcd-endpoints"));
-        assert!(refused(options(&["unix:///run/etcd"]).servers()).contains("neither"));
-        let plain = EtcdOptions { ca_file: Some("/ca.pem".into()), ..options(&["http://10.0.0.1:2379"]) };
-        assert!(refused(plain.servers()).contains("https://"));
-        let no_key = EtcdOptions { cert_file: Some("/dev/null".into()), ..EtcdOptions::default() };
-        assert!(refused(no_key.tls()).contains("--etcd-keyfile"));
-        let no_file = EtcdOptions { ca_file: Some("/does/not/exist".into()), ..EtcdOptions::default() };
-        assert!(refused(no_file.tls()).contains("/does/not/exist"));
-        let no_password = EtcdOptions { username: Some("flannel".to_owned()), ..EtcdOptions::default() };
-        assert!(refused(no_password.user()).contains("--etcd-password"));
-        let late = EtcdOptions { renew_margin: LEASE_TTL, ..EtcdOptions::default() };
-        assert!(refused(late.check_times()).contains("--subnet-lease-renew-margin"));
+        let default = EtcdOptions::default;
+        let tls_files = EtcdOptions { ca_file: Some("/ca.pem".into()), ..options(&["http://10.0.0.1:2379"]) };
+        let no_key = EtcdOptions { cert_file: Some("/dev/null".into()), ..default() };
+        let no_file = EtcdOptions { ca_file: Some("/does/not/exist".into()), ..default() };
+        let no_password = EtcdOptions { username: Some("flannel".to_owned()), ..default() };
+        let late = EtcdOptions { renew_margin: LEASE_TTL, ..default() };
+        for (refusal, part) in [
+            (refused(options(&[""]).servers()), "--etcd-endpoints"),
+            (refused(options(&["unix:///run/etcd"]).servers()), "neither"),
+            (refused(tls_files.servers()), "https://"),
+            (refused(no_key.tls()), "--etcd-keyfile"),
+            (refused(no_file.tls()), "/does/not/exist"),
+            (refused(no_password.user()), "--etcd-password"),
+            (refused(late.check_times()), "--subnet-lease-renew-margin"),
+        ] {
+            assert!(refusal.contains(part), "{refusal}");
+        }
     }
 }

@@ -7,9 +7,10 @@ use tokio::{sync::Mutex, time::timeout};
 use tracing::{debug, warn};
 
 use super::{
-    error,
+    Etcd,
+    error::{is_without_users, store_error},
     keys::Keys,
-    options::{Endpoint, EtcdOptions},
+    options::{EtcdOptions, is_tls},
 };
 use crate::store::StoreError;
 
@@ -22,17 +23,9 @@ const PING: Duration = Duration::from_secs(10);
 /// A connection that does not answer a ping for this long is dead.
 const PONG: Duration = Duration::from_secs(5);
 
-/// One network in etcd: options, keys and the current connection.
-#[derive(Debug)]
-pub(super) struct Session {
-    pub(super) options: EtcdOptions,
-    pub(super) keys: Keys,
-    servers: Vec<Endpoint>,
-    current: Mutex<Current>,
-}
-
+/// The current connection, if there is one.
 #[derive(Default)]
-struct Current {
+pub(super) struct Current {
     client: Option<Client>,
     /// Counts connections: a late failure of an earlier one must not end this one.
     number: u64,
@@ -47,28 +40,30 @@ impl std::fmt::Debug for Current {
     }
 }
 
-/// A connection, to be passed to [`Session::drop_connection`] when it fails.
+/// A connection, to be passed to [`Etcd::drop_connection`] when it fails.
 #[derive(Clone)]
 pub(super) struct Connection {
     pub(super) client: Client,
     number: u64,
 }
 
-impl Session {
-    pub(super) fn new(options: EtcdOptions) -> Result<Self, StoreError> {
+impl Etcd {
+    /// Connects to the first endpoint that answers.
+    pub(in crate::store) async fn connect(options: EtcdOptions) -> Result<Self, StoreError> {
         options.check_times()?;
         options.user()?;
         let servers = options.servers()?;
-        if servers.iter().any(|server| server.tls) {
+        if servers.iter().any(|url| is_tls(url)) {
             options.tls()?;
         }
-        let keys = Keys::new(&options.prefix);
-        Ok(Self { options, keys, servers, current: Mutex::default() })
+        let etcd = Self { keys: Keys::new(&options.prefix), options, servers, current: Mutex::default() };
+        etcd.connection().await?;
+        Ok(etcd)
     }
 
     /// The servers' URLs, for messages.
-    pub(super) fn endpoints(&self) -> String {
-        self.servers.iter().map(|server| server.url.as_str()).collect::<Vec<_>>().join(", ")
+    pub(in crate::store) fn endpoints(&self) -> String {
+        self.servers.join(", ")
     }
 
     /// The connection that works, or a new one.
@@ -80,15 +75,15 @@ impl Session {
         let mut refusals = Vec::new();
         for offset in 0..self.servers.len() {
             let index = (current.next + offset) % self.servers.len();
-            let Some(server) = self.servers.get(index) else { continue };
-            match self.connect(server).await {
+            let Some(url) = self.servers.get(index) else { continue };
+            match self.connect_to(url).await {
                 Ok(client) => {
-                    debug!("connected to etcd at {}", server.url);
+                    debug!("connected to etcd at {url}");
                     *current =
                         Current { client: Some(client.clone()), number: current.number + 1, next: index };
                     return Ok(Connection { client, number: current.number });
                 }
-                Err(StoreError::Away { why, .. }) => refusals.push(format!("{}: {why}", server.url)),
+                Err(StoreError::Away { why, .. }) => refusals.push(format!("{url}: {why}")),
                 // The other servers would answer the same.
                 Err(error) => return Err(error),
             }
@@ -106,50 +101,44 @@ impl Session {
 
     /// The next request opens a new connection. For a host whose address changed: packets to the old one no longer arrive,
     /// and only a long timeout would show it.
-    pub(super) async fn forget_connection(&self) {
+    pub(in crate::store) async fn forget_connection(&self) {
         self.current.lock().await.client = None;
     }
 
     /// Sends one request. An error that another connection may not give ends this one.
-    pub(super) async fn request<T, F, Answer>(&self, operation: &str, request: F) -> Result<T, StoreError>
-    where
-        F: FnOnce(Client) -> Answer,
-        Answer: Future<Output = Result<T, Error>>,
-    {
-        self.try_request(operation, request).await?.map_err(|error| error::store_error(operation, &error))
+    pub(super) async fn request<T>(
+        &self,
+        operation: &str,
+        request: impl AsyncFnOnce(Client) -> Result<T, Error>,
+    ) -> Result<T, StoreError> {
+        self.try_request(operation, request).await?.map_err(|error| store_error(operation, &error))
     }
 
     /// Like [`Self::request`], for requests of which some errors are answers: errors that do not concern the connection are
     /// returned as they are.
-    pub(super) async fn try_request<T, F, Answer>(
+    pub(super) async fn try_request<T>(
         &self,
         operation: &str,
-        request: F,
-    ) -> Result<Result<T, Error>, StoreError>
-    where
-        F: FnOnce(Client) -> Answer,
-        Answer: Future<Output = Result<T, Error>>,
-    {
+        request: impl AsyncFnOnce(Client) -> Result<T, Error>,
+    ) -> Result<Result<T, Error>, StoreError> {
         let connection = self.connection().await?;
-        match timeout(REQUEST, request(connection.client.clone())).await {
-            Ok(Ok(answer)) => Ok(Ok(answer)),
-            Ok(Err(error)) if !error::breaks_connection(&error) => Ok(Err(error)),
+        let failure = match in_time(operation, REQUEST, request(connection.client.clone())).await {
+            Ok(Ok(answer)) => return Ok(Ok(answer)),
             Ok(Err(error)) => {
-                self.drop_connection(&connection).await;
-                Err(error::store_error(operation, &error))
+                let failure = store_error(operation, &error);
+                if matches!(failure, StoreError::Failed { .. }) {
+                    return Ok(Err(error));
+                }
+                failure
             }
-            Err(_) => {
-                self.drop_connection(&connection).await;
-                Err(StoreError::Away {
-                    operation: operation.to_owned(),
-                    why: format!("no answer within {} s", REQUEST.as_secs()),
-                })
-            }
-        }
+            Err(late) => late,
+        };
+        self.drop_connection(&connection).await;
+        Err(failure)
     }
 
-    async fn connect(&self, server: &Endpoint) -> Result<Client, StoreError> {
-        let operation = format!("connect to etcd at {}", server.url);
+    async fn connect_to(&self, url: &str) -> Result<Client, StoreError> {
+        let operation = format!("connect to etcd at {url}");
         let mut options = ConnectOptions::new()
             .with_connect_timeout(CONNECT)
             .with_keep_alive(PING, PONG)
@@ -158,37 +147,38 @@ impl Session {
             // A member cut off from the others would serve stale records.
             .with_require_leader(true)
             .with_auto_token_refresh(true);
-        if server.tls {
+        if is_tls(url) {
             options = options.with_tls(self.options.tls()?);
         }
+        let login = match self.options.user()? {
+            Some((user, password)) => options.clone().with_user(user, password),
+            None => options.clone(),
+        };
         let attempt = async {
-            let mut client = match self.options.user()? {
-                Some((user, password)) => {
-                    match Client::connect([&server.url], Some(options.clone().with_user(user, password)))
-                        .await
-                    {
-                        Err(error) if error::is_without_users(&error) => {
-                            warn!("etcd at {} runs without users: --etcd-username is ignored", server.url);
-                            Client::connect([&server.url], Some(options)).await
-                        }
-                        result => result,
-                    }
-                }
-                None => Client::connect([&server.url], Some(options)).await,
+            let mut connected = Client::connect([url], Some(login)).await;
+            if connected.as_ref().is_err_and(is_without_users) {
+                warn!("etcd at {url} runs without users: --etcd-username is ignored");
+                connected = Client::connect([url], Some(options)).await;
             }
-            .map_err(|error| error::store_error(&operation, &error))?;
+            let mut client = connected.map_err(|error| store_error(&operation, &error))?;
             // The client connects at the first request. Missing rights show at the requests that need them.
             let probe = client.get(self.keys.full("config"), Some(GetOptions::new().with_count_only())).await;
-            match probe {
-                Err(error) if error::is_away(&error) => Err(error::store_error(&operation, &error)),
+            match probe.map_err(|error| store_error(&operation, &error)) {
+                Err(away @ StoreError::Away { .. }) => Err(away),
                 _ => Ok(client),
             }
         };
-        timeout(CONNECT + REQUEST, attempt).await.unwrap_or_else(|_| {
-            Err(StoreError::Away {
-                operation: operation.clone(),
-                why: format!("no answer within {} s", (CONNECT + REQUEST).as_secs()),
-            })
-        })
+        in_time(&operation, CONNECT + REQUEST, attempt).await?
     }
+}
+
+/// The outcome of `request`, if it comes within the time limit.
+pub(super) async fn in_time<T>(
+    operation: &str,
+    limit: Duration,
+    request: impl Future<Output = T>,
+) -> Result<T, StoreError> {
+    timeout(limit, request)
+        .await
+        .map_err(|_| StoreError::away(operation, format!("no answer within {} s", limit.as_secs())))
 }

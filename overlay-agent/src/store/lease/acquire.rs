@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 use tracing::{info, warn};
 
 use super::{
-    ATTEMPTS, Claim, Held, Leases, SubnetRequest,
+    ATTEMPTS, Claim, Held, SubnetRequest,
     choose::{Choice, choose},
     claim,
 };
@@ -13,9 +13,9 @@ use crate::{
     lease::{self, Lease, LeaseRecord},
     route::Subnet,
     store::{
-        StoreError,
-        backend::{Expected, Write, Written},
-        record::{Kind as _, LifetimeId, Record, Version},
+        Store, StoreError,
+        backend::{Backend, Expected, Write, Written},
+        record::{Kind as _, LifetimeId, Version},
     },
 };
 
@@ -24,17 +24,20 @@ pub(super) fn record_key(key: &str) -> String {
     format!("{}{key}", Lease::PREFIX)
 }
 
-impl Leases {
-    /// Acquires a subnet for the host at `public_ip`. A lease of this host on another subnet makes room for a wanted one.
+impl Store {
+    /// Acquires a subnet for the host at `public_ip`: the wanted one, else the one whose record carries its address, else the
+    /// earlier one if it is free, else any free one. A lease of this host on another subnet makes room for a wanted one.
     ///
     /// When another agent has claimed the same address, this waits for its claim to end, which takes up to the claim's time
     /// to live after that agent has died.
-    pub(in crate::store) async fn acquire(
-        &self,
-        request: &SubnetRequest,
-        public_ip: Ipv4Addr,
-    ) -> Result<Held, StoreError> {
-        let claim = self.claim(public_ip).await?;
+    ///
+    /// Fails when the store cannot be used, another live agent has the same address, the wanted subnet is not
+    /// available, or the network is full.
+    pub async fn acquire(&self, request: &SubnetRequest, public_ip: Ipv4Addr) -> Result<Held, StoreError> {
+        if let Backend::Dir(dir) = &self.backend {
+            dir.blocking(|dir| dir.create::<Lease>()).await?;
+        }
+        let claim = self.claim(public_ip, true).await?;
         let taken = self.take_subnet(request, claim).await;
         if taken.is_err() {
             self.revoke(claim.lifetime).await;
@@ -73,9 +76,7 @@ impl Leases {
             request: request.clone(),
         };
         for _ in 0..ATTEMPTS {
-            let snapshot = self.backend.list(Lease::PREFIX).await?;
-            let records: Vec<LeaseRecord> = snapshot.records.into_iter().map(Record::from).collect();
-            match choose(&records, request, claim.public_ip)? {
+            match choose(&self.backend.list().await?, request, claim.public_ip)? {
                 Choice::Keep(record, subnet) => {
                     if self.keep_record(&record, claim).await? {
                         return Ok(held(record.key, subnet, record.version, false));
@@ -90,7 +91,7 @@ impl Leases {
                 }
                 Choice::Take(subnet) => {
                     if granted.is_none() && self.backend.has_lifetimes() {
-                        *granted = Some(self.backend.grant(self.times.lease_ttl).await?);
+                        *granted = Some(self.backend.lifetimes()?.grant(self.times.lease_ttl).await?);
                     }
                     if let Some(version) = self.create(subnet, *granted, claim).await? {
                         return Ok(held(lease::key(subnet), subnet, version, true));
@@ -113,8 +114,9 @@ impl Leases {
         }
     }
 
-    /// Releases the subnet: removes its record if it is still ours. A reservation stays.
-    pub(in crate::store) async fn release(&self, held: &Held) -> Result<(), StoreError> {
+    /// Releases a subnet: removes its record if it is still ours. A reservation stays.
+    /// Fails when the store cannot be written.
+    pub async fn release(&self, held: &Held) -> Result<(), StoreError> {
         let key = record_key(&held.key);
         let ours = match held.lifetime {
             Some(lifetime) => Some(Expected::Attached(lifetime)),
@@ -137,8 +139,8 @@ impl Leases {
         Ok(())
     }
 
-    /// Gives up the claim on the public address and leaves the record for the next start of this host.
-    pub(in crate::store) async fn leave(&self, held: &Held) {
+    /// Gives up the claim on the public address. The record stays for the next start of this host.
+    pub async fn leave(&self, held: &Held) {
         self.revoke(held.claim.lifetime).await;
     }
 
@@ -146,8 +148,8 @@ impl Leases {
     /// new one. `None` when the record changed meanwhile.
     pub(super) async fn restore(&self, held: &Held, version: Version) -> Result<Option<Held>, StoreError> {
         let lifetime = match held.lifetime {
-            Some(lifetime) if self.backend.renew(lifetime).await?.is_some() => Some(lifetime),
-            Some(_) => Some(self.backend.grant(self.times.lease_ttl).await?),
+            Some(lifetime) if self.backend.lifetimes()?.renew(lifetime).await?.is_some() => Some(lifetime),
+            Some(_) => Some(self.backend.lifetimes()?.grant(self.times.lease_ttl).await?),
             None => None,
         };
         let value = Some(lease::value(held.public_ip()));
@@ -162,7 +164,7 @@ impl Leases {
     async fn keep_record(&self, record: &LeaseRecord, claim: Claim) -> Result<bool, StoreError> {
         let lifetime = record.version.lifetime.id();
         if let Some(lifetime) = lifetime
-            && self.backend.renew(lifetime).await?.is_none()
+            && self.backend.lifetimes()?.renew(lifetime).await?.is_none()
         {
             return Ok(false);
         }
@@ -247,9 +249,8 @@ impl Leases {
         if !matches!(self.check_claim(held.claim).await, Err(StoreError::SamePublicIp { .. })) {
             return Ok(None);
         }
-        let records = self.backend.list(Lease::PREFIX).await?.records.into_iter().map(LeaseRecord::from);
         let theirs =
             |record: &LeaseRecord| record.key != held.key && record.holder() == Some(held.public_ip());
-        Ok(records.into_iter().find(theirs))
+        Ok(self.backend.list().await?.into_iter().find(theirs))
     }
 }

@@ -160,15 +160,18 @@ mod tests {
         record(key, &lease::value(public_ip), lease)
     }
 
-    fn config() -> NetworkConfig {
-        NetworkConfig::parse(
-            r#"{"Network":"10.5.0.0/16","SubnetMin":"10.5.16.0","SubnetMax":"10.5.19.0","SubnetLen":24}"#,
-        )
-        .unwrap()
+    fn request() -> SubnetRequest {
+        let config =
+            r#"{"Network":"10.5.0.0/16","SubnetMin":"10.5.16.0","SubnetMax":"10.5.19.0","SubnetLen":24}"#;
+        SubnetRequest::any(NetworkConfig::parse(config).unwrap())
     }
 
-    fn request() -> SubnetRequest {
-        SubnetRequest::any(config())
+    fn keep(record: &LeaseRecord) -> Choice {
+        Choice::Keep(record.clone(), record.subnet().unwrap())
+    }
+
+    fn take(subnet: &str) -> Choice {
+        Choice::Take(net(subnet))
     }
 
     fn chosen(entries: &[LeaseRecord], earlier: Option<&str>) -> Choice {
@@ -182,12 +185,9 @@ mod tests {
             entry("10.5.17.0-24", HOST, 8),
             entry("10.5.200.0-24", OTHER, 0),
         ];
-        assert_eq!(
-            chosen(&entries, Some("10.5.17.0/24")),
-            Choice::Keep(entries[1].clone(), net("10.5.17.0/24"))
-        );
+        assert_eq!(chosen(&entries, Some("10.5.17.0/24")), keep(&entries[1]));
         let reserved = [entries[0].clone(), entry("10.5.200.0-24", HOST, 0)];
-        assert_eq!(chosen(&reserved, None), Choice::Keep(reserved[1].clone(), net("10.5.200.0/24")));
+        assert_eq!(chosen(&reserved, None), keep(&reserved[1]));
     }
 
     #[test]
@@ -195,7 +195,7 @@ mod tests {
         let lease = entry("10.5.200.0-24", HOST, 7);
         assert_eq!(chosen(std::slice::from_ref(&lease), None), Choice::Discard(lease));
         let elsewhere = entry("10.6.0.0-24", HOST, 0);
-        assert_eq!(chosen(&[elsewhere], Some("10.5.18.0/24")), Choice::Take(net("10.5.18.0/24")));
+        assert_eq!(chosen(&[elsewhere], Some("10.5.18.0/24")), take("10.5.18.0/24"));
     }
 
     #[test]
@@ -207,7 +207,7 @@ mod tests {
             record("10.6.0.0-24", "garbage", 1),
         ];
         for _ in 0..20 {
-            assert_eq!(chosen(&entries, Some("10.5.18.0/24")), Choice::Take(net("10.5.19.0/24")));
+            assert_eq!(chosen(&entries, Some("10.5.18.0/24")), take("10.5.19.0/24"));
         }
         let unreadable = record("10.5.19.0-24", "garbage", 1);
         let full = [&entries[..], &[unreadable]].concat();
@@ -222,7 +222,7 @@ mod tests {
             let fixed = vec![net("10.5.50.0/24")];
             choose(&entries, &SubnetRequest { wanted: Some(net(wanted)), fixed, ..request() }, host)
         };
-        assert_eq!(choose(HOST, "10.5.100.0/24").unwrap(), Choice::Take(net("10.5.100.0/24")));
+        assert_eq!(choose(HOST, "10.5.100.0/24").unwrap(), take("10.5.100.0/24"));
         assert!(matches!(choose(OTHER, "10.5.16.0/24").unwrap(), Choice::Keep(..)));
         for (host, wanted, why) in [
             (HOST, "10.6.0.0/24", "not a part"),
@@ -251,14 +251,10 @@ mod tests {
         let fixed = vec![net("10.5.16.0/23"), net("10.5.18.128/25")];
         let request = SubnetRequest { earlier: Some(net("10.5.17.0/24")), fixed, ..request() };
         for _ in 0..20 {
-            let chosen = choose(&[], &request, HOST).unwrap();
-            assert_eq!(chosen, Choice::Take(net("10.5.19.0/24")));
+            assert_eq!(choose(&[], &request, HOST).unwrap(), take("10.5.19.0/24"));
         }
         let ours = [entry("10.5.16.0-24", HOST, 7), entry("10.5.19.0-24", HOST, 8)];
-        assert_eq!(
-            choose(&ours, &request, HOST).unwrap(),
-            Choice::Keep(ours[1].clone(), net("10.5.19.0/24"))
-        );
+        assert_eq!(choose(&ours, &request, HOST).unwrap(), keep(&ours[1]));
         let error = choose(&ours[..1], &request, HOST).unwrap_err().to_string();
         assert!(error.contains("10.5.16.0/24") && error.contains("--peer"), "{error}");
     }

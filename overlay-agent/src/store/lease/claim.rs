@@ -9,11 +9,10 @@ use std::{net::Ipv4Addr, time::Duration};
 
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
-use super::Leases;
 use crate::store::{
-    StoreError,
+    Store, StoreError,
     backend::{Expected, Write},
     record::{LifetimeId, RawRecord},
 };
@@ -24,7 +23,7 @@ const POLL: Duration = Duration::from_millis(500);
 const GRACE: Duration = Duration::from_secs(2);
 
 /// The value of a claim.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 struct Claimant {
     /// Compared as a whole.
     instance: String,
@@ -47,8 +46,7 @@ impl Claim {
     }
 }
 
-/// The outcome of one attempt.
-pub(super) enum Claimed {
+enum Claimed {
     Ours(Claim),
     /// Another instance holds it.
     Theirs(RawRecord),
@@ -59,9 +57,9 @@ pub(super) fn key(public_ip: Ipv4Addr) -> String {
     format!("overlay-agent/owners/{public_ip}")
 }
 
-impl Leases {
-    /// Claims the address. Waits for the claim of an agent that is gone to end.
-    pub(super) async fn claim(&self, public_ip: Ipv4Addr) -> Result<Claim, StoreError> {
+impl Store {
+    /// Claims the address. With `wait`, the claim of an agent that is gone may end first.
+    pub(super) async fn claim(&self, public_ip: Ipv4Addr, wait: bool) -> Result<Claim, StoreError> {
         let mut seen = None;
         loop {
             let other = match self.try_claim(public_ip).await? {
@@ -69,10 +67,10 @@ impl Leases {
                 Claimed::Theirs(other) => other,
             };
             // Only a live agent renews its claim or makes a new one; a claim without a lifetime would stay for ever.
-            let Some(lifetime) = other.version.lifetime.id() else {
+            let Some(lifetime) = other.version.lifetime.id().filter(|_| wait) else {
                 return Err(self.same_public_ip(public_ip, &other));
             };
-            let left = self.backend.time_left(lifetime).await?.unwrap_or_default();
+            let left = self.backend.lifetimes()?.time_left(lifetime).await?.unwrap_or_default();
             let (first, before, until) = *seen.get_or_insert_with(|| {
                 info!("{public_ip} is claimed by {}: waiting for the claim to end", name(&other));
                 (lifetime, left, Instant::now() + left + GRACE)
@@ -86,7 +84,7 @@ impl Leases {
     }
 
     /// Claims the address if no other instance has it.
-    pub(super) async fn try_claim(&self, public_ip: Ipv4Addr) -> Result<Claimed, StoreError> {
+    async fn try_claim(&self, public_ip: Ipv4Addr) -> Result<Claimed, StoreError> {
         if !self.backend.has_lifetimes() {
             return Ok(Claimed::Ours(Claim { public_ip, lifetime: None }));
         }
@@ -94,7 +92,7 @@ impl Leases {
         let claimant = Claimant { instance: self.instance.clone(), host: host_name() };
         let value = serde_json::to_string(&claimant)
             .map_err(|error| StoreError::failed(format!("claim {public_ip}"), error))?;
-        let lifetime = Some(self.backend.grant(self.times.claim_ttl).await?);
+        let lifetime = Some(self.backend.lifetimes()?.grant(self.times.claim_ttl).await?);
         let mut expected = Expected::Absent;
         let mut leftover = None;
         loop {
@@ -130,15 +128,19 @@ impl Leases {
         }
     }
 
-    /// Ends a lifetime, if there is one: a claim, or a lease that is not used.
-    pub(super) async fn revoke(&self, lifetime: Option<LifetimeId>) {
-        if let Some(lifetime) = lifetime {
-            self.backend.revoke(lifetime).await;
+    /// Ends lifetimes and removes their records. A failure is only logged: the lifetime then ends by itself.
+    pub(super) async fn revoke(&self, lifetimes: impl IntoIterator<Item = LifetimeId>) {
+        for lifetime in lifetimes {
+            let revoked = async { self.backend.lifetimes()?.revoke(lifetime).await };
+            if let Err(error) = revoked.await {
+                debug!("{error}");
+            }
         }
     }
 
-    /// The running agent that has claimed an address, in words.
-    pub(in crate::store) async fn claimant(&self, public_ip: Ipv4Addr) -> Result<Option<String>, StoreError> {
+    /// The running agent that has claimed a public address, in words. `None` for hosts that run flannel and in a directory.
+    /// Fails when the store cannot be read.
+    pub async fn claimant(&self, public_ip: Ipv4Addr) -> Result<Option<String>, StoreError> {
         match self.backend.has_lifetimes() {
             true => Ok(self.backend.get_one(&key(public_ip)).await?.as_ref().map(name)),
             false => Ok(None),
@@ -165,7 +167,7 @@ fn name(record: &RawRecord) -> String {
 
 /// The boot id is a random number of the kernel, also in a clone of a virtual machine; the namespace tells hosts apart that
 /// are namespaces of one machine.
-pub(super) fn this_instance() -> String {
+pub(in crate::store) fn this_instance() -> String {
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let namespace = std::fs::read_link("/proc/self/ns/net").unwrap_or_default();
     format!("{} {}", boot.trim(), namespace.display())

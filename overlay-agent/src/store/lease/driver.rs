@@ -3,47 +3,74 @@
 use std::net::Ipv4Addr;
 
 use tokio::{
-    sync::{mpsc, watch},
+    sync::{mpsc, oneshot, watch},
+    task::JoinHandle,
     time::{Instant, sleep_until},
 };
 use tracing::debug;
 
 use super::{
-    Held, LeaseEvent, Leases, SubnetRequest,
+    Held, LeaseEvent, SubnetRequest,
     acquire::record_key,
-    claim::{self, Claimed},
+    claim,
     keeper::{Action, Keeper, Observation},
 };
 use crate::{
     lease::LeaseRecord,
     store::{
-        StoreError,
+        Store, StoreError,
         backend::{Backend, KeyWatch},
     },
 };
 
-/// Keeps `held` until `stop` is done or `events` is closed, and returns what is held then. The record follows this host to
-/// whatever address `address` contains.
-pub(in crate::store) async fn keep(
-    leases: Leases,
-    held: Held,
-    address: watch::Receiver<Ipv4Addr>,
-    events: mpsc::Sender<LeaseEvent>,
-    stop: impl Future<Output = ()>,
-) -> Held {
-    let has_lifetimes = leases.backend.has_lifetimes();
-    let keeper = Keeper::new(held, leases.times, has_lifetimes, Instant::now());
-    let mut driver = Driver { leases, keeper, address, events: events.clone(), watch: None };
-    tokio::select! {
-        () = driver.run() => {}
-        () = stop => {}
-        () = events.closed() => {}
+impl Store {
+    /// Keeps a lease in a task: renews it, acquires it again when it is lost, moves it to another address of this host.
+    pub fn keep(&self, held: Held) -> LeaseKeeper {
+        let (sender, events) = mpsc::channel(64);
+        let (address, addresses) = watch::channel(held.public_ip());
+        let (stop, stopped) = oneshot::channel::<()>();
+        let keeper = Keeper::new(held, self.times, self.backend.has_lifetimes(), Instant::now());
+        let mut driver =
+            Driver { store: self.clone(), keeper, address: addresses, events: sender.clone(), watch: None };
+        let task = tokio::spawn(async move {
+            tokio::select! {
+                () = driver.run() => {}
+                // A dropped sender means the same.
+                _ = stopped => {}
+                () = sender.closed() => {}
+            }
+            driver.keeper.held
+        });
+        LeaseKeeper { events, address, _stop: stop, task }
     }
-    driver.keeper.held
+}
+
+/// A task that keeps a lease. Ends when it is dropped.
+#[derive(Debug)]
+pub struct LeaseKeeper {
+    /// News about the lease.
+    pub events: mpsc::Receiver<LeaseEvent>,
+    address: watch::Sender<Ipv4Addr>,
+    _stop: oneshot::Sender<()>,
+    task: JoinHandle<Held>,
+}
+
+impl LeaseKeeper {
+    /// This host has another public address: the record follows, and [`LeaseEvent::Readdressed`] confirms it.
+    pub fn set_address(&self, public_ip: Ipv4Addr) {
+        self.address.send_replace(public_ip);
+    }
+
+    /// Stops and returns what is held.
+    pub async fn stop(self) -> Option<Held> {
+        let Self { events, _stop, task, .. } = self;
+        drop((_stop, events));
+        task.await.ok()
+    }
 }
 
 struct Driver {
-    leases: Leases,
+    store: Store,
     keeper: Keeper,
     address: watch::Receiver<Ipv4Addr>,
     events: mpsc::Sender<LeaseEvent>,
@@ -65,43 +92,39 @@ impl Driver {
                 }
             };
             action = self.keeper.next(observation, Instant::now());
-            for lifetime in std::mem::take(&mut self.keeper.revoked) {
-                self.leases.backend.revoke(lifetime).await;
-            }
+            self.store.revoke(std::mem::take(&mut self.keeper.revoked)).await;
             for event in std::mem::take(&mut self.keeper.events) {
-                // A closed receiver ends `keep`.
+                // A closed receiver ends the task.
                 let _ = self.events.send(event).await;
             }
         }
     }
 
     async fn perform(&mut self, action: Action) -> Result<Observation, StoreError> {
-        let (leases, held) = (&self.leases, &self.keeper.held);
+        let (store, held) = (&self.store, &self.keeper.held);
         Ok(match action {
             Action::Read => {
                 self.watch = None;
-                let snapshot = leases.backend.get(self.keys()).await?;
+                let snapshot = store.backend.get(self.keys()).await?;
                 let mut records = snapshot.records.into_iter();
                 let record = records.next().flatten().map(LeaseRecord::from);
                 let claim = records.next().flatten().and_then(|claim| claim.version.lifetime.id());
                 Observation::Read { revision: snapshot.revision, record, claim }
             }
-            Action::Claim { address, wait: true } => Observation::Claimed(leases.claim(address).await?),
-            Action::Claim { address, wait: false } => match leases.try_claim(address).await? {
-                Claimed::Ours(claim) => Observation::Claimed(claim),
-                Claimed::Theirs(other) => return Err(leases.same_public_ip(address, &other)),
-            },
-            Action::Renew(lifetime) => Observation::Renewed(leases.backend.renew(lifetime).await?),
+            Action::Claim { address, wait } => Observation::Claimed(store.claim(address, wait).await?),
+            Action::Renew(lifetime) => {
+                Observation::Renewed(store.backend.lifetimes()?.renew(lifetime).await?)
+            }
             Action::TakeSubnet => {
                 let request = SubnetRequest { earlier: Some(held.subnet), ..held.request.clone() };
-                let taken = leases.take_subnet(&request, held.claim).await?;
+                let taken = store.take_subnet(&request, held.claim).await?;
                 Observation::Taken(Box::new(taken))
             }
-            Action::Restore(version) => match leases.restore(held, version).await? {
+            Action::Restore(version) => match store.restore(held, version).await? {
                 Some(held) => Observation::Taken(Box::new(held)),
                 None => Observation::Changed,
             },
-            Action::MoveRecord(claim) => Observation::RecordMoved(leases.move_record(held, claim).await?),
+            Action::MoveRecord(claim) => Observation::RecordMoved(store.move_record(held, claim).await?),
             Action::Wait { until, changed_after } => return self.wait(until, changed_after).await,
         })
     }
@@ -121,7 +144,7 @@ impl Driver {
         match changed_after {
             None => self.watch = None,
             Some(revision) if self.watch.is_none() => {
-                self.watch = Some(self.leases.backend.watch_keys(&self.keys(), revision).await?);
+                self.watch = Some(self.store.backend.watch_keys(&self.keys(), revision).await?);
             }
             Some(_) => {}
         }
@@ -142,7 +165,7 @@ impl Driver {
             changed = changed => changed.map(|()| Observation::Changed),
             Ok(()) = self.address.changed() => {
                 // Packets to the old address no longer arrive.
-                if let Backend::Etcd(etcd) = &self.leases.backend {
+                if let Backend::Etcd(etcd) = &self.store.backend {
                     etcd.forget_connection().await;
                 }
                 Ok(Observation::AddressChanged(*self.address.borrow_and_update()))

@@ -12,13 +12,10 @@ mod keeper;
 use std::{net::Ipv4Addr, time::Duration};
 
 use claim::Claim;
-pub(super) use driver::keep;
+pub(super) use claim::this_instance;
+pub use driver::LeaseKeeper;
 
-use super::{
-    backend::Backend,
-    etcd::{EtcdOptions, OWNER_TTL},
-    record::LifetimeId,
-};
+use super::record::LifetimeId;
 use crate::{config::NetworkConfig, route::Subnet};
 
 /// Attempts at a write that other writers keep overtaking.
@@ -90,31 +87,10 @@ pub enum LeaseEvent {
     Superseded { why: String },
 }
 
-/// Leases in one store, from the point of view of one host.
-#[derive(Clone, Debug)]
-pub(super) struct Leases {
-    pub(super) backend: Backend,
-    pub(super) times: Times,
-    /// Identity of this host among hosts with the same address.
-    instance: String,
-}
-
 /// Times to live in a store with lifetimes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Times {
     pub(super) lease_ttl: Duration,
     pub(super) renew_margin: Duration,
     pub(super) claim_ttl: Duration,
-}
-
-impl Leases {
-    pub(super) fn new(backend: Backend) -> Self {
-        let options = match &backend {
-            Backend::Etcd(etcd) => etcd.options().clone(),
-            Backend::Dir(_) => EtcdOptions { owner_ttl: OWNER_TTL, ..EtcdOptions::default() },
-        };
-        let EtcdOptions { lease_ttl, renew_margin, owner_ttl: claim_ttl, instance, .. } = options;
-        let instance = instance.unwrap_or_else(claim::this_instance);
-        Self { backend, times: Times { lease_ttl, renew_margin, claim_ttl }, instance }
-    }
 }

@@ -71,7 +71,6 @@ enum Step {
     Other,
     RenewingClaim {
         asked: Instant,
-        resume_wait: bool,
     },
     RenewingLease {
         asked: Instant,
@@ -88,7 +87,6 @@ enum Step {
     Arriving,
 }
 
-/// The state of this host's lease.
 pub(super) struct Keeper {
     pub(super) held: Held,
     times: Times,
@@ -190,7 +188,7 @@ impl Keeper {
             return self.read();
         }
         match (self.held.claim.lifetime, self.held.lifetime) {
-            (Some(claim), _) if now >= self.claim_at => self.renew_claim(claim, true, now),
+            (Some(claim), _) if now >= self.claim_at => self.renew_claim(claim, now),
             (_, Some(lifetime)) if now >= self.renew_at && self.lost.is_none() => {
                 self.renew_lease(lifetime, now)
             }
@@ -198,8 +196,8 @@ impl Keeper {
         }
     }
 
-    fn renew_claim(&mut self, claim: LifetimeId, resume_wait: bool, now: Instant) -> Action {
-        self.step = Step::RenewingClaim { asked: now, resume_wait };
+    fn renew_claim(&mut self, claim: LifetimeId, now: Instant) -> Action {
+        self.step = Step::RenewingClaim { asked: now };
         Action::Renew(claim)
     }
 
@@ -210,9 +208,9 @@ impl Keeper {
 
     fn on_renewed(&mut self, ttl: Option<Duration>, step: Step, now: Instant) -> Action {
         match (step, ttl) {
-            (Step::RenewingClaim { asked, resume_wait }, Some(ttl)) => {
+            (Step::RenewingClaim { asked }, Some(ttl)) => {
                 self.claim_at = asked + ttl / 3;
-                if resume_wait { self.watch(now) } else { self.read() }
+                if self.watching_since.is_some() { self.watch(now) } else { self.read() }
             }
             (Step::RenewingLease { asked }, Some(ttl)) => {
                 self.expires = Some(asked + ttl);
@@ -232,7 +230,7 @@ impl Keeper {
         }
         // The steps below may fail for a long time in which no wait ends with the renewal.
         if let Some(claim) = claim.filter(|_| now >= self.claim_at) {
-            return self.renew_claim(claim, false, now);
+            return self.renew_claim(claim, now);
         }
         let Some(record) = record else {
             self.lost = Some("its record was removed, or its time ran out".to_owned());
@@ -286,7 +284,6 @@ impl Keeper {
         }
     }
 
-    /// The lease holds.
     fn confirmed(&mut self, expires_in: Option<Duration>, now: Instant) -> Action {
         // Nothing is reported while there is more to repair: the record has yet to follow this host's address.
         if !self.is_moving() && self.lost.is_none() {
@@ -426,12 +423,8 @@ impl Keeper {
     /// Without a record the lease is lost, with one it is in doubt.
     fn report_failure(&mut self, error: &StoreError, now: Instant) {
         if let Some(lost) = &self.lost {
-            // A conflict names the holder by itself.
-            let why = if matches!(error, StoreError::Conflict(_)) {
-                error.to_string()
-            } else {
-                format!("{lost}: {error}")
-            };
+            let names_the_holder = matches!(error, StoreError::Conflict(_));
+            let why = if names_the_holder { error.to_string() } else { format!("{lost}: {error}") };
             self.report(LeaseEvent::Lost { why });
         } else if !matches!(self.problem, Some(LeaseEvent::Superseded { .. })) {
             let expires_in = self.expires.map(|expires| expires.saturating_duration_since(now));

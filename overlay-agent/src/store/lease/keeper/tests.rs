@@ -6,12 +6,16 @@ use crate::{config::NetworkConfig, lease, store::lease::SubnetRequest};
 const OURS: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 1);
 const NEW: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 9);
 const THEIRS: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 50);
+const HOUR: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(86_400);
 const CLAIM_TTL: Duration = Duration::from_secs(30);
+const TIMES: Times = Times { lease_ttl: DAY, renew_margin: HOUR, claim_ttl: CLAIM_TTL };
 const LEASE: LifetimeId = 7;
 const CLAIM: LifetimeId = 8;
 const CREATED: i64 = 100;
 const NEW_CLAIM: Claim = Claim { public_ip: NEW, lifetime: Some(88) };
+const CLAIM_NEW: Action = Action::Claim { address: NEW, wait: true };
+const CONFIRMED: LeaseEvent = LeaseEvent::Confirmed { expires_in: Some(DAY) };
 
 fn held() -> Held {
     let config = NetworkConfig::parse(r#"{"Network":"10.5.0.0/16"}"#).unwrap();
@@ -34,10 +38,9 @@ struct Test {
 
 impl Test {
     fn new(held: Held) -> Self {
-        let times = Times { lease_ttl: DAY, renew_margin: Duration::from_secs(3600), claim_ttl: CLAIM_TTL };
         let now = Instant::now();
         let has_lifetimes = held.lifetime.is_some() || held.claim.lifetime.is_some();
-        let mut keeper = Keeper::new(held, times, has_lifetimes, now);
+        let mut keeper = Keeper::new(held, TIMES, has_lifetimes, now);
         // Claims are fresh unless a test needs another one.
         keeper.claim_at = now + CLAIM_TTL / 3;
         Self { keeper, now }
@@ -53,8 +56,17 @@ impl Test {
         self.next(Observation::Read { revision: 200, record, claim })
     }
 
+    /// Reads our record with another claim on our address, or none.
+    fn read_claim(&mut self, claim: Option<LifetimeId>) -> Action {
+        self.next(Observation::Read { revision: 200, record: Some(ours()), claim })
+    }
+
     fn renewed(&mut self) -> Action {
         self.next(Observation::Renewed(Some(DAY)))
+    }
+
+    fn taken(&mut self, held: Held) {
+        assert_eq!(self.next(Observation::Taken(Box::new(held))), Action::Read);
     }
 
     fn away(&mut self) -> Action {
@@ -69,7 +81,7 @@ impl Test {
     fn confirm(&mut self) -> Action {
         assert_eq!(self.read(Some(ours())), Action::Renew(LEASE));
         let action = self.renewed();
-        assert_eq!(self.events(), [LeaseEvent::Confirmed { expires_in: Some(DAY) }]);
+        assert_eq!(self.events(), [CONFIRMED]);
         action
     }
 }
@@ -87,6 +99,11 @@ fn ours() -> LeaseRecord {
     record_of(OURS, CREATED, LEASE)
 }
 
+fn other_has_our_address() -> Observation {
+    let (holder, key) = ("on host b".to_owned(), "k".to_owned());
+    Observation::Failed(StoreError::SamePublicIp { public_ip: OURS, holder, key })
+}
+
 fn lost_reason(events: &[LeaseEvent]) -> &str {
     match events {
         [LeaseEvent::Lost { why }] => why,
@@ -98,9 +115,8 @@ fn lost_reason(events: &[LeaseEvent]) -> &str {
 fn a_lease_is_renewed_half_way_and_its_claim_more_often() {
     let mut test = Test::new(held());
     let start = test.now;
-    let wait = test.confirm();
     let claim_at = start + CLAIM_TTL / 3;
-    assert_eq!(wait, Action::Wait { until: Some(claim_at), changed_after: Some(200) });
+    assert_eq!(test.confirm(), Action::Wait { until: Some(claim_at), changed_after: Some(200) });
     test.now = claim_at;
     assert_eq!(test.next(Observation::Due), Action::Renew(CLAIM));
     let wait = test.next(Observation::Renewed(Some(CLAIM_TTL)));
@@ -112,19 +128,15 @@ fn a_lease_is_renewed_half_way_and_its_claim_more_often() {
     assert!(matches!(test.next(Observation::Renewed(Some(CLAIM_TTL))), Action::Wait { .. }));
     assert_eq!(test.next(Observation::Due), Action::Renew(LEASE));
     test.renewed();
-    assert_eq!(test.events(), [LeaseEvent::Confirmed { expires_in: Some(DAY) }]);
+    assert_eq!(test.events(), [CONFIRMED]);
     assert_eq!(test.keeper.expires, Some(test.now + DAY));
 }
 
 #[test]
 fn renewals_keep_a_margin() {
-    let hour = Duration::from_secs(3600);
-    let mut times = Times { lease_ttl: DAY, renew_margin: hour, claim_ttl: CLAIM_TTL };
-    assert_eq!(times.renew_after(DAY), 12 * hour);
-    times.renew_margin = 20 * hour;
-    assert_eq!(times.renew_after(DAY), 4 * hour);
-    times.renew_margin = hour;
-    assert_eq!(times.renew_after(Duration::from_secs(4)), Duration::from_millis(400));
+    assert_eq!(TIMES.renew_after(DAY), 12 * HOUR);
+    assert_eq!(Times { renew_margin: 20 * HOUR, ..TIMES }.renew_after(DAY), 4 * HOUR);
+    assert_eq!(TIMES.renew_after(Duration::from_secs(4)), Duration::from_millis(400));
 }
 
 #[test]
@@ -133,8 +145,7 @@ fn a_removed_record_is_acquired_again_and_its_old_lifetime_revoked() {
     test.confirm();
     assert_eq!(test.next(Observation::Changed), Action::Read);
     assert_eq!(test.read(None), Action::TakeSubnet);
-    let taken = Held { lifetime: Some(77), created_at: Some(300), ..held() };
-    assert_eq!(test.next(Observation::Taken(Box::new(taken))), Action::Read);
+    test.taken(Held { lifetime: Some(77), created_at: Some(300), ..held() });
     assert!(matches!(&test.events()[..], [LeaseEvent::Reacquired { why, .. }] if why.contains("removed")));
     assert_eq!(test.keeper.revoked, [LEASE]);
     assert_eq!(test.read(Some(record_of(OURS, 300, 77))), Action::Renew(77));
@@ -155,24 +166,18 @@ fn a_removed_record_that_cannot_be_written_is_a_lost_lease() {
 
 #[test]
 fn a_record_of_another_host_is_left_alone_and_another_subnet_taken() {
-    let mut test = Test::new(held());
-    test.confirm();
-    test.next(Observation::Changed);
-    assert_eq!(test.read(Some(record_of(THEIRS, 300, 99))), Action::TakeSubnet);
-    let to = "10.5.2.0/24".parse().unwrap();
-    let taken = Held { subnet: to, lifetime: Some(77), ..held() };
-    assert_eq!(test.next(Observation::Taken(Box::new(taken))), Action::Read);
-    assert!(matches!(&test.events()[..], [LeaseEvent::Moved { to: moved, why, .. }]
-        if *moved == to && why.contains("192.168.77.50")));
-    assert_eq!(test.keeper.revoked, [LEASE]);
-}
-
-#[test]
-fn a_lifetime_that_another_host_uses_is_not_revoked() {
-    let mut test = Test::new(held());
-    assert_eq!(test.read(Some(record_of(THEIRS, CREATED, LEASE))), Action::TakeSubnet);
-    test.next(Observation::Taken(Box::new(Held { lifetime: Some(77), ..held() })));
-    assert!(test.keeper.revoked.is_empty());
+    // A lifetime that another host uses is not revoked.
+    for (created, lifetime, revoked) in [(300, 99, vec![LEASE]), (CREATED, LEASE, Vec::new())] {
+        let mut test = Test::new(held());
+        test.confirm();
+        test.next(Observation::Changed);
+        assert_eq!(test.read(Some(record_of(THEIRS, created, lifetime))), Action::TakeSubnet);
+        let to = "10.5.2.0/24".parse().unwrap();
+        test.taken(Held { subnet: to, lifetime: Some(77), ..held() });
+        assert!(matches!(&test.events()[..], [LeaseEvent::Moved { to: moved, why, .. }]
+            if *moved == to && why.contains("192.168.77.50")));
+        assert_eq!(test.keeper.revoked, revoked);
+    }
 }
 
 #[test]
@@ -188,7 +193,7 @@ fn without_a_free_subnet_the_lease_is_lost_and_each_new_reason_reported_once() {
     }
     // The wanted subnet is free again.
     test.read(Some(record_of(THEIRS, 300, 99)));
-    test.next(Observation::Taken(Box::new(held())));
+    test.taken(held());
     assert!(matches!(test.events()[..], [LeaseEvent::Reacquired { .. }]));
 }
 
@@ -199,7 +204,7 @@ fn a_spoilt_record_is_restored_at_most_once_a_second() {
         let mut test = Test::new(held());
         let restore = Action::Restore(spoilt(lifetime).version);
         assert_eq!(test.read(Some(spoilt(lifetime))), restore);
-        assert_eq!(test.next(Observation::Taken(Box::new(held()))), Action::Read);
+        test.taken(held());
         assert!(matches!(&test.events()[..], [LeaseEvent::Reacquired { why, .. }] if why.contains("Public")));
         let restore_at = test.now + RESTORE_INTERVAL;
         let wait = Action::Wait { until: Some(restore_at), changed_after: None };
@@ -239,14 +244,14 @@ fn a_record_that_an_operator_makes_a_reservation_stays_one() {
 fn an_unreachable_store_is_reported_once_with_the_rest_of_the_lease() {
     let mut test = Test::new(held());
     test.confirm();
-    test.now += Duration::from_secs(600);
+    test.now += HOUR;
     for _ in 0..3 {
         assert!(matches!(test.away(), Action::Wait { changed_after: None, .. }));
         test.next(Observation::Due);
     }
     let events = test.events();
     let [LeaseEvent::Unconfirmed { expires_in, .. }] = &events[..] else { panic!("{events:?}") };
-    assert_eq!(*expires_in, Some(DAY - Duration::from_secs(600)));
+    assert_eq!(*expires_in, Some(DAY - HOUR));
     test.keeper.claim_at = test.now + CLAIM_TTL;
     test.confirm();
 }
@@ -254,18 +259,15 @@ fn an_unreachable_store_is_reported_once_with_the_rest_of_the_lease() {
 #[test]
 fn a_claim_that_ended_is_made_again_and_one_that_another_host_made_is_respected() {
     let mut test = Test::new(held());
-    let gone = |claim| Observation::Read { revision: 200, record: Some(ours()), claim };
-    assert_eq!(test.next(gone(None)), Action::Claim { address: OURS, wait: false });
+    assert_eq!(test.read_claim(None), Action::Claim { address: OURS, wait: false });
     let claim = Claim { public_ip: OURS, lifetime: Some(88) };
     assert_eq!(test.next(Observation::Claimed(claim)), Action::Read);
     assert_eq!(test.keeper.held.claim, claim);
     let mut test = Test::new(held());
     for _ in 0..2 {
-        assert_eq!(test.next(gone(Some(99))), Action::Claim { address: OURS, wait: false });
-        let (holder, key) = ("on host b".to_owned(), "k".to_owned());
-        let other = StoreError::SamePublicIp { public_ip: OURS, holder, key };
+        assert_eq!(test.read_claim(Some(99)), Action::Claim { address: OURS, wait: false });
         let wait = Action::Wait { until: Some(test.now + CLAIM_TTL / 3), changed_after: None };
-        assert_eq!(test.next(Observation::Failed(other)), wait);
+        assert_eq!(test.next(other_has_our_address()), wait);
         assert_eq!(test.next(Observation::Due), Action::Read);
     }
     assert!(matches!(&test.events()[..], [LeaseEvent::Superseded { why }] if why.contains("on host b")));
@@ -277,7 +279,7 @@ fn a_record_follows_its_host_to_another_address() {
     test.confirm();
     assert_eq!(test.next(Observation::AddressChanged(NEW)), Action::Read);
     assert_eq!(test.read(Some(ours())), Action::Renew(LEASE));
-    assert_eq!(test.renewed(), Action::Claim { address: NEW, wait: true });
+    assert_eq!(test.renewed(), CLAIM_NEW);
     assert_eq!(test.events(), [], "nothing is confirmed while the record has the old address");
     assert_eq!(test.next(Observation::Claimed(NEW_CLAIM)), Action::MoveRecord(NEW_CLAIM));
     assert_eq!(test.next(Observation::RecordMoved(true)), Action::Read);
@@ -285,8 +287,7 @@ fn a_record_follows_its_host_to_another_address() {
     test.keeper.claim_at = test.now + CLAIM_TTL;
     assert_eq!(test.read(Some(record_of(NEW, CREATED, LEASE))), Action::Renew(LEASE));
     test.renewed();
-    let confirmed = LeaseEvent::Confirmed { expires_in: Some(DAY) };
-    assert_eq!(test.events(), [LeaseEvent::Readdressed { public_ip: NEW }, confirmed]);
+    assert_eq!(test.events(), [LeaseEvent::Readdressed { public_ip: NEW }, CONFIRMED]);
 }
 
 #[test]
@@ -294,8 +295,7 @@ fn a_move_whose_answer_was_lost_is_completed() {
     let mut test = Test::new(held());
     test.confirm();
     test.next(Observation::AddressChanged(NEW));
-    let written = Some(record_of(NEW, CREATED, LEASE));
-    assert_eq!(test.read(written), Action::Claim { address: NEW, wait: true });
+    assert_eq!(test.read(Some(record_of(NEW, CREATED, LEASE))), CLAIM_NEW);
     assert_eq!(test.next(Observation::Claimed(NEW_CLAIM)), Action::Read);
     assert_eq!(test.keeper.held.claim, NEW_CLAIM);
 }
@@ -305,10 +305,8 @@ fn a_host_whose_record_is_not_its_own_takes_another_subnet_under_its_new_address
     let mut test = Test::new(held());
     test.next(Observation::AddressChanged(NEW));
     // Its old address has been claimed by another host.
-    test.next(Observation::Read { revision: 200, record: Some(ours()), claim: Some(99) });
-    let (holder, key) = ("on host b".to_owned(), "k".to_owned());
-    let other = StoreError::SamePublicIp { public_ip: OURS, holder, key };
-    assert_eq!(test.next(Observation::Failed(other)), Action::Claim { address: NEW, wait: true });
+    test.read_claim(Some(99));
+    assert_eq!(test.next(other_has_our_address()), CLAIM_NEW);
     test.next(Observation::Claimed(NEW_CLAIM));
     assert_eq!(test.next(Observation::RecordMoved(false)), Action::TakeSubnet);
     assert_eq!((test.keeper.held.public_ip(), test.keeper.held.lifetime), (NEW, None));
@@ -326,31 +324,25 @@ fn a_failed_move_gives_the_new_claim_back_and_is_tried_again() {
     assert_eq!(test.keeper.revoked, [88]);
     assert_eq!(test.next(Observation::Due), Action::Read);
     test.read(Some(ours()));
-    assert_eq!(test.renewed(), Action::Claim { address: NEW, wait: true });
+    assert_eq!(test.renewed(), CLAIM_NEW);
 }
 
 #[test]
 fn a_store_without_lifetimes_leaves_conflicts_to_the_operator() {
-    let untracked = |value: String| record(&value, 0, Lifetime::Untracked);
-    let mut test = Test::new(Held {
-        lifetime: None,
-        claim: Claim { lifetime: None, ..held().claim },
-        created_at: None,
-        ..held()
-    });
+    let claim = Claim { public_ip: OURS, lifetime: None };
+    let mut test = Test::new(Held { lifetime: None, claim, created_at: None, ..held() });
     let read = |test: &mut Test, holder| {
-        let mut record = untracked(lease::value(holder));
-        record.version.created = None;
-        test.read(Some(record))
+        let value = lease::value(holder);
+        test.read(Some(LeaseRecord::parse("10.5.1.0-24", value.as_bytes(), Version::default())))
     };
     assert_eq!(read(&mut test, OURS), Action::Wait { until: None, changed_after: Some(200) });
     assert_eq!(test.events(), [LeaseEvent::Confirmed { expires_in: None }]);
     test.next(Observation::Changed);
     assert_eq!(test.read(None), Action::TakeSubnet);
-    test.next(Observation::Taken(Box::new(test.keeper.held.clone())));
+    test.taken(test.keeper.held.clone());
     assert!(matches!(test.events()[..], [LeaseEvent::Reacquired { .. }]));
     assert!(matches!(read(&mut test, THEIRS), Action::Wait { .. }));
     assert!(lost_reason(&test.events()).contains("192.168.77.50"));
     test.next(Observation::AddressChanged(NEW));
-    assert_eq!(read(&mut test, NEW), Action::Claim { address: NEW, wait: true }, "written before a restart");
+    assert_eq!(read(&mut test, NEW), CLAIM_NEW, "written before a restart");
 }
