@@ -14,7 +14,7 @@ use super::{
     conditions::{Condition, Conditions},
 };
 use crate::{
-    datapath::{Choice, Datapath, Desired, PathCounters, UnderlayDevice},
+    datapath::{Choice, Datapath, Desired, UnderlayDevice},
     device::{DeviceAlias, DeviceSpec},
     lease::Lease,
     netlink::Netlink,
@@ -30,10 +30,10 @@ const LOGGED: usize = 5;
 
 /// Route table and datapath.
 pub(super) struct Forwarding {
-    table: RouteTable,
-    datapath: Datapath,
+    pub(super) table: RouteTable,
+    pub(super) datapath: Datapath,
     failures: mpsc::Receiver<String>,
-    spec: DeviceSpec,
+    pub(super) spec: DeviceSpec,
     underlay: UnderlayDevice,
     options: Options,
     /// Whether a snapshot of the records was seen: from then on, no route is missing.
@@ -225,14 +225,6 @@ impl Forwarding {
         }
     }
 
-    pub(super) fn table(&self) -> &RouteTable {
-        &self.table
-    }
-
-    pub(super) fn spec(&self) -> &DeviceSpec {
-        &self.spec
-    }
-
     /// The overlay device as it is; `None` while it is missing.
     pub(super) fn device(&self) -> Option<report::Device> {
         let ifindex = self.datapath.overlay_ifindex()?;
@@ -242,18 +234,6 @@ impl Forwarding {
     /// The rungs of egress and ingress; `None` while the datapath is down.
     pub(super) fn rungs(&self) -> Option<(Choice, Choice)> {
         self.up.then(|| (self.datapath.egress().clone(), self.datapath.ingress().clone()))
-    }
-
-    /// Counters since the agent started.
-    /// Fails when the kernel's map cannot be read.
-    pub(super) fn counters(&self) -> Result<PathCounters> {
-        self.datapath.counters()
-    }
-
-    /// Removes programs and device.
-    /// Fails when the device is not ours any more or the kernel refuses.
-    pub(super) async fn remove(&mut self) -> Result<()> {
-        self.datapath.remove().await
     }
 }
 

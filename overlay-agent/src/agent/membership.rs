@@ -1,13 +1,14 @@
 //! This host's membership in the network: the store, this host's lease and the address in its record.
 
-use std::{fmt::Display, net::Ipv4Addr, time::Duration};
+use std::{net::Ipv4Addr, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
+use backon::{ExponentialBuilder, Retryable as _};
 use tokio::{
     sync::mpsc,
-    time::{Instant, sleep, timeout},
+    time::{Instant, timeout},
 };
-use tracing::{info, warn};
+use tracing::warn;
 
 use super::{
     Options, StoreOption,
@@ -89,7 +90,7 @@ impl Network {
             StoreOption::Etcd(etcd) => Some(retry(notifier, || Store::etcd((**etcd).clone())).await?),
         };
         let mut config = match (&store, options.network) {
-            (Some(store), _) => wait_for_config(store, options, notifier).await?,
+            (Some(store), _) => retry(notifier, || store.config(options.network)).await?,
             (None, Some(network)) => NetworkConfig::of_network(network)?,
             (None, None) => bail!(
                 "without --store, name the network with --network, this host's part with --subnet and the others with --peer"
@@ -305,55 +306,22 @@ fn no_records() -> mpsc::Receiver<Event<Lease>> {
     receiver
 }
 
-async fn wait_for_config(
-    store: &Store,
-    options: &Options,
-    notifier: &mut HealthNotifier,
-) -> Result<NetworkConfig> {
-    let mut pause = Pause::default();
-    loop {
-        if let Some(config) = retry(notifier, || store.config(options.network)).await? {
-            return Ok(config);
-        }
-        let why = format!("there is no network config yet at {}: write it there", store.config_location());
-        pause.wait(notifier, why).await;
-    }
-}
-
-/// Repeats a request while etcd is away.
+/// Repeats a request while it may succeed without an operator's help, and reports why the start waits.
 async fn retry<T, F: Future<Output = Result<T, StoreError>>>(
     notifier: &mut HealthNotifier,
-    mut request: impl FnMut() -> F,
+    request: impl FnMut() -> F,
 ) -> Result<T> {
-    let mut pause = Pause::default();
-    loop {
-        match request().await {
-            Ok(answer) => return Ok(answer),
-            Err(error) if error.is_transient() => pause.wait(notifier, error).await,
-            Err(error) => return Err(error).context("the store"),
-        }
-    }
-}
-
-/// Longer and longer pauses. Each new reason is logged.
-#[derive(Default)]
-struct Pause {
-    last: Option<Duration>,
-    logged: String,
-}
-
-impl Pause {
-    async fn wait(&mut self, notifier: &mut HealthNotifier, why: impl Display) {
-        let why = why.to_string();
-        notifier.waiting(&why);
-        if why != self.logged {
-            info!("waiting: {why}");
-            self.logged = why;
-        }
-        let pause = self.last.map_or(FIRST_PAUSE, |last| (last * 2).min(LONGEST_PAUSE));
-        self.last = Some(pause);
-        sleep(pause).await;
-    }
+    request
+        .retry(
+            ExponentialBuilder::new()
+                .with_min_delay(FIRST_PAUSE)
+                .with_max_delay(LONGEST_PAUSE)
+                .without_max_times(),
+        )
+        .when(StoreError::is_transient)
+        .notify(|error, _| notifier.waiting(&error.to_string()))
+        .await
+        .context("the store")
 }
 
 #[cfg(test)]

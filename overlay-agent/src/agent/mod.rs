@@ -156,7 +156,7 @@ impl Agent {
         self.write_subnet_file();
         if self.host.ready().is_ok() {
             self.running = true;
-            info!("running: {} routes, see `overlay-agent status`", self.forwarding.table().routes().len());
+            info!("running: {} routes, see `overlay-agent status`", self.forwarding.table.routes().len());
         }
     }
 
@@ -196,7 +196,7 @@ impl Agent {
         if link.index != before.link.index {
             info!("the device {} was created again", link.name);
         }
-        let resized = mtu != self.forwarding.spec().mtu;
+        let resized = mtu != self.forwarding.spec.mtu;
         if resized {
             info!("the MTU of {} is {}: that of the overlay is {mtu} now", link.name, link.mtu);
         }
@@ -223,7 +223,7 @@ impl Agent {
     }
 
     fn write_subnet_file(&mut self) {
-        self.host.write_subnet_file(self.membership.local(), self.forwarding.spec().mtu);
+        self.host.write_subnet_file(self.membership.local(), self.forwarding.spec.mtu);
     }
 
     async fn stop(mut self) -> Result<()> {

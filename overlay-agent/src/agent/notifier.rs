@@ -7,6 +7,7 @@ use tokio::{
     sync::watch,
     time::{Interval, MissedTickBehavior, interval},
 };
+use tracing::info;
 
 use crate::{
     health::{Health, HealthServer, Report},
@@ -36,10 +37,12 @@ impl HealthNotifier {
         Ok(Self { report, systemd: Systemd::default(), watchdog })
     }
 
-    /// Reports that the start waits for something.
+    /// Reports that the start waits for something. A new reason is logged.
     pub(super) fn waiting(&mut self, why: &str) {
-        let ready = Err(format!("waiting: {why}"));
-        self.notify(Health { ready, ..Health::starting() });
+        let waiting = format!("waiting: {why}");
+        if self.notify(Health { ready: Err(waiting.clone()), ..Health::starting() }) {
+            info!("{waiting}");
+        }
         self.extend_start();
     }
 
@@ -54,10 +57,11 @@ impl HealthNotifier {
     }
 
     /// Reports the health, and that the main loop runs. To be called at least every 5 s once the agent is ready.
-    pub(super) fn notify(&mut self, health: Health) {
+    /// Returns whether the health changed.
+    pub(super) fn notify(&mut self, health: Health) -> bool {
         self.systemd.notify(&health);
         // The time of the report is updated even when the health did not change; that wakes no receiver.
-        self.report.send_if_modified(|report| report.update(health));
+        self.report.send_if_modified(|report| report.update(health))
     }
 
     /// Waits until systemd's watchdog expects a ping; for ever without a watchdog.

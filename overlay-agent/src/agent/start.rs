@@ -91,7 +91,7 @@ pub(super) async fn remove(
     host: &mut HostSetup,
     netlink: &Netlink,
 ) -> Result<()> {
-    let removed = forwarding.remove().await;
+    let removed = forwarding.datapath.remove().await;
     host.clear(netlink).await;
     removed
 }

@@ -40,7 +40,7 @@ impl Agent {
         match query {
             Query::Status => json(&self.status()),
             Query::Routes => {
-                let table = self.forwarding.table();
+                let table = &self.forwarding.table;
                 let route =
                     |(subnet, peer): (&_, &crate::route::Peer)| Route { subnet: *subnet, peer: peer.address };
                 json(&RouteList {
@@ -49,17 +49,17 @@ impl Agent {
                 })
             }
             Query::Counters => {
-                let counters = self.forwarding.counters().map_err(|error| format!("{error:#}"))?;
+                let counters = self.forwarding.datapath.counters().map_err(|error| format!("{error:#}"))?;
                 json(&CounterList::from(counters))
             }
         }
     }
 
     fn status(&self) -> Status {
-        let (local, spec) = (self.membership.local(), self.forwarding.spec());
+        let (local, spec) = (self.membership.local(), &self.forwarding.spec);
         let rungs = self.forwarding.rungs();
         let mut problems = self.problems();
-        let counters = self.forwarding.counters();
+        let counters = self.forwarding.datapath.counters();
         if let Err(error) = &counters {
             problems.push(format!("counters cannot be read: {error:#}"));
         }
@@ -80,7 +80,7 @@ impl Agent {
             underlay: Some(Device::from(&self.underlay.link)),
             egress,
             ingress,
-            routes: self.forwarding.table().routes().len(),
+            routes: self.forwarding.table.routes().len(),
             store: report::Store {
                 name: self.membership.store_name(),
                 lost: self.forwarding.conditions.get(Condition::Store),

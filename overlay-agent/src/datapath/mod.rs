@@ -129,7 +129,7 @@ impl Datapath {
     /// full: the slow path has the routes then all the same, and the next call compares all routes.
     pub fn apply_routes(&mut self, changes: &[RouteChange], routes: &Routes) -> Result<()> {
         if let Some(rung) = &self.slow {
-            rung.set_routes(routes);
+            rung.apply_routes(changes);
         }
         self.fast.apply_routes(changes, routes)
     }

@@ -29,6 +29,9 @@ pub enum StoreError {
     /// An option cannot be used.
     #[error("{option}: {why}")]
     Option { option: &'static str, why: String },
+    /// There is no configuration at this location. Trying again may help.
+    #[error("there is no network config yet at {0}: write it there")]
+    NoConfig(String),
     /// The network's configuration cannot be used.
     #[error("the network config at {location} cannot be used")]
     Config {
@@ -59,7 +62,7 @@ pub enum StoreError {
 impl StoreError {
     /// Whether the same request may succeed later without an operator's help.
     pub fn is_transient(&self) -> bool {
-        matches!(self, Self::Unreachable { .. } | Self::Away { .. } | Self::Contended(_))
+        matches!(self, Self::Unreachable { .. } | Self::Away { .. } | Self::Contended(_) | Self::NoConfig(_))
     }
 
     pub(super) fn full(config: &NetworkConfig) -> Self {

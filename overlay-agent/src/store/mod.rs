@@ -89,15 +89,14 @@ impl Store {
         Ok(record.map(|record| String::from_utf8_lossy(&record.value).into_owned()))
     }
 
-    /// The network's configuration. `None` when it has yet to be written to etcd. A directory without one takes `network`,
-    /// see [`Self::ensure_config`].
+    /// The network's configuration. A directory without one takes `network`, see [`Self::ensure_config`].
     /// Fails when the store cannot be read, the configuration cannot be used or contradicts `network`, or a directory
     /// has none.
-    pub async fn config(&self, network: Option<Ipv4Net>) -> Result<Option<NetworkConfig>, StoreError> {
+    pub async fn config(&self, network: Option<Ipv4Net>) -> Result<NetworkConfig, StoreError> {
         let location = self.config_location();
         let text = match (self.config_text().await?, network, &self.backend) {
             (Some(text), _, _) => text,
-            (None, _, Backend::Etcd(_)) => return Ok(None),
+            (None, _, Backend::Etcd(_)) => return Err(StoreError::NoConfig(location)),
             (None, Some(network), Backend::Dir(_)) => config_record(network),
             (None, None, Backend::Dir(_)) => {
                 return Err(StoreError::Conflict(format!(
@@ -112,7 +111,7 @@ impl Store {
                 "--network is {network}, but {location} says {}: change one of them",
                 config.network
             ))),
-            _ => Ok(Some(config)),
+            _ => Ok(config),
         }
     }
 

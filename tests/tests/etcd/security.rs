@@ -63,7 +63,7 @@ fn options(etcd: &Etcd) -> EtcdOptions {
 async fn works(options: EtcdOptions) {
     let store = Store::etcd(options).await.unwrap();
     store.set_config(NETWORK).await.unwrap();
-    let config = store.config(None).await.unwrap().unwrap();
+    let config = store.config(None).await.unwrap();
     let held = store.acquire(&SubnetRequest::any(config), ip(1)).await.unwrap();
     let Event::Snapshot(records) = next(&mut store.follow::<Lease>()).await else { panic!("no snapshot") };
     assert_eq!(records[0].subnet(), Some(held.subnet));

@@ -36,7 +36,7 @@ pub(super) fn egress(shared: &Shared) -> Result<()> {
     let mut sizes = vec![0usize; IDEAL_BATCH_SIZE];
     let [wake, _] = &shared.wakes;
     while wait(shared, wake, &[shared.device.as_fd()])?.is_some() {
-        let (settings, routes) = (shared.settings.load_full(), shared.routes.load());
+        let settings = shared.settings.load_full();
         for _ in 0..BUDGET {
             // A super-packet comes out as the packets it stands for, with their checksums complete.
             let count = match shared.device.recv_multiple(&mut raw, &mut packets, &mut sizes, 0) {
@@ -54,7 +54,7 @@ pub(super) fn egress(shared: &Shared) -> Result<()> {
             };
             for (packet, size) in packets.iter_mut().zip(&sizes).take(count) {
                 let packet = packet.get_mut(..*size).unwrap_or_default();
-                match shell::egress(packet, &settings.config, &**routes) {
+                match shell::egress(packet, &settings.config, &*shared.routes()) {
                     Ok(to) => send(shared, &settings, packet, to),
                     Err(reason) => shared.counters.dropped(reason),
                 }
@@ -108,7 +108,6 @@ fn receive(
     buffer: &mut [u8],
     control: &mut [u8],
 ) -> Result<()> {
-    let routes = shared.routes.load();
     for _ in 0..BUDGET {
         let Some((header, payload)) = buffer.split_at_mut_checked(VIRTIO_NET_HDR_LEN) else {
             bail!("the receive buffer is too short");
@@ -140,7 +139,7 @@ fn receive(
             continue;
         };
         let from = u32::from(from.ip()).to_be_bytes();
-        if let Err(reason) = shell::ingress(payload, from, tos, &settings.config, &**routes) {
+        if let Err(reason) = shell::ingress(payload, from, tos, &settings.config, &*shared.routes()) {
             shared.counters.dropped(reason);
             continue;
         }

@@ -16,7 +16,7 @@ pub(crate) use socket::{Endpoint, Socket};
 
 use std::{
     sync::{
-        Arc,
+        Arc, PoisonError, RwLock, RwLockReadGuard,
         atomic::{AtomicBool, Ordering},
     },
     thread::JoinHandle,
@@ -30,7 +30,10 @@ use tokio::sync::mpsc;
 use tracing::error;
 use tun_rs::SyncDevice;
 
-use crate::{device::OverlayDevice, route::Routes};
+use crate::{
+    device::OverlayDevice,
+    route::{RouteChange, Routes},
+};
 
 /// The running threads of the tun rung.
 pub(crate) struct TunRung {
@@ -54,13 +57,20 @@ pub(crate) struct Settings {
 struct Shared {
     device: SyncDevice,
     settings: ArcSwap<Settings>,
-    routes: ArcSwap<Lookup>,
+    routes: RwLock<Lookup>,
     counters: Arc<SlowCounters>,
     stop: AtomicBool,
     /// Whether a thread has ended by itself.
     failed: AtomicBool,
     /// Readable when settings or `stop` have changed: of egress, of ingress.
     wakes: [EventFd; 2],
+}
+
+impl Shared {
+    /// To be held for one packet: a change of the routes waits for it.
+    fn routes(&self) -> RwLockReadGuard<'_, Lookup> {
+        self.routes.read().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl TunRung {
@@ -79,7 +89,7 @@ impl TunRung {
         let shared = Arc::new(Shared {
             device: device.fd,
             settings: ArcSwap::from_pointee(settings),
-            routes: ArcSwap::from_pointee(Lookup::new(routes)),
+            routes: RwLock::new(Lookup::new(routes)),
             counters,
             stop: AtomicBool::new(false),
             failed: AtomicBool::new(false),
@@ -118,9 +128,15 @@ impl TunRung {
 
     /// Replaces all routes at once if they differ.
     pub(crate) fn set_routes(&self, routes: &Routes) {
-        if self.shared.routes.load().routes != *routes {
-            self.shared.routes.store(Arc::new(Lookup::new(routes)));
+        let mut lookup = self.shared.routes.write().unwrap_or_else(PoisonError::into_inner);
+        if lookup.routes != *routes {
+            *lookup = Lookup::new(routes);
         }
+    }
+
+    /// Makes some changes to the routes, all at once.
+    pub(crate) fn apply_routes(&self, changes: &[RouteChange]) {
+        self.shared.routes.write().unwrap_or_else(PoisonError::into_inner).apply(changes);
     }
 
     fn wake(&self) {

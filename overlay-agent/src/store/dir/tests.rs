@@ -23,7 +23,7 @@ impl Fixture {
         let root = directory.path().join("net");
         let store = Store::dir(root.clone());
         let network = NETWORK.parse().unwrap();
-        let config = store.config(Some(network)).await.unwrap().unwrap();
+        let config = store.config(Some(network)).await.unwrap();
         assert!(!root.exists(), "reading changes nothing");
         store.ensure_config(network).await.unwrap();
         Self { directory, store, config }

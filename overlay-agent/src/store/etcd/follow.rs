@@ -5,6 +5,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
+use backon::ExponentialBackoff;
 use etcd_client::{EventType, GetOptions, WatchOptions, WatchResponse};
 use tokio::{
     sync::mpsc,
@@ -16,7 +17,7 @@ use super::{Etcd, error, store_error};
 use crate::store::{
     StoreError,
     backend::Snapshot,
-    backoff::Backoff,
+    backoff::{STEADY, backoff},
     record::{Change, Event, Kind, Record},
 };
 
@@ -50,19 +51,19 @@ struct Follower<K: Kind> {
 
 impl<K: Kind> Follower<K> {
     async fn run(&mut self) {
-        let mut backoff = Backoff::default();
+        let mut pauses = backoff();
         loop {
-            if let Err(error) = self.list_and_watch(&mut backoff).await {
+            if let Err(error) = self.list_and_watch(&mut pauses).await {
                 if !std::mem::replace(&mut self.lost, true) {
                     self.send(Event::Lost(error.to_string())).await;
                 }
-                sleep(backoff.next()).await;
+                sleep(pauses.next().unwrap_or(STEADY)).await;
             }
         }
     }
 
     /// Returns when etcd no longer has the history since the list.
-    async fn list_and_watch(&mut self, backoff: &mut Backoff) -> Result<(), StoreError> {
+    async fn list_and_watch(&mut self, pauses: &mut ExponentialBackoff) -> Result<(), StoreError> {
         let Snapshot { revision, records } = self.etcd.list::<K>().await?;
         if !self.is_same_history().await? {
             self.remember();
@@ -76,7 +77,7 @@ impl<K: Kind> Follower<K> {
             // Many changes at once come in pieces that fit the limit for an answer.
             .with_fragment();
         let mut watch = self.etcd.watch(&[K::PREFIX.to_owned()], options).await?;
-        let steady = sleep(Backoff::STEADY);
+        let steady = sleep(STEADY);
         tokio::pin!(steady);
         let mut is_steady = false;
         self.lost = false;
@@ -86,7 +87,7 @@ impl<K: Kind> Follower<K> {
                 // Not before: a member that opens streams and breaks them would be listed without end.
                 () = &mut steady, if !is_steady => {
                     is_steady = true;
-                    backoff.reset();
+                    *pauses = backoff();
                 }
                 message = watch.next() => {
                     let Some(answer) = message? else { return Ok(()) };

@@ -6,6 +6,7 @@
 
 use std::{mem, net::Ipv4Addr, time::Duration};
 
+use backon::ExponentialBackoff;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
@@ -14,7 +15,7 @@ use crate::{
     lease::LeaseRecord,
     store::{
         StoreError,
-        backoff::Backoff,
+        backoff::{STEADY, backoff},
         record::{Lifetime, LifetimeId, Version},
     },
 };
@@ -104,7 +105,7 @@ pub(super) struct Keeper {
     renew_at: Instant,
     claim_at: Instant,
     restore_at: Instant,
-    backoff: Backoff,
+    pauses: ExponentialBackoff,
     /// Revision of the last read, and since when changes after it are watched.
     revision: i64,
     watching_since: Option<Instant>,
@@ -129,7 +130,7 @@ impl Keeper {
             renew_at: now,
             claim_at: now,
             restore_at: now,
-            backoff: Backoff::default(),
+            pauses: backoff(),
             revision: 0,
             watching_since: None,
             step: Step::Other,
@@ -141,8 +142,8 @@ impl Keeper {
     /// The next action after `observation`, at the time `now`. The first one is [`Action::Read`].
     pub(super) fn next(&mut self, observation: Observation, now: Instant) -> Action {
         let step = mem::take(&mut self.step);
-        if self.watching_since.is_some_and(|since| now.duration_since(since) >= Backoff::STEADY) {
-            self.backoff.reset();
+        if self.watching_since.is_some_and(|since| now.duration_since(since) >= STEADY) {
+            self.pauses = backoff();
         }
         match observation {
             Observation::Read { revision, record, claim } => {
@@ -416,7 +417,7 @@ impl Keeper {
             return self.pause(self.times.claim_ttl / 3, now);
         }
         self.report_failure(error, now);
-        let pause = self.backoff.next();
+        let pause = self.pauses.next().unwrap_or(STEADY);
         self.pause(pause, now)
     }
 
