@@ -20,7 +20,7 @@ use anyhow::{Context as _, Result, bail};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
-    time::MissedTickBehavior,
+    time::{Instant, MissedTickBehavior, interval_at},
 };
 use tracing::{info, warn};
 
@@ -127,7 +127,7 @@ struct Agent {
 
 impl Agent {
     async fn run_until(&mut self, stop: &mut StopSignals) {
-        let mut check = tokio::time::interval(CHECK_INTERVAL);
+        let mut check = interval_at(Instant::now() + CHECK_INTERVAL, CHECK_INTERVAL);
         check.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             self.run_if_ready();
