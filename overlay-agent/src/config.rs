@@ -1,13 +1,14 @@
 //! The network config: flannel's JSON record `config`, with its defaults and limits.
 
-use std::{net::Ipv4Addr, str::FromStr};
+use std::{fmt::Display, net::Ipv4Addr};
 
 use ipnet::Ipv4Net;
-use serde_json::{Map, Value};
+use serde_json::Value;
 use thiserror::Error;
 
 use crate::{
-    record::{self, field},
+    printable::{LONGEST_REASON, printable},
+    record::Record,
     route::Subnet,
 };
 
@@ -29,7 +30,7 @@ const KEYS: [&str; 12] = [
     "IPv6SubnetMin",
     "IPv6SubnetMax",
 ];
-/// The keys of the udp backend.
+const NO_IPV4: &str = "the network config's EnableIPv4 is false: overlay-agent carries only IPv4, remove the key or set it to true";
 const BACKEND_KEYS: [&str; 2] = ["Type", "Port"];
 
 /// The config that all hosts of one network share.
@@ -49,28 +50,15 @@ pub struct NetworkConfig {
 
 /// Why a config cannot be used.
 #[derive(Debug, Error, PartialEq, Eq)]
-pub enum ConfigError {
-    /// It is not a JSON object.
-    #[error("the network config is not a JSON object: {0}")]
-    NotJson(String),
-    /// A key, its value, which has the wrong type or is outside its range, and the expected value.
-    #[error("the network config's {0} is {1}: expected {2}")]
-    Invalid(&'static str, String, String),
-    /// `Network` is missing.
-    #[error("the network config has no Network, for example {{\"Network\":\"10.244.0.0/16\"}}")]
-    NoNetwork,
-    /// The network uses another backend.
-    #[error("the network config's Backend.Type is {0:?}: overlay-agent supports only \"udp\"")]
-    OtherBackend(String),
-    /// IPv4 is disabled.
-    #[error(
-        "the network config's EnableIPv4 is false: overlay-agent carries only IPv4, remove the key or set it to true"
-    )]
-    NoIpv4,
-}
+#[error("{0}")]
+pub struct ConfigError(String);
 
-fn invalid(key: &'static str, value: impl ToString, expected: impl Into<String>) -> ConfigError {
-    ConfigError::Invalid(key, value.to_string(), expected.into())
+/// A value that has the wrong type or is outside its range.
+fn invalid(key: &str, value: &str, expected: impl Display) -> ConfigError {
+    ConfigError(format!(
+        "the network config's {key} is {}: expected {expected}",
+        printable(value, LONGEST_REASON)
+    ))
 }
 
 impl NetworkConfig {
@@ -81,11 +69,13 @@ impl NetworkConfig {
 
     /// Parses flannel's record. As in Go, keys match case-insensitively, the last of several wins, and unknown keys are ignored.
     pub fn parse(json: &str) -> Result<Self, ConfigError> {
-        let value = record::read(json.as_bytes()).map_err(|error| ConfigError::NotJson(error.to_string()))?;
-        let Value::Object(record) = value else {
-            return Err(ConfigError::NotJson(format!("it is {value}")));
-        };
-        check_ipv4(&record)?;
+        let record: Record = serde_json::from_str(json)
+            .map_err(|error| ConfigError(format!("the network config is not a JSON object: {error}")))?;
+        match record.text("EnableIPv4") {
+            None | Some("true") => {}
+            Some("false") => return Err(ConfigError(NO_IPV4.to_owned())),
+            Some(text) => return Err(invalid("EnableIPv4", text, "true")),
+        }
         let network = network(&record)?;
         let subnet_len = subnet_len(&record, network)?;
         let size = 1u32 << (32 - u32::from(subnet_len));
@@ -93,16 +83,17 @@ impl NetworkConfig {
         let last = u32::from(network.broadcast()).wrapping_sub(size).wrapping_add(1);
         let bound = |key, default: u32| match given(&record, key) {
             None => Ok(Ipv4Addr::from(default)),
-            Some(value) => text_as(value)
+            Some(text) => record
+                .get(key)
                 .filter(|address| network.contains(address) && u32::from(*address) % size == 0)
                 .ok_or_else(|| {
-                    invalid(key, value, format!("the first address of a subnet inside {network}"))
+                    invalid(key, text, format_args!("the first address of a subnet inside {network}"))
                 }),
         };
         let (subnet_min, subnet_max) = (bound("SubnetMin", second)?, bound("SubnetMax", last)?);
         if subnet_min > subnet_max {
             let expected = format!("an address up to SubnetMax ({subnet_max})");
-            return Err(invalid("SubnetMin", subnet_min, expected));
+            return Err(invalid("SubnetMin", &subnet_min.to_string(), expected));
         }
         Ok(Self { network, subnet_len, subnet_min, subnet_max, port: port(&record)? })
     }
@@ -124,13 +115,12 @@ impl NetworkConfig {
 
     /// Keys of flannel's record that `json` sets, in flannel's spelling; the others have defaults.
     pub fn named_keys(json: &str) -> Vec<&'static str> {
-        let Ok(Value::Object(record)) = record::read(json.as_bytes()) else { return Vec::new() };
-        let mut names: Vec<_> = KEYS.into_iter().filter(|key| given(&record, key).is_some()).collect();
-        if let Some(Value::Object(backend)) = field(&record, "Backend") {
-            let inner = [("Type", "Backend.Type"), ("Port", "Backend.Port")].into_iter();
-            names.extend(inner.filter_map(|(key, name)| field(backend, key).map(|_| name)));
-        }
-        names
+        let Ok(record) = serde_json::from_str::<Record>(json) else { return Vec::new() };
+        let backend: Record = record.get("Backend").unwrap_or_default();
+        let outer = KEYS.into_iter().filter(|key| given(&record, key).is_some());
+        let inner = [("Type", "Backend.Type"), ("Port", "Backend.Port")];
+        let inner = inner.into_iter().filter_map(|(key, name)| backend.text(key).map(|_| name));
+        outer.chain(inner).collect()
     }
 
     /// Whether `subnet` is one of [`Self::subnets`].
@@ -147,75 +137,62 @@ impl NetworkConfig {
 
     /// All assignable subnets, in order.
     pub fn subnets(&self) -> impl Iterator<Item = Subnet> {
-        let size = 1u64 << (32 - u32::from(self.subnet_len));
-        let (first, last) = (u64::from(u32::from(self.subnet_min)), u64::from(u32::from(self.subnet_max)));
-        let length = self.subnet_len;
-        (first..=last)
-            .step_by(size as usize)
-            .filter_map(move |base| Ipv4Net::new(Ipv4Addr::from(base as u32), length).ok())
-            .map(Subnet::containing)
+        let all = self.network.subnets(self.subnet_len).into_iter().flatten();
+        all.map(Subnet::containing).filter(|subnet| self.may_be_assigned(*subnet))
     }
 }
 
-/// The value of a key, unless it is flannel's value for an unset key.
-fn given<'a>(record: &'a Map<String, Value>, key: &str) -> Option<&'a Value> {
-    let unset = |value: &Value| match key {
-        "SubnetLen" => value.as_u64() == Some(0),
-        "SubnetMin" | "SubnetMax" => value.as_str() == Some("0.0.0.0"),
-        _ => false,
-    };
-    field(record, key).filter(|value| !unset(value))
-}
-
-/// A string's value of another type.
-fn text_as<T: FromStr>(value: &Value) -> Option<T> {
-    value.as_str()?.parse().ok()
-}
-
-fn check_ipv4(record: &Map<String, Value>) -> Result<(), ConfigError> {
-    match field(record, "EnableIPv4") {
-        None | Some(Value::Bool(true)) => Ok(()),
-        Some(Value::Bool(false)) => Err(ConfigError::NoIpv4),
-        Some(value) => Err(invalid("EnableIPv4", value, "true")),
-    }
-}
-
-fn network(record: &Map<String, Value>) -> Result<Ipv4Net, ConfigError> {
-    let value = field(record, "Network").ok_or(ConfigError::NoNetwork)?;
-    let invalid = |expected| invalid("Network", value, expected);
-    let network: Ipv4Net =
-        text_as(value).ok_or_else(|| invalid("an IPv4 network such as \"10.244.0.0/16\""))?;
-    if network.prefix_len() > 28 || network.prefix_len() == 0 {
-        return Err(invalid("a prefix length from 1 to 28: there must be room for several hosts"));
-    }
-    Ok(network.trunc())
-}
-
-fn subnet_len(record: &Map<String, Value>, network: Ipv4Net) -> Result<u8, ConfigError> {
-    let shortest = network.prefix_len() + 2;
-    let Some(value) = given(record, "SubnetLen") else {
-        return Ok(if network.prefix_len() <= 22 { 24 } else { shortest });
-    };
-    let length = value.as_u64().and_then(|length| u8::try_from(length).ok());
-    length.filter(|length| (shortest..=30).contains(length)).ok_or_else(|| {
-        let expected = format!("a prefix length from {shortest} (four subnets in {network}) to 30");
-        invalid("SubnetLen", value, expected)
+/// The text of a value, unless it is flannel's value for an unset key.
+fn given<'a>(record: &'a Record, key: &str) -> Option<&'a str> {
+    record.text(key).filter(|text| {
+        !matches!((key, *text), ("SubnetLen", "0") | ("SubnetMin" | "SubnetMax", "\"0.0.0.0\""))
     })
 }
 
-fn port(record: &Map<String, Value>) -> Result<u16, ConfigError> {
-    let backend = match field(record, "Backend") {
-        None => return Ok(DEFAULT_PORT),
-        Some(Value::Object(backend)) => backend,
-        Some(other) => return Err(invalid("Backend", other, "an object such as {\"Type\":\"udp\"}")),
-    };
-    let kind = field(backend, "Type").map(|kind| kind.as_str().unwrap_or_default().to_ascii_lowercase());
-    if let Some(kind) = kind.filter(|kind| kind != "udp" && !kind.is_empty()) {
-        return Err(ConfigError::OtherBackend(kind));
+fn network(record: &Record) -> Result<Ipv4Net, ConfigError> {
+    let text = record.text("Network").ok_or_else(|| {
+        ConfigError(
+            "the network config has no Network, for example {\"Network\":\"10.244.0.0/16\"}".to_owned(),
+        )
+    })?;
+    let network: Ipv4Net = record
+        .get("Network")
+        .ok_or_else(|| invalid("Network", text, "an IPv4 network such as \"10.244.0.0/16\""))?;
+    match network.prefix_len() {
+        1..=28 => Ok(network.trunc()),
+        _ => Err(invalid(
+            "Network",
+            text,
+            "a prefix length from 1 to 28: there must be room for several hosts",
+        )),
     }
-    let Some(value) = field(backend, "Port") else { return Ok(DEFAULT_PORT) };
-    let port = value.as_u64().and_then(|port| u16::try_from(port).ok()).filter(|port| *port != 0);
-    port.ok_or_else(|| invalid("Backend.Port", value, "a UDP port from 1 to 65535"))
+}
+
+fn subnet_len(record: &Record, network: Ipv4Net) -> Result<u8, ConfigError> {
+    let shortest = network.prefix_len() + 2;
+    let Some(text) = given(record, "SubnetLen") else {
+        return Ok(if network.prefix_len() <= 22 { 24 } else { shortest });
+    };
+    record.get("SubnetLen").filter(|length| (shortest..=30).contains(length)).ok_or_else(|| {
+        let expected = format!("a prefix length from {shortest} (four subnets in {network}) to 30");
+        invalid("SubnetLen", text, expected)
+    })
+}
+
+fn port(record: &Record) -> Result<u16, ConfigError> {
+    let Some(text) = record.text("Backend") else { return Ok(DEFAULT_PORT) };
+    let backend: Record = record
+        .get("Backend")
+        .ok_or_else(|| invalid("Backend", text, "an object such as {\"Type\":\"udp\"}"))?;
+    let kind = backend.get::<String>("Type").unwrap_or_default().to_ascii_lowercase();
+    if !kind.is_empty() && kind != "udp" {
+        return Err(ConfigError(format!(
+            "the network config's Backend.Type is {kind:?}: overlay-agent supports only \"udp\""
+        )));
+    }
+    let Some(text) = backend.text("Port") else { return Ok(DEFAULT_PORT) };
+    let port = backend.get("Port").filter(|port| *port != 0);
+    port.ok_or_else(|| invalid("Backend.Port", text, "a UDP port from 1 to 65535"))
 }
 
 #[cfg(test)]
@@ -227,44 +204,32 @@ mod tests {
     }
 
     #[test]
-    fn defaults_are_flannels() {
-        let config = parse(r#"{"Network":"10.244.7.1/16"}"#);
-        assert_eq!(config.network, "10.244.0.0/16".parse().unwrap(), "host bits are masked");
-        assert_eq!((config.subnet_len, config.port), (24, 8285));
-        assert_eq!(config.subnet_min, Ipv4Addr::new(10, 244, 1, 0));
-        assert_eq!(config.subnet_max, Ipv4Addr::new(10, 244, 255, 0));
-        assert_eq!(parse(r#"{"Network":"10.0.0.0/23"}"#).subnet_len, 25);
-    }
-
-    #[test]
-    fn keys_and_backend_types_match_case_insensitively() {
-        let config =
-            parse(r#"{"network":"10.1.0.0/16","SUBNETLEN":20,"backend":{"TYPE":"UDP","port":4789}}"#);
-        assert_eq!((config.subnet_len, config.port), (20, 4789));
-    }
-
-    #[test]
-    fn the_last_of_keys_that_differ_only_in_case_wins() {
-        for (json, network, port) in [
-            (r#"{"Network":"10.1.0.0/16","network":"10.2.0.0/16"}"#, "10.2.0.0/16", 8285),
-            (r#"{"network":"10.2.0.0/16","Network":"10.1.0.0/16"}"#, "10.1.0.0/16", 8285),
+    fn a_record_is_read_as_by_flannel() {
+        for (json, expected) in [
+            // Host bits are masked, and the other keys have defaults.
+            (r#"{"Network":"10.244.7.1/16"}"#, "10.244.0.0/16 24 10.244.1.0 10.244.255.0 8285"),
+            (r#"{"Network":"10.0.0.0/23"}"#, "10.0.0.0/23 25 10.0.0.128 10.0.1.128 8285"),
+            // Zero bounds are unset.
             (
-                r#"{"Network":"10.1.0.0/16","Backend":{"PORT":1,"port":2},"backend":{"port":3,"PORT":4}}"#,
-                "10.1.0.0/16",
-                4,
+                r#"{"Network":"10.1.0.0/16","SubnetMin":"0.0.0.0","SubnetMax":"0.0.0.0","SubnetLen":0}"#,
+                "10.1.0.0/16 24 10.1.1.0 10.1.255.0 8285",
             ),
-            (r#"{"Network":"10.1.0.0/16","network":null}"#, "10.1.0.0/16", 8285),
+            // Keys and backend types match case-insensitively.
+            (
+                r#"{"network":"10.1.0.0/16","SUBNETLEN":20,"backend":{"TYPE":"UDP","port":4789}}"#,
+                "10.1.0.0/16 20 10.1.16.0 10.1.240.0 4789",
+            ),
+            // The last of keys that differ only in case wins.
+            (
+                r#"{"network":"10.2.0.0/16","Network":"10.1.0.0/16","network":null,
+                    "Backend":{"PORT":1,"port":2},"backend":{"port":3,"PORT":4}}"#,
+                "10.1.0.0/16 24 10.1.1.0 10.1.255.0 4",
+            ),
         ] {
-            let config = parse(json);
-            assert_eq!((config.network.to_string().as_str(), config.port), (network, port), "{json}");
+            let NetworkConfig { network, subnet_len, subnet_min, subnet_max, port } = parse(json);
+            let found = format!("{network} {subnet_len} {subnet_min} {subnet_max} {port}");
+            assert_eq!(found, expected, "{json}");
         }
-    }
-
-    #[test]
-    fn zero_bounds_are_unset() {
-        let json = r#"{"Network":"10.1.0.0/16","SubnetMin":"0.0.0.0","SubnetMax":"0.0.0.0","SubnetLen":0}"#;
-        assert_eq!(parse(json), parse(r#"{"Network":"10.1.0.0/16"}"#));
-        assert_eq!(NetworkConfig::named_keys(json), ["Network"]);
     }
 
     #[test]
@@ -277,6 +242,8 @@ mod tests {
             ["Network", "SubnetLen", "Backend", "EnableIPv6", "Backend.Type"]
         );
         assert!(NetworkConfig::unknown_keys("{").is_empty());
+        let unset = r#"{"Network":"10.1.0.0/16","SubnetMin":"0.0.0.0","SubnetMax":"0.0.0.0","SubnetLen":0}"#;
+        assert_eq!(NetworkConfig::named_keys(unset), ["Network"]);
     }
 
     #[test]
@@ -305,6 +272,7 @@ mod tests {
             (r#"{"Network":"10.0.0.0/16","Backend":{"Port":70000}}"#, "Backend.Port"),
             (r#"{"Network":"10.1.0.0/16","enableipv4":false}"#, "carries only IPv4"),
             (r#"{"Network":"10.1.0.0/16","enableipv4":"no"}"#, "EnableIPv4"),
+            ("{\"Network\":\"10.1.0.0/16\",\"Backend\":[\n1]}", "Backend is [\\n1]: expected an object"),
         ] {
             let error = NetworkConfig::parse(json).unwrap_err().to_string();
             assert!(error.contains(words), "{json}: {error}");

@@ -22,6 +22,7 @@ use nix::{
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
+use tempfile::TempPath;
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader, Lines},
     net::{UnixListener, UnixStream, unix::OwnedWriteHalf},
@@ -99,7 +100,7 @@ pub(crate) fn path(run_dir: &Path, device: &str) -> PathBuf {
 /// The listening socket; dropping it removes its file.
 pub(crate) struct Control {
     listener: UnixListener,
-    path: PathBuf,
+    _file: TempPath,
 }
 
 impl Control {
@@ -119,10 +120,10 @@ impl Control {
         }
         remove(&path)?;
         let listener = UnixListener::bind(&path).with_context(|| format!("listen at {}", path.display()))?;
-        let control = Self { listener, path };
-        std::fs::set_permissions(&control.path, std::fs::Permissions::from_mode(0o600))
-            .with_context(|| format!("protect {}", control.path.display()))?;
-        Ok(control)
+        let file = TempPath::try_from_path(path)?;
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600))
+            .with_context(|| format!("protect {}", file.display()))?;
+        Ok(Self { listener, _file: file })
     }
 
     /// Serves clients until the receiver of `queries`, the main loop, is gone.
@@ -144,13 +145,6 @@ impl Control {
                 }
             }
         }
-    }
-}
-
-impl Drop for Control {
-    fn drop(&mut self) {
-        // The file may be gone already.
-        let _ = std::fs::remove_file(&self.path);
     }
 }
 
@@ -216,13 +210,11 @@ async fn ask_main_loop(queries: &mpsc::Sender<QueryRequest>, query: Query) -> Re
 async fn send(writer: &mut OwnedWriteHalf, answer: Answer) -> Result<()> {
     let body = answer.map_or_else(Body::Error, Body::Data);
     let line = line(&Response { version: VERSION, body })?;
-    Ok(timeout(TIMEOUT, writer.write_all(&line)).await??)
+    Ok(timeout(TIMEOUT, writer.write_all(line.as_bytes())).await??)
 }
 
-fn line(message: &impl Serialize) -> Result<Vec<u8>> {
-    let mut line = serde_json::to_vec(message)?;
-    line.push(b'\n');
-    Ok(line)
+fn line(message: &impl Serialize) -> Result<String> {
+    Ok(serde_json::to_string(message)? + "\n")
 }
 
 /// Whether connecting failed because no process listens.
@@ -259,17 +251,14 @@ pub(crate) async fn query<T: DeserializeOwned>(path: &Path, query: Query) -> Res
         .with_context(|| format!("the agent at {} does not answer", path.display()))?
 }
 
-/// Queries the agent at `path`: the responses are the answer now and each change of it. Fails when no agent answers there.
-pub(crate) async fn watch(path: &Path, query: Query) -> Result<Responses> {
-    Responses::open(path, query, true).await
-}
-
 /// The responses to one request, in the order in which the agent sends them.
 #[derive(Debug)]
 pub(crate) struct Responses(Lines<BufReader<UnixStream>>);
 
 impl Responses {
-    async fn open(path: &Path, query: Query, watch: bool) -> Result<Self> {
+    /// Queries the agent at `path`: the responses are the answer now and, with `watch`, each change of it. Fails when no agent
+    /// answers there.
+    pub(crate) async fn open(path: &Path, query: Query, watch: bool) -> Result<Self> {
         let mut stream = match UnixStream::connect(path).await {
             Err(error) if is_absent(&error) => bail!(
                 "no agent answers at {}: is it running, and are --device and --run-dir the ones it was started with?",
@@ -277,7 +266,7 @@ impl Responses {
             ),
             stream => stream.with_context(|| format!("connect to the agent at {}", path.display()))?,
         };
-        stream.write_all(&line(&Request { version: VERSION, query, watch })?).await?;
+        stream.write_all(line(&Request { version: VERSION, query, watch })?.as_bytes()).await?;
         Ok(Self(BufReader::new(stream).lines()))
     }
 
@@ -306,14 +295,19 @@ impl Responses {
 
 #[cfg(test)]
 mod tests {
+    use tempfile::TempDir;
+
     use super::*;
 
-    async fn server(directory: &Path) -> (PathBuf, mpsc::Receiver<QueryRequest>) {
-        let path = path(directory, "ovl0");
+    async fn server() -> (TempDir, PathBuf, mpsc::Receiver<QueryRequest>) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = path(directory.path(), "ovl0");
+        // A socket that no process listens at is replaced.
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         let control = Control::listen(path.clone()).unwrap();
         let (sender, receiver) = mpsc::channel(1);
         tokio::spawn(control.serve(sender));
-        (path, receiver)
+        (directory, path, receiver)
     }
 
     /// Sends `request` as it is and reads until the server closes the connection.
@@ -335,8 +329,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_query_gets_one_answer_and_an_invalid_request_an_error() {
-        let directory = tempfile::tempdir().unwrap();
-        let (path, mut queries) = server(directory.path()).await;
+        let (_directory, path, mut queries) = server().await;
         tokio::spawn(async move {
             while let Some((query, sender)) = queries.recv().await {
                 drop(sender.send(Ok(serde_json::json!(format!("{query:?}")))));
@@ -369,8 +362,7 @@ mod tests {
 
     #[tokio::test]
     async fn another_version_is_refused_by_either_side_with_both_versions() {
-        let directory = tempfile::tempdir().unwrap();
-        let (path, _queries) = server(directory.path()).await;
+        let (directory, path, _queries) = server().await;
         let response = raw(&path, b"{\"version\":7,\"request\":{\"kind\":\"status\"}}\n").await;
         assert!(response.contains("version 7") && response.contains("version 1"), "{response}");
 
@@ -390,9 +382,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_watch_carries_every_change_and_ends_with_the_agent() {
-        let directory = tempfile::tempdir().unwrap();
-        let (path, mut queries) = server(directory.path()).await;
-        let mut responses = watch(&path, Query::Status).await.unwrap();
+        let (_directory, path, mut queries) = server().await;
+        let mut responses = Responses::open(&path, Query::Status, true).await.unwrap();
         for (state, count) in [
             (Err("starting".to_owned()), 1),
             (Ok(Value::from("running")), 3),
@@ -407,47 +398,36 @@ mod tests {
 
     #[tokio::test]
     async fn a_client_that_disconnects_ends_its_watch_and_no_other() {
-        let directory = tempfile::tempdir().unwrap();
-        let (path, mut queries) = server(directory.path()).await;
-        let leaving = watch(&path, Query::Status).await.unwrap();
+        let (_directory, path, mut queries) = server().await;
+        let leaving = Responses::open(&path, Query::Status, true).await.unwrap();
         answer(&mut queries, Ok(Value::from(1)), 1).await;
-        let mut staying = watch(&path, Query::Routes).await.unwrap();
+        let mut staying = Responses::open(&path, Query::Routes, true).await.unwrap();
         drop(leaving);
-        let mut seen = Vec::new();
+        let mut of_leaving = 0;
         for count in 0..5 {
             let (query, sender) = queries.recv().await.unwrap();
-            seen.push(query);
+            of_leaving += u32::from(query == Query::Status);
             drop(sender.send(Ok(Value::from(count))));
         }
-        // At most one query of the first client was pending.
-        assert!(seen.iter().filter(|query| **query == Query::Status).count() <= 1, "{seen:?}");
+        assert!(of_leaving <= 1, "at most one query of the first client was pending: {of_leaving}");
         assert!(staying.next::<Value>().await.unwrap().is_some());
     }
 
     #[tokio::test]
     async fn a_main_loop_that_hangs_is_an_error() {
-        let directory = tempfile::tempdir().unwrap();
-        let (path, _queries) = server(directory.path()).await;
-        let mut responses = watch(&path, Query::Status).await.unwrap();
+        let (_directory, path, _queries) = server().await;
+        let mut responses = Responses::open(&path, Query::Status, true).await.unwrap();
         let error = responses.next::<Value>().await.unwrap().unwrap().unwrap_err();
         assert!(error.contains("main loop"), "{error}");
     }
 
     #[tokio::test]
-    async fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = path(directory.path(), "ovl0");
-        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
-        let (_, _queries) = server(directory.path()).await;
-        let error = Control::listen(path).err().unwrap().to_string();
+    async fn a_path_has_at_most_one_agent_and_without_one_the_error_names_it() {
+        let (_directory, path, _queries) = server().await;
+        let error = Control::listen(path.clone()).err().unwrap().to_string();
         assert!(error.contains("already"), "{error}");
-    }
-
-    #[tokio::test]
-    async fn without_an_agent_the_error_names_the_socket() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = path(directory.path(), "ovl7");
-        let error = query::<String>(&path, Query::Status).await.unwrap_err().to_string();
+        let error = query::<String>(&path.with_file_name("ovl7.sock"), Query::Status).await;
+        let error = error.unwrap_err().to_string();
         assert!(error.contains("ovl7.sock"), "{error}");
     }
 }

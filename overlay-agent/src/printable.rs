@@ -7,13 +7,11 @@ pub(crate) const LONGEST_REASON: usize = 200;
 
 /// The first `longest` characters of a text, with control characters escaped.
 pub(crate) fn printable(text: &str, longest: usize) -> String {
-    let mut shown = String::new();
-    for character in text.chars().take(longest) {
-        match character {
-            '"' | '\'' | '\\' => shown.push(character),
-            _ => shown.extend(character.escape_debug()),
-        }
-    }
+    let escaped = |character: char| match character {
+        '"' | '\'' | '\\' => character.to_string(),
+        _ => character.escape_debug().to_string(),
+    };
+    let mut shown: String = text.chars().take(longest).map(escaped).collect();
     if text.chars().nth(longest).is_some() {
         shown.push_str("...");
     }

@@ -1,111 +1,75 @@
-//! Parses JSON records as Go's encoding/json does: keys match case-insensitively, and of several matching keys the last in the
-//! document wins. `serde_json::Map` does not keep the order of keys that differ in case.
+//! Reads JSON objects as Go's encoding/json does: keys match case-insensitively, of several matching keys the last in the
+//! document wins, and `null` is ignored.
 
-use std::fmt;
+use std::{collections::BTreeMap, fmt};
 
-use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor};
-use serde_json::{Map, Value};
+use serde::de::{Deserialize, DeserializeOwned, Deserializer, MapAccess, Visitor};
+use serde_json::value::RawValue;
 
-/// Parses a record and converts the keys of all objects to lower case, for [`field`].
-pub(crate) fn read(json: &[u8]) -> serde_json::Result<Value> {
-    serde_json::from_slice(json).map(|Folded(value)| value)
-}
+/// A JSON object: its values as written, by lower-case key.
+#[derive(Default)]
+pub(crate) struct Record(BTreeMap<String, Box<RawValue>>);
 
-/// The value of a key in an object from [`read`]; `None` for `null`.
-pub(crate) fn field<'a>(record: &'a Map<String, Value>, key: &str) -> Option<&'a Value> {
-    record.get(&key.to_ascii_lowercase())
-}
+impl Record {
+    /// The JSON text of a value; `None` for `null`.
+    pub(crate) fn text(&self, key: &str) -> Option<&str> {
+        self.0.get(&key.to_ascii_lowercase()).map(|value| value.get())
+    }
 
-/// A value with lower-case keys in all objects.
-struct Folded(Value);
-
-impl<'de> Deserialize<'de> for Folded {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(FoldingVisitor).map(Self)
+    /// A value; `None` also when it has another type.
+    pub(crate) fn get<T: DeserializeOwned>(&self, key: &str) -> Option<T> {
+        serde_json::from_str(self.text(key)?).ok()
     }
 }
 
-struct FoldingVisitor;
+impl<'de> Deserialize<'de> for Record {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(Self::default())
+    }
+}
 
-impl<'de> Visitor<'de> for FoldingVisitor {
-    type Value = Value;
+impl<'de> Visitor<'de> for Record {
+    type Value = Self;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a JSON value")
+        f.write_str("a JSON object")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
-        let mut record = Map::new();
-        while let Some((key, Folded(value))) = entries.next_entry::<String, Folded>()? {
+    fn visit_map<A: MapAccess<'de>>(mut self, mut entries: A) -> Result<Self, A::Error> {
+        while let Some((key, value)) = entries.next_entry::<String, Box<RawValue>>()? {
             // Go ignores null: the value of an earlier key stays.
-            if !value.is_null() {
-                record.insert(key.to_ascii_lowercase(), value);
+            if value.get() != "null" {
+                self.0.insert(key.to_ascii_lowercase(), value);
             }
         }
-        Ok(Value::Object(record))
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Value, A::Error> {
-        let mut list = Vec::new();
-        while let Some(Folded(value)) = items.next_element()? {
-            list.push(value);
-        }
-        Ok(Value::Array(list))
-    }
-
-    fn visit_unit<E: Error>(self) -> Result<Value, E> {
-        Ok(Value::Null)
-    }
-
-    fn visit_bool<E: Error>(self, value: bool) -> Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_u64<E: Error>(self, value: u64) -> Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_i64<E: Error>(self, value: i64) -> Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_f64<E: Error>(self, value: f64) -> Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_str<E: Error>(self, value: &str) -> Result<Value, E> {
-        Ok(value.into())
+        Ok(self)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     #[test]
-    fn values_are_unchanged() {
-        let text = r#"{"a":[1,-2,0.5,"x\u00e9\n",true,null,{"b":{}}]}"#;
-        let plain: Value = serde_json::from_str(text).unwrap();
-        assert_eq!(read(text.as_bytes()).unwrap(), plain);
-        for bad in ["", "{", "{} x", r#"{"a":}"#, "\u{fffd}"] {
-            assert!(read(bad.as_bytes()).is_err(), "{bad:?}");
+    fn other_texts_than_one_object_are_refused() {
+        for bad in ["", "{", "{} x", "[]", r#"{"a":}"#, "\u{fffd}"] {
+            assert!(serde_json::from_str::<Record>(bad).is_err(), "{bad:?}");
+        }
+        for bad in [&b"{\"a\":\"\xff\"}"[..], b"{\"\xff\":1}"] {
+            assert!(serde_json::from_slice::<Record>(bad).is_err(), "{bad:?}");
         }
     }
 
     #[test]
     fn the_last_of_several_keys_wins_and_null_is_ignored() {
-        for (text, value) in [
-            (r#"{"Key":1,"key":2}"#, json!(2)),
-            (r#"{"key":2,"Key":1}"#, json!(1)),
-            (r#"{"key":2,"key":3}"#, json!(3)),
-            (r#"{"KEY":2,"Key":null}"#, json!(2)),
+        for (json, value) in [
+            (r#"{"Key":1,"key":2}"#, Some("2")),
+            (r#"{"key":2,"Key":1}"#, Some("1")),
+            (r#"{"key":2,"key": [3, 4] }"#, Some("[3, 4]")),
+            (r#"{"KEY":2,"Key": null }"#, Some("2")),
+            (r#"{"key":null}"#, None),
         ] {
-            let record = read(text.as_bytes()).unwrap();
-            assert_eq!(field(record.as_object().unwrap(), "Key"), Some(&value), "{text}");
+            assert_eq!(serde_json::from_str::<Record>(json).unwrap().text("Key"), value, "{json}");
         }
-        let nothing = read(br#"{"key":null}"#).unwrap();
-        assert_eq!(field(nothing.as_object().unwrap(), "Key"), None);
     }
 }

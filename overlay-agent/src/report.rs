@@ -18,9 +18,7 @@ pub(crate) struct Status {
     /// `starting`; `running` once lease, device, datapath and first snapshot are there; `degraded` while there are problems.
     pub(crate) state: String,
     pub(crate) problems: Vec<String>,
-    /// Version of the agent.
     pub(crate) version: String,
-    /// Process id of the agent.
     pub(crate) pid: u32,
     pub(crate) network: Option<Ipv4Net>,
     pub(crate) subnet: Option<Subnet>,
@@ -53,7 +51,6 @@ impl Status {
     }
 }
 
-/// A network device.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Device {
     pub(crate) name: String,
@@ -67,7 +64,6 @@ impl From<&Link> for Device {
     }
 }
 
-/// The store of the leases.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Store {
     /// `etcd at URL`, `dir:PATH`, or `none` when all peers were given on the command line.
@@ -76,7 +72,6 @@ pub(crate) struct Store {
     pub(crate) lost: Option<String>,
 }
 
-/// Routes and skipped records.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct RouteList {
     pub(crate) routes: Vec<Route>,
@@ -127,12 +122,7 @@ impl From<PathCounters> for CounterList {
 }
 
 /// Packets dropped as errors.
-pub(crate) fn errors(counters: &PathCounters) -> u64 {
-    let both = counters.fast.drops.iter().zip(counters.slow.drops);
-    DropReason::ALL
-        .iter()
-        .zip(both)
-        .filter(|(reason, _)| reason.is_error())
-        .map(|(_, (fast, slow))| fast + slow)
-        .sum()
+pub(crate) fn errors(PathCounters { fast, slow }: &PathCounters) -> u64 {
+    let counts = DropReason::ALL.iter().zip(fast.drops.iter().zip(slow.drops));
+    counts.filter(|(reason, _)| reason.is_error()).map(|(_, (fast, slow))| fast + slow).sum()
 }

@@ -2,30 +2,25 @@
 
 use std::{fs::Permissions, io::Write as _, net::Ipv4Addr, os::unix::fs::PermissionsExt as _, path::Path};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow};
+use tempfile::NamedTempFile;
 
 use crate::route::{LocalNode, Subnet};
 
 /// Fails when the file cannot be written; does not write it.
 pub(crate) fn check(path: &Path) -> Result<()> {
-    let attempt = || -> Result<()> {
-        std::fs::create_dir_all(directory(path))?;
-        tempfile::Builder::new().prefix(".subnet.env").tempfile_in(directory(path))?;
-        if path.is_dir() {
-            bail!("it is a directory");
-        }
-        Ok(())
+    let attempt = match temporary(path) {
+        Ok(_) if path.is_dir() => Err(anyhow!("it is a directory")),
+        attempt => attempt.map(drop),
     };
-    attempt().with_context(|| format!("the subnet file {}: choose another --subnet-file", path.display()))
+    attempt.with_context(|| format!("the subnet file {}: choose another --subnet-file", path.display()))
 }
 
 /// Writes flannel's four lines atomically, with mode 0644. With `masquerade`, the agent masquerades packets that leave the
 /// overlay, and the container runtime must not.
 pub(crate) fn write(path: &Path, local: LocalNode, mtu: u32, masquerade: bool) -> Result<()> {
-    let directory = directory(path);
     let attempt = || -> Result<()> {
-        std::fs::create_dir_all(directory)?;
-        let mut file = tempfile::Builder::new().prefix(".subnet.env").tempfile_in(directory)?;
+        let mut file = temporary(path)?;
         file.write_all(text(local, mtu, masquerade).as_bytes())?;
         file.as_file().set_permissions(Permissions::from_mode(0o644))?;
         file.as_file().sync_all()?;
@@ -35,15 +30,19 @@ pub(crate) fn write(path: &Path, local: LocalNode, mtu: u32, masquerade: bool) -
     attempt().with_context(|| format!("write the subnet file {}", path.display()))
 }
 
+/// A new file beside `path`, in a directory that is created if it does not exist.
+fn temporary(path: &Path) -> Result<NamedTempFile> {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let directory = parent.unwrap_or(Path::new("."));
+    std::fs::create_dir_all(directory)?;
+    Ok(tempfile::Builder::new().prefix(".subnet.env").tempfile_in(directory)?)
+}
+
 /// The subnet in an existing file.
 pub(crate) fn read_subnet(path: &Path) -> Option<Subnet> {
     let text = std::fs::read_to_string(path).ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("FLANNEL_SUBNET="))?;
     line.trim().parse().ok().map(Subnet::containing)
-}
-
-fn directory(path: &Path) -> &Path {
-    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 fn text(LocalNode { network, subnet, .. }: LocalNode, mtu: u32, masquerade: bool) -> String {
@@ -64,6 +63,7 @@ mod tests {
         let path = directory.path().join("run/flannel/subnet.env");
         let subnet: Subnet = "10.5.34.0/24".parse().unwrap();
         let public_ip = Ipv4Addr::new(192, 168, 77, 1);
+        assert_eq!(read_subnet(&path), None);
         let local = LocalNode { network: "10.5.0.0/16".parse().unwrap(), subnet, public_ip };
         write(&path, local, 1472, true).unwrap();
         assert_eq!(
@@ -73,6 +73,8 @@ mod tests {
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o644);
         assert_eq!(read_subnet(&path), Some(subnet));
         assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "no temporary file stays");
+        std::fs::write(&path, "FLANNEL_SUBNET=nonsense\n").unwrap();
+        assert_eq!(read_subnet(&path), None);
     }
 
     #[test]
@@ -85,14 +87,5 @@ mod tests {
             let error = format!("{:#}", check(&path).unwrap_err());
             assert!(error.contains("--subnet-file"), "{error}");
         }
-    }
-
-    #[test]
-    fn a_missing_or_foreign_file_names_no_subnet() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("subnet.env");
-        assert_eq!(read_subnet(&path), None);
-        std::fs::write(&path, "FLANNEL_SUBNET=nonsense\n").unwrap();
-        assert_eq!(read_subnet(&path), None);
     }
 }

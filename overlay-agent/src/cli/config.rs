@@ -1,13 +1,9 @@
 //! `overlay-agent config`: shows, writes and checks the network config in the store.
 
-use std::{
-    fs::File,
-    io::Read,
-    path::{Path, PathBuf},
-};
+use std::{fs::File, io::Read};
 
 use anyhow::{Context as _, Result, bail};
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, builder::NonEmptyStringValueParser};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -59,8 +55,8 @@ pub(super) enum ConfigCommand {
 #[derive(Debug, Args)]
 pub(super) struct SetArgs {
     /// Config: a file, - for standard input, or JSON
-    #[arg(value_name = "FILE|-|JSON", value_parser = parse_input)]
-    input: Input,
+    #[arg(value_name = "FILE|-|JSON", value_parser = NonEmptyStringValueParser::new())]
+    input: String,
     /// Write the config even if leases do not fit it
     #[arg(long)]
     force: bool,
@@ -71,18 +67,10 @@ pub(super) struct SetArgs {
 #[derive(Debug, Args)]
 pub(super) struct CheckArgs {
     /// Config: a file, - for standard input, or JSON [default: the stored one]
-    #[arg(value_name = "FILE|-|JSON", value_parser = parse_input)]
-    input: Option<Input>,
+    #[arg(value_name = "FILE|-|JSON", value_parser = NonEmptyStringValueParser::new())]
+    input: Option<String>,
     #[command(flatten)]
     query: StoreQuery,
-}
-
-/// Source of a config.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Input {
-    Standard,
-    Json(String),
-    File(PathBuf),
 }
 
 /// A config and how agents read it.
@@ -100,11 +88,9 @@ struct Verdict {
     effective: Option<Value>,
 }
 
-/// A configuration that was written.
 #[derive(Debug, Serialize)]
 struct Written {
     location: String,
-    /// The replaced text.
     before: Option<String>,
     /// Effective values that changed.
     changes: Vec<ConfigChange>,
@@ -113,7 +99,6 @@ struct Written {
     misfits: usize,
 }
 
-/// One value that changed.
 #[derive(Debug, PartialEq, Eq, Serialize)]
 struct ConfigChange {
     key: &'static str,
@@ -122,15 +107,7 @@ struct ConfigChange {
     after: String,
 }
 
-pub(super) async fn config(command: ConfigCommand) -> Result<()> {
-    match command {
-        ConfigCommand::Show(args) => show(args).await,
-        ConfigCommand::Set(args) => set(args).await,
-        ConfigCommand::Check(args) => check(args).await,
-    }
-}
-
-async fn show(StoreQuery { output, store }: StoreQuery) -> Result<()> {
+pub(super) async fn show(StoreQuery { output, store }: StoreQuery) -> Result<()> {
     let verdict = stored(store).await?;
     print(output, &verdict, |verdict| {
         let lines = verdict.text.trim_end().lines().map(|line| printable(line, usize::MAX));
@@ -141,9 +118,9 @@ async fn show(StoreQuery { output, store }: StoreQuery) -> Result<()> {
     verdict.judge()
 }
 
-async fn check(args: CheckArgs) -> Result<()> {
+pub(super) async fn check(args: CheckArgs) -> Result<()> {
     let verdict = match args.input {
-        Some(input) => Verdict::of(input.to_string(), input.read()?),
+        Some(input) => read(&input).map(|(source, text)| Verdict::of(source, text))?,
         None => stored(args.query.store).await?,
     };
     match (&verdict.problem, args.query.output) {
@@ -157,9 +134,9 @@ async fn check(args: CheckArgs) -> Result<()> {
     verdict.judge()
 }
 
-async fn set(args: SetArgs) -> Result<()> {
-    let text = args.input.read()?;
-    let config = NetworkConfig::parse(&text).with_context(|| args.input.to_string())?;
+pub(super) async fn set(args: SetArgs) -> Result<()> {
+    let (source, text) = read(&args.input)?;
+    let config = NetworkConfig::parse(&text).context(source)?;
     let store = args.query.store.open().await?;
     let before = store.config_text().await?.and_then(|text| NetworkConfig::parse(&text).ok());
     // Hosts keep their subnets when only the port changes.
@@ -210,7 +187,15 @@ impl Verdict {
             usable: parsed.is_ok(),
             problem: parsed.as_ref().err().map(ToString::to_string),
             unknown_keys: NetworkConfig::unknown_keys(&text),
-            effective: parsed.ok().map(|config| complete_record(&config)),
+            effective: parsed.ok().map(|config| {
+                json!({
+                    "Network": config.network,
+                    "SubnetLen": config.subnet_len,
+                    "SubnetMin": config.subnet_min,
+                    "SubnetMax": config.subnet_max,
+                    "Backend": { "Type": "udp", "Port": config.port },
+                })
+            }),
             text,
         }
     }
@@ -231,15 +216,15 @@ fn warn_of(unknown_keys: &[String]) {
     }
 }
 
-impl Input {
-    fn read(&self) -> Result<String> {
-        let text = match self {
-            Self::Json(text) => Ok(text.clone()),
-            Self::Standard => read_limited(std::io::stdin()),
-            Self::File(path) => File::open(path).map_err(Into::into).and_then(read_limited),
-        };
-        text.with_context(|| format!("read {self}"))
-    }
+/// Reads a config from a file, from standard input, or from the argument itself. Returns what it is, and its text.
+fn read(input: &str) -> Result<(String, String)> {
+    let (source, text) = match input.trim_start().as_bytes() {
+        [b'{' | b'[', ..] => ("the config on the command line".to_owned(), Ok(input.to_owned())),
+        b"-" => ("the config on standard input".to_owned(), read_limited(std::io::stdin())),
+        _ => (format!("the config {input}"), File::open(input).map_err(Into::into).and_then(read_limited)),
+    };
+    let text = text.with_context(|| format!("read {source}"))?;
+    Ok((source, text))
 }
 
 fn read_limited(from: impl Read) -> Result<String> {
@@ -249,25 +234,6 @@ fn read_limited(from: impl Read) -> Result<String> {
         bail!("it is longer than {} KiB", LONGEST / 1024);
     }
     Ok(text)
-}
-
-impl std::fmt::Display for Input {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Standard => f.write_str("the config on standard input"),
-            Self::Json(_) => f.write_str("the config on the command line"),
-            Self::File(path) => write!(f, "the config {}", path.display()),
-        }
-    }
-}
-
-fn parse_input(text: &str) -> Result<Input, String> {
-    match text.trim_start().as_bytes() {
-        [] => Err("expected a file, - for standard input, or JSON".to_owned()),
-        b"-" => Ok(Input::Standard),
-        [b'{' | b'[', ..] => Ok(Input::Json(text.to_owned())),
-        _ => Ok(Input::File(Path::new(text).to_owned())),
-    }
 }
 
 /// Descriptions of leases that hosts could not keep under `config`, except those of other backends.
@@ -281,18 +247,6 @@ fn misfits(config: &NetworkConfig, records: &[LeaseRecord]) -> Vec<String> {
     records.iter().filter_map(misfit).collect()
 }
 
-/// flannel's record with every key.
-fn complete_record(config: &NetworkConfig) -> Value {
-    json!({
-        "Network": config.network,
-        "SubnetLen": config.subnet_len,
-        "SubnetMin": config.subnet_min,
-        "SubnetMax": config.subnet_max,
-        "Backend": { "Type": "udp", "Port": config.port },
-    })
-}
-
-/// All values by key.
 fn values(config: &NetworkConfig) -> [(&'static str, String); 6] {
     [
         ("Network", config.network.to_string()),
@@ -357,15 +311,12 @@ mod tests {
     }
 
     #[test]
-    fn an_input_is_a_file_standard_input_or_json() {
-        assert_eq!(parse_input("-"), Ok(Input::Standard));
-        assert_eq!(parse_input("net.json"), Ok(Input::File("net.json".into())));
-        assert_eq!(parse_input(" {}"), Ok(Input::Json(" {}".to_owned())));
-        assert!(parse_input("").is_err());
-        let error = format!("{:#}", parse_input("/does/not/exist").unwrap().read().unwrap_err());
-        assert!(error.contains("/does/not/exist"), "{error}");
-        let error = format!("{:#}", parse_input("/dev/zero").unwrap().read().unwrap_err());
-        assert!(error.contains("64 KiB"), "{error}");
+    fn an_input_is_json_or_a_file_of_limited_length() {
+        assert_eq!(read(" {}").unwrap().1, " {}");
+        for (file, words) in [("/does/not/exist", "/does/not/exist"), ("/dev/zero", "64 KiB")] {
+            let error = format!("{:#}", read(file).unwrap_err());
+            assert!(error.contains(words), "{error}");
+        }
     }
 
     #[test]
@@ -385,22 +336,16 @@ mod tests {
         let records = ["10.5.1.0-24", "10.5.200.0-24", "10.5.3.0-25", "junk"]
             .map(|key| LeaseRecord::parse(key, value, Version::default()));
         assert_eq!(misfits(&parse(BEFORE), &records), ["10.5.3.0/25 of 192.168.77.2"]);
-        let smaller = parse(r#"{"Network":"10.5.0.0/17"}"#);
-        assert_eq!(
-            misfits(&smaller, &records),
-            ["10.5.200.0/24 of 192.168.77.2", "10.5.3.0/25 of 192.168.77.2"]
-        );
+        let smaller = misfits(&parse(r#"{"Network":"10.5.0.0/17"}"#), &records);
+        assert_eq!(smaller, ["10.5.200.0/24 of 192.168.77.2", "10.5.3.0/25 of 192.168.77.2"]);
     }
 
     #[test]
     fn defaults_are_marked() {
         let text = effective(r#"{"Network":"10.5.0.0/16","backend":{"port":4789}}"#).unwrap();
-        for (key, is_default) in
-            [("SubnetLen", true), ("Backend.Type", true), ("Network", false), ("Backend.Port", false)]
-        {
-            let line = text.lines().find(|line| line.contains(key)).unwrap();
-            assert_eq!(line.contains("(default)"), is_default, "{line}");
-        }
+        let defaults = text.lines().filter(|line| line.contains("(default)"));
+        let keys: Vec<_> = defaults.filter_map(|line| line.split_whitespace().next()).collect();
+        assert_eq!(keys, ["SubnetLen", "SubnetMin", "SubnetMax", "Backend.Type"]);
         assert_eq!(effective("{}"), None);
     }
 }

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, bail};
 use aya::programs::TcAttachType;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-use serde::Serialize;
+use serde_json::json;
 
 use super::{QueryArgs, query::print};
 use crate::{
@@ -19,12 +19,6 @@ use crate::{
 
 /// How long a running agent may take to shut down.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(15);
-
-/// Descriptions of what was removed.
-#[derive(Debug, Serialize)]
-struct Outcome {
-    removed: Vec<String>,
-}
 
 pub(super) async fn down(QueryArgs { agent: args, output }: &QueryArgs) -> Result<()> {
     if !nix::unistd::geteuid().is_root() {
@@ -62,9 +56,9 @@ pub(super) async fn down(QueryArgs { agent: args, output }: &QueryArgs) -> Resul
     if control::remove(&socket)? {
         removed.push(format!("the socket {}", socket.display()));
     }
-    print(*output, &Outcome { removed }, |outcome| match outcome.removed.is_empty() {
+    print(*output, &json!({ "removed": removed }), |_| match removed.is_empty() {
         true => format!("nothing to remove for {}", args.device),
-        false => format!("removed {}", outcome.removed.join(", ")),
+        false => format!("removed {}", removed.join(", ")),
     })
 }
 

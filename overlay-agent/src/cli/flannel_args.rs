@@ -18,7 +18,6 @@ enum Kind {
     Etcd,
     /// A value for leases in etcd.
     Lease,
-    /// A boolean.
     Switch,
     /// Prints the version; flanneld does not read it from the environment.
     Version,
@@ -28,19 +27,12 @@ enum Kind {
     UnsupportedSwitch(&'static str),
 }
 
-impl Kind {
-    const fn is_boolean(self) -> bool {
-        matches!(self, Self::Switch | Self::Version | Self::UnsupportedSwitch(_))
-    }
-}
-
 const KUBERNETES: &str =
     "only flannel's Kubernetes subnet manager uses it; keep leases in etcd or in a directory";
 const IPV4_ONLY: &str = "the overlay carries IPv4 over IPv4 only; remove it";
 const NO_MAC: &str = "the overlay device has no hardware address; remove it";
 const GO_FILES: &str = "it filters by Go source files; set RUST_LOG instead";
 
-/// All of flanneld's flags.
 #[rustfmt::skip]
 const FLAGS: [(Kind, &[&str]); 10] = [
     (Kind::Etcd, &[
@@ -92,10 +84,8 @@ pub(super) fn command_line(
             rest.extend(arguments);
             break;
         }
-        let (name, value) = match text.split_once('=') {
-            Some((name, value)) => (name, Some(OsString::from(value))),
-            None => (text, None),
-        };
+        let (name, value) =
+            text.split_once('=').map_or((text, None), |(name, value)| (name, Some(OsString::from(value))));
         let name = name.strip_prefix("--").or_else(|| name.strip_prefix('-'));
         let known = name.and_then(|name| flags().find(|(flag, kind)| *flag == name && line.knows(*kind)));
         let Some((name, kind)) = known else {
@@ -104,7 +94,9 @@ pub(super) fn command_line(
         };
         let value = match value {
             Some(value) => value,
-            None if kind.is_boolean() => "true".into(),
+            None if matches!(kind, Kind::Switch | Kind::Version | Kind::UnsupportedSwitch(_)) => {
+                "true".into()
+            }
             None => {
                 arguments.next().ok_or_else(|| format!("--{name} needs a value: write --{name}=VALUE"))?
             }
@@ -156,10 +148,9 @@ impl Line {
         let text = argument.to_str().unwrap_or_default();
         // Except `-ojson`, which means `-o json`.
         let single = text.strip_prefix('-').filter(|rest| rest.len() > 1 && !rest.starts_with('-'));
-        match single.filter(|_| self.runs || !text.starts_with("-o")) {
-            Some(rest) => self.words.push(format!("--{rest}").into()),
-            None => self.words.push(argument),
-        }
+        let long =
+            single.filter(|_| self.runs || !text.starts_with("-o")).map(|rest| format!("--{rest}").into());
+        self.words.push(long.unwrap_or(argument));
     }
 
     /// Adds flags that only `FLANNELD_*` variables set.
@@ -236,35 +227,36 @@ mod tests {
 
     #[test]
     fn every_spelling_of_go_flags_is_read() {
-        let same = "overlay-agent run --iface=eth1 --etcd-prefix=/a --ip-masq=true";
+        let same = "x run --iface=eth1 --etcd-prefix=/a --ip-masq=true";
         check(
             &[],
             &[
-                ("overlay-agent run -iface eth1 -etcd-prefix=/a -ip-masq", same),
-                ("overlay-agent run --iface eth1 --etcd-prefix=/a --ip-masq=true", same),
-                ("overlay-agent run --iface=eth1 -etcd-prefix /a -ip-masq=1", same),
+                ("x run -iface eth1 -etcd-prefix=/a -ip-masq", same),
+                ("x run --iface eth1 --etcd-prefix=/a --ip-masq=true", same),
+                ("x run --iface=eth1 -etcd-prefix /a -ip-masq=1", same),
                 ("x run -ip-masq=F", "x run --ip-masq=false"),
                 // As in Go, a switch does not take the next argument as its value.
                 ("x run -ip-masq false", "x run --ip-masq=true false"),
                 ("x run -iface -odd", "x run --iface=-odd"),
                 ("x run -v 2 -iface a -iface b", "x run --v=2 --iface=a --iface=b"),
+                // Invoked as flanneld, it runs.
+                ("/bin/flanneld -healthz-port 9 -version", "/bin/flanneld run --healthz-port=9 --version"),
+                ("flanneld --version=false", "flanneld run"),
+                // Values that request nothing are accepted even for unsupported flags.
+                ("x run -kube-subnet-mgr=false -public-ipv6=", "x run"),
+                // Native flags, and all that follows `--`, are unchanged but for the second dash.
+                (
+                    "x run -h --datapath tun -device ovl1 -- -iface",
+                    "x run -h --datapath tun --device ovl1 -- -iface",
+                ),
             ],
         );
     }
 
     #[test]
-    fn invoked_as_flanneld_it_runs() {
-        let line = "/opt/bin/flanneld -healthz-port 9 -version";
-        check(&[], &[(line, "/opt/bin/flanneld run --healthz-port=9 --version")]);
-        check(&[], &[("flanneld --version=false", "flanneld run")]);
-    }
-
-    #[test]
-    fn other_commands_and_native_flags_are_unchanged() {
-        let unchanged = ["overlay-agent status -o json", "overlay-agent"].map(|line| (line, line));
+    fn other_commands_are_unchanged() {
+        let unchanged = ["x status -o json", "x"].map(|line| (line, line));
         check(&[("FLANNELD_IFACE", "eth9")], &unchanged);
-        let line = "x run -h --datapath tun -device ovl1 -- -iface";
-        check(&[], &[(line, "x run -h --datapath tun --device ovl1 -- -iface")]);
     }
 
     #[test]
@@ -276,8 +268,9 @@ mod tests {
                 "x lease release --etcd-endpoints=a:1 10.5.1.0/24 -ojson --etcd-prefix=/env",
             )],
         );
-        check(&[], &[("x config show -- -iface", "x config show -- -iface")]);
-        check(&[], &[("x leases -iface", "x leases --iface")]);
+        let lines =
+            [("x config show -- -iface", "x config show -- -iface"), ("x leases -iface", "x leases --iface")];
+        check(&[], &lines);
     }
 
     #[test]
@@ -319,19 +312,21 @@ mod tests {
 
     #[test]
     fn unsupported_flags_are_rejected_by_name() {
-        let error = |line: &str, variables: &[_]| read(line, variables).unwrap_err();
-        for flag in ["kube-subnet-mgr", "kube-api-url=http://x", "kubeconfig-file x", "net-config-path=/x"] {
-            let error = error(&format!("flanneld -{flag}"), &[]);
-            let name = flag.split(['=', ' ']).next().unwrap();
-            assert!(error.starts_with(&format!("--{name} ")) && error.contains("Kubernetes"), "{error}");
+        for (line, words) in [
+            ("flanneld -kube-subnet-mgr", "--kube-subnet-mgr is not supported: only flannel's Kubernetes"),
+            ("flanneld -kube-api-url=x", "--kube-api-url is not supported: only flannel's Kubernetes"),
+            ("flanneld -kubeconfig-file x", "--kubeconfig-file is not supported: only flannel's Kubernetes"),
+            ("flanneld -net-config-path=/x", "--net-config-path is not supported: only flannel's Kubernetes"),
+            ("x run --public-ipv6 fd00::1", "IPv4 only"),
+            ("x run -vmodule=a=2", "RUST_LOG"),
+            ("x run -ip-masq=yes", "\"yes\""),
+            ("x run -iface", "--iface=VALUE"),
+        ] {
+            let error = read(line, &[]).unwrap_err();
+            assert!(error.contains(words), "{error}");
         }
-        assert!(error("x run --public-ipv6 fd00::1", &[]).contains("IPv4 only"));
-        assert!(error("x run", &[("FLANNELD_PUBLIC_IPV6", "fd00::1")]).starts_with("FLANNELD_PUBLIC_IPV6 "));
-        assert!(error("x run -vmodule=a=2", &[]).contains("RUST_LOG"));
-        assert!(error("x run -ip-masq=yes", &[]).contains("\"yes\""));
-        assert!(error("x run -iface", &[]).contains("--iface=VALUE"));
-        // Values that request nothing are accepted.
-        check(&[], &[("x run -kube-subnet-mgr=false -public-ipv6=", "x run")]);
+        let error = read("x run", &[("FLANNELD_PUBLIC_IPV6", "fd00::1")]).unwrap_err();
+        assert!(error.starts_with("FLANNELD_PUBLIC_IPV6 "), "{error}");
     }
 
     #[test]

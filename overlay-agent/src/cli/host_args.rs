@@ -61,13 +61,7 @@ pub(super) struct HostArgs {
     healthz_port: u16,
     /// Log level: 0 for operators, 1 to 4 for developers, 5 and higher includes libraries
     #[arg(long, value_name = "LEVEL", default_value_t = 0)]
-    v: u8,
-}
-
-impl HostArgs {
-    pub(super) const fn verbosity(&self) -> u8 {
-        self.v
-    }
+    pub(super) v: u8,
 }
 
 impl From<HostArgs> for HostOptions {

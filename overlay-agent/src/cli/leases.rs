@@ -49,7 +49,7 @@ pub(super) enum LeaseCommand {
 pub(super) struct ReleaseArgs {
     /// Subnet, or key of a record as in `leases -o json`
     #[arg(value_name = "SUBNET", value_parser = parse_target)]
-    target: Target,
+    target: String,
     /// Release the lease even if its agent runs or it is a reservation
     #[arg(long)]
     force: bool,
@@ -57,14 +57,6 @@ pub(super) struct ReleaseArgs {
     query: StoreQuery,
 }
 
-/// Selects a record.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Target {
-    Subnet(Subnet),
-    Key(String),
-}
-
-/// All records.
 #[derive(Debug, Serialize)]
 struct LeaseList {
     /// Network of the overlay, if the store has a valid config.
@@ -74,7 +66,6 @@ struct LeaseList {
     leases: Vec<Row>,
 }
 
-/// One record.
 #[derive(Debug, PartialEq, Eq, Serialize)]
 struct Row {
     key: String,
@@ -90,7 +81,6 @@ struct Row {
     is_reservation: bool,
 }
 
-/// A record that was removed.
 #[derive(Debug, Serialize)]
 struct Released {
     #[serde(flatten)]
@@ -104,20 +94,22 @@ type Times = BTreeMap<LifetimeId, Duration>;
 
 pub(super) async fn leases(StoreQuery { output, store }: StoreQuery) -> Result<()> {
     let store = store.open().await?;
-    let (network, config_problem) = network(&store).await?;
-    if let Some(problem) = &config_problem {
+    let network = network(&store).await?;
+    if let Err(problem) = &network {
         eprintln!("warning: {problem}; records outside the network cannot be recognized");
     }
     let (records, times) = with_times(&store, store.list().await?).await?;
+    let (network, config_problem) = (network.clone().ok(), network.err());
     let list = LeaseList { network, config_problem, leases: rows(network, &records, &times) };
     print(output, &list, text)
 }
 
 pub(super) async fn release(ReleaseArgs { target, force, query }: ReleaseArgs) -> Result<()> {
     let store = query.store.open().await?;
-    let (network, _) = network(&store).await?;
+    let network = network(&store).await?.ok();
     let mut found: Vec<LeaseRecord> = store.list().await?;
-    found.retain(|record| target.is(record));
+    found.retain(|record| selects(&target, record));
+    let target = name(&target);
     if found.len() > 1 {
         let keys: Vec<_> = found.iter().map(|record| name(&record.key)).collect();
         bail!("{target} matches more than one record: give one of the keys {}", keys.join(" and "));
@@ -127,14 +119,12 @@ pub(super) async fn release(ReleaseArgs { target, force, query }: ReleaseArgs) -
         bail!("there is no record of {target} in {}: `overlay-agent leases` lists the records", store.name());
     };
     let owner = match row.public_ip {
-        Some(public_ip) => match store.claimant(public_ip).await {
-            Err(_) if force => None,
-            owner => {
-                owner.context("cannot determine whether the host is alive (--force skips this check)")?
-            }
-        },
-        None => None,
+        None => Ok(None),
+        Some(public_ip) => store.claimant(public_ip).await,
     };
+    let owner = owner
+        .or_else(|error| if force { Ok(None) } else { Err(error) })
+        .context("cannot determine whether the host is alive (--force skips this check)")?;
     if let Some(objection) = objection(&row, owner.as_deref()).filter(|_| !force) {
         bail!("{objection}");
     }
@@ -156,41 +146,27 @@ async fn with_times(store: &Store, mut records: Vec<LeaseRecord>) -> Result<(Vec
     Ok((records, times))
 }
 
-impl Target {
-    fn is(&self, record: &LeaseRecord) -> bool {
-        match self {
-            Self::Subnet(subnet) => record.subnet() == Some(*subnet),
-            Self::Key(key) => record.key == *key,
-        }
+/// Whether `target` selects a record: as its subnet, else as its key.
+fn selects(target: &str, record: &LeaseRecord) -> bool {
+    match target.parse() {
+        Ok(subnet) => record.subnet() == Some(subnet),
+        Err(_) => record.key == target,
     }
 }
 
-impl std::fmt::Display for Target {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Subnet(subnet) => subnet.fmt(f),
-            Self::Key(key) => f.write_str(&name(key)),
-        }
-    }
-}
-
-fn parse_target(text: &str) -> Result<Target, String> {
-    match text.parse() {
-        Ok(subnet) => Ok(Target::Subnet(subnet)),
-        Err(SubnetError::NotPrefix) if !text.is_empty() => Ok(Target::Key(text.to_owned())),
-        Err(error) => Err(error.to_string()),
+fn parse_target(text: &str) -> Result<String, String> {
+    match text.parse::<Subnet>() {
+        Err(error) if error != SubnetError::NotPrefix || text.is_empty() => Err(error.to_string()),
+        _ => Ok(text.to_owned()),
     }
 }
 
 /// The network, or why it is unknown.
-async fn network(store: &Store) -> Result<(Option<Ipv4Net>, Option<String>)> {
-    Ok(match store.config_text().await? {
-        None => (None, Some(format!("there is no network config at {}", store.config_location()))),
-        Some(text) => match NetworkConfig::parse(&text) {
-            Ok(config) => (Some(config.network), None),
-            Err(error) => (None, Some(error.to_string())),
-        },
-    })
+async fn network(store: &Store) -> Result<Result<Ipv4Net, String>> {
+    let Some(text) = store.config_text().await? else {
+        return Ok(Err(format!("there is no network config at {}", store.config_location())));
+    };
+    Ok(NetworkConfig::parse(&text).map(|config| config.network).map_err(|error| error.to_string()))
 }
 
 /// One row per record, with the reasons from the agents' route table.
@@ -297,37 +273,34 @@ mod tests {
         let list = LeaseList { network: None, config_problem: None, leases: rows };
         let text = text(&list);
         assert!(text.contains("vxlan") && !text.contains('\u{1b}'), "{text}");
-        let json = serde_json::to_value(&list).unwrap();
-        assert_eq!(
-            json["leases"][0],
-            serde_json::json!({
-                "key": "10.5.2.0-24",
-                "subnet": "10.5.2.0/24",
-                "public_ip": host,
-                "backend_type": null,
-                "expires_in_s": null,
-                "state": "lease",
-                "reason": null,
-            })
-        );
-        assert_eq!(json["leases"][1]["state"], "not routed");
-        assert_eq!(json["leases"][1]["backend_type"], "vxlan");
+        let json = serde_json::to_value(&list.leases).unwrap();
+        let first = serde_json::json!({
+            "key": "10.5.2.0-24",
+            "subnet": "10.5.2.0/24",
+            "public_ip": host,
+            "backend_type": null,
+            "expires_in_s": null,
+            "state": "lease",
+            "reason": null,
+        });
+        assert_eq!(json[0], first);
+        assert_eq!((&json[1]["state"], &json[1]["backend_type"]), (&"not routed".into(), &"vxlan".into()));
     }
 
     #[test]
     fn times_have_two_units() {
-        assert_eq!(human(0), "0 s");
-        assert_eq!(human(61), "1 min 1 s");
-        assert_eq!(human(86_399), "23 h 59 min");
+        assert_eq!([0, 61, 86_399].map(human), ["0 s", "1 min 1 s", "23 h 59 min"]);
     }
 
     #[test]
     fn a_target_is_a_subnet_or_a_key() {
-        let subnet = Target::Subnet("10.5.2.0/24".parse().unwrap());
-        assert_eq!(parse_target("10.5.2.0/24"), Ok(subnet.clone()));
-        assert_eq!(parse_target("junk"), Ok(Target::Key("junk".to_owned())));
+        for target in ["10.5.2.0/24", "junk"] {
+            assert_eq!(parse_target(target).as_deref(), Ok(target));
+        }
         assert!(parse_target("10.5.2.1/24").unwrap_err().contains("10.5.2.0/24"));
-        assert!(subnet.is(&record("10.5.2.0-24&2001:cafe::-64", "")), "whatever its key says beside it");
+        let dual_stack = record("10.5.2.0-24&2001:cafe::-64", "");
+        assert!(selects("10.5.2.0/24", &dual_stack), "whatever its key says beside it");
+        assert!(selects("10.5.2.0-24&2001:cafe::-64", &dual_stack));
     }
 
     #[test]

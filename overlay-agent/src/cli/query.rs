@@ -12,7 +12,7 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use super::{Output, QueryArgs};
 use crate::{
-    control::{self, Query},
+    control::{self, Query, Responses},
     report::{CounterList, RouteList, Status},
 };
 
@@ -28,7 +28,7 @@ pub(super) async fn query<T: Serialize + DeserializeOwned>(
 
 /// Prints the state whenever it changes, until the agent ends or the reader of the output does.
 pub(super) async fn watch_status(args: &QueryArgs) -> Result<()> {
-    let mut responses = control::watch(&args.agent.socket(), Query::Status).await?;
+    let mut responses = Responses::open(&args.agent.socket(), Query::Status, true).await?;
     while let Some(answer) = responses.next::<Status>().await? {
         let open = match (answer, args.output) {
             (Ok(state), Output::Json) => write_line(&serde_json::to_string(&state)?)?,
@@ -130,30 +130,26 @@ pub(super) fn counters(list: &CounterList) -> String {
     }
     let punts = PuntReason::ALL.iter().map(|reason| (reason.name(), reason.describe()));
     let drops = DropReason::ALL.iter().map(|reason| (reason.name(), reason.describe()));
-    format!(
-        "{traffic}\n\n{}\n\n{}",
-        reasons("PUNTED TO THE SLOW PATH", &list.punts, punts),
-        reasons("DROPPED", &list.drops, drops)
-    )
+    let punts = reasons("PUNTED TO THE SLOW PATH", &list.punts, punts);
+    format!("{traffic}\n\n{punts}\n\n{}", reasons("DROPPED", &list.drops, drops))
 }
 
 /// Lists the reasons that were counted; zeros would hide the counts that matter.
-fn reasons(
+fn reasons<'a>(
     title: &str,
     counts: &BTreeMap<String, u64>,
-    known: impl Iterator<Item = (&'static str, &'static str)>,
-) -> String {
+    known: impl Iterator<Item = (&'a str, &'a str)>,
+) -> Table {
     let mut table = table();
     table.set_header([title, "PACKETS", ""]);
-    let counted = known.filter_map(|(name, text)| {
+    table.add_rows(known.filter_map(|(name, text)| {
         let count = counts.get(name).filter(|count| **count > 0)?;
         Some([name.to_owned(), count.to_string(), text.to_owned()])
-    });
-    table.add_rows(counted);
+    }));
     if table.is_empty() {
         table.add_row(["none"]);
     }
-    table.to_string()
+    table
 }
 
 pub(super) fn table() -> Table {

@@ -58,7 +58,7 @@ pub(super) struct RunArgs {
 }
 
 pub(super) async fn run(args: RunArgs) -> Result<()> {
-    start_log(args.host.verbosity());
+    start_log(args.host.v);
     agent::run(args.options()?).await
 }
 
@@ -71,11 +71,10 @@ fn start_log(verbosity: u8) {
     };
     // RUST_LOG takes precedence.
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
-    let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
-        .with_ansi(colours)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         .init();
 }
@@ -129,7 +128,7 @@ fn parse_peer(text: &str) -> Result<(Subnet, Peer), String> {
 mod tests {
     use std::ffi::OsString;
 
-    use clap::Parser as _;
+    use clap::{CommandFactory as _, Parser as _};
 
     use super::{
         super::{Cli, Command, flannel_args::command_line},
@@ -150,6 +149,11 @@ mod tests {
     }
 
     #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
     fn flanneld_without_flags_has_flannelds_defaults() {
         let options = options("flanneld").unwrap();
         let etcd = etcd(&options);
@@ -159,17 +163,15 @@ mod tests {
         assert!(etcd.password.is_none() && etcd.username.is_none() && etcd.ca_file.is_none());
         assert_eq!(options.subnet_file, Some(PathBuf::from("/run/flannel/subnet.env")));
         assert_eq!(options.underlay, Selector::default());
-        assert_eq!(
-            options.host,
-            agent::HostOptions {
-                masquerade: false,
-                fully_random: true,
-                forward_rules: true,
-                resync: Duration::from_secs(5),
-                blackhole_route: false,
-                healthz: None,
-            }
-        );
+        let defaults = agent::HostOptions {
+            masquerade: false,
+            fully_random: true,
+            forward_rules: true,
+            resync: Duration::from_secs(5),
+            blackhole_route: false,
+            healthz: None,
+        };
+        assert_eq!(options.host, defaults);
     }
 
     #[test]
@@ -189,36 +191,34 @@ mod tests {
         assert_eq!(options.underlay.ifaces.len(), 2);
         assert_eq!(options.underlay.public_ip, Some(Ipv4Addr::new(1, 2, 3, 4)));
         assert_eq!(options.subnet_file, Some(PathBuf::from("/s.env")));
-        assert_eq!(
-            options.host,
-            agent::HostOptions {
-                masquerade: true,
-                fully_random: false,
-                forward_rules: false,
-                resync: Duration::from_secs(9),
-                blackhole_route: true,
-                healthz: Some("127.0.0.1:8471".parse().unwrap()),
-            }
-        );
+        let host = agent::HostOptions {
+            masquerade: true,
+            fully_random: false,
+            forward_rules: false,
+            resync: Duration::from_secs(9),
+            blackhole_route: true,
+            healthz: Some("127.0.0.1:8471".parse().unwrap()),
+        };
+        assert_eq!(options.host, host);
         assert!(!format!("{options:?}").contains("s3cret"));
     }
 
     #[test]
     fn wrong_flags_are_refused_without_showing_a_password() {
-        let error = |line: &str| options(line).unwrap_err();
-        assert!(error("x run -iface fe80::1").contains("IPv6"));
-        assert!(error("x run -public-ip=fd00::1").contains("IPv4"));
-        assert!(error("x run -iface-regex=(").contains("iface-regex"));
-        for margin in ["0", "1440"] {
-            assert!(error(&format!("x run -subnet-lease-renew-margin={margin}")).contains("1..=1439"));
+        for (flags, words) in [
+            ("-iface fe80::1", "IPv6"),
+            ("-public-ip=fd00::1", "IPv4"),
+            ("-iface-regex=(", "iface-regex"),
+            ("-subnet-lease-renew-margin=0", "1..=1439"),
+            ("-subnet-lease-renew-margin=1440", "1..=1439"),
+            ("-etcd-password=s3cret", "--etcd-username"),
+            ("-etcd-keyfile=/k", "--etcd-certfile"),
+            ("--store dir:/a -etcd-prefix=/b", "--etcd-prefix"),
+            ("--peer 10.244.2.0/24=192.168.77.2 -subnet-lease-renew-margin 5", "margin"),
+        ] {
+            let error = options(&format!("x run {flags}")).unwrap_err();
+            assert!(error.contains(words) && !error.contains("s3cret"), "{error}");
         }
-        let text = error("x run -etcd-password=s3cret");
-        assert!(text.contains("--etcd-username") && !text.contains("s3cret"), "{text}");
-        assert!(error("x run -etcd-keyfile=/k").contains("--etcd-certfile"));
-        assert!(error("x run --store dir:/a -etcd-prefix=/b").contains("--etcd-prefix"));
-        assert!(
-            error("x run --peer 10.244.2.0/24=192.168.77.2 -subnet-lease-renew-margin 5").contains("margin")
-        );
     }
 
     #[test]
@@ -226,10 +226,8 @@ mod tests {
         etcd(&options("x run --peer 10.244.2.0/24=192.168.77.2 --store etcd").unwrap());
         for line in ["x run --store dir:/a", "x run --peer 10.244.2.0/24=192.168.77.2"] {
             let options = options(line).unwrap();
-            assert!(
-                !matches!(options.store, StoreOption::Etcd(_)) && options.subnet_file.is_none(),
-                "{line}"
-            );
+            let is_etcd = matches!(options.store, StoreOption::Etcd(_));
+            assert!(!is_etcd && options.subnet_file.is_none(), "{line}");
         }
     }
 

@@ -29,7 +29,7 @@ async fn forty_hosts_that_start_at_once_get_forty_subnets() {
     }
     assert_eq!(subnets.len(), 40);
     assert_eq!(network.records().await.len(), 40);
-    // Whoever lost a race revoked nothing of anybody and left no lease behind: one per subnet, one per claim on an address.
+    // A host that lost a race revoked no lease of others and left none behind: one per subnet, one per claim on an address.
     let leases = network.raw.leases().await.unwrap();
     assert_eq!(leases.leases().len(), 80);
 }

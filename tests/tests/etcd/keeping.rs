@@ -145,7 +145,7 @@ async fn an_agent_that_was_paused_past_its_lease_does_not_overwrite_the_new_owne
 }
 
 #[tokio::test]
-async fn an_agent_that_was_paused_and_missed_by_nobody_has_its_subnet_back() {
+async fn a_paused_agent_whose_subnet_no_host_took_acquires_it_again() {
     let mut network = Network::start().await;
     let mut agent = Pausable::start(&network, 2);
     next(&mut agent.events).await;

@@ -35,7 +35,7 @@ async fn an_overwritten_record_of_ours_is_restored_and_the_subnet_kept() {
 }
 
 #[tokio::test]
-async fn a_new_record_that_nobody_can_read_is_left_alone_and_the_subnet_kept() {
+async fn an_unreadable_new_record_is_left_alone_and_the_subnet_kept() {
     let mut network = Network::start().await;
     let held = network.acquire(1).await;
     let key = key_of(&held);

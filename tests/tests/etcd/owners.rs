@@ -41,7 +41,7 @@ async fn a_restarted_agent_does_not_wait() {
 }
 
 #[tokio::test]
-async fn an_agent_that_left_in_order_keeps_nobody_waiting_and_its_record_stays() {
+async fn a_stopped_agent_delays_no_other_host_and_its_record_stays() {
     let mut network = Network::start().await;
     let held = network.acquire(1).await;
     network.store(1).await.leave(&held).await;

@@ -157,7 +157,7 @@ async fn what_happened_and_was_compacted_while_we_were_away_is_in_the_next_list(
 }
 
 #[tokio::test]
-async fn wiped_data_removes_nobody_until_they_have_had_the_time_to_come_back() {
+async fn wiped_data_removes_no_route_until_hosts_had_time_to_write_again() {
     let mut network = Network::start().await;
     let (stays, goes) = (network.acquire(1).await, network.acquire(2).await);
     // The host of `stays` is alive; that of `goes` is not.
