@@ -380,7 +380,7 @@ mod tests {
         assert!(membership.health(Instant::now()).unwrap_err().contains("192.168.77.5"));
         membership.on_lease(LeaseEvent::Readdressed { public_ip: OLD });
         assert_eq!(membership.health(Instant::now()), Ok(()));
-        // Without a store, peers are told by an operator.
+        // Without a store, an operator updates the peers.
         membership.set_public_ip(NEW);
         assert_eq!((membership.local().public_ip, membership.health(Instant::now())), (NEW, Ok(())));
     }

@@ -34,10 +34,10 @@ pub type LifetimeId = i64;
 /// How long a record stays.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Lifetime {
-    /// Until somebody removes it; the store knows no lifetimes.
+    /// Until a client removes it; the store knows no lifetimes.
     #[default]
     Untracked,
-    /// Until somebody removes it, in a store that knows lifetimes: an operator wrote it.
+    /// Until a client removes it, in a store that knows lifetimes: an operator wrote it.
     Unlimited,
     /// Until this lifetime ends.
     Limited(LifetimeId),

@@ -1,4 +1,4 @@
-//! Keeping a subnet: renewed in time, taken back when lost, never taken from anybody.
+//! Keeping a subnet: renewed in time, acquired again when lost, never taken from another host.
 
 use std::{thread, time::Duration};
 
@@ -172,7 +172,7 @@ async fn an_etcd_that_is_away_makes_a_lease_unconfirmed_once_and_confirmed_after
     assert!(*left > Duration::from_secs(86000), "{left:?}");
     sleep(Duration::from_secs(3)).await;
     network.etcd.restart().unwrap();
-    // Nothing in between: the trouble is said once.
+    // No other event in between: the problem is reported once.
     assert_eq!(keeper.confirmed().await, Some(Duration::from_secs(86400)));
     assert_eq!(network.get(&key_of(&held)).await.unwrap().version(), 1);
     keeper.stop().await;

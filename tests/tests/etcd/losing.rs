@@ -1,4 +1,4 @@
-//! Records that are spoilt, removed for good, or somebody else's: what a host does not give up, and what it does not take.
+//! Records that are invalid, removed for good, or another host's: which leases a host keeps, and which it does not take.
 
 use std::time::Duration;
 

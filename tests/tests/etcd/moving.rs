@@ -1,4 +1,4 @@
-//! A host gets another address: its subnet goes with it, and never over what somebody else wrote.
+//! A host gets another address: it keeps its subnet, and never overwrites a record of another host.
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ async fn a_kept_lease_follows_this_host_to_another_address() {
     keeper.confirmed().await;
     keeper.0.set_address(ip(9));
     network.wait_for(&key, |record| record.is_some_and(|kv| kv.value_str().unwrap() == value(9))).await;
-    assert_eq!(network.get(&key).await.unwrap().lease(), lease, "its time goes on");
+    assert_eq!(network.get(&key).await.unwrap().lease(), lease, "the etcd lease is the same");
     // The old address is free for another host, the new one is not.
     let other = network.acquire_as(3, 1).await.unwrap();
     let other = Keeper::start(&network.store(3).await, other);

@@ -65,7 +65,7 @@ async fn a_host_that_was_replaced_while_it_was_away_stays_off_the_subnet() {
     let mut old_keeper = Keeper::start(&network.store(1).await, old);
     assert!(matches!(old_keeper.news().await, LeaseEvent::Superseded { why } if why.contains("--public-ip")));
     assert_eq!(network.get(&key_of(&new)).await.unwrap().mod_revision(), before.mod_revision());
-    // When the new one goes, the old one has its place back.
+    // When the new agent stops, the old one acquires the lease again.
     let new = new_keeper.stop().await;
     new_store.release(&new).await.unwrap();
     assert!(matches!(old_keeper.news().await, LeaseEvent::Reacquired { subnet, .. } if subnet == new.subnet));

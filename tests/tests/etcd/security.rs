@@ -35,7 +35,7 @@ impl Authority {
         self.directory.path().join("ca.pem")
     }
 
-    /// Certificate and key of somebody at 127.0.0.1.
+    /// Certificate and key of a server at 127.0.0.1.
     fn sign(&self, name: &str) -> (PathBuf, PathBuf) {
         let mut params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
         params.distinguished_name.push(DnType::CommonName, name);

@@ -159,9 +159,9 @@ async fn what_happened_and_was_compacted_while_we_were_away_is_in_the_next_list(
 #[tokio::test]
 async fn wiped_data_removes_no_route_until_hosts_had_time_to_write_again() {
     let mut network = Network::start().await;
-    let (stays, goes) = (network.acquire(1).await, network.acquire(2).await);
-    // The host of `stays` is alive; that of `goes` is not.
-    let keeper = Keeper::start(&network.store(1).await, stays.clone());
+    let (present, absent) = (network.acquire(1).await, network.acquire(2).await);
+    // The host of `present` is alive; that of `absent` is not.
+    let keeper = Keeper::start(&network.store(1).await, present.clone());
     let mut follower = Follower::start(&network.short_store(9, 8).await);
     follower.until_snapshot(1).await;
     assert_eq!(follower.records.len(), 2);
@@ -169,9 +169,9 @@ async fn wiped_data_removes_no_route_until_hosts_had_time_to_write_again() {
     network.etcd.restart().unwrap();
     follower.until_snapshot(2).await;
     assert_eq!(follower.records.len(), 2, "a route went with etcd's data");
-    network.wait_for(&key_of(&stays), |record| record.is_some()).await;
+    network.wait_for(&key_of(&present), |record| record.is_some()).await;
     follower.until_snapshot(3).await;
-    assert_eq!(follower.keys(), [key_of(&stays)], "{} was never written again", goes.subnet);
+    assert_eq!(follower.keys(), [key_of(&present)], "{} was never written again", absent.subnet);
     keeper.stop().await;
 }
 

@@ -64,7 +64,7 @@ pub(super) fn egress(shared: &Shared) -> Result<()> {
     Ok(())
 }
 
-fn send(shared: &Shared, settings: &Settings, packet: &[u8], to: shell::Send) {
+fn send(shared: &Shared, settings: &Settings, packet: &[u8], to: shell::Destination) {
     let Some(socket) = settings.sockets.first() else {
         return shared.counters.dropped(DropReason::SendFailed);
     };

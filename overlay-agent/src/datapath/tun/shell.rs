@@ -12,21 +12,21 @@ use overlay_ebpf::{
     wire::Ipv4,
 };
 
-/// A packet to send to a peer: the datagram's payload is the inner packet as it now lies in the buffer.
+/// Where to send the inner packet that is now in the buffer, as the payload of a datagram.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Send {
+pub struct Destination {
     /// Underlay address of the peer.
     pub peer: [u8; 4],
-    /// TOS of the outer header; the kernel makes the rest of it.
+    /// TOS of the outer header; the kernel sets the other fields.
     pub tos: u8,
 }
 
 /// Decides about an inner packet read from the overlay device, and rewrites it in place.
-pub fn egress(packet: &mut [u8], config: &Config, routes: &impl Routes) -> Result<Send, DropReason> {
+pub fn egress(packet: &mut [u8], config: &Config, routes: &impl Routes) -> Result<Destination, DropReason> {
     match egress::decide(packet, 0, packet.len(), config, routes) {
         EgressVerdict::Encap(encap) => {
             apply(packet, encap.rewrite)?;
-            Ok(Send { peer: encap.peer, tos: encap.outer.ipv4.tos() })
+            Ok(Destination { peer: encap.peer, tos: encap.outer.ipv4.tos() })
         }
         EgressVerdict::TooLong => Err(DropReason::TooLong),
         EgressVerdict::Drop(reason) => Err(reason),

@@ -35,7 +35,7 @@ struct Claimant {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Claim {
     pub(super) public_ip: Ipv4Addr,
-    /// `None` where no claim can be written, so that hosts with one address are not told apart.
+    /// `None` where no claim can be written, so that hosts with one address cannot be distinguished.
     pub(super) lifetime: Option<LifetimeId>,
 }
 
@@ -106,7 +106,7 @@ impl Store {
                 Err(StoreError::Denied { why, .. }) => {
                     self.revoke(lifetime).await;
                     warn!(
-                        "two hosts with the address {public_ip} would not be told apart: etcd does not let this user write {}: {why}",
+                        "two hosts with the address {public_ip} could not be distinguished: etcd does not let this user write {}: {why}",
                         self.backend.location(&key)
                     );
                     return Ok(Claimed::Ours(Claim { public_ip, lifetime: None }));
