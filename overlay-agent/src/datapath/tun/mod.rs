@@ -67,7 +67,7 @@ struct Shared {
 }
 
 impl Shared {
-    /// To be held for one packet: a change of the routes waits for it.
+    /// A change of the routes waits until this is dropped: hold it for one packet at most on the way of packets.
     fn routes(&self) -> RwLockReadGuard<'_, Lookup> {
         self.routes.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -128,9 +128,10 @@ impl TunRung {
 
     /// Replaces all routes at once if they differ.
     pub(crate) fn set_routes(&self, routes: &Routes) {
-        let mut lookup = self.shared.routes.write().unwrap_or_else(PoisonError::into_inner);
-        if lookup.routes != *routes {
-            *lookup = Lookup::new(routes);
+        // Compared and built without the write lock: that stops all packets.
+        if self.shared.routes().routes != *routes {
+            let lookup = Lookup::new(routes);
+            *self.shared.routes.write().unwrap_or_else(PoisonError::into_inner) = lookup;
         }
     }
 
