@@ -51,19 +51,25 @@ impl Kind for Lease {
     type Value = LeaseValue;
 
     /// flannel's dual-stack keys (`10.5.34.0-24&2001:cafe:42:1::-64`) name an IPv6 subnet too, which is checked and ignored.
-    /// A subnet with host bits set is refused.
+    /// A key has one spelling: it counts only if the parsed subnets, formatted, give it again. Other spellings
+    /// (`010.5.34.0-24`), which Go's parser refuses since Go 1.17, would be second records for a subnet.
     fn parse_key(key: &str) -> Result<Subnet, RecordError> {
-        let error = || {
-            let key = printable(key, LONGEST_NAME);
-            RecordError(format!("the key {key:?} is not a subnet such as 10.5.34.0-24").into())
+        let parse = || {
+            let (ipv4, ipv6) = key.split_once('&').map_or((key, None), |(ipv4, ipv6)| (ipv4, Some(ipv6)));
+            let subnet = Subnet::try_from(ipv4.replacen('-', "/", 1).parse::<Ipv4Net>().ok()?).ok()?;
+            let canonical = match ipv6 {
+                None => self::key(subnet),
+                Some(ipv6) => {
+                    let ipv6: Ipv6Net = ipv6.replacen('-', "/", 1).parse().ok()?;
+                    format!("{}&{}-{}", self::key(subnet), ipv6.network(), ipv6.prefix_len())
+                }
+            };
+            (canonical == key).then_some(subnet)
         };
-        let (ipv4, ipv6) = key.split_once('&').map_or((key, None), |(ipv4, ipv6)| (ipv4, Some(ipv6)));
-        if ipv6.is_some_and(|ipv6| ipv6.replacen('-', "/", 1).parse::<Ipv6Net>().is_err()) {
-            return Err(error());
-        }
-        let (base, length) = ipv4.split_once('-').ok_or_else(error)?;
-        let prefix: Ipv4Net = format!("{base}/{length}").parse().map_err(|_| error())?;
-        Subnet::try_from(prefix).map_err(|_| error())
+        parse().ok_or_else(|| {
+            let key = printable(key, LONGEST_NAME);
+            RecordError(format!("the key \"{key}\" is not a subnet such as 10.5.34.0-24").into())
+        })
     }
 
     /// Field names match in any case, the last of several counts, and unknown ones are ignored, as in Go.
@@ -107,7 +113,9 @@ mod tests {
 
     #[test]
     fn other_keys_and_values_are_refused() {
-        let keys = " config 10.5.34.0 10.5.34.0/24 10.5.34.1-24 10.5.34.0-33 10.5.34.0-24&x - 2001::-64";
+        let keys = " config 10.5.34.0 10.5.34.0/24 10.5.34.1-24 10.5.34.0-33 10.5.34.0-24&x - 2001::-64 \
+            010.5.34.0-24 10.5.034.0-24 10.5.34.0-024 10.5.34.0-+24 10.5.34.0-24& 10.5.34.0-24&2001:0::-64 \
+            10.5.34.0-24&2001:CAFE::-64 10.5.34.0-24&2001::-064 10.5.34.0-24&2001::1-64 10.5.34.0-24&2001::-64-";
         for bad in keys.split(' ') {
             assert!(Lease::parse_key(bad).is_err(), "{bad:?}");
         }

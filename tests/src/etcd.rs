@@ -243,7 +243,7 @@ impl Drop for Etcd {
     }
 }
 
-fn free_port(address: Ipv4Addr) -> Result<u16> {
+pub(crate) fn free_port(address: Ipv4Addr) -> Result<u16> {
     let listener = TcpListener::bind((address, 0)).context("look for a free port")?;
     Ok(listener.local_addr()?.port())
 }

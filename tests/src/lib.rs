@@ -11,6 +11,7 @@ pub mod bench;
 pub mod comparison;
 pub mod demo;
 pub mod etcd;
+pub mod grpc_proxy;
 pub mod netns;
 pub mod pair;
 mod progress;

@@ -10,8 +10,10 @@ use crate::store::StoreError;
 /// etcd's messages for wrong credentials and for none. Their status code is the one for malformed requests.
 const NOT_LOGGED_IN: [&str; 2] = ["authentication failed", "user name is empty"];
 
-/// etcd's message for a login from before its users changed: a new connection brings a new login.
-const OLD_LOGIN: &str = "revision of auth store is old";
+/// etcd's messages for a login from before its users changed, or authentication was switched off: a new connection brings a
+/// new login, or none.
+const OLD_LOGIN: [&str; 2] = ["revision of auth store is old", NO_USERS];
+const NO_USERS: &str = "authentication is not enabled";
 
 /// The error of a request that etcd did not answer with success. [`StoreError::Failed`] says nothing about the connection;
 /// the others call for a new one: another endpoint may answer, and a token that cannot be renewed needs a new login.
@@ -47,7 +49,7 @@ pub(super) fn store_error(operation: &str, error: &Error) -> StoreError {
             | Code::DeadlineExceeded
             | Code::ResourceExhausted
     );
-    if away || status.message().contains(OLD_LOGIN) {
+    if away || OLD_LOGIN.iter().any(|words| status.message().contains(words)) {
         StoreError::Away { operation, why }
     } else {
         StoreError::Failed { operation, why }
@@ -80,7 +82,7 @@ pub(super) fn is_no_lease(error: &Error) -> bool {
 
 /// Whether etcd runs without users, so that no login is possible.
 pub(super) fn is_without_users(error: &Error) -> bool {
-    has_message(error, "authentication is not enabled")
+    has_message(error, NO_USERS)
 }
 
 fn has_message(error: &Error, text: &str) -> bool {

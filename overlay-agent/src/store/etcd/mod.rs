@@ -12,8 +12,8 @@ mod session;
 use std::{sync::Arc, time::Duration};
 
 use etcd_client::{
-    Client, Compare, CompareOp, Error, GetOptions, GetResponse, KeyValue, KvClient, PutOptions, Txn, TxnOp,
-    TxnOpResponse, TxnResponse, WatchOptions, WatchResponse, WatchStream,
+    Client, Compare, CompareOp, Error, GetOptions, GetResponse, KeyValue, KvClient, LeaseTimeToLiveResponse,
+    PutOptions, Txn, TxnOp, TxnOpResponse, TxnResponse, WatchOptions, WatchResponse, WatchStream,
 };
 use tokio::sync::Mutex;
 
@@ -165,33 +165,34 @@ impl Etcd {
         Ok(self.request("grant a lease in etcd", grant).await?.id())
     }
 
-    /// Renews a lifetime and returns its new duration; `None` when it has ended.
-    pub(super) async fn renew(&self, lifetime: LifetimeId) -> Result<Option<Duration>, StoreError> {
-        let operation = "renew a lease in etcd";
-        let renew = async move |mut client: Client| {
-            let (mut keeper, mut answers) = client.lease_keep_alive(lifetime).await?;
-            // The client swallows the first answer, and with it the time to live.
-            keeper.keep_alive().await?;
-            answers.message().await
-        };
-        match self.try_request(operation, renew).await? {
-            Ok(Some(answer)) => Ok(seconds(answer.ttl()).filter(|ttl| !ttl.is_zero())),
-            Ok(None) => Err(StoreError::away(operation, "the connection ended")),
-            Err(error) if error::is_no_lease(&error) => Ok(None),
-            Err(error) => Err(store_error(operation, &error)),
-        }
+    /// Renews a lifetime. `false` when it has ended.
+    ///
+    /// One answer is enough: a stream to `etcd grpc-proxy` carries one at once, and the next one only after two thirds of the
+    /// lifetime. The client reads that answer and does not return it, so [`Self::duration`] is another request.
+    pub(super) async fn renew(&self, lifetime: LifetimeId) -> Result<bool, StoreError> {
+        let renew = async move |mut client: Client| client.lease_keep_alive(lifetime).await;
+        let renewed = self.try_request("renew a lease in etcd", renew).await?;
+        Ok(lives("renew a lease in etcd", renewed)?.is_some())
+    }
+
+    /// The duration of a lifetime that was renewed just now; `None` when it has ended.
+    pub(super) async fn duration(&self, lifetime: LifetimeId) -> Result<Option<Duration>, StoreError> {
+        let answer = self.time_to_live(lifetime).await?;
+        Ok(answer.filter(|answer| answer.ttl() > 0).and_then(|answer| seconds(answer.granted_ttl())))
     }
 
     /// The rest of a lifetime; `None` when it has ended.
     pub(super) async fn time_left(&self, lifetime: LifetimeId) -> Result<Option<Duration>, StoreError> {
-        let operation = "read a lease in etcd";
+        // -1 means that it has ended.
+        Ok(self.time_to_live(lifetime).await?.and_then(|answer| seconds(answer.ttl())))
+    }
+
+    async fn time_to_live(
+        &self,
+        lifetime: LifetimeId,
+    ) -> Result<Option<LeaseTimeToLiveResponse>, StoreError> {
         let read = async move |mut client: Client| client.lease_time_to_live(lifetime, None).await;
-        match self.try_request(operation, read).await? {
-            // -1 means that it has ended.
-            Ok(answer) => Ok(seconds(answer.ttl())),
-            Err(error) if error::is_no_lease(&error) => Ok(None),
-            Err(error) => Err(store_error(operation, &error)),
-        }
+        lives("read a lease in etcd", self.try_request("read a lease in etcd", read).await?)
     }
 
     /// Ends a lifetime and removes its records.
@@ -245,6 +246,15 @@ impl Etcd {
 
 fn kv(client: &Client) -> KvClient {
     client.kv_client().max_decoding_message_size(MAX_ANSWER)
+}
+
+/// The answer about a lifetime; `None` when it has ended.
+fn lives<T>(operation: &str, answer: Result<T, Error>) -> Result<Option<T>, StoreError> {
+    match answer {
+        Ok(answer) => Ok(Some(answer)),
+        Err(error) if error::is_no_lease(&error) => Ok(None),
+        Err(error) => Err(store_error(operation, &error)),
+    }
 }
 
 fn got(answer: TxnOpResponse) -> Option<Vec<KeyValue>> {

@@ -148,7 +148,7 @@ impl Store {
     /// new one. `None` when the record changed meanwhile.
     pub(super) async fn restore(&self, held: &Held, version: Version) -> Result<Option<Held>, StoreError> {
         let lifetime = match held.lifetime {
-            Some(lifetime) if self.backend.lifetimes()?.renew(lifetime).await?.is_some() => Some(lifetime),
+            Some(lifetime) if self.backend.lifetimes()?.renew(lifetime).await? => Some(lifetime),
             Some(_) => Some(self.backend.lifetimes()?.grant(self.times.lease_ttl).await?),
             None => None,
         };
@@ -164,7 +164,7 @@ impl Store {
     async fn keep_record(&self, record: &LeaseRecord, claim: Claim) -> Result<bool, StoreError> {
         let lifetime = record.version.lifetime.id();
         if let Some(lifetime) = lifetime
-            && self.backend.lifetimes()?.renew(lifetime).await?.is_none()
+            && !self.backend.lifetimes()?.renew(lifetime).await?
         {
             return Ok(false);
         }

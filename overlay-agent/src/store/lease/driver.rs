@@ -112,8 +112,14 @@ impl Driver {
                 Observation::Read { revision: snapshot.revision, record, claim }
             }
             Action::Claim { address, wait } => Observation::Claimed(store.claim(address, wait).await?),
+            Action::RenewClaim(lifetime) => {
+                Observation::ClaimRenewed(store.backend.lifetimes()?.renew(lifetime).await?)
+            }
             Action::Renew(lifetime) => {
-                Observation::Renewed(store.backend.lifetimes()?.renew(lifetime).await?)
+                let lifetimes = store.backend.lifetimes()?;
+                let lives = lifetimes.renew(lifetime).await?;
+                let duration = if lives { lifetimes.duration(lifetime).await? } else { None };
+                Observation::Renewed(duration)
             }
             Action::TakeSubnet => {
                 let request = SubnetRequest { earlier: Some(held.subnet), ..held.request.clone() };

@@ -12,7 +12,7 @@ use tracing::{info, warn};
 
 use super::{Claim, Held, LeaseEvent, Times};
 use crate::{
-    lease::LeaseRecord,
+    lease::{LeaseRecord, LeaseValue},
     store::{
         StoreError,
         backoff::{STEADY, backoff},
@@ -32,8 +32,10 @@ pub(super) enum Action {
     Read,
     /// Claim an address, at once or after the claim of an agent that is gone has ended: [`Observation::Claimed`].
     Claim { address: Ipv4Addr, wait: bool },
-    /// [`Observation::Renewed`].
+    /// Renew the lifetime of our record: [`Observation::Renewed`].
     Renew(LifetimeId),
+    /// Renew the lifetime of our claim: [`Observation::ClaimRenewed`].
+    RenewClaim(LifetimeId),
     /// Acquire our subnet again, or another one where it is not free: [`Observation::Taken`].
     TakeSubnet,
     /// Write our record over this one: [`Observation::Taken`], or [`Observation::Changed`] when it changed meanwhile.
@@ -55,6 +57,8 @@ pub(super) enum Observation {
     Claimed(Claim),
     /// The new duration; `None` when the lifetime has ended.
     Renewed(Option<Duration>),
+    /// `false` when the lifetime has ended.
+    ClaimRenewed(bool),
     Taken(Box<Held>),
     /// `false` when the record is not ours any more.
     RecordMoved(bool),
@@ -70,10 +74,7 @@ pub(super) enum Observation {
 enum Step {
     #[default]
     Other,
-    RenewingClaim {
-        asked: Instant,
-    },
-    RenewingLease {
+    Renewing {
         asked: Instant,
     },
     /// Claiming the new address of this host.
@@ -152,6 +153,7 @@ impl Keeper {
             }
             Observation::Claimed(claim) => self.on_claimed(claim, step, now),
             Observation::Renewed(ttl) => self.on_renewed(ttl, step, now),
+            Observation::ClaimRenewed(lives) => self.on_claim_renewed(lives, step, now),
             Observation::Taken(held) => self.on_taken(*held),
             Observation::RecordMoved(moved) => self.on_record_moved(moved, step, now),
             Observation::Due => self.on_due(now),
@@ -198,29 +200,39 @@ impl Keeper {
     }
 
     fn renew_claim(&mut self, claim: LifetimeId, now: Instant) -> Action {
-        self.step = Step::RenewingClaim { asked: now };
-        Action::Renew(claim)
+        self.step = Step::Renewing { asked: now };
+        Action::RenewClaim(claim)
     }
 
     fn renew_lease(&mut self, lifetime: LifetimeId, now: Instant) -> Action {
-        self.step = Step::RenewingLease { asked: now };
+        self.step = Step::Renewing { asked: now };
         Action::Renew(lifetime)
+    }
+
+    fn on_claim_renewed(&mut self, lives: bool, step: Step, now: Instant) -> Action {
+        match step {
+            Step::Renewing { asked } if lives => {
+                self.claim_at = asked + self.times.claim_ttl / 3;
+                if self.watching_since.is_some() { self.watch(now) } else { self.read() }
+            }
+            _ => self.ended(now),
+        }
     }
 
     fn on_renewed(&mut self, ttl: Option<Duration>, step: Step, now: Instant) -> Action {
         match (step, ttl) {
-            (Step::RenewingClaim { asked }, Some(ttl)) => {
-                self.claim_at = asked + ttl / 3;
-                if self.watching_since.is_some() { self.watch(now) } else { self.read() }
-            }
-            (Step::RenewingLease { asked }, Some(ttl)) => {
+            (Step::Renewing { asked }, Some(ttl)) => {
                 self.expires = Some(asked + ttl);
                 self.renew_at = asked + self.times.renew_after(ttl);
                 self.confirmed(Some(ttl), now)
             }
-            // The lifetime has ended, and the store is about to remove its records.
-            _ => self.pause(SETTLE, now),
+            _ => self.ended(now),
         }
+    }
+
+    /// A lifetime has ended, and the store is about to remove its records.
+    fn ended(&mut self, now: Instant) -> Action {
+        self.pause(SETTLE, now)
     }
 
     fn on_read(&mut self, record: Option<LeaseRecord>, claim: Option<LifetimeId>, now: Instant) -> Action {
@@ -243,12 +255,8 @@ impl Keeper {
         let is_still_ours = same_lifetime || same_record;
         match &record.value {
             Err(error) if is_still_ours => {
-                self.lost = Some(format!("its record was overwritten and cannot be read: {error}"));
-                if now < self.restore_at {
-                    return self.pause(self.restore_at - now, now);
-                }
-                self.restore_at = now + RESTORE_INTERVAL;
-                Action::Restore(record.version)
+                let why = format!("its record was overwritten and cannot be read: {error}");
+                self.restore(record.version, why, now)
             }
             Err(error) => {
                 let Held { subnet, key, .. } = &self.held;
@@ -258,6 +266,11 @@ impl Keeper {
                 );
                 self.report_lost(why);
                 self.settled(now)
+            }
+            // Peers skip such a record, whatever holds it.
+            Ok(LeaseValue { public_ip: holder, backend_type: Some(backend) }) if *holder == public_ip => {
+                let why = format!("its record was overwritten with one of the {backend:?} backend");
+                self.restore(record.version, why, now)
             }
             Ok(value) if value.public_ip == public_ip => {
                 if lifetime != self.held.lifetime {
@@ -283,6 +296,16 @@ impl Keeper {
                 self.move_away(format!("its record is that of {} now", value.public_ip), now)
             }
         }
+    }
+
+    /// Writes our record over this one.
+    fn restore(&mut self, version: Version, why: String, now: Instant) -> Action {
+        self.lost = Some(why);
+        if now < self.restore_at {
+            return self.pause(self.restore_at - now, now);
+        }
+        self.restore_at = now + RESTORE_INTERVAL;
+        Action::Restore(version)
     }
 
     fn confirmed(&mut self, expires_in: Option<Duration>, now: Instant) -> Action {

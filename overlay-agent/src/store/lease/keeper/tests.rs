@@ -118,14 +118,14 @@ fn a_lease_is_renewed_half_way_and_its_claim_more_often() {
     let claim_at = start + CLAIM_TTL / 3;
     assert_eq!(test.confirm(), Action::Wait { until: Some(claim_at), changed_after: Some(200) });
     test.now = claim_at;
-    assert_eq!(test.next(Observation::Due), Action::Renew(CLAIM));
-    let wait = test.next(Observation::Renewed(Some(CLAIM_TTL)));
+    assert_eq!(test.next(Observation::Due), Action::RenewClaim(CLAIM));
+    let wait = test.next(Observation::ClaimRenewed(true));
     let claim_at = claim_at + CLAIM_TTL / 3;
     assert_eq!(wait, Action::Wait { until: Some(claim_at), changed_after: Some(200) });
     // Suspended past the renewal: the claim first, then the lease, and its time counts from the request.
     test.now = start + DAY / 2;
-    assert_eq!(test.next(Observation::Due), Action::Renew(CLAIM));
-    assert!(matches!(test.next(Observation::Renewed(Some(CLAIM_TTL))), Action::Wait { .. }));
+    assert_eq!(test.next(Observation::Due), Action::RenewClaim(CLAIM));
+    assert!(matches!(test.next(Observation::ClaimRenewed(true)), Action::Wait { .. }));
     assert_eq!(test.next(Observation::Due), Action::Renew(LEASE));
     test.renewed();
     assert_eq!(test.events(), [CONFIRMED]);
@@ -198,22 +198,42 @@ fn without_a_free_subnet_the_lease_is_lost_and_each_new_reason_reported_once() {
 }
 
 #[test]
-fn a_spoilt_record_is_restored_at_most_once_a_second() {
-    let spoilt = |lifetime| record("{\"Public", CREATED, lifetime);
-    for lifetime in [Lifetime::Limited(LEASE), Lifetime::Unlimited] {
+fn an_overwritten_record_is_restored_at_most_once_a_second() {
+    let vxlan = r#"{"PublicIP":"192.168.77.1","BackendType":"vxlan"}"#;
+    let overwritten = |lifetime| [record("{\"Public", CREATED, lifetime), record(vxlan, CREATED, lifetime)];
+    let lifetimes = [Lifetime::Limited(LEASE), Lifetime::Unlimited];
+    for (record, why) in
+        lifetimes.into_iter().flat_map(|lifetime| overwritten(lifetime).into_iter().zip(["Public", "vxlan"]))
+    {
         let mut test = Test::new(held());
-        let restore = Action::Restore(spoilt(lifetime).version);
-        assert_eq!(test.read(Some(spoilt(lifetime))), restore);
+        let restore = Action::Restore(record.version);
+        assert_eq!(test.read(Some(record.clone())), restore);
         test.taken(held());
-        assert!(matches!(&test.events()[..], [LeaseEvent::Reacquired { why, .. }] if why.contains("Public")));
+        let events = test.events();
+        assert!(
+            matches!(&events[..], [LeaseEvent::Reacquired { why: found, .. }] if found.contains(why)),
+            "{events:?}"
+        );
         let restore_at = test.now + RESTORE_INTERVAL;
         let wait = Action::Wait { until: Some(restore_at), changed_after: None };
-        assert_eq!(test.read(Some(spoilt(lifetime))), wait);
+        assert_eq!(test.read(Some(record.clone())), wait);
         test.now = restore_at;
         assert_eq!(test.next(Observation::Due), Action::Read);
-        assert_eq!(test.read(Some(spoilt(lifetime))), restore);
+        assert_eq!(test.read(Some(record)), restore);
         assert_eq!(test.next(Observation::Changed), Action::Read);
     }
+}
+
+#[test]
+fn a_record_that_another_backend_created_with_our_address_is_restored() {
+    let mut test = Test::new(held());
+    test.confirm();
+    let theirs = record(r#"{"PublicIP":"192.168.77.1","BackendType":"vxlan"}"#, 300, Lifetime::Limited(99));
+    test.next(Observation::Changed);
+    assert_eq!(test.read(Some(theirs.clone())), Action::Restore(theirs.version));
+    let denied = StoreError::Denied { operation: "write".to_owned(), why: "permission".to_owned() };
+    test.next(Observation::Failed(denied));
+    assert!(lost_reason(&test.events()).contains("vxlan"), "peers skip the record");
 }
 
 #[test]
