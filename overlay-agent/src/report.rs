@@ -15,7 +15,8 @@ use crate::{
 /// State of an agent. Parts that are missing, because the agent starts or lost them, are `null`.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Status {
-    /// `starting`; `running` once lease, device, datapath and first snapshot are there; `degraded` while there are problems.
+    /// `starting`; `running` once lease, device, datapath and first snapshot are there; `degraded` while there are problems that
+    /// do not affect packets yet; `unhealthy` when packets are or will be lost, and `/healthz` answers 503.
     pub(crate) state: String,
     pub(crate) problems: Vec<String>,
     pub(crate) version: String,

@@ -47,6 +47,11 @@ impl Subnet {
         overlaps(self.0, other.0)
     }
 
+    /// Whether this subnet contains `other` and more.
+    pub fn is_wider_than(self, other: Self) -> bool {
+        other.is_part_of(self.0)
+    }
+
     /// Whether `network` contains this subnet and more.
     pub fn is_part_of(self, network: Ipv4Net) -> bool {
         network.contains(&self.0) && self.0 != network

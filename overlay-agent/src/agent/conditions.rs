@@ -11,6 +11,14 @@ pub(super) enum Condition {
     Store,
     /// This host's lease.
     Lease,
+    /// The record that gives this host its subnet, as peers see it.
+    OwnRecord,
+    /// Records by which peers send packets for this host's subnet to another host.
+    Diverted,
+    /// Other records that overlap this host's subnet.
+    Contested,
+    /// The network's configuration in the store.
+    Config,
     /// The device that carries outer packets.
     Underlay,
     /// The overlay device, the slow path and the programs.

@@ -10,7 +10,7 @@ use tokio::{
 use tracing::{error, info, warn};
 
 use super::{
-    Options,
+    Options, StoreOption,
     conditions::{Condition, Conditions},
 };
 use crate::{
@@ -20,7 +20,7 @@ use crate::{
     netlink::Netlink,
     report,
     route::{LocalNode, RouteChange},
-    route_table::{Outcome, RouteTable, Skipped},
+    route_table::{Outcome, OwnSubnet, Rival, RouteTable, Skipped},
     store::Event,
     underlay::Underlay,
 };
@@ -157,10 +157,12 @@ impl Forwarding {
                 self.has_snapshot = true;
                 let outcome = self.table.replace(records);
                 self.apply(&outcome);
+                self.check_own_subnet();
             }
             Event::Changes(changes) => {
                 let outcome = self.table.apply(changes);
                 self.apply(&outcome);
+                self.check_own_subnet();
             }
             Event::Lost(why) => {
                 let routes = self.table.routes().len();
@@ -176,6 +178,7 @@ impl Forwarding {
         self.spec.subnet = local.subnet;
         let outcome = self.table.set_local(local);
         self.apply(&outcome);
+        self.check_own_subnet();
         if moved {
             self.try_reconcile().await;
         }
@@ -193,6 +196,27 @@ impl Forwarding {
         log(outcome);
         let applied = self.datapath.apply_routes(&outcome.changes, self.table.routes());
         self.set_routes_behind(applied.err().map(|error| format!("{error:#}")));
+    }
+
+    /// Compares what the records say about this host's subnet, which is what peers act on, with what this host believes.
+    fn check_own_subnet(&mut self) {
+        if !self.has_snapshot || matches!(self.options.store, StoreOption::None) {
+            return;
+        }
+        let (own, OwnSubnet { is_held, rivals }) = (self.spec.subnet, self.table.own_subnet());
+        let missing = (!is_held)
+            .then(|| format!("the store has no record of this host for {own}: peers have no route to it"));
+        self.conditions.update(Condition::OwnRecord, missing);
+        let (diverting, other): (Vec<_>, Vec<_>) = rivals.iter().partition(|rival| rival.diverted.is_some());
+        let diverted = diverting.iter().map(|Rival { record, holder, diverted }| {
+            let part = diverted.map_or_else(String::new, |part| part.to_string());
+            format!("peers send packets for {part}, which is ours, to {holder}: remove the record {record}")
+        });
+        let contested = other.iter().map(|Rival { record, holder, .. }| {
+            format!("the record {record} of {holder} contests our subnet {own}, which stays ours: remove that record")
+        });
+        self.conditions.update(Condition::Diverted, sentence(diverted));
+        self.conditions.update(Condition::Contested, sentence(contested));
     }
 
     /// Routes that the fast path lacks affect their destinations only.
@@ -215,7 +239,13 @@ impl Forwarding {
     /// Whether packets are forwarded to all peers.
     /// Errors: the reason why not.
     pub(super) fn health(&self) -> Result<(), String> {
-        let grave = [Condition::Datapath, Condition::Underlay, Condition::Routes];
+        let grave = [
+            Condition::Datapath,
+            Condition::Underlay,
+            Condition::Routes,
+            Condition::OwnRecord,
+            Condition::Diverted,
+        ];
         if let Some(why) = grave.into_iter().find_map(|condition| self.conditions.get(condition)) {
             return Err(why);
         }
@@ -235,6 +265,15 @@ impl Forwarding {
     pub(super) fn rungs(&self) -> Option<(Choice, Choice)> {
         self.up.then(|| (self.datapath.egress().clone(), self.datapath.ingress().clone()))
     }
+}
+
+/// The first problems of one kind, and the number of the others.
+fn sentence(problems: impl Iterator<Item = String>) -> Option<String> {
+    let all: Vec<_> = problems.collect();
+    let (shown, rest) = all.split_at(all.len().min(LOGGED));
+    let more = (!rest.is_empty()).then(|| format!("and {} more", rest.len()));
+    let text = shown.iter().cloned().chain(more).collect::<Vec<_>>().join("; ");
+    Some(text).filter(|text| !text.is_empty())
 }
 
 /// When to retry: at once when the datapath ran for long, else with exponential backoff.

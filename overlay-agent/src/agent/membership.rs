@@ -1,6 +1,9 @@
 //! This host's membership in the network: the store, this host's lease and the address in its record.
 
-use std::{net::Ipv4Addr, time::Duration};
+use std::{
+    net::Ipv4Addr,
+    time::{Duration, SystemTime},
+};
 
 use anyhow::{Context as _, Result, bail};
 use backon::{ExponentialBuilder, Retryable as _};
@@ -62,6 +65,8 @@ pub(super) enum News {
     Records(Event<Lease>),
     /// This host's lease.
     Lease(LeaseEvent),
+    /// The network's configuration as it is stored; `None` when it was removed.
+    Config(Option<String>),
 }
 
 /// This host's place in the network, and the lease that gives it.
@@ -70,6 +75,9 @@ pub(super) struct Membership {
     store: Option<Store>,
     lease: OwnLease,
     records: mpsc::Receiver<Event<Lease>>,
+    configs: mpsc::Receiver<Option<String>>,
+    /// The configuration that this agent started with.
+    config: NetworkConfig,
     local: LocalNode,
     /// Our address in the store.
     recorded_ip: Ipv4Addr,
@@ -117,12 +125,12 @@ impl Network {
     ) -> Result<Membership> {
         let Self { store, config } = self;
         let network = config.network;
-        let (lease, subnet, records) = match (&store, options.subnet) {
-            (None, Some(subnet)) => (OwnLease::Fixed, subnet, no_records()),
+        let (lease, subnet, records, configs) = match (&store, options.subnet) {
+            (None, Some(subnet)) => (OwnLease::Fixed, subnet, no_records(), mpsc::channel(1).1),
             (None, None) => bail!("without --store, name this host's part of the network with --subnet"),
             (Some(store), wanted) => {
                 let request = SubnetRequest {
-                    config,
+                    config: config.clone(),
                     wanted,
                     earlier: options.subnet_file.as_deref().and_then(subnet_env::read_subnet),
                     fixed: options.peers.keys().copied().collect(),
@@ -132,13 +140,15 @@ impl Network {
                 }
                 let held = retry(notifier, || store.acquire(&request, public_ip)).await?;
                 let subnet = held.subnet;
-                (OwnLease::Held(Box::new(held)), subnet, store.follow())
+                (OwnLease::Held(Box::new(held)), subnet, store.follow(), store.follow_config())
             }
         };
         Ok(Membership {
             store,
             lease,
             records,
+            configs,
+            config,
             local: LocalNode { network, subnet, public_ip },
             recorded_ip: public_ip,
             state: LeaseState::Held,
@@ -184,6 +194,7 @@ impl Membership {
         tokio::select! {
             Some(event) = self.records.recv() => News::Records(event),
             Some(event) = lease => News::Lease(event),
+            Some(config) = self.configs.recv() => News::Config(config),
             else => std::future::pending().await,
         }
     }
@@ -194,9 +205,10 @@ impl Membership {
             LeaseEvent::Confirmed { .. } => self.confirmed(),
             LeaseEvent::Unconfirmed { why, expires_in } => {
                 self.state = LeaseState::Unconfirmed(expires_in.map(|left| Instant::now() + left));
-                let left =
-                    expires_in.map_or_else(String::new, |left| format!(", it ends in {} s", left.as_secs()));
-                self.conditions.set(Condition::Lease, format!("the lease cannot be confirmed{left}: {why}"));
+                let end = expires_in.map_or_else(String::new, |left| {
+                    format!(", and ends at {}", humantime::format_rfc3339_seconds(SystemTime::now() + left))
+                });
+                self.conditions.set(Condition::Lease, format!("the lease cannot be confirmed{end}: {why}"));
             }
             LeaseEvent::Reacquired { subnet, why } => {
                 self.confirmed();
@@ -219,6 +231,36 @@ impl Membership {
             }
         }
         None
+    }
+
+    /// Compares the stored configuration with the one that this agent started with. Agents read it when they start: after a
+    /// change, those that restart and those that do not cannot reach each other.
+    pub(super) fn on_config(&mut self, stored: Option<&str>) {
+        let Some(store) = &self.store else { return };
+        let why = match stored.map(NetworkConfig::parse) {
+            None => Some("was removed: agents that start wait until it is written again".to_owned()),
+            Some(Err(error)) => {
+                Some(format!("cannot be used any more, and agents that start wait for another: {error}"))
+            }
+            Some(Ok(config)) => self.contradiction(&config).map(|what| {
+                format!(
+                    "changed: {what}; hosts that restart cannot reach this one: restart this agent too, or change it back"
+                )
+            }),
+        };
+        let why = why.map(|why| format!("the network config at {} {why}", store.config_location()));
+        self.conditions.update(Condition::Config, why);
+    }
+
+    /// The values by which hosts with another configuration are cut off from this one.
+    fn contradiction(&self, stored: &NetworkConfig) -> Option<String> {
+        let NetworkConfig { network, port, .. } = &self.config;
+        let network = (stored.network != *network)
+            .then(|| format!("Network is {} and this agent uses {network}", stored.network));
+        let port = (stored.port != *port)
+            .then(|| format!("Backend.Port is {} and this agent uses {port}", stored.port));
+        let all: Vec<_> = network.into_iter().chain(port).collect();
+        (!all.is_empty()).then(|| all.join(", "))
     }
 
     fn confirmed(&mut self) {
@@ -263,9 +305,9 @@ impl Membership {
             LeaseState::Held | LeaseState::Unconfirmed(None) => Ok(()),
             LeaseState::Lost => Err(why()),
             LeaseState::Unconfirmed(Some(end)) => {
-                let left = end.saturating_duration_since(now);
-                match left < self.margin {
-                    true => Err(format!("the lease is about to be lost, in {} s: {}", left.as_secs(), why())),
+                match end.saturating_duration_since(now) < self.margin {
+                    // The reason tells when.
+                    true => Err(format!("the lease is about to be lost: {}", why())),
                     false => Ok(()),
                 }
             }
@@ -337,6 +379,8 @@ mod tests {
             store: None,
             lease: OwnLease::Fixed,
             records: no_records(),
+            configs: mpsc::channel(1).1,
+            config: NetworkConfig::parse(r#"{"Network":"10.244.0.0/16"}"#).unwrap(),
             local: LocalNode { network: "10.244.0.0/16".parse().unwrap(), subnet, public_ip: OLD },
             recorded_ip: OLD,
             state: LeaseState::Held,
@@ -352,9 +396,13 @@ mod tests {
         let expires_in = Some(Duration::from_secs(600));
         membership.on_lease(LeaseEvent::Unconfirmed { why: "etcd is away".to_owned(), expires_in });
         assert_eq!(membership.health(now), Ok(()));
-        assert!(membership.conditions.get(Condition::Lease).unwrap().contains("600 s: etcd is away"));
+        let condition = membership.conditions.get(Condition::Lease).unwrap();
+        let end = condition.strip_prefix("the lease cannot be confirmed, and ends at ").unwrap();
+        let end = humantime::parse_rfc3339(end.strip_suffix(": etcd is away").unwrap()).unwrap();
+        let left = end.duration_since(SystemTime::now()).unwrap().as_secs();
+        assert!((500..=600).contains(&left), "{condition}");
         let why = membership.health(now + Duration::from_secs(550)).unwrap_err();
-        assert!(why.contains("about to be lost"), "{why}");
+        assert_eq!(why, format!("the lease is about to be lost: {condition}"), "one time, which stays true");
         membership.on_lease(LeaseEvent::Confirmed { expires_in });
         assert_eq!((membership.health(now), membership.conditions.iter().count()), (Ok(()), 0));
         membership.on_lease(LeaseEvent::Unconfirmed { why: "etcd is away".to_owned(), expires_in: None });
@@ -383,6 +431,33 @@ mod tests {
         // Without a store, an operator updates the peers.
         membership.set_public_ip(NEW);
         assert_eq!((membership.local().public_ip, membership.health(Instant::now())), (NEW, Ok(())));
+    }
+
+    #[test]
+    fn a_config_that_cuts_hosts_off_is_a_problem_until_it_is_changed_back() {
+        let mut membership = membership();
+        membership.store = Some(Store::dir("/does/not/exist".into()));
+        let ours = r#"{"Network":"10.244.0.0/16","Backend":{"Port":8285}}"#;
+        for (stored, words) in [
+            (
+                Some(r#"{"Network":"10.244.0.0/16","Backend":{"Type":"udp","Port":4789}}"#),
+                "Backend.Port is 4789",
+            ),
+            (Some(r#"{"Network":"10.245.0.0/16"}"#), "Network is 10.245.0.0/16"),
+            (Some(r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#), "vxlan"),
+            (Some("junk"), "cannot be used any more"),
+            (None, "was removed"),
+        ] {
+            membership.on_config(stored);
+            let why = membership.conditions.get(Condition::Config).unwrap();
+            assert!(why.contains(words) && why.contains("/does/not/exist/config"), "{why}");
+            assert_eq!(membership.health(Instant::now()), Ok(()), "packets are still forwarded");
+            membership.on_config(Some(ours));
+            assert_eq!(membership.conditions.get(Condition::Config), None);
+        }
+        // Hosts with another subnet length reach each other.
+        membership.on_config(Some(r#"{"Network":"10.244.0.0/16","SubnetLen":26}"#));
+        assert_eq!(membership.conditions.get(Condition::Config), None);
     }
 
     #[tokio::test]

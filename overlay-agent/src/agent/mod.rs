@@ -163,6 +163,7 @@ impl Agent {
     async fn on_news(&mut self, news: News) {
         match news {
             News::Records(event) => self.forwarding.on_records(event),
+            News::Config(config) => self.membership.on_config(config.as_deref()),
             News::Lease(event) => {
                 let Some(subnet) = self.membership.on_lease(event) else { return };
                 self.forwarding.set_local(self.membership.local()).await;

@@ -57,18 +57,21 @@ impl Agent {
 
     fn status(&self) -> Status {
         let (local, spec) = (self.membership.local(), &self.forwarding.spec);
-        let rungs = self.forwarding.rungs();
+        let (rungs, health) = (self.forwarding.rungs(), self.health());
         let mut problems = self.problems();
         let counters = self.forwarding.datapath.counters();
         if let Err(error) = &counters {
             problems.push(format!("counters cannot be read: {error:#}"));
         }
         let (egress, ingress) = rungs.unzip();
-        let state = match (self.running, problems.is_empty()) {
-            (false, _) => "starting",
-            (true, true) => "running",
-            (true, false) => "degraded",
+        let state = match (self.running, &health.healthy, problems.is_empty()) {
+            (false, _, _) => "starting",
+            (true, Err(_), _) => "unhealthy",
+            (true, Ok(()), true) => "running",
+            (true, Ok(()), false) => "degraded",
         };
+        // A condition names the cause of nearly every failure.
+        problems.extend(health.healthy.err().filter(|_| problems.is_empty()));
         Status {
             state: state.to_owned(),
             problems,

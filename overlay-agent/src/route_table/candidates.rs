@@ -9,35 +9,39 @@ use crate::{
     store::RecordError,
 };
 
+/// A record that names the subnet.
+#[derive(Clone, Debug)]
+pub(super) struct Candidate {
+    pub(super) key: String,
+    /// The revision at which it was created, where the store keeps one.
+    created: Option<i64>,
+    pub(super) value: Result<LeaseValue, RecordError>,
+}
+
 /// The records that name one subnet.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Candidates {
-    /// In order of their keys: one, except where flannel's dual-stack keys name an IPv4 subnet twice.
-    pub(super) records: Vec<(String, Result<LeaseValue, RecordError>)>,
+    /// Oldest first, then in order of their keys: one, except where flannel's dual-stack keys name an IPv4 subnet twice.
+    pub(super) records: Vec<Candidate>,
     /// The records that the last decision skipped.
     pub(super) skipped: Vec<Skipped>,
 }
 
 impl Candidates {
-    pub(super) fn put(&mut self, LeaseRecord { key, value, .. }: LeaseRecord) {
+    pub(super) fn put(&mut self, LeaseRecord { key, value, version, .. }: LeaseRecord) {
         self.remove(&key);
-        let (Ok(index) | Err(index)) = self.find(&key);
+        let new = Candidate { key, created: version.created, value };
+        let index = self.records.partition_point(|known| known.order() < new.order());
         // Nearly always the only one.
         self.records.reserve_exact(1);
-        self.records.insert(index, (key, value));
+        self.records.insert(index, new);
     }
 
     pub(super) fn remove(&mut self, key: &str) {
-        if let Ok(index) = self.find(key) {
-            drop(self.records.remove(index));
-        }
+        self.records.retain(|known| known.key != key);
     }
 
-    fn find(&self, key: &str) -> Result<usize, usize> {
-        self.records.binary_search_by(|(known, _)| known.as_str().cmp(key))
-    }
-
-    /// The peer of `subnet`, and the records that do not count. The peer is a fixed one, else that of the first usable record,
+    /// The peer of `subnet`, and the records that do not count. The peer is a fixed one, else that of the oldest usable record,
     /// else, while a record cannot be read, the one `before`.
     pub(super) fn decide(
         &self,
@@ -47,7 +51,7 @@ impl Candidates {
         before: Option<Peer>,
     ) -> (Option<Peer>, Vec<Skipped>) {
         let (mut holder, mut skipped, mut unreadable) = (fixed, Vec::new(), Vec::new());
-        for (key, value) in &self.records {
+        for Candidate { key, value, .. } in &self.records {
             let value = match value {
                 Ok(value) => value,
                 Err(error) => {
@@ -73,7 +77,13 @@ impl Candidates {
     }
 }
 
-/// Of two records for one subnet, only the first holder's counts.
+impl Candidate {
+    fn order(&self) -> (Option<i64>, &str) {
+        (self.created, &self.key)
+    }
+}
+
+/// Of two records for one subnet, only the older one counts.
 pub(super) fn check_holder(holder: Peer, peer: Peer, subnet: Subnet) -> Result<(), String> {
     match holder == peer {
         true => Ok(()),

@@ -1,8 +1,10 @@
 //! Routes to peers, derived from lease records. Pure: no store, no kernel.
 //!
-//! `candidates` decides about one subnet from the records that name it, [`RouteTable`] updates all subnets record by record.
+//! `candidates` decides about one subnet from the records that name it, [`RouteTable`] updates all subnets record by record,
+//! `own_subnet` finds what the records say about this host's subnet.
 
 mod candidates;
+mod own_subnet;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -12,6 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use candidates::Candidates;
 use ipnet::Ipv4Net;
+pub use own_subnet::{OwnSubnet, Rival};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -50,7 +53,7 @@ pub struct Outcome {
 ///
 /// `fixed` routes need no record and take precedence. A record that cannot be read is skipped and never changes another
 /// route; if its subnet had a route before, and no other record names a holder, that route stays: half a write must not cut
-/// a peer off. Of two records for one subnet the one with the first key counts.
+/// a peer off. Of two records for one subnet the older one counts; in a store without revisions, the one with the first key.
 ///
 /// Only records that name a subnet decide about its route. So an update considers the subnets that its records name and no
 /// others, and leads to the same table as all records at once.
@@ -186,6 +189,9 @@ pub fn refusals<'a>(
     network: Option<Ipv4Net>,
     records: impl IntoIterator<Item = &'a LeaseRecord>,
 ) -> Vec<Option<String>> {
+    let records: Vec<_> = records.into_iter().collect();
+    let mut oldest_first: Vec<_> = records.iter().enumerate().collect();
+    oldest_first.sort_by_key(|(_, record)| (record.version.created, &record.key));
     let mut holders = Routes::new();
     let mut refusal = |record: &LeaseRecord| {
         let subnet = record.id.clone().map_err(|error| error.to_string())?;
@@ -195,6 +201,8 @@ pub fn refusals<'a>(
             None => Ok(()),
         }
     };
-    let refused = records.into_iter().map(|record| refusal(record).err());
-    refused.map(|why| why.map(|why| printable(&why, LONGEST_REASON))).collect()
+    let mut refusals: Vec<_> =
+        oldest_first.into_iter().map(|(index, record)| (index, refusal(record).err())).collect();
+    refusals.sort_by_key(|(index, _)| *index);
+    refusals.into_iter().map(|(_, why)| why.map(|why| printable(&why, LONGEST_REASON))).collect()
 }

@@ -9,7 +9,7 @@ use crate::{
 /// Routes and skipped records.
 pub(super) type Table = (Routes, Vec<Skipped>);
 
-/// The table that `records`, in order of their keys, describe after a table with the routes `previous`.
+/// The table that `records` describe after a table with the routes `previous`.
 pub(super) fn build<'a>(
     local: LocalNode,
     fixed: &Routes,
@@ -19,6 +19,8 @@ pub(super) fn build<'a>(
     let mut routes = fixed.clone();
     let mut skipped = Vec::new();
     let mut unreadable = Vec::new();
+    let mut records: Vec<_> = records.into_iter().collect();
+    records.sort_by_key(|record| (record.version.created, &record.key));
     for record in records {
         match route(local, record) {
             Ok(Some((subnet, peer))) => {

@@ -93,6 +93,39 @@ fn a_second_holder_of_a_subnet_is_skipped_and_reported() {
     assert_eq!(names, ["10.244.2.0-24&2001:cafe::-64", "\\u{1b}[31mred"]);
 }
 
+/// A record of a peer, created at a revision.
+fn created(key: &str, peer: Peer, revision: i64) -> LeaseRecord {
+    let version = Version { created: Some(revision), ..Version::default() };
+    LeaseRecord::parse(key, lease::value(peer.address).as_bytes(), version)
+}
+
+#[test]
+fn a_later_record_for_a_subnet_takes_nothing_from_its_holder() {
+    let (owner, impostor) =
+        (created("10.244.2.0-24&2001:cafe::-64", PEER, 7), created("10.244.2.0-24", OTHER, 8));
+    let mut table = table([owner.clone()]);
+    let outcome = table.apply([Change::Put(impostor.clone())]);
+    assert_eq!((outcome.changes, outcome.skipped.len()), (vec![], 1));
+    assert_eq!(table.skipped()[0].record, "10.244.2.0-24");
+    table.replace([impostor.clone(), owner.clone()]);
+    assert_eq!(table.routes(), &Routes::from([(net("10.244.2.0/24"), PEER)]));
+    let refused = refusals(None, &[impostor.clone(), owner.clone()]);
+    assert!(
+        refused[0].as_ref().unwrap().contains("192.168.77.2 holds") && refused[1].is_none(),
+        "{refused:?}"
+    );
+    // Without its holder, the subnet is free for the other one.
+    table.apply([Change::Delete { key: owner.key }]);
+    assert_eq!(table.routes(), &Routes::from([(net("10.244.2.0/24"), OTHER)]));
+}
+
+#[test]
+fn a_key_in_another_spelling_is_no_route() {
+    let table = table([held("010.244.2.0-24", OTHER), held("10.244.2.0-24", PEER)]);
+    assert_eq!(table.routes(), &Routes::from([(net("10.244.2.0/24"), PEER)]));
+    assert_eq!(table.skipped()[0].record, "010.244.2.0-24");
+}
+
 #[test]
 fn a_record_that_cannot_be_read_does_not_hold_back_one_that_can() {
     let mut table = table([record("10.244.2.0-24", "{"), held("10.244.2.0-24&2001:cafe::-64", PEER)]);
@@ -162,7 +195,10 @@ fn generated_changes_lead_to_the_table_of_all_records_at_once() {
                             records.remove(&key);
                             changes.push(Change::Delete { key });
                         } else {
-                            let record = record(&key, any(&mut random, &VALUES));
+                            let created = random.random_bool(0.5).then(|| random.random_range(0..50));
+                            let version = Version { created, ..Version::default() };
+                            let value = any(&mut random, &VALUES).as_bytes();
+                            let record = LeaseRecord::parse(&key, value, version);
                             records.insert(key, record.clone());
                             changes.push(Change::Put(record));
                         }

@@ -130,10 +130,13 @@ impl Backend {
         }
     }
 
-    /// Waits for changes of `keys` after `revision`.
+    /// Waits for changes of `keys` after `revision`; in a directory, which has no revisions, after now. All keys are of one kind.
     pub(super) async fn watch_keys(&self, keys: &[String], revision: i64) -> Result<KeyWatch, StoreError> {
         match self {
-            Self::Dir(dir) => Ok(KeyWatch::Dir(Box::new(dir.watch_keys()?))),
+            Self::Dir(dir) => {
+                let key = keys.first().map_or("", String::as_str);
+                Ok(KeyWatch::Dir(Box::new(dir.watch(key)?)))
+            }
             Self::Etcd(etcd) => Ok(KeyWatch::Etcd(Box::new(etcd.watch_keys(keys, revision).await?))),
         }
     }

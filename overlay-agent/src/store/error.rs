@@ -32,13 +32,9 @@ pub enum StoreError {
     /// There is no configuration at this location. Trying again may help.
     #[error("there is no network config yet at {0}: write it there")]
     NoConfig(String),
-    /// The network's configuration cannot be used.
-    #[error("the network config at {location} cannot be used")]
-    Config {
-        location: String,
-        #[source]
-        source: ConfigError,
-    },
+    /// The network's configuration cannot be used. Trying again may help: an operator will replace it.
+    #[error("the network config at {location} cannot be used: {why}")]
+    Config { location: String, why: ConfigError },
     /// The requested subnet is not available, or a record of this host contradicts the options.
     #[error("{0}")]
     Conflict(String),
@@ -60,9 +56,16 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    /// Whether the same request may succeed later without an operator's help.
+    /// Whether the same request may succeed later, without a change on this host.
     pub fn is_transient(&self) -> bool {
-        matches!(self, Self::Unreachable { .. } | Self::Away { .. } | Self::Contended(_) | Self::NoConfig(_))
+        matches!(
+            self,
+            Self::Unreachable { .. }
+                | Self::Away { .. }
+                | Self::Contended(_)
+                | Self::NoConfig(_)
+                | Self::Config { .. }
+        )
     }
 
     pub(super) fn full(config: &NetworkConfig) -> Self {

@@ -1,10 +1,12 @@
 //! Records of one network, in etcd or in a directory: one interface for the agent and for an operator's commands.
 //!
 //! In reading order: `record` (kinds, versions, events), `backend` (the primitives), `etcd` and `dir` (the two stores), and
-//! [`Store`], which the rest of the program uses: everybody's records here, this host's own lease in `lease`.
+//! [`Store`], which the rest of the program uses: everybody's records here, the network's configuration in `config`, this host's
+//! own lease in `lease`.
 
 mod backend;
 mod backoff;
+mod config;
 mod dir;
 mod error;
 pub mod etcd;
@@ -18,21 +20,17 @@ use std::{
     time::Duration,
 };
 
-use ipnet::Ipv4Net;
 use tokio::{sync::mpsc, task::JoinSet};
 
 pub use error::StoreError;
 pub use lease::{Held, LeaseEvent, LeaseKeeper, SubnetRequest};
 pub use record::{Change, Event, Kind, Lifetime, LifetimeId, Record, RecordError, Version};
 
-use crate::config::NetworkConfig;
 use backend::{Backend, Expected, Write};
 use dir::Dir;
 use etcd::{Etcd, EtcdOptions};
-use lease::{ATTEMPTS, Times};
+use lease::Times;
 
-/// Key of the network's configuration.
-const CONFIG: &str = "config";
 /// Requests for the rest of a lifetime that are under way at once.
 const CONCURRENT_REQUESTS: usize = 32;
 
@@ -71,80 +69,6 @@ impl Store {
             Backend::Dir(dir) => format!("dir:{}", dir.root.display()),
             Backend::Etcd(etcd) => format!("etcd at {}", etcd.endpoints()),
         }
-    }
-
-    /// Location of the network's configuration, for messages.
-    pub fn config_location(&self) -> String {
-        let location = self.backend.location(CONFIG);
-        match &self.backend {
-            Backend::Dir(_) => location,
-            Backend::Etcd(_) => format!("{location} in {}", self.name()),
-        }
-    }
-
-    /// The network's configuration as it is stored; `None` when there is none.
-    /// Fails when the store cannot be read.
-    pub async fn config_text(&self) -> Result<Option<String>, StoreError> {
-        let record = self.backend.get_one(CONFIG).await?;
-        Ok(record.map(|record| String::from_utf8_lossy(&record.value).into_owned()))
-    }
-
-    /// The network's configuration. A directory without one takes `network`, see [`Self::ensure_config`].
-    /// Fails when the store cannot be read, the configuration cannot be used or contradicts `network`, or a directory
-    /// has none.
-    pub async fn config(&self, network: Option<Ipv4Net>) -> Result<NetworkConfig, StoreError> {
-        let location = self.config_location();
-        let text = match (self.config_text().await?, network, &self.backend) {
-            (Some(text), _, _) => text,
-            (None, _, Backend::Etcd(_)) => return Err(StoreError::NoConfig(location)),
-            (None, Some(network), Backend::Dir(_)) => config_record(network),
-            (None, None, Backend::Dir(_)) => {
-                return Err(StoreError::Conflict(format!(
-                    "the store has no network config: write one to {location}, for example \
-                     {{\"Network\":\"10.244.0.0/16\"}}, or name the network with --network"
-                )));
-            }
-        };
-        let config = self.parse_config(&text)?;
-        match network {
-            Some(network) if network.trunc() != config.network => Err(StoreError::Conflict(format!(
-                "--network is {network}, but {location} says {}: change one of them",
-                config.network
-            ))),
-            _ => Ok(config),
-        }
-    }
-
-    /// Writes the configuration of `network` to a directory that has none. In etcd, an operator does that.
-    /// Fails when the directory cannot be written.
-    pub async fn ensure_config(&self, network: Ipv4Net) -> Result<(), StoreError> {
-        match &self.backend {
-            Backend::Etcd(_) => Ok(()),
-            Backend::Dir(_) => self.write_config(config_record(network), Expected::Absent).await.map(drop),
-        }
-    }
-
-    /// Writes the network's configuration, which must be usable. Returns the one that it replaces.
-    /// Fails when `text` cannot be used or the store cannot be written.
-    pub async fn set_config(&self, text: &str) -> Result<Option<String>, StoreError> {
-        self.parse_config(text)?;
-        for _ in 0..ATTEMPTS {
-            let before = self.backend.get_one(CONFIG).await?;
-            let expected = before.as_ref().map_or(Expected::Absent, |raw| Expected::Unchanged(raw.version));
-            if self.write_config(text.to_owned(), expected).await? {
-                return Ok(before.map(|raw| String::from_utf8_lossy(&raw.value).into_owned()));
-            }
-        }
-        Err(StoreError::Contended(ATTEMPTS))
-    }
-
-    async fn write_config(&self, text: String, expected: Expected) -> Result<bool, StoreError> {
-        Ok(self.backend.write(Write::new(CONFIG, expected, Some(text))).await?.is_some())
-    }
-
-    fn parse_config(&self, text: &str) -> Result<NetworkConfig, StoreError> {
-        NetworkConfig::parse(text)
-            .map_err(|source| StoreError::Config { location: self.config_location(), source })
     }
 
     /// Whether the store exists. A directory is created with the first write; etcd exists once it is connected.
@@ -215,8 +139,4 @@ impl Store {
             times.extend(done.map_err(|error| StoreError::failed("read a lifetime", error))??);
         }
     }
-}
-
-fn config_record(network: Ipv4Net) -> String {
-    format!("{{\"Network\":\"{network}\",\"Backend\":{{\"Type\":\"udp\"}}}}\n")
 }

@@ -57,9 +57,9 @@ impl Lifetime {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Version {
     /// Revision at which the record was created; stays while the record is overwritten. `None` where the store keeps none.
-    pub(super) created: Option<i64>,
+    pub created: Option<i64>,
     /// Changes with every write.
-    pub(super) modified: i64,
+    pub modified: i64,
     /// How long the record stays.
     pub lifetime: Lifetime,
 }

@@ -30,7 +30,6 @@ use super::{
     backend::{Expected, Write, Written},
     record::{Event, Kind, Lifetime, MAX_VALUE, RawRecord, Record, Version},
 };
-use crate::lease::Lease;
 
 /// Interval of lists without a notification: some file systems (NFS, FUSE) send none.
 const RESYNC: Duration = Duration::from_secs(30);
@@ -162,13 +161,10 @@ impl Dir {
         create(&self.path(K::PREFIX))
     }
 
-    /// Watches the leases: the only records that a host waits for.
-    pub(super) fn watch_keys(&self) -> Result<KeyWatch, StoreError> {
-        self.watch::<Lease>()
-    }
-
-    fn watch<K: Kind>(&self) -> Result<KeyWatch, StoreError> {
-        KeyWatch::new(self.path(K::PREFIX))
+    /// Watches the directory of a key, or of all keys with a prefix.
+    pub(super) fn watch(&self, key: &str) -> Result<KeyWatch, StoreError> {
+        let directory = key.rsplit_once('/').map_or("", |(directory, _)| directory);
+        KeyWatch::new(self.path(directory))
             .map_err(|error| StoreError::failed("watch the store", format!("{error:#}")))
     }
 }
@@ -195,7 +191,7 @@ pub(super) async fn follow<K: Kind>(dir: Arc<Dir>, events: mpsc::Sender<Event<K>
 
 /// Watches before it lists, so that no change is missed.
 async fn watch_and_list<K: Kind>(dir: &Arc<Dir>, events: &mpsc::Sender<Event<K>>) -> Result<(), StoreError> {
-    let mut watch = dir.watch::<K>()?;
+    let mut watch = dir.watch(K::PREFIX)?;
     loop {
         let _ = events.send(Event::Snapshot(dir.blocking(|dir| dir.list()).await?)).await;
         watch.changed().await?;
