@@ -71,7 +71,9 @@ impl Agent {
             (true, Ok(()), false) => "degraded",
         };
         // A condition names the cause of nearly every failure.
-        problems.extend(health.healthy.err().filter(|_| problems.is_empty()));
+        if problems.is_empty() {
+            problems.extend(health.healthy.err());
+        }
         Status {
             state: state.to_owned(),
             problems,
@@ -102,15 +104,20 @@ impl Agent {
     }
 
     pub(super) fn health(&self) -> Health {
-        let problems = self.problems().join("; ");
+        let problems = self.problems();
         let ready = match self.running {
             true => Ok(()),
             false => self.forwarding.ready().and_then(|()| self.host.ready()),
         };
+        let healthy = self.forwarding.health().and_then(|()| self.membership.health(Instant::now()));
         Health {
             ready,
-            healthy: self.forwarding.health().and_then(|()| self.membership.health(Instant::now())),
-            degraded: Some(problems).filter(|problems| !problems.is_empty()),
+            // What fails first, then everything that may explain it.
+            healthy: healthy.map_err(|why| {
+                let others = problems.iter().filter(|problem| !why.contains(*problem)).cloned();
+                std::iter::once(why.clone()).chain(others).collect::<Vec<_>>().join("; ")
+            }),
+            degraded: (!problems.is_empty()).then(|| problems.join("; ")),
         }
     }
 }

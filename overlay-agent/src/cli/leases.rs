@@ -150,7 +150,7 @@ async fn with_times(store: &Store, mut records: Vec<LeaseRecord>) -> Result<(Vec
 fn selects(target: &str, record: &LeaseRecord) -> bool {
     match target.parse() {
         Ok(subnet) => record.subnet() == Some(subnet),
-        Err(_) => record.key == target,
+        Err(_) => record.has_key(target),
     }
 }
 

@@ -92,7 +92,7 @@ impl Backend {
     pub(super) fn location(&self, key: &str) -> String {
         match self {
             Self::Dir(dir) => dir.path(key).display().to_string(),
-            Self::Etcd(etcd) => etcd.keys.full(key),
+            Self::Etcd(etcd) => etcd.keys.location(key),
         }
     }
 

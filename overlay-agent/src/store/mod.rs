@@ -21,6 +21,7 @@ use std::{
 };
 
 use tokio::{sync::mpsc, task::JoinSet};
+use tracing::debug;
 
 pub use error::StoreError;
 pub use lease::{Held, LeaseEvent, LeaseKeeper, SubnetRequest};
@@ -106,12 +107,20 @@ impl Store {
         receiver
     }
 
-    /// Removes a record of any host, if it is unchanged. `false` when it changed meanwhile.
+    /// Removes a record of any host, if it is unchanged, and its lifetime unless another record is attached to it. `false` when
+    /// the record changed meanwhile.
     /// Fails when the store cannot be written.
     pub async fn remove<K: Kind>(&self, record: &Record<K>) -> Result<bool, StoreError> {
         let key = format!("{}{}", K::PREFIX, record.key);
         let write = Write::new(key, Expected::Unchanged(record.version), None);
-        Ok(self.backend.write(write).await?.is_some())
+        let removed = self.backend.write(write).await?.is_some();
+        if let (true, Some(lifetime)) = (removed, record.version.lifetime.id())
+            && let Err(error) = self.backend.lifetimes()?.revoke_unused(lifetime).await
+        {
+            // It ends by itself.
+            debug!("{error}");
+        }
+        Ok(removed)
     }
 
     /// The rests of the lifetimes that records are attached to. A lifetime that has ended is missing. One request for each.

@@ -2,6 +2,7 @@
 
 use std::fmt::Debug;
 
+use bstr::{ByteSlice as _, ByteVec as _};
 use thiserror::Error;
 
 /// A kind of record. All records of a kind stand below one prefix.
@@ -67,11 +68,26 @@ pub struct Version {
 /// A record as the store holds it, not parsed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct RawRecord {
-    /// Key behind the store's own prefix: `subnets/10.5.34.0-24`.
+    /// Key behind the store's own prefix, as [`key_text`]: `subnets/10.5.34.0-24`.
     pub(super) key: String,
     /// At most [`MAX_VALUE`] bytes: a longer value is cut, so that it does not parse.
     pub(super) value: Vec<u8>,
     pub(super) version: Version,
+}
+
+/// The text of a key: bytes that are no UTF-8, control characters and backslashes are escaped as in Rust (`\\xff`). So an operator
+/// can read and name every record.
+pub(super) fn key_text(bytes: &[u8]) -> String {
+    // Nearly every key.
+    match str::from_utf8(bytes) {
+        Ok(text) if text.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'\\') => text.to_owned(),
+        _ => bytes.escape_bytes().to_string(),
+    }
+}
+
+/// The bytes of a key whose text is [`key_text`].
+pub(super) fn key_bytes(text: &str) -> Vec<u8> {
+    Vec::unescape_bytes(text)
 }
 
 /// Longest value that is read, in bytes. Lease values have about 100.
@@ -80,7 +96,7 @@ pub(super) const MAX_VALUE: usize = 64 * 1024;
 /// A record of the kind `K`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Record<K: Kind> {
-    /// The part of the key behind [`Kind::PREFIX`], as it is in the store.
+    /// The part of the key behind [`Kind::PREFIX`]. Bytes other than printable characters are escaped (`\\xff`).
     pub key: String,
     /// What the key names.
     pub id: Result<K::Id, RecordError>,
@@ -94,6 +110,11 @@ impl<K: Kind> Record<K> {
     /// Parses a record. `key` is the part behind the kind's prefix.
     pub fn parse(key: &str, value: &[u8], version: Version) -> Self {
         Self { key: key.to_owned(), id: K::parse_key(key), value: K::parse_value(value), version }
+    }
+
+    /// Whether `text`, with the same or other escapes, is the key.
+    pub fn has_key(&self, text: &str) -> bool {
+        key_bytes(text) == key_bytes(&self.key)
     }
 }
 
@@ -125,4 +146,27 @@ pub enum Event<K: Kind> {
     Changes(Vec<Change<K>>),
     /// The store cannot be read, with the reason. Known records stay valid; a snapshot follows when it can be read again.
     Lost(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_key_has_a_text_that_gives_its_bytes() {
+        for (bytes, text) in [
+            (&b"subnets/10.5.34.0-24&2001:cafe::-64"[..], "subnets/10.5.34.0-24&2001:cafe::-64"),
+            (b"\xff\xfe", r"\xFF\xFE"),
+            (b"\x1b[31mred", r"\x1B[31mred"),
+            (br"a\xff", r"a\\xff"),
+            ("caf\u{e9}".as_bytes(), "caf\u{e9}"),
+        ] {
+            assert_eq!((key_text(bytes).as_str(), key_bytes(text).as_slice()), (text, bytes));
+        }
+        for byte in 0..=u8::MAX {
+            let key = [b'"', byte, b'\'', byte, b'x'];
+            let text = key_text(&key);
+            assert!(key_bytes(&text) == key && !text.contains(char::is_control), "{text}");
+        }
+    }
 }

@@ -149,21 +149,21 @@ fn unusable_underlay(sandbox: &Arc<Sandbox>) -> Result<()> {
     let pair = pair(sandbox, Rung::Tun)?;
     let (a, address) = (&pair.topology.a, pair.topology.a.underlay);
     let (from, to) = pair.topology.pods();
-    let degraded = |words: &str| {
+    let unhealthy = |words: &str| {
         wait_until(&format!("status reports `{words}`"), || {
             let status = pair.a.status()?;
-            Ok(status.state == "degraded" && status.problems.iter().any(|problem| problem.contains(words)))
+            Ok(status.state == "unhealthy" && status.problems.iter().any(|problem| problem.contains(words)))
         })
     };
     a.host.tool(&format!("ip link set {UPLINK} mtu 500"))?;
-    degraded("too small")?;
+    unhealthy("too small")?;
     a.host.tool(&format!("ip link set {UPLINK} mtu 1500"))?;
     wait_until("the agent runs again", || Ok(pair.a.status()?.state == "running"))?;
     a.host.tool(&format!("ip address delete {address}/24 dev {UPLINK}"))?;
-    degraded("has no IPv4 address")?;
+    unhealthy("has no IPv4 address")?;
     // An underlay address inside the overlay would cause a routing loop.
     a.host.tool(&format!("ip address add 10.244.7.7/32 dev {UPLINK}"))?;
-    degraded("lies inside the network")?;
+    unhealthy("lies inside the network")?;
     a.host.tool(&format!("ip address delete 10.244.7.7/32 dev {UPLINK}"))?;
     a.host.tool(&format!("ip address add {address}/24 dev {UPLINK}"))?;
     wait_until("containers reach each other", || Ok(ping_with_ttl(from.netns, to.address, 60).is_ok()))?;

@@ -142,7 +142,9 @@ async fn a_config_is_checked_before_it_is_written_and_when_it_is_read() {
     assert_eq!(store.config(None).await.unwrap().network, "10.8.0.0/16".parse().unwrap());
     network.raw.put(format!("{PREFIX}/config"), "{", None::<PutOptions>).await.unwrap();
     let error = store.config(None).await.unwrap_err();
-    assert!(error.to_string().contains(&store.config_location()) && !error.is_transient(), "{error}");
+    let text = error.to_string();
+    assert!(text.contains(&store.config_location()) && text.contains("not a JSON object"), "{text}");
+    assert!(error.is_transient(), "agents wait until it is replaced");
 }
 
 #[tokio::test]

@@ -35,6 +35,37 @@ async fn a_lease_is_renewed_through_a_proxy() {
 }
 
 #[tokio::test]
+async fn an_outage_behind_a_proxy_is_survived() {
+    let mut network = Network::start().await;
+    let proxy = GrpcProxy::start(&network.etcd.endpoint()).unwrap();
+    let store = store(&network, &proxy, 86400).await;
+    let held = store.acquire(&network.request(), ip(1)).await.unwrap();
+    let mut events = store.follow::<Lease>();
+    assert!(matches!(next(&mut events).await, Event::Snapshot(records) if records.len() == 1));
+    let mut keeper = Keeper::start(&store, held.clone());
+    keeper.confirmed().await;
+    network.etcd.kill();
+    assert!(matches!(keeper.news().await, LeaseEvent::Unconfirmed { .. }));
+    network.etcd.restart().unwrap();
+    keeper.confirmed().await;
+    network.wait_for(&key_of(&held), |record| record.is_some()).await;
+    network.put("10.5.200.0-24", value(200), 0).await;
+    loop {
+        let found = match next(&mut events).await {
+            Event::Snapshot(records) => records.iter().any(|record| record.key == "10.5.200.0-24"),
+            Event::Changes(changes) => changes
+                .iter()
+                .any(|change| matches!(change, Change::Put(record) if record.key == "10.5.200.0-24")),
+            Event::Lost(_) => false,
+        };
+        if found {
+            break;
+        }
+    }
+    keeper.stop().await;
+}
+
+#[tokio::test]
 async fn a_restarted_agent_and_a_deleted_record_come_back_through_a_proxy() {
     let mut network = Network::start().await;
     let proxy = GrpcProxy::start(&network.etcd.endpoint()).unwrap();

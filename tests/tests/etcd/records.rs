@@ -1,5 +1,6 @@
 //! Records that are no leases, and records as an operator sees them.
 
+use etcd_client::PutOptions;
 use overlay_agent::{
     lease::{Lease, LeaseRecord},
     store::{Change, Event},
@@ -54,6 +55,29 @@ async fn malformed_and_huge_records_disturb_neither_the_list_nor_the_changes() {
     // Nor do they keep a host from its subnet.
     let another = network.acquire(2).await;
     assert!(!["10.5.31.0/24", "10.5.33.0/24", "10.5.90.0/24"].contains(&another.subnet.to_string().as_str()));
+}
+
+#[tokio::test]
+async fn every_record_can_be_removed_and_leaves_no_etcd_lease_behind() {
+    let mut network = Network::start().await;
+    let lease = network.raw.lease_grant(600, None).await.unwrap().id();
+    let attached = || Some(PutOptions::new().with_lease(lease));
+    let keys = [&b"\xff\xfe"[..], br"back\slash", b"esc\x1b[31m", b"two words"];
+    for key in keys {
+        network.raw.put([subnet_key("").as_bytes(), key].concat(), "{}", attached()).await.unwrap();
+    }
+    let store = network.store(9).await;
+    let records: Vec<LeaseRecord> = store.list().await.unwrap();
+    assert_eq!(records.len(), keys.len());
+    for text in [r"\xff\xfe", r"back\\slash", r"esc\x1b[31m", "two words"] {
+        let leases = network.raw.leases().await.unwrap();
+        assert!(leases.leases().iter().any(|other| other.id() == lease), "other records are attached to it");
+        let record = records.iter().find(|record| record.has_key(text)).unwrap();
+        assert!(store.remove(record).await.unwrap(), "{text}");
+    }
+    assert_eq!(network.records().await.len(), 0);
+    let leases = network.raw.leases().await.unwrap();
+    assert!(!leases.leases().iter().any(|other| other.id() == lease));
 }
 
 #[tokio::test]

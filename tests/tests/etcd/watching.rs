@@ -13,7 +13,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::hosts::{Keeper, Network, PREFIX, ip, key_of, next, subnet_key, value};
+use crate::hosts::{Keeper, NETWORK, Network, PREFIX, ip, key_of, next, subnet_key, value};
 
 /// What a follower knows, built from its events as the agent does.
 struct Follower {
@@ -252,4 +252,24 @@ async fn a_member_whose_streams_break_at_once_is_not_asked_for_everything_withou
     breaking.abort();
     // With the shortest pause every time there would be 20.
     assert!((1..=10).contains(&follower.snapshots), "{} lists in 8 s", follower.snapshots);
+}
+
+#[tokio::test]
+async fn the_config_is_followed_through_changes_outages_and_removal() {
+    let mut network = Network::start().await;
+    let store = network.store(1).await;
+    let mut configs = store.follow_config();
+    assert_eq!(next(&mut configs).await.as_deref(), Some(NETWORK));
+    let other = r#"{"Network":"10.6.0.0/16"}"#;
+    store.set_config(other).await.unwrap();
+    assert_eq!(next(&mut configs).await.as_deref(), Some(other));
+    network.etcd.kill();
+    network.etcd.restart().unwrap();
+    // Neighbours of the key are none of its changes.
+    network.wait_for("", |_| true).await;
+    network.raw.put(format!("{PREFIX}/config2"), "{}", None).await.unwrap();
+    network.raw.put(format!("{PREFIX}/config"), "{", None).await.unwrap();
+    assert_eq!(next(&mut configs).await.as_deref(), Some("{"));
+    network.raw.delete(format!("{PREFIX}/config"), None).await.unwrap();
+    assert_eq!(next(&mut configs).await, None);
 }

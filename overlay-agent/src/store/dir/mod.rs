@@ -7,10 +7,14 @@
 mod tests;
 
 use std::{
+    ffi::OsString,
     fs::File,
     hash::{DefaultHasher, Hash as _, Hasher as _},
     io::{self, ErrorKind, Read as _, Write as _},
-    os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
+    os::unix::{
+        ffi::{OsStrExt as _, OsStringExt as _},
+        fs::{OpenOptionsExt as _, PermissionsExt as _},
+    },
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
@@ -28,7 +32,7 @@ use tokio::sync::mpsc;
 use super::{
     StoreError,
     backend::{Expected, Write, Written},
-    record::{Event, Kind, Lifetime, MAX_VALUE, RawRecord, Record, Version},
+    record::{Event, Kind, Lifetime, MAX_VALUE, RawRecord, Record, Version, key_bytes, key_text},
 };
 
 /// Interval of lists without a notification: some file systems (NFS, FUSE) send none.
@@ -59,7 +63,7 @@ pub(super) struct Dir {
 impl Dir {
     /// The file or directory of a key or prefix.
     pub(super) fn path(&self, key: &str) -> PathBuf {
-        self.root.join(key)
+        self.root.join(OsString::from_vec(key_bytes(key)))
     }
 
     /// Runs file operations where they cannot delay the agent: the directory may be on a network, or locked.
@@ -97,7 +101,7 @@ impl Dir {
         let list = || -> io::Result<Vec<String>> {
             let mut keys = Vec::new();
             for entry in std::fs::read_dir(&directory)? {
-                let name = entry?.file_name().to_string_lossy().into_owned();
+                let name = key_text(entry?.file_name().as_bytes());
                 if !name.starts_with('.') {
                     keys.push(format!("{prefix}{name}"));
                 }

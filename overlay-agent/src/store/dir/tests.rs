@@ -74,6 +74,34 @@ async fn a_config_is_written_whole_and_the_one_before_is_returned() {
 }
 
 #[tokio::test]
+async fn the_config_is_followed_by_its_file() {
+    let fixture = Fixture::new().await;
+    let mut configs = fixture.store.follow_config();
+    assert!(configs.recv().await.unwrap().unwrap().contains(NETWORK));
+    for config in [r#"{"Network":"10.1.0.0/16"}"#, r#"{"Network":"10.2.0.0/16"}"#] {
+        fixture.store.set_config(config).await.unwrap();
+        assert_eq!(configs.recv().await.unwrap().as_deref(), Some(config));
+    }
+    std::fs::remove_file(fixture.directory.path().join("net/config")).unwrap();
+    assert_eq!(configs.recv().await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn files_with_any_name_are_listed_and_removed() {
+    use std::os::unix::ffi::OsStrExt as _;
+
+    let fixture = Fixture::new().await;
+    fixture.acquire(1).await;
+    let directory = fixture.directory.path().join("net/subnets");
+    std::fs::write(directory.join(std::ffi::OsStr::from_bytes(b"\xff\x1b")), "{}").unwrap();
+    let records = fixture.list().await;
+    let [_, odd] = &records[..] else { panic!("{records:?}") };
+    assert_eq!(odd.key, r"\xFF\x1B");
+    assert!(fixture.store.remove(odd).await.unwrap());
+    assert_eq!(fixture.list().await.len(), 1);
+}
+
+#[tokio::test]
 async fn a_host_keeps_its_subnet_and_hosts_get_different_ones() {
     let fixture = Fixture::new().await;
     let first = fixture.acquire(1).await;

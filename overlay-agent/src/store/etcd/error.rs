@@ -10,10 +10,8 @@ use crate::store::StoreError;
 /// etcd's messages for wrong credentials and for none. Their status code is the one for malformed requests.
 const NOT_LOGGED_IN: [&str; 2] = ["authentication failed", "user name is empty"];
 
-/// etcd's messages for a login from before its users changed, or authentication was switched off: a new connection brings a
-/// new login, or none.
-const OLD_LOGIN: [&str; 2] = ["revision of auth store is old", NO_USERS];
-const NO_USERS: &str = "authentication is not enabled";
+/// etcd's message for a login from before its users changed: a new connection brings a new login.
+const OLD_LOGIN: &str = "revision of auth store is old";
 
 /// The error of a request that etcd did not answer with success. [`StoreError::Failed`] says nothing about the connection;
 /// the others call for a new one: another endpoint may answer, and a token that cannot be renewed needs a new login.
@@ -38,21 +36,16 @@ pub(super) fn store_error(operation: &str, error: &Error) -> StoreError {
     if not_logged_in || matches!(code, Code::Unauthenticated | Code::PermissionDenied) {
         return StoreError::Denied { operation, why };
     }
-    // Unknown and internal are what a connection that breaks half-way looks like; a full disk is resource exhaustion.
-    let away = matches!(
+    // These answer the request itself. All other errors may be those of this connection or of its login: unknown and internal are
+    // what a connection that breaks half-way looks like, and authentication that is switched off is a failed precondition.
+    let answers = matches!(
         code,
-        Code::Unavailable
-            | Code::Unknown
-            | Code::Internal
-            | Code::Cancelled
-            | Code::Aborted
-            | Code::DeadlineExceeded
-            | Code::ResourceExhausted
+        Code::InvalidArgument | Code::NotFound | Code::AlreadyExists | Code::OutOfRange | Code::Unimplemented
     );
-    if away || OLD_LOGIN.iter().any(|words| status.message().contains(words)) {
-        StoreError::Away { operation, why }
-    } else {
+    if answers && !status.message().contains(OLD_LOGIN) {
         StoreError::Failed { operation, why }
+    } else {
+        StoreError::Away { operation, why }
     }
 }
 
@@ -82,7 +75,7 @@ pub(super) fn is_no_lease(error: &Error) -> bool {
 
 /// Whether etcd runs without users, so that no login is possible.
 pub(super) fn is_without_users(error: &Error) -> bool {
-    has_message(error, NO_USERS)
+    has_message(error, "authentication is not enabled")
 }
 
 fn has_message(error: &Error, text: &str) -> bool {

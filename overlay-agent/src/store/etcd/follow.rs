@@ -113,7 +113,7 @@ impl<K: Kind> Follower<K> {
         let key = self.etcd.keys.full(&format!("{}{}", K::PREFIX, youngest.key));
         let options = GetOptions::new().with_revision(youngest.version.modified);
         let operation = "read etcd's history";
-        match self.etcd.try_get(operation, key.into_bytes(), options).await? {
+        match self.etcd.try_get(operation, key, options).await? {
             // Numbers of etcd leases are random: the same one at the same revision is no coincidence.
             Ok(answer) => Ok(answer.kvs().first().is_some_and(|kv| {
                 let version = self.etcd.raw(kv).version;

@@ -1,5 +1,7 @@
 //! Full keys in etcd, from keys relative to the network's prefix and back.
 
+use crate::store::record::{key_bytes, key_text};
+
 /// The prefix of one network, with the slash at its end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::store) struct Keys {
@@ -17,13 +19,19 @@ impl Keys {
         Self { prefix: format!("{root}{}{slash}", segments.join("/")) }
     }
 
-    pub(in crate::store) fn full(&self, key: &str) -> String {
+    /// A full key, for requests.
+    pub(super) fn full(&self, key: &str) -> Vec<u8> {
+        [self.prefix.clone().into_bytes(), key_bytes(key)].concat()
+    }
+
+    /// A full key, for messages.
+    pub(in crate::store) fn location(&self, key: &str) -> String {
         format!("{}{key}", self.prefix)
     }
 
-    /// The part of a full key behind the prefix. Bytes that are no UTF-8 are replaced.
+    /// The text of the part of a full key behind the prefix.
     pub(super) fn relative(&self, key: &[u8]) -> String {
-        String::from_utf8_lossy(key.strip_prefix(self.prefix.as_bytes()).unwrap_or(key)).into_owned()
+        key_text(key.strip_prefix(self.prefix.as_bytes()).unwrap_or(key))
     }
 }
 
@@ -47,8 +55,8 @@ mod tests {
     #[test]
     fn keys_are_flannels() {
         let keys = Keys::new("/coreos.com/network");
-        assert_eq!(keys.full("config"), "/coreos.com/network/config");
-        assert_eq!(keys.full("subnets/10.5.34.0-24"), "/coreos.com/network/subnets/10.5.34.0-24");
+        assert_eq!(keys.full("config"), b"/coreos.com/network/config");
+        assert_eq!(keys.full("subnets/10.5.34.0-24"), b"/coreos.com/network/subnets/10.5.34.0-24");
         assert_eq!(keys.relative(b"/coreos.com/network/subnets/10.5.34.0-24"), "subnets/10.5.34.0-24");
     }
 
@@ -57,7 +65,7 @@ mod tests {
         for (prefix, key) in
             [("/a//b/./", "/a/b/config"), ("a/b", "a/b/config"), ("/", "/config"), ("", "config")]
         {
-            assert_eq!(Keys::new(prefix).full("config"), key, "{prefix:?}");
+            assert_eq!(Keys::new(prefix).location("config"), key, "{prefix:?}");
         }
     }
 

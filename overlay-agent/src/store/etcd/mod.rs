@@ -12,8 +12,9 @@ mod session;
 use std::{sync::Arc, time::Duration};
 
 use etcd_client::{
-    Client, Compare, CompareOp, Error, GetOptions, GetResponse, KeyValue, KvClient, LeaseTimeToLiveResponse,
-    PutOptions, Txn, TxnOp, TxnOpResponse, TxnResponse, WatchOptions, WatchResponse, WatchStream,
+    Client, Compare, CompareOp, Error, GetOptions, GetResponse, KeyValue, KvClient, LeaseTimeToLiveOptions,
+    LeaseTimeToLiveResponse, PutOptions, Txn, TxnOp, TxnOpResponse, TxnResponse, WatchOptions, WatchResponse,
+    WatchStream,
 };
 use tokio::sync::Mutex;
 
@@ -48,9 +49,8 @@ pub(super) struct Etcd {
 
 impl Etcd {
     pub(super) async fn get(&self, keys: &[String]) -> Result<Snapshot<Vec<Option<RawRecord>>>, StoreError> {
-        let full: Vec<_> = keys.iter().map(|key| self.keys.full(key)).collect();
-        let operation = format!("read {} in etcd", full.join(" and "));
-        let gets: Vec<_> = full.into_iter().map(|key| TxnOp::get(key, None)).collect();
+        let operation = format!("read {} in etcd", self.locations(keys));
+        let gets: Vec<_> = keys.iter().map(|key| TxnOp::get(self.keys.full(key), None)).collect();
         let answer = self.txn(&operation, Txn::new().and_then(gets)).await?;
         let revision = answer.header().map_or(0, |header| header.revision());
         let records =
@@ -73,7 +73,7 @@ impl Etcd {
 
     pub(super) async fn list<K: Kind>(&self) -> Result<Snapshot<Vec<Record<K>>>, StoreError> {
         let prefix = self.keys.full(K::PREFIX);
-        let operation = format!("list {prefix} in etcd");
+        let operation = format!("list {} in etcd", self.keys.location(K::PREFIX));
         for _ in 0..LIST_ATTEMPTS {
             if let Some(snapshot) = self.list_once(&prefix, &operation).await? {
                 return Ok(snapshot);
@@ -85,15 +85,15 @@ impl Etcd {
     /// Reads pages of one revision; `None` when etcd compacted that revision between two pages.
     async fn list_once<K: Kind>(
         &self,
-        prefix: &str,
+        prefix: &[u8],
         operation: &str,
     ) -> Result<Option<Snapshot<Vec<Record<K>>>>, StoreError> {
-        let mut start = prefix.as_bytes().to_vec();
+        let mut start = prefix.to_vec();
         let mut snapshot = Snapshot { revision: 0, records: Vec::new() };
         let mut limit = PAGE;
         loop {
             let options = GetOptions::new()
-                .with_range(range_end(prefix.as_bytes()))
+                .with_range(range_end(prefix))
                 .with_limit(limit)
                 .with_revision(snapshot.revision);
             let page = match self.try_get(operation, start.clone(), options).await? {
@@ -122,7 +122,7 @@ impl Etcd {
 
     pub(super) async fn write(&self, write: Write) -> Result<Option<Written>, StoreError> {
         let key = self.keys.full(&write.key);
-        let operation = format!("write {key} in etcd");
+        let operation = format!("write {} in etcd", self.keys.location(&write.key));
         let conditions: Vec<_> =
             write.when.iter().flat_map(|(key, expected)| self.compare(key, *expected)).collect();
         let change = match write.value {
@@ -201,6 +201,14 @@ impl Etcd {
         self.request("revoke a lease in etcd", revoke).await.map(drop)
     }
 
+    /// Ends a lifetime to which no record is attached.
+    pub(super) async fn revoke_unused(&self, lifetime: LifetimeId) -> Result<(), StoreError> {
+        let options = LeaseTimeToLiveOptions::new().with_keys();
+        let read = async move |mut client: Client| client.lease_time_to_live(lifetime, Some(options)).await;
+        let answer = self.request("read a lease in etcd", read).await?;
+        if answer.ttl() > 0 && answer.keys().is_empty() { self.revoke(lifetime).await } else { Ok(()) }
+    }
+
     pub(super) async fn watch_keys(
         self: &Arc<Self>,
         keys: &[String],
@@ -211,12 +219,11 @@ impl Etcd {
 
     /// Opens one stream with a watch for each key.
     async fn watch(self: &Arc<Self>, keys: &[String], options: WatchOptions) -> Result<KeyWatch, StoreError> {
-        let keys: Vec<_> = keys.iter().map(|key| self.keys.full(key)).collect();
-        let operation = format!("watch {} in etcd", keys.join(" and "));
+        let operation = format!("watch {} in etcd", self.locations(keys));
         let connection = self.connection().await?;
         let mut client = connection.client.watch_client().max_decoding_message_size(MAX_ANSWER);
         let opened = async {
-            let mut keys = keys.into_iter();
+            let mut keys = keys.iter().map(|key| self.keys.full(key));
             let first = keys.next().ok_or(Error::InvalidArgs("no key to watch".to_owned()))?;
             let mut stream = client.watch(first, Some(options.clone())).await?;
             for key in keys {
@@ -231,6 +238,12 @@ impl Etcd {
         };
         self.drop_connection(&connection).await;
         Err(failure)
+    }
+
+    /// Full keys, for messages.
+    fn locations(&self, keys: &[String]) -> String {
+        let locations: Vec<_> = keys.iter().map(|key| self.keys.location(key)).collect();
+        locations.join(" and ")
     }
 
     fn raw(&self, kv: &KeyValue) -> RawRecord {

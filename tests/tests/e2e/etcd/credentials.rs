@@ -1,4 +1,4 @@
-//! etcd with authentication: the agent logs in, and its password appears in no output.
+//! etcd with authentication: the agent logs in, its password appears in no output, and its health follows its rights.
 
 use std::{fs, process::Command, sync::Arc};
 
@@ -13,6 +13,8 @@ use overlay_tests::{
 
 use super::{
     arguments, config,
+    health::{HEALTHZ, get},
+    key,
     server::{PREFIX, Server},
     wait_until,
 };
@@ -25,6 +27,7 @@ const WRONG: &str = "wrong-horse-battery";
 pub(super) fn register(suite: &mut Suite) {
     let tun: &[Need] = &[Need::Tun];
     suite.add("etcd::the_password_appears_in_no_output", tun, password_is_shown_nowhere);
+    suite.add("etcd::rights_that_change_under_an_agent_show_in_its_health", tun, changing_rights);
 }
 
 /// Enables authentication: root, and a user for the agents with rights on their prefix only.
@@ -74,6 +77,59 @@ fn shows_no_password(agent: &Agent, in_command_line: bool) -> Result<()> {
         ensure!(line.is_none(), "the password is in the {place}: {line:?}");
     }
     Ok(())
+}
+
+fn changing_rights(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let switch = Switch::build(sandbox, 1)?;
+    let host = switch.hosts.first().context("no host")?;
+    let mut server = Server::start(sandbox, &switch.hub, HUB)?;
+    server.write_config(&config(NETWORK))?;
+    enable_users(&mut server)?;
+    let site = Site::new(sandbox, &host.netns, "agent")?;
+    let mut with_health = arguments(&server, Rung::Tun);
+    with_health.extend(["--healthz-ip=127.0.0.1".to_owned(), format!("--healthz-port={HEALTHZ}")]);
+    let mut command = site.run_command(&with_health);
+    command.env("FLANNELD_ETCD_USERNAME", USER).env("FLANNELD_ETCD_PASSWORD", PASSWORD);
+    let mut agent = site.launch(command)?;
+    agent.wait_until_running()?;
+    let subnet = key(&agent.status()?.subnet);
+    let healthz = |code: u16, words: &str| {
+        wait_until(&format!("/healthz answers {code} with `{words}`"), || {
+            let (found, text) = get(&host.netns, "/healthz")?;
+            Ok(found == code && text.contains(words))
+        })
+        .with_context(|| format!("it answers {:?}", get(&host.netns, "/healthz")))
+    };
+    let is_back = |server: &Server| {
+        wait_until("the agent has written its record again", || Ok(server.record(&subnet)?.is_some()))?;
+        healthz(200, "ok")
+    };
+
+    // Without its role, the agent can neither read nor write. What it still sees is that peers have lost it.
+    server.ask(async |client| client.user_revoke_role(USER, "overlay").await)?;
+    server.remove_record(&subnet)?;
+    healthz(503, "peers have no route to it")?;
+    wait_until("status agrees", || Ok(agent.status()?.state == "unhealthy"))?;
+    server.ask(async |client| client.user_grant_role(USER, "overlay").await)?;
+    is_back(&server)?;
+
+    // So it is with another password.
+    server.ask(async |client| client.user_change_password(USER, "another").await)?;
+    server.remove_record(&subnet)?;
+    healthz(503, "--etcd-password")?;
+    server.ask(async |client| client.user_change_password(USER, PASSWORD).await)?;
+    is_back(&server)?;
+
+    // Without authentication, a user name does no harm.
+    server.ask(async |client| client.auth_disable().await)?;
+    server.log_out();
+    server.remove_record(&subnet)?;
+    is_back(&server)?;
+    server.ask(async |client| client.auth_enable().await)?;
+    server.log_in("root", "root-secret");
+    server.remove_record(&subnet)?;
+    is_back(&server)?;
+    agent.stop()
 }
 
 fn password_is_shown_nowhere(sandbox: &Arc<Sandbox>) -> Result<()> {

@@ -6,6 +6,7 @@ mod flanneld;
 mod health;
 mod networks;
 mod outage;
+mod own_record;
 mod records;
 mod server;
 mod subnets;
@@ -30,6 +31,7 @@ pub(crate) fn register(suite: &mut Suite) {
     subnets::register(suite);
     records::register(suite);
     networks::register(suite);
+    own_record::register(suite);
     credentials::register(suite);
     flanneld::register(suite);
     health::register(suite);
@@ -102,6 +104,19 @@ fn wait_for_route(agent: &Agent, subnet: &str, peer: Ipv4Addr) -> Result<()> {
     wait_until(&format!("a route to {subnet} via {peer}"), || {
         Ok(agent.routes()?.routes.iter().any(|route| route.subnet == subnet && route.peer == peer))
     })
+}
+
+/// Waits for a state with a problem that contains `words`.
+fn wait_for_problem(agent: &Agent, state: &str, words: &str) -> Result<()> {
+    wait_until(&format!("{state} with `{words}`"), || {
+        let status = agent.status()?;
+        Ok(status.state == state && status.problems.iter().any(|problem| problem.contains(words)))
+    })
+    .with_context(|| format!("{:?}", agent.status()))
+}
+
+fn wait_for_state(agent: &Agent, state: &str) -> Result<()> {
+    wait_until(state, || Ok(agent.status()?.state == state)).with_context(|| format!("{:?}", agent.status()))
 }
 
 /// Waits for a text in the log of an agent.

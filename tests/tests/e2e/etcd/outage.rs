@@ -4,14 +4,15 @@ use std::{sync::Arc, thread, time::Duration};
 
 use anyhow::{Result, ensure};
 use overlay_tests::{
-    agent::{Agent, Rung},
+    agent::Rung,
     sandbox::Sandbox,
     topology::{NETWORK, OVERLAY_MTU},
     traffic::{ping::ping_with_ttl, steady::without_loss, udp::every_size},
 };
 
 use super::{
-    Fixture, config, key, peer, route_lines, start, value, wait_for_log, wait_for_route, wait_until,
+    Fixture, config, key, peer, route_lines, start, value, wait_for_log, wait_for_problem, wait_for_route,
+    wait_for_state, wait_until,
 };
 use crate::{matrix::needs, suite::Suite};
 
@@ -20,10 +21,6 @@ pub(super) fn register(suite: &mut Suite) {
     suite.add("etcd::hosts_find_each_other_and_survive_an_etcd_outage", tc, hosts_survive_outage);
     suite.add("etcd::after_an_outage_only_changed_routes_are_updated", tc, difference_after_outage);
     suite.add("etcd::wiped_data_removes_no_route_and_is_rewritten", tc, wiped_data);
-}
-
-fn wait_for_state(agent: &Agent, state: &str) -> Result<()> {
-    wait_until(&format!("status is {state}"), || Ok(agent.status()?.state == state))
 }
 
 fn hosts_survive_outage(sandbox: &Arc<Sandbox>) -> Result<()> {
@@ -132,7 +129,8 @@ fn wiped_data(sandbox: &Arc<Sandbox>) -> Result<()> {
         for agent in [&*a, &*b] {
             wait_for_log(agent.site(), "etcd has lost its data")?;
             wait_for_log(agent.site(), "was lost and acquired again")?;
-            wait_for_state(agent, "running")?;
+            // Hosts that start now would wait.
+            wait_for_problem(agent, "degraded", "the network config at /coreos.com/network/config")?;
         }
         Ok(())
     })?;
@@ -145,6 +143,9 @@ fn wiped_data(sandbox: &Arc<Sandbox>) -> Result<()> {
 
     // With a config, hosts can start again.
     server.write_config(&config(NETWORK))?;
+    for agent in [&*a, &*b] {
+        wait_for_state(agent, "running")?;
+    }
     let Fixture { a, b, server, topology } = fixture;
     a.stop()?;
     let a = start(sandbox, &topology.a, &server, Rung::Tc)?;

@@ -65,6 +65,11 @@ impl Server {
         self.user = Some((user, password));
     }
 
+    /// Makes the client a user without a name.
+    pub(crate) fn log_out(&mut self) {
+        self.user = None;
+    }
+
     /// Retries an operation with a client until it succeeds.
     pub(crate) fn ask<T: Send>(
         &self,

@@ -12,6 +12,7 @@ use overlay_tests::{
 use super::{arguments, config, key, server::Server, value, wait_for_log};
 use crate::{machine::Need, snapshot::Snapshot, suite::Suite, wait::wait_until};
 
+const VXLAN: &str = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
 const NO_CONFIG: &str = "waiting: there is no network config yet at /coreos.com/network/config";
 
 pub(super) fn register(suite: &mut Suite) {
@@ -51,6 +52,15 @@ fn agent_waits(sandbox: &Arc<Sandbox>) -> Result<()> {
     fixture.server.restart()?;
     wait_for_log(&fixture.site, NO_CONFIG)?;
     ensure!(agent.is_running()?, "it ended without a config");
+    // One that cannot be used is as good as none.
+    for (broken, reason) in [("{", "not a JSON object"), (VXLAN, "\"vxlan\"")] {
+        fixture.server.write_config(broken)?;
+        wait_for_log(&fixture.site, reason)?;
+        ensure!(agent.is_running()?, "it ended because of the config {broken}");
+        let status = agent.state()?;
+        let reported = status.problems.iter().any(|problem| problem.contains(reason));
+        ensure!(status.state == "starting" && reported, "status reports {status:?}");
+    }
     ensure!(fixture.server.records()?.is_empty(), "it took a subnet without a config");
     fixture.server.write_config(&config(NETWORK))?;
     agent.wait_until_running()?;

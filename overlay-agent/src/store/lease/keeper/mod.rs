@@ -210,8 +210,8 @@ impl Keeper {
     }
 
     fn on_claim_renewed(&mut self, lives: bool, step: Step, now: Instant) -> Action {
-        match step {
-            Step::Renewing { asked } if lives => {
+        match (step, lives) {
+            (Step::Renewing { asked }, true) => {
                 self.claim_at = asked + self.times.claim_ttl / 3;
                 if self.watching_since.is_some() { self.watch(now) } else { self.read() }
             }
