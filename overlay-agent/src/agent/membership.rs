@@ -16,6 +16,7 @@ use tracing::warn;
 use super::{
     Options, StoreOption,
     conditions::{Condition, Conditions},
+    config_watch::ConfigWatch,
     notifier::HealthNotifier,
 };
 use crate::{
@@ -75,9 +76,8 @@ pub(super) struct Membership {
     store: Option<Store>,
     lease: OwnLease,
     records: mpsc::Receiver<Event<Lease>>,
-    configs: mpsc::Receiver<Option<String>>,
-    /// The configuration that this agent started with.
-    config: NetworkConfig,
+    /// `None` without a store.
+    config: Option<ConfigWatch>,
     local: LocalNode,
     /// Our address in the store.
     recorded_ip: Ipv4Addr,
@@ -125,8 +125,8 @@ impl Network {
     ) -> Result<Membership> {
         let Self { store, config } = self;
         let network = config.network;
-        let (lease, subnet, records, configs) = match (&store, options.subnet) {
-            (None, Some(subnet)) => (OwnLease::Fixed, subnet, no_records(), mpsc::channel(1).1),
+        let (lease, subnet, records, config) = match (&store, options.subnet) {
+            (None, Some(subnet)) => (OwnLease::Fixed, subnet, no_records(), None),
             (None, None) => bail!("without --store, name this host's part of the network with --subnet"),
             (Some(store), wanted) => {
                 let request = SubnetRequest {
@@ -140,14 +140,14 @@ impl Network {
                 }
                 let held = retry(notifier, || store.acquire(&request, public_ip)).await?;
                 let subnet = held.subnet;
-                (OwnLease::Held(Box::new(held)), subnet, store.follow(), store.follow_config())
+                let config = ConfigWatch::start(store, config);
+                (OwnLease::Held(Box::new(held)), subnet, store.follow(), Some(config))
             }
         };
         Ok(Membership {
             store,
             lease,
             records,
-            configs,
             config,
             local: LocalNode { network, subnet, public_ip },
             recorded_ip: public_ip,
@@ -191,10 +191,16 @@ impl Membership {
                 OwnLease::Fixed | OwnLease::Held(_) => None,
             }
         };
+        let config = async {
+            match &mut self.config {
+                Some(config) => config.next().await,
+                None => None,
+            }
+        };
         tokio::select! {
             Some(event) = self.records.recv() => News::Records(event),
             Some(event) = lease => News::Lease(event),
-            Some(config) = self.configs.recv() => News::Config(config),
+            Some(config) = config => News::Config(config),
             else => std::future::pending().await,
         }
     }
@@ -233,34 +239,10 @@ impl Membership {
         None
     }
 
-    /// Compares the stored configuration with the one that this agent started with. Agents read it when they start: after a
-    /// change, those that restart and those that do not cannot reach each other.
+    /// Reports a stored configuration that contradicts the one of this agent.
     pub(super) fn on_config(&mut self, stored: Option<&str>) {
-        let Some(store) = &self.store else { return };
-        let why = match stored.map(NetworkConfig::parse) {
-            None => Some("was removed: agents that start wait until it is written again".to_owned()),
-            Some(Err(error)) => {
-                Some(format!("cannot be used any more, and agents that start wait for another: {error}"))
-            }
-            Some(Ok(config)) => self.contradiction(&config).map(|what| {
-                format!(
-                    "changed: {what}; hosts that restart cannot reach this one: restart this agent too, or change it back"
-                )
-            }),
-        };
-        let why = why.map(|why| format!("the network config at {} {why}", store.config_location()));
-        self.conditions.update(Condition::Config, why);
-    }
-
-    /// The values by which hosts with another configuration are cut off from this one.
-    fn contradiction(&self, stored: &NetworkConfig) -> Option<String> {
-        let NetworkConfig { network, port, .. } = &self.config;
-        let network = (stored.network != *network)
-            .then(|| format!("Network is {} and this agent uses {network}", stored.network));
-        let port = (stored.port != *port)
-            .then(|| format!("Backend.Port is {} and this agent uses {port}", stored.port));
-        let all: Vec<_> = network.into_iter().chain(port).collect();
-        (!all.is_empty()).then(|| all.join(", "))
+        let problem = self.config.as_ref().and_then(|config| config.problem(stored));
+        self.conditions.update(Condition::Config, problem);
     }
 
     fn confirmed(&mut self) {
@@ -379,8 +361,7 @@ mod tests {
             store: None,
             lease: OwnLease::Fixed,
             records: no_records(),
-            configs: mpsc::channel(1).1,
-            config: NetworkConfig::parse(r#"{"Network":"10.244.0.0/16"}"#).unwrap(),
+            config: None,
             local: LocalNode { network: "10.244.0.0/16".parse().unwrap(), subnet, public_ip: OLD },
             recorded_ip: OLD,
             state: LeaseState::Held,
@@ -431,33 +412,6 @@ mod tests {
         // Without a store, an operator updates the peers.
         membership.set_public_ip(NEW);
         assert_eq!((membership.local().public_ip, membership.health(Instant::now())), (NEW, Ok(())));
-    }
-
-    #[test]
-    fn a_config_that_cuts_hosts_off_is_a_problem_until_it_is_changed_back() {
-        let mut membership = membership();
-        membership.store = Some(Store::dir("/does/not/exist".into()));
-        let ours = r#"{"Network":"10.244.0.0/16","Backend":{"Port":8285}}"#;
-        for (stored, words) in [
-            (
-                Some(r#"{"Network":"10.244.0.0/16","Backend":{"Type":"udp","Port":4789}}"#),
-                "Backend.Port is 4789",
-            ),
-            (Some(r#"{"Network":"10.245.0.0/16"}"#), "Network is 10.245.0.0/16"),
-            (Some(r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#), "vxlan"),
-            (Some("junk"), "cannot be used any more"),
-            (None, "was removed"),
-        ] {
-            membership.on_config(stored);
-            let why = membership.conditions.get(Condition::Config).unwrap();
-            assert!(why.contains(words) && why.contains("/does/not/exist/config"), "{why}");
-            assert_eq!(membership.health(Instant::now()), Ok(()), "packets are still forwarded");
-            membership.on_config(Some(ours));
-            assert_eq!(membership.conditions.get(Condition::Config), None);
-        }
-        // Hosts with another subnet length reach each other.
-        membership.on_config(Some(r#"{"Network":"10.244.0.0/16","SubnetLen":26}"#));
-        assert_eq!(membership.conditions.get(Condition::Config), None);
     }
 
     #[tokio::test]

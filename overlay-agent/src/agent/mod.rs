@@ -6,6 +6,7 @@
 
 mod checks;
 mod conditions;
+mod config_watch;
 mod forwarding;
 mod host;
 mod membership;
