@@ -1,15 +1,19 @@
 //! The network config: flannel's JSON record `config`, with its defaults and limits.
 
-use std::{fmt::Display, net::Ipv4Addr};
+use std::{
+    fmt::Display,
+    net::{Ipv4Addr, Ipv6Addr},
+};
 
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use thiserror::Error;
 
 use crate::{
-    printable::{LONGEST_REASON, printable},
+    printable::{LONGEST_NAME, LONGEST_REASON, printable},
     record::Record,
-    route::Subnet,
+    route::{Subnet, overlaps, parse_prefix},
 };
 
 /// Default UDP port of the network (flannel's `Backend.Port` of type udp).
@@ -30,8 +34,26 @@ const KEYS: [&str; 12] = [
     "IPv6SubnetMin",
     "IPv6SubnetMax",
 ];
+/// Those that this agent ignores, with what flannel expects: it refuses the whole config for a value of another type.
+const IGNORED_KEYS: [(&str, fn(&str) -> bool, &str); 6] = [
+    ("EnableIPv6", is::<bool>, "true or false"),
+    ("EnableNFTables", is::<bool>, "true or false"),
+    ("IPv6Network", is::<Ipv6Net>, "an IPv6 network such as \"fd00::/48\""),
+    ("IPv6SubnetLen", is::<u64>, "a prefix length"),
+    ("IPv6SubnetMin", is::<Ipv6Addr>, "an IPv6 address"),
+    ("IPv6SubnetMax", is::<Ipv6Addr>, "an IPv6 address"),
+];
 const NO_IPV4: &str = "the network config's EnableIPv4 is false: overlay-agent carries only IPv4, remove the key or set it to true";
+const NO_IPV6: &str = "EnableIPv6 is true: overlay-agent carries only IPv4, and ignores the keys for IPv6";
+const NO_TYPE: &str = "the network config's Backend has no Type, which flannel refuses: write {\"Type\":\"udp\"} or remove Backend";
 const BACKEND_KEYS: [&str; 2] = ["Type", "Port"];
+
+/// Address blocks that no host routes (RFC 6890).
+const RESERVED: [(Ipv4Net, &str); 3] = [
+    (Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 8), "\"this network\""),
+    (Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8), "loopback"),
+    (Ipv4Net::new_assert(Ipv4Addr::new(224, 0, 0, 0), 3), "multicast and reserved"),
+];
 
 /// The config that all hosts of one network share.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,6 +68,11 @@ pub struct NetworkConfig {
     pub subnet_max: Ipv4Addr,
     /// UDP port of all hosts.
     pub port: u16,
+}
+
+/// Whether a JSON text is a value of this type.
+fn is<T: DeserializeOwned>(json: &str) -> bool {
+    serde_json::from_str::<T>(json).is_ok()
 }
 
 /// Why a config cannot be used.
@@ -76,6 +103,11 @@ impl NetworkConfig {
             Some("false") => return Err(ConfigError(NO_IPV4.to_owned())),
             Some(text) => return Err(invalid("EnableIPv4", text, "true")),
         }
+        for (key, is_valid, expected) in IGNORED_KEYS {
+            if let Some(text) = record.text(key).filter(|text| !is_valid(text)) {
+                return Err(invalid(key, text, expected));
+            }
+        }
         let network = network(&record)?;
         let subnet_len = subnet_len(&record, network)?;
         let size = 1u32 << (32 - u32::from(subnet_len));
@@ -96,6 +128,16 @@ impl NetworkConfig {
             return Err(invalid("SubnetMin", &subnet_min.to_string(), expected));
         }
         Ok(Self { network, subnet_len, subnet_min, subnet_max, port: port(&record)? })
+    }
+
+    /// What an operator should know about a config that agents can use: unknown keys, and IPv6.
+    pub fn warnings(json: &str) -> Vec<String> {
+        let unknown = Self::unknown_keys(json).into_iter().map(|key| {
+            let key = printable(&key, LONGEST_NAME);
+            format!("the key \"{key}\" is ignored: it is unknown to flannel and to overlay-agent")
+        });
+        let wants_ipv6 = serde_json::from_str(json).ok().and_then(|record: Record| record.get("EnableIPv6"));
+        unknown.chain((wants_ipv6 == Some(true)).then(|| NO_IPV6.to_owned())).collect()
     }
 
     /// Keys that are not part of flannel's record, most often misspelled, as written. Keys of the backend are named
@@ -155,16 +197,19 @@ fn network(record: &Record) -> Result<Ipv4Net, ConfigError> {
             "the network config has no Network, for example {\"Network\":\"10.244.0.0/16\"}".to_owned(),
         )
     })?;
-    let network: Ipv4Net = record
-        .get("Network")
-        .ok_or_else(|| invalid("Network", text, "an IPv4 network such as \"10.244.0.0/16\""))?;
-    match network.prefix_len() {
-        1..=28 => Ok(network.trunc()),
-        _ => Err(invalid(
-            "Network",
-            text,
-            "a prefix length from 1 to 28: there must be room for several hosts",
-        )),
+    let network = record.get("Network").and_then(|text: String| parse_prefix(&text)).ok_or_else(|| {
+        invalid("Network", text, "an IPv4 network without leading zeros, such as \"10.244.0.0/16\"")
+    })?;
+    let network = network.trunc();
+    if !(1..=28).contains(&network.prefix_len()) {
+        let expected = "a prefix length from 1 to 28: there must be room for several hosts";
+        return Err(invalid("Network", text, expected));
+    }
+    match RESERVED.iter().find(|(block, _)| overlaps(network, *block)) {
+        None => Ok(network),
+        Some((block, what)) => {
+            Err(ConfigError(format!("the network {network} overlaps {block}, {what}: choose another")))
+        }
     }
 }
 
@@ -184,11 +229,11 @@ fn port(record: &Record) -> Result<u16, ConfigError> {
     let backend: Record = record
         .get("Backend")
         .ok_or_else(|| invalid("Backend", text, "an object such as {\"Type\":\"udp\"}"))?;
-    let kind = backend.get::<String>("Type").unwrap_or_default().to_ascii_lowercase();
-    if !kind.is_empty() && kind != "udp" {
-        return Err(ConfigError(format!(
-            "the network config's Backend.Type is {kind:?}: overlay-agent supports only \"udp\""
-        )));
+    let kind = backend.text("Type").ok_or_else(|| ConfigError(NO_TYPE.to_owned()))?;
+    match backend.get::<String>("Type") {
+        Some(kind) if kind.is_empty() => return Err(ConfigError(NO_TYPE.to_owned())),
+        Some(kind) if kind.eq_ignore_ascii_case("udp") => {}
+        _ => return Err(invalid("Backend.Type", kind, "\"udp\": overlay-agent supports no other")),
     }
     let Some(text) = backend.text("Port") else { return Ok(DEFAULT_PORT) };
     let port = backend.get("Port").filter(|port| *port != 0);
@@ -222,7 +267,7 @@ mod tests {
             // The last of keys that differ only in case wins.
             (
                 r#"{"network":"10.2.0.0/16","Network":"10.1.0.0/16","network":null,
-                    "Backend":{"PORT":1,"port":2},"backend":{"port":3,"PORT":4}}"#,
+                    "Backend":{"Type":"udp","PORT":1},"backend":{"port":3,"type":"udp","PORT":4}}"#,
                 "10.1.0.0/16 24 10.1.1.0 10.1.255.0 4",
             ),
         ] {
@@ -241,9 +286,54 @@ mod tests {
             NetworkConfig::named_keys(json),
             ["Network", "SubnetLen", "Backend", "EnableIPv6", "Backend.Type"]
         );
-        assert!(NetworkConfig::unknown_keys("{").is_empty());
+        assert!(NetworkConfig::unknown_keys("{").is_empty() && NetworkConfig::warnings("{").is_empty());
         let unset = r#"{"Network":"10.1.0.0/16","SubnetMin":"0.0.0.0","SubnetMax":"0.0.0.0","SubnetLen":0}"#;
         assert_eq!(NetworkConfig::named_keys(unset), ["Network"]);
+    }
+
+    #[test]
+    fn warnings_are_about_ignored_keys_and_escape_them_once() {
+        let json = r#"{"Network":"10.1.0.0/16","enableipv6":true,"IPv6Network":"fd00::/48","\u001bx":1}"#;
+        parse(json);
+        let [key, ipv6] = NetworkConfig::warnings(json).try_into().unwrap();
+        assert!(key.contains(r#"the key "\u{1b}x" is ignored"#), "{key}");
+        assert!(ipv6.contains("EnableIPv6") && ipv6.contains("only IPv4"), "{ipv6}");
+        assert!(NetworkConfig::warnings(r#"{"Network":"10.1.0.0/16","EnableIPv6":false}"#).is_empty());
+    }
+
+    #[test]
+    fn a_config_that_flanneld_cannot_decode_is_refused() {
+        for value in [
+            r#""EnableIPv6":"yes""#,
+            r#""EnableNFTables":1"#,
+            r#""IPv6Network":"junk""#,
+            r#""ipv6network":7"#,
+            r#""IPv6SubnetLen":"64""#,
+            r#""IPv6SubnetLen":-1"#,
+            r#""IPv6SubnetMin":true"#,
+            r#""IPv6SubnetMax":"10.1.0.0""#,
+        ] {
+            let error = NetworkConfig::parse(&format!(r#"{{"Network":"10.1.0.0/16",{value}}}"#)).unwrap_err();
+            let key = value.split('"').nth(1).unwrap().to_ascii_lowercase();
+            assert!(
+                error.to_string().to_ascii_lowercase().contains(&format!("{key} is ")),
+                "{value}: {error}"
+            );
+        }
+        parse(
+            r#"{"Network":"10.1.0.0/16","EnableIPv6":true,"EnableNFTables":false,"IPv6Network":"fd00::/48",
+                "IPv6SubnetLen":64,"IPv6SubnetMin":"fd00::","IPv6SubnetMax":null}"#,
+        );
+    }
+
+    #[test]
+    fn reserved_networks_are_refused() {
+        for network in
+            ["0.0.0.0/1", "127.5.0.0/16", "96.0.0.0/3", "224.0.0.0/16", "240.0.0.0/8", "128.0.0.0/1"]
+        {
+            let error = NetworkConfig::of_network(network.parse().unwrap()).unwrap_err().to_string();
+            assert!(error.contains("overlaps") && error.contains(network), "{error}");
+        }
     }
 
     #[test]
@@ -251,8 +341,8 @@ mod tests {
         let config = parse(r#"{"Network":"10.9.0.0/16","SubnetMin":"10.9.10.0","SubnetMax":"10.9.12.0"}"#);
         let subnets: Vec<_> = config.subnets().map(|subnet| subnet.to_string()).collect();
         assert_eq!(subnets, ["10.9.10.0/24", "10.9.11.0/24", "10.9.12.0/24"]);
-        let all = parse(r#"{"Network":"128.0.0.0/1"}"#);
-        assert_eq!(all.subnets().count(), (1 << 23) - 1);
+        let all = parse(r#"{"Network":"128.0.0.0/2"}"#);
+        assert_eq!(all.subnets().count(), (1 << 22) - 1);
     }
 
     #[test]
@@ -269,7 +359,13 @@ mod tests {
             (r#"{"Network":"10.0.0.0/16","SubnetMax":"10.1.0.0"}"#, "SubnetMax"),
             (r#"{"Network":"10.0.0.0/16","SubnetMin":"10.0.5.0","SubnetMax":"10.0.4.0"}"#, "SubnetMin"),
             (r#"{"Network":"10.0.0.0/16","Backend":{"Type":"vxlan"}}"#, "vxlan"),
-            (r#"{"Network":"10.0.0.0/16","Backend":{"Port":70000}}"#, "Backend.Port"),
+            (r#"{"Network":"10.0.0.0/16","Backend":{"Type":"udp","Port":70000}}"#, "Backend.Port"),
+            (r#"{"Network":"10.0.0.0/16","Backend":{}}"#, "Backend has no Type"),
+            (r#"{"Network":"10.0.0.0/16","Backend":{"Type":"","Port":8285}}"#, "Backend has no Type"),
+            (r#"{"Network":"10.0.0.0/16","Backend":{"Type":true}}"#, "Backend.Type is true"),
+            (r#"{"Network":"010.0.0.0/16"}"#, "without leading zeros"),
+            (r#"{"Network":"10.0.0.0/016"}"#, "without leading zeros"),
+            (r#"{"Network":"10.0.0.0/16","SubnetMin":"10.0.01.0"}"#, "SubnetMin"),
             (r#"{"Network":"10.1.0.0/16","enableipv4":false}"#, "carries only IPv4"),
             (r#"{"Network":"10.1.0.0/16","enableipv4":"no"}"#, "EnableIPv4"),
             ("{\"Network\":\"10.1.0.0/16\",\"Backend\":[\n1]}", "Backend is [\\n1]: expected an object"),

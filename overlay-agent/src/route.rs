@@ -63,6 +63,13 @@ pub fn overlaps(a: Ipv4Net, b: Ipv4Net) -> bool {
     a.contains(&b) || b.contains(&a)
 }
 
+/// Parses `10.244.1.0/24`. Leading zeros are refused, as Go does: some programs read such numbers as octal.
+pub(crate) fn parse_prefix(text: &str) -> Option<Ipv4Net> {
+    let (address, length) = text.split_once('/')?;
+    let is_canonical = length == "0" || !length.starts_with(['0', '+']);
+    Ipv4Net::new(address.parse().ok()?, length.parse().ok().filter(|_| is_canonical)?).ok()
+}
+
 /// A prefix in the form that maps and the packet core use.
 pub fn abi_prefix(net: Ipv4Net) -> Prefix {
     Prefix::new(net.network().octets(), net.prefix_len())
@@ -87,7 +94,7 @@ impl FromStr for Subnet {
     type Err = SubnetError;
 
     fn from_str(text: &str) -> Result<Self, SubnetError> {
-        text.parse::<Ipv4Net>().map_err(|_| SubnetError::NotPrefix)?.try_into()
+        parse_prefix(text).ok_or(SubnetError::NotPrefix)?.try_into()
     }
 }
 
@@ -181,6 +188,21 @@ mod tests {
         assert_eq!("10.244.1.5/24".parse::<Subnet>(), Err(SubnetError::HostBits(subnet("10.244.1.0/24"))));
         assert_eq!("10.244.1.0".parse::<Subnet>(), Err(SubnetError::NotPrefix));
         assert_eq!(Subnet::containing("10.244.1.5/24".parse().unwrap()), subnet("10.244.1.0/24"));
+    }
+
+    #[test]
+    fn a_prefix_has_one_spelling() {
+        assert_eq!(parse_prefix("0.0.0.0/0").map(|net| net.to_string()).as_deref(), Some("0.0.0.0/0"));
+        for bad in [
+            "010.244.1.0/24",
+            "10.244.1.00/24",
+            "10.244.1.0/024",
+            "10.244.1.0/+24",
+            "10.244.1/24",
+            "10.1.1.0/33",
+        ] {
+            assert_eq!(bad.parse::<Subnet>(), Err(SubnetError::NotPrefix), "{bad}");
+        }
     }
 
     #[test]

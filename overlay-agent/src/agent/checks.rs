@@ -1,30 +1,18 @@
 //! Checks of options, network config and underlay against each other, before anything is changed.
 
-use std::net::Ipv4Addr;
-
 use anyhow::{Result, bail};
 use ipnet::Ipv4Net;
 use overlay_ebpf::wire::OVERHEAD;
 
 use super::Options;
-use crate::{config::NetworkConfig, lease, netlink::Link, route::overlaps, underlay::Underlay};
+use crate::{config::NetworkConfig, lease, netlink::Link, underlay::Underlay};
 
 /// The packet size that every IPv4 host must accept (RFC 791, section 3.1), in bytes.
 const SMALLEST_MTU: u32 = 576;
 
-/// Address blocks that no host routes (RFC 6890).
-const RESERVED: [(Ipv4Net, &str); 3] = [
-    (Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 8), "\"this network\""),
-    (Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8), "loopback"),
-    (Ipv4Net::new_assert(Ipv4Addr::new(224, 0, 0, 0), 3), "multicast and reserved"),
-];
-
 /// Refuses networks, subnets and peers that cannot work together.
 pub(super) fn check_addresses(options: &Options, config: &NetworkConfig, underlay: &Underlay) -> Result<()> {
     let public_ip = underlay.public_ip;
-    if let Some((block, what)) = RESERVED.iter().find(|(block, _)| overlaps(config.network, *block)) {
-        bail!("the network {} overlaps {block}, {what}: choose another", config.network);
-    }
     check_underlay(config.network, underlay)?;
     if let Some(subnet) = options.subnet.filter(|subnet| !subnet.is_part_of(config.network)) {
         bail!("the subnet {subnet} is not a part of the network {}: choose another --subnet", config.network);

@@ -1,6 +1,7 @@
 //! The command line.
 
 mod config;
+mod config_set;
 mod down;
 mod etcd_args;
 mod flannel_args;
@@ -161,7 +162,7 @@ fn dispatch(command: Command) -> Result<()> {
             Command::Leases(args) => leases::leases(args).await,
             Command::Lease(LeaseCommand::Release(args)) => leases::release(args).await,
             Command::Config(ConfigCommand::Show(args)) => config::show(args).await,
-            Command::Config(ConfigCommand::Set(args)) => config::set(args).await,
+            Command::Config(ConfigCommand::Set(args)) => config_set::set(args).await,
             Command::Config(ConfigCommand::Check(args)) => config::check(args).await,
             Command::Down(args) => down::down(&args).await,
         }

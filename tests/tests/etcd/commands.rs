@@ -217,6 +217,10 @@ async fn a_config_is_checked_before_it_gets_into_the_store() {
         (r#"{"NETWORK":"10.5.0.0/16","subnetlen":17}"#, "SubnetLen"),
         (r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}"#, "vxlan"),
         (r#"{"Network":"10.5.0.0/16","EnableIPv4":false}"#, "carries only IPv4"),
+        (r#"{"Network":"127.5.0.0/16"}"#, "loopback"),
+        (r#"{"Network":"010.5.0.0/16"}"#, "leading zeros"),
+        (r#"{"Network":"10.5.0.0/16","Backend":{}}"#, "Backend has no Type"),
+        (r#"{"Network":"10.5.0.0/16","IPv6Network":"junk"}"#, "IPv6Network"),
         ("/does/not/exist", "/does/not/exist"),
     ] {
         let error = run(&["config", "check", input], &[], "").refused();
@@ -233,6 +237,10 @@ async fn a_config_is_checked_before_it_gets_into_the_store() {
         (&answer.json()["usable"], &answer.json()["unknown_keys"][0]),
         (&true.into(), &"SubnetLenght".into())
     );
+    let dual_stack = r#"{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd00::/48"}"#;
+    let answer = run(&["config", "check", dual_stack, "-o", "json"], &[], "");
+    assert!(answer.stderr.contains("warning: EnableIPv6"), "{}", answer.all());
+    assert!(answer.json()["warnings"][0].as_str().unwrap().contains("only IPv4"), "{}", answer.all());
     let answer = run(&["config", "check", "{}", "-o", "json"], &[], "");
     assert_eq!((answer.code, &answer.json()["usable"]), (Some(1), &false.into()));
     assert!(answer.json()["problem"].as_str().unwrap().contains("Network"));
@@ -249,11 +257,22 @@ async fn a_config_that_would_cost_hosts_their_subnets_is_written_only_by_force()
         let kv = network.raw.get(key.clone(), None).await.unwrap().take_kvs().pop().unwrap();
         kv.value_str().unwrap().to_owned()
     };
-    // No host loses anything by another port.
-    let port = r#"{"Network":"10.5.0.0/16","Backend":{"Port":4789}}"#;
-    let text = on(&network, &["config", "set", port]).done();
+    // No host loses its subnet by another port, but a host that restarts loses the others.
+    let port = r#"{"Network":"10.5.0.0/16","Backend":{"Type":"udp","Port":4789}}"#;
+    let error = on(&network, &["config", "set", port]).refused();
+    for words in
+        ["8285 -> 4789", "2, the first is 10.5.1.0/24 of 192.168.77.1", "--force", "restart all agents"]
+    {
+        assert!(error.contains(words), "{error}");
+    }
+    assert_eq!(stored(&mut network).await, NETWORK, "nothing refused was written");
+    let text = on(&network, &["config", "set", port, "--force"]).done();
     assert!(text.contains("8285 -> 4789") && !text.contains("SubnetLen"), "{text}");
+    assert!(text.contains("Restart the agents"), "{text}");
     assert_eq!(stored(&mut network).await, port);
+    let narrower =
+        r#"{"Network":"10.5.0.0/16","SubnetMax":"10.5.210.0","Backend":{"Type":"udp","Port":4789}}"#;
+    on(&network, &["config", "set", narrower]).done();
     for (smaller, count) in
         [(r#"{"network":"10.5.0.0/17"}"#, "2"), (r#"{"Network":"10.5.0.0/16","SubnetLen":26}"#, "2")]
     {
@@ -265,11 +284,32 @@ async fn a_config_that_would_cost_hosts_their_subnets_is_written_only_by_force()
         );
     }
     assert!(on(&network, &["config", "set", "{"]).refused().contains("JSON"));
-    assert_eq!(stored(&mut network).await, port, "nothing refused was written");
+    assert_eq!(stored(&mut network).await, narrower, "nothing refused was written");
     let smaller = r#"{"network":"10.5.0.0/17"}"#;
     let written = on(&network, &["config", "set", "--force", "-o", "json", smaller]).json();
-    assert_eq!((&written["misfits"], &written["before"]), (&2.into(), &port.into()));
-    assert_eq!(stored(&mut network).await, smaller);
+    assert_eq!((&written["misfits"], &written["before"]), (&2.into(), &narrower.into()));
+    assert_eq!((&written["restarts"], stored(&mut network).await.as_str()), (&2.into(), smaller));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reservation_is_no_host_that_a_new_config_cuts_off() {
+    let mut network = Network::start().await;
+    network.put("10.5.2.0-24", value(2), 0).await;
+    let port = r#"{"Network":"10.5.0.0/16","Backend":{"Type":"udp","Port":4789}}"#;
+    on(&network, &["config", "set", port]).done();
+    // A config that agents cannot use may have hosts of another backend.
+    let key = format!("{}/config", crate::hosts::PREFIX);
+    let vxlan = r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}"#;
+    network.raw.put(key.clone(), vxlan, None).await.unwrap();
+    on(&network, &["config", "set", NETWORK]).done();
+    network.raw.put(key, vxlan, None).await.unwrap();
+    let lease = network.raw.lease_grant(1000, None::<LeaseGrantOptions>).await.unwrap().id();
+    network.put("10.5.3.0-24", VXLAN, lease).await;
+    let error = on(&network, &["config", "set", NETWORK]).refused();
+    assert!(
+        error.contains("10.5.3.0/24 of 192.168.77.3") && error.contains("cannot use the stored"),
+        "{error}"
+    );
 }
 
 #[test]
