@@ -75,7 +75,10 @@ impl HostSetup {
     pub(super) fn write_subnet_file(&mut self, local: LocalNode, mtu: u32) {
         let Some(file) = &self.options.subnet_file else { return };
         let written = subnet_env::write(file, local, mtu, self.options.host.masquerade);
-        self.conditions.update(Condition::SubnetFile, written.err().map(|error| format!("{error:#}")));
+        let why = written
+            .err()
+            .map(|error| format!("container runtimes cannot read this host's subnet, retrying: {error:#}"));
+        self.conditions.update(Condition::SubnetFile, why);
     }
 
     /// Whether container runtimes can read the subnet.

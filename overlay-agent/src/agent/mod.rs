@@ -149,16 +149,15 @@ impl Agent {
         }
     }
 
-    /// Reports readiness, and writes the subnet for container runtimes, once everything is there.
+    /// Writes the subnet for container runtimes and reports readiness, once everything is there. A file that cannot be written
+    /// does not withhold readiness: units that systemd starts after the agent would wait for it.
     fn run_if_ready(&mut self) {
         if self.running || self.forwarding.ready().is_err() {
             return;
         }
         self.write_subnet_file();
-        if self.host.ready().is_ok() {
-            self.running = true;
-            info!("running: {} routes, see `overlay-agent status`", self.forwarding.table.routes().len());
-        }
+        self.running = true;
+        info!("running: {} routes, see `overlay-agent status`", self.forwarding.table.routes().len());
     }
 
     async fn on_news(&mut self, news: News) {

@@ -14,6 +14,8 @@ use std::{
 enum Kind {
     /// A value. As for flanneld, an empty one selects the default.
     Value,
+    /// A value; an empty one switches the feature off.
+    Emptiable,
     /// A value for the connection to etcd.
     Etcd,
     /// A value for leases in etcd.
@@ -34,15 +36,16 @@ const NO_MAC: &str = "the overlay device has no hardware address; remove it";
 const GO_FILES: &str = "it filters by Go source files; set RUST_LOG instead";
 
 #[rustfmt::skip]
-const FLAGS: [(Kind, &[&str]); 10] = [
+const FLAGS: [(Kind, &[&str]); 11] = [
     (Kind::Etcd, &[
         "etcd-endpoints", "etcd-prefix", "etcd-keyfile", "etcd-certfile", "etcd-cafile", "etcd-username", "etcd-password",
     ]),
     (Kind::Lease, &["subnet-lease-renew-margin"]),
     (Kind::Value, &[
-        "iface", "iface-regex", "iface-can-reach", "public-ip", "subnet-file", "iptables-resync", "healthz-ip",
+        "iface", "iface-regex", "iface-can-reach", "public-ip", "iptables-resync", "healthz-ip",
         "healthz-port", "v",
     ]),
+    (Kind::Emptiable, &["subnet-file"]),
     (Kind::Switch, &["ip-masq", "ip-masq-fully-random-disable", "iptables-forward-rules", "ip-blackhole-route"]),
     (Kind::Version, &["version"]),
     (Kind::UnsupportedSwitch(KUBERNETES), &["kube-subnet-mgr", "set-node-network-unavailable", "use-multi-cluster-cidr"]),
@@ -156,8 +159,9 @@ impl Line {
     /// Adds flags that only `FLANNELD_*` variables set.
     fn environment(&mut self, environment: &impl Fn(&str) -> Option<OsString>) -> Result<(), String> {
         let other_store = self.has_other_store(environment);
-        let set = |name: &str| environment(name).filter(|value| !value.is_empty());
         for (name, kind) in flags() {
+            let set =
+                |name: &str| environment(name).filter(|value| kind == Kind::Emptiable || !value.is_empty());
             let upper = name.to_uppercase().replace('-', "_");
             let variable = format!("FLANNELD_{upper}");
             // OVERLAY_AGENT_* variables take precedence.
@@ -178,7 +182,7 @@ impl Line {
         let unsupported = |reason| Err(format!("{spelled} is not supported: {reason}"));
         match kind {
             Kind::Value | Kind::Etcd | Kind::Lease | Kind::UnsupportedValue(_) if value.is_empty() => {}
-            Kind::Value | Kind::Etcd | Kind::Lease => {
+            Kind::Value | Kind::Emptiable | Kind::Etcd | Kind::Lease => {
                 let mut word = OsString::from(format!("--{name}="));
                 word.push(value);
                 self.words.push(word);
@@ -294,6 +298,14 @@ mod tests {
                 ("flanneld -etcd-prefix= -etcd-endpoints= -ip-masq=0", "flanneld run --ip-masq=false"),
             ],
         );
+    }
+
+    #[test]
+    fn an_empty_subnet_file_is_a_setting() {
+        let empty = "flanneld run --subnet-file=";
+        check(&[("FLANNELD_SUBNET_FILE", "")], &[("flanneld", empty), ("flanneld -subnet-file=", empty)]);
+        let ours = [("FLANNELD_SUBNET_FILE", "/theirs"), ("OVERLAY_AGENT_SUBNET_FILE", "")];
+        check(&ours, &[("flanneld", "flanneld run")]);
     }
 
     #[test]

@@ -1,9 +1,12 @@
 //! `overlay-agent run`.
 
-use std::{io::IsTerminal as _, net::Ipv4Addr, path::PathBuf, time::Duration};
+use std::{ffi::OsString, io::IsTerminal as _, net::Ipv4Addr, path::PathBuf, time::Duration};
 
 use anyhow::{Result, bail};
-use clap::Args;
+use clap::{
+    Args,
+    builder::{OsStringValueParser, TypedValueParser as _},
+};
 use tracing_subscriber::EnvFilter;
 
 use super::{AgentArgs, host_args::HostArgs, store_args::StoreArgs, underlay_args::UnderlayArgs};
@@ -39,10 +42,15 @@ pub(super) struct RunArgs {
     /// Log failures inside the eBPF programs (rate-limited)
     #[arg(long, env = "OVERLAY_AGENT_DATAPATH_LOG", value_parser = clap::builder::FalseyValueParser::new())]
     datapath_log: bool,
-    /// Write FLANNEL_NETWORK, FLANNEL_SUBNET, FLANNEL_MTU and FLANNEL_IPMASQ to this file, for container runtimes
-    /// [default: /run/flannel/subnet.env with leases in etcd, else none]
-    #[arg(long, env = "OVERLAY_AGENT_SUBNET_FILE", value_name = "PATH")]
-    subnet_file: Option<PathBuf>,
+    /// Write FLANNEL_NETWORK, FLANNEL_SUBNET, FLANNEL_MTU and FLANNEL_IPMASQ to this file, for container runtimes; `none` or
+    /// an empty value writes no file [default: /run/flannel/subnet.env with leases in etcd, else none]
+    #[arg(
+        long,
+        env = "OVERLAY_AGENT_SUBNET_FILE",
+        value_name = "PATH|none",
+        value_parser = OsStringValueParser::new().map(SubnetFile::from)
+    )]
+    subnet_file: Option<SubnetFile>,
     // Before the groups with a heading: a heading applies to all arguments that follow.
     #[command(flatten)]
     agent: AgentArgs,
@@ -55,6 +63,22 @@ pub(super) struct RunArgs {
     underlay: UnderlayArgs,
     #[command(flatten)]
     host: HostArgs,
+}
+
+/// Value of `--subnet-file`.
+#[derive(Clone, Debug)]
+enum SubnetFile {
+    Off,
+    Path(PathBuf),
+}
+
+impl From<OsString> for SubnetFile {
+    fn from(value: OsString) -> Self {
+        match value.is_empty() || value == "none" {
+            true => Self::Off,
+            false => Self::Path(value.into()),
+        }
+    }
 }
 
 pub(super) async fn run(args: RunArgs) -> Result<()> {
@@ -96,9 +120,11 @@ impl RunArgs {
             };
             etcd.renew_margin = Duration::from_secs(u64::from(minutes) * 60);
         }
-        let subnet_file = self
-            .subnet_file
-            .or_else(|| matches!(store, StoreOption::Etcd(_)).then(|| PathBuf::from(SUBNET_FILE)));
+        let subnet_file = match self.subnet_file {
+            Some(SubnetFile::Path(path)) => Some(path),
+            Some(SubnetFile::Off) => None,
+            None => matches!(store, StoreOption::Etcd(_)).then(|| PathBuf::from(SUBNET_FILE)),
+        };
         Ok(Options {
             store,
             network: self.network.map(Subnet::prefix),
@@ -126,8 +152,6 @@ fn parse_peer(text: &str) -> Result<(Subnet, Peer), String> {
 
 #[cfg(test)]
 mod tests {
-    use std::ffi::OsString;
-
     use clap::{CommandFactory as _, Parser as _};
 
     use super::{
@@ -219,6 +243,21 @@ mod tests {
             let error = options(&format!("x run {flags}")).unwrap_err();
             assert!(error.contains(words) && !error.contains("s3cret"), "{error}");
         }
+    }
+
+    #[test]
+    fn the_subnet_file_can_be_switched_off() {
+        for line in [
+            "flanneld -subnet-file none",
+            "flanneld --subnet-file=",
+            "flanneld -subnet-file=/a -subnet-file=",
+        ] {
+            assert_eq!(options(line).unwrap().subnet_file, None, "{line}");
+        }
+        assert_eq!(
+            options("flanneld -subnet-file ./none").unwrap().subnet_file,
+            Some(PathBuf::from("./none"))
+        );
     }
 
     #[test]

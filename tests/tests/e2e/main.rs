@@ -15,6 +15,7 @@ mod matrix;
 mod node;
 mod refusals;
 mod snapshot;
+mod subnet_file;
 mod suite;
 mod traps;
 mod underlay;
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
     faults::register(&mut suite);
     refusals::register(&mut suite);
     node::register(&mut suite);
+    subnet_file::register(&mut suite);
     underlay::register(&mut suite);
     datapath::register(&mut suite);
     firewall::register(&mut suite);

@@ -3,7 +3,10 @@
 use std::{
     fs::File,
     net::Ipv4Addr,
-    os::{fd::AsRawFd, unix::process::CommandExt},
+    os::{
+        fd::AsRawFd,
+        unix::{fs::FileTypeExt, process::CommandExt},
+    },
     process::Command,
     sync::Arc,
 };
@@ -57,6 +60,7 @@ pub(crate) fn register(suite: &mut Suite) {
         let _taken = occupy(fixture.topology.a.host(), Ipv4Addr::UNSPECIFIED, 8285)?;
         fixture.refuses_arguments(&[], "8285")
     });
+    suite.add("refusals::subnet_file_that_is_a_fifo", tun, subnet_file_is_a_fifo);
     suite.add("refusals::not_root", tun, not_root);
     suite.add("refusals::no_tun_device_node", tun, no_tun_device_node);
     suite.add("refusals::store_without_configuration", tun, |sandbox| {
@@ -65,6 +69,18 @@ pub(crate) fn register(suite: &mut Suite) {
         fixture.store.write("config", "no JSON")?;
         fixture.refuses_arguments(&[], "config")
     });
+}
+
+/// A device node would be lost to the machine if the agent replaced it: a FIFO is not.
+fn subnet_file_is_a_fifo(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let fixture = Fixture::build(sandbox)?;
+    let path = sandbox.new_directory("fifo")?.join("subnet.env");
+    fixture.topology.a.host.tool(&format!("mkfifo {}", path.display()))?;
+    let mut command = fixture.command();
+    command.arg("--subnet-file").arg(&path);
+    fixture.refuses(command, "it is a FIFO")?;
+    ensure!(path.metadata()?.file_type().is_fifo(), "the agent replaced the FIFO");
+    Ok(())
 }
 
 fn not_root(sandbox: &Arc<Sandbox>) -> Result<()> {
