@@ -34,8 +34,10 @@ const KEYS: [&str; 12] = [
     "IPv6SubnetMin",
     "IPv6SubnetMax",
 ];
+/// Whether a JSON text is a valid value.
+type Check = fn(&str) -> bool;
 /// Those that this agent ignores, with what flannel expects: it refuses the whole config for a value of another type.
-const IGNORED_KEYS: [(&str, fn(&str) -> bool, &str); 6] = [
+const IGNORED_KEYS: [(&str, Check, &str); 6] = [
     ("EnableIPv6", is::<bool>, "true or false"),
     ("EnableNFTables", is::<bool>, "true or false"),
     ("IPv6Network", is::<Ipv6Net>, "an IPv6 network such as \"fd00::/48\""),

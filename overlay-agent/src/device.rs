@@ -1,5 +1,7 @@
 //! The overlay device: a persistent tun device, marked as ours by its alias.
 
+use std::{io, path::Path};
+
 use anyhow::{Context as _, Result, bail};
 use ipnet::Ipv4Net;
 use tun_rs::{DeviceBuilder, Layer, SyncDevice};
@@ -11,6 +13,7 @@ use crate::{
 
 /// Begins the alias of every device that an agent made, so that no agent changes any other device.
 const ALIAS: &str = "overlay-agent";
+const TUN_NODE: &str = "/dev/net/tun";
 
 /// The alias of an overlay device: shows that an agent made it, and what `down` must know when that agent is gone.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,10 +74,8 @@ pub(crate) async fn preflight(netlink: &Netlink, name: &str, network: Ipv4Net) -
         );
     }
     let own = netlink.link(name).await?;
-    if own.as_ref().is_some_and(|link| !is_ours(link)) {
-        bail!(
-            "a device {name} exists that overlay-agent did not make: remove it (ip link delete {name}) or choose another --device"
-        );
+    if let Some(link) = own.as_ref().filter(|link| !is_ours(link)) {
+        bail!("{}", foreign(link, !holders(name).is_empty()));
     }
     let own = own.map(|link| link.index);
     for route in netlink.routes().await? {
@@ -87,6 +88,39 @@ pub(crate) async fn preflight(netlink: &Netlink, name: &str, network: Ipv4Net) -
         }
     }
     Ok(())
+}
+
+/// What to do about a device of another program. Only a tun device that no process holds may be a leftover.
+fn foreign(link: &Link, is_held: bool) -> String {
+    let name = &link.name;
+    let is_tun = link.kind.as_deref() == Some("tun") && !link.ethernet;
+    let removal = match is_tun && !is_held {
+        true => format!(", or remove it if nothing uses it (ip link delete {name})"),
+        false => String::new(),
+    };
+    format!("a device {name} exists that overlay-agent did not make: choose another --device{removal}")
+}
+
+/// The processes in this network namespace that hold the tun device `name`, as far as this process may see them.
+pub(crate) fn holders(name: &str) -> Vec<i32> {
+    let own_netns = std::fs::read_link("/proc/self/ns/net").ok();
+    let holds = |process: &Path| {
+        let descriptors = std::fs::read_dir(process.join("fdinfo")).into_iter().flatten().flatten();
+        std::fs::read_link(process.join("ns/net")).ok() == own_netns
+            && descriptors.filter_map(|fd| std::fs::read_to_string(fd.path()).ok()).any(|info| {
+                info.lines().any(|line| line.strip_prefix("iff:").is_some_and(|device| device.trim() == name))
+            })
+    };
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let processes =
+        processes.filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path())));
+    processes.filter(|(_, process)| holds(process)).map(|(pid, _)| pid).collect()
+}
+
+/// Whether any process holds the tun device `name`, which an agent made.
+pub(crate) fn is_held(name: &str) -> bool {
+    // The library would create a missing node.
+    std::fs::exists(TUN_NODE).unwrap_or(false) && attach(name).is_err_and(|error| is_busy(&error))
 }
 
 impl OverlayDevice {
@@ -161,23 +195,31 @@ pub(crate) async fn remove(netlink: &Netlink, name: &str) -> Result<bool> {
 }
 
 fn open_tun(name: &str) -> Result<SyncDevice> {
-    if !std::fs::exists("/dev/net/tun").unwrap_or(false) {
+    if !std::fs::exists(TUN_NODE).unwrap_or(false) {
         bail!(
-            "there is no /dev/net/tun: load the kernel module tun (modprobe tun), or give the container the device"
+            "there is no {TUN_NODE}: load the kernel module tun (modprobe tun), or give the container the device"
         );
     }
-    let device = DeviceBuilder::new()
-        .name(name)
-        .layer(Layer::L3)
-        // The virtio header in front of each packet lets partial checksums and super-packets cross, both ways.
-        .with(|builder| _ = builder.offload(true))
-        .build_sync();
-    match device {
-        Err(error) if error.raw_os_error() == Some(nix::libc::EBUSY) => bail!(
+    match attach(name) {
+        Err(error) if is_busy(&error) => bail!(
             "another process holds the device {name}: is an overlay-agent running on this network already? (overlay-agent status)"
         ),
         device => device.with_context(|| format!("open the tun device {name}")),
     }
+}
+
+/// Creates the device, or attaches to an existing one that no process holds.
+fn attach(name: &str) -> io::Result<SyncDevice> {
+    DeviceBuilder::new()
+        .name(name)
+        .layer(Layer::L3)
+        // The virtio header in front of each packet lets partial checksums and super-packets cross, both ways.
+        .with(|builder| _ = builder.offload(true))
+        .build_sync()
+}
+
+fn is_busy(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(nix::libc::EBUSY)
 }
 
 #[cfg(test)]
@@ -191,5 +233,25 @@ mod tests {
         assert_eq!(DeviceAlias::parse(&alias.to_string()), Some(alias));
         assert_eq!(DeviceAlias::parse("my own tunnel"), None);
         assert_eq!(DeviceAlias::parse("overlay-agent"), None);
+    }
+
+    #[test]
+    fn only_an_unused_tun_device_may_be_suggested_for_removal() {
+        let link = |kind: &str, ethernet| Link {
+            name: "dev7".to_owned(),
+            index: 7,
+            mtu: 1500,
+            up: true,
+            ethernet,
+            kind: Some(kind.to_owned()),
+            alias: None,
+        };
+        assert!(foreign(&link("tun", false), false).contains("ip link delete dev7"));
+        // A physical device has no kind; a tap device is of kind tun and carries Ethernet.
+        let physical = Link { kind: None, ..link("", true) };
+        for (link, is_held) in [(link("tun", false), true), (link("tun", true), false), (physical, false)] {
+            let text = foreign(&link, is_held);
+            assert!(text.contains("choose another --device") && !text.contains("delete"), "{text}");
+        }
     }
 }

@@ -20,9 +20,18 @@ fn stderr(output: &Output) -> String {
 
 #[test]
 fn version_is_printed_and_no_agent_is_started() {
-    let output = flanneld(&["-version", "-etcd-prefix", "/x"], &[("FLANNELD_ETCD_USERNAME", "")]).unwrap();
-    assert!(output.status.success(), "{}", stderr(&output));
-    assert!(String::from_utf8_lossy(&output.stdout).contains(env!("CARGO_PKG_VERSION")));
+    let ours = |flag| Command::new(env!("CARGO_BIN_EXE_overlay-agent")).args(["run", flag]).output();
+    for output in [
+        flanneld(&["-version", "-etcd-prefix", "/x"], &[("FLANNELD_ETCD_USERNAME", "")]),
+        flanneld(&["--version"], &[]),
+        ours("-version"),
+        ours("--version"),
+    ] {
+        let output = output.unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+        let version = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(version.starts_with(concat!("overlay-agent ", env!("CARGO_PKG_VERSION"), " ")), "{version}");
+    }
 }
 
 #[test]

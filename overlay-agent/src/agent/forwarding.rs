@@ -11,6 +11,7 @@ use tracing::{error, info, warn};
 
 use super::{
     Options, StoreOption,
+    change_log::ChangeLog,
     conditions::{Condition, Conditions},
 };
 use crate::{
@@ -19,14 +20,14 @@ use crate::{
     lease::Lease,
     netlink::Netlink,
     report,
-    route::{LocalNode, RouteChange},
-    route_table::{Outcome, OwnSubnet, Rival, RouteTable, Skipped},
+    route::LocalNode,
+    route_table::{Outcome, OwnSubnet, Rival, RouteTable},
     store::Event,
     underlay::Underlay,
 };
 
-/// Changes of one kind that are logged one by one.
-const LOGGED: usize = 5;
+/// Problems of one kind that are named one by one.
+const NAMED: usize = 5;
 
 /// Route table and datapath.
 pub(super) struct Forwarding {
@@ -41,6 +42,7 @@ pub(super) struct Forwarding {
     /// Whether the last reconciliation succeeded, and nothing has failed since.
     up: bool,
     retry: Retry,
+    change_log: ChangeLog,
     pub(super) conditions: Conditions,
 }
 
@@ -66,6 +68,7 @@ impl Forwarding {
             has_snapshot: false,
             up: false,
             retry: Retry::default(),
+            change_log: ChangeLog::default(),
             conditions: Conditions::default(),
         }
     }
@@ -123,6 +126,7 @@ impl Forwarding {
 
     /// The periodic check of the datapath. A scheduled attempt replaces it.
     pub(super) async fn check(&mut self) {
+        self.change_log.flush(Instant::now());
         if self.retry.at.is_none() {
             self.try_reconcile().await;
         }
@@ -193,7 +197,7 @@ impl Forwarding {
     }
 
     fn apply(&mut self, outcome: &Outcome) {
-        log(outcome);
+        self.change_log.log(outcome, Instant::now());
         let applied = self.datapath.apply_routes(&outcome.changes, self.table.routes());
         self.set_routes_behind(applied.err().map(|error| format!("{error:#}")));
     }
@@ -270,7 +274,7 @@ impl Forwarding {
 /// The first problems of one kind, and the number of the others.
 fn sentence(problems: impl Iterator<Item = String>) -> Option<String> {
     let all: Vec<_> = problems.collect();
-    let (shown, rest) = all.split_at(all.len().min(LOGGED));
+    let (shown, rest) = all.split_at(all.len().min(NAMED));
     let more = (!rest.is_empty()).then(|| format!("and {} more", rest.len()));
     let text = shown.iter().cloned().chain(more).collect::<Vec<_>>().join("; ");
     Some(text).filter(|text| !text.is_empty())
@@ -313,28 +317,6 @@ impl Retry {
     fn pause(&self) -> Duration {
         let doublings = self.failures.saturating_sub(1);
         (Self::FIRST * 2_u32.saturating_pow(doublings)).min(Self::LONGEST)
-    }
-}
-
-/// An agent that starts in a large network gets thousands of routes at once: they are counted, not listed.
-fn log(outcome: &Outcome) {
-    for change in outcome.changes.iter().take(LOGGED) {
-        match change {
-            RouteChange::Set(route) => info!("route {} via {}", route.subnet, route.peer),
-            RouteChange::Remove(subnet) => info!("route {subnet} removed"),
-        }
-    }
-    let rest = outcome.changes.get(LOGGED..).unwrap_or_default();
-    if !rest.is_empty() {
-        let removed = rest.iter().filter(|change| matches!(change, RouteChange::Remove(_))).count();
-        info!("and {} more routes, {removed} more removed", rest.len() - removed);
-    }
-    for Skipped { record, why } in outcome.skipped.iter().take(LOGGED) {
-        warn!("skipped the record {record}: {why}");
-    }
-    let rest = outcome.skipped.len().saturating_sub(LOGGED);
-    if rest > 0 {
-        warn!("and skipped {rest} more records: `overlay-agent routes` lists them");
     }
 }
 

@@ -4,6 +4,7 @@
 //! of the records and the datapath of the routes, `host` is everything else on this machine, `notifier` reports the health,
 //! `status` answers queries.
 
+mod change_log;
 mod checks;
 mod conditions;
 mod config_watch;

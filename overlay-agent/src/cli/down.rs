@@ -8,7 +8,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde_json::json;
 
-use super::{QueryArgs, query::print};
+use super::{AgentArgs, QueryArgs, query::print};
 use crate::{
     control,
     datapath::ebpf::detach_filter,
@@ -29,9 +29,12 @@ pub(super) async fn down(QueryArgs { agent: args, output }: &QueryArgs) -> Resul
     let netlink = Netlink::connect()?;
     // The alias of a killed agent's device must be read before the device is removed.
     let alias = netlink.link(&args.device).await?.and_then(|link| DeviceAlias::parse(&link.alias?));
-    if let Some(pid) = control::listener(&socket)? {
+    let agent = control::listener(&socket)?;
+    check_holder(&netlink, args, agent).await?;
+    if let Some(pid) = agent {
         tokio::task::spawn_blocking(move || stop(pid)).await.context("wait for the agent")??;
         removed.push(format!("the agent (process {pid})"));
+        check_holder(&netlink, args, None).await?;
     }
     if device::remove(&netlink, &args.device).await? {
         removed.push(format!("the device {}", args.device));
@@ -60,6 +63,28 @@ pub(super) async fn down(QueryArgs { agent: args, output }: &QueryArgs) -> Resul
         true => format!("nothing to remove for {}", args.device),
         false => format!("removed {}", removed.join(", ")),
     })
+}
+
+/// Fails when another process than `agent`, which answers at the socket, holds the overlay device: with another run directory, a
+/// running agent would lose its device.
+async fn check_holder(netlink: &Netlink, args: &AgentArgs, agent: Option<i32>) -> Result<()> {
+    let device = &args.device;
+    if !netlink.link(device).await?.is_some_and(|link| device::is_ours(&link)) {
+        return Ok(());
+    }
+    let holders = device::holders(device);
+    let holder = match (holders.first(), agent) {
+        (Some(_), Some(agent)) if holders.contains(&agent) => return Ok(()),
+        (Some(pid), _) => format!("process {pid}"),
+        (None, None) if device::is_held(device) => "a process".to_owned(),
+        // Without the right to see its descriptors, the agent itself may be the one.
+        (None, _) => return Ok(()),
+    };
+    bail!(
+        "{holder} holds the device {device}, and is not an agent that answers at {}: name its --run-dir if it is an agent, else \
+         end it first",
+        args.socket().display()
+    )
 }
 
 /// Terminates a process through a pidfd, which cannot refer to a reused process id, and waits for its end.

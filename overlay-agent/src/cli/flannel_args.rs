@@ -104,6 +104,15 @@ pub(super) fn command_line(
                 arguments.next().ok_or_else(|| format!("--{name} needs a value: write --{name}=VALUE"))?
             }
         };
+        if kind == Kind::Version {
+            // As with flanneld, nothing else happens. Behind `run`, the parser would print the name of the command with it.
+            if boolean("--version", &value)? {
+                line.words.truncate(1);
+                line.words.push("--version".into());
+                return Ok(line.words);
+            }
+            continue;
+        }
         line.seen.push(name);
         line.add(name, kind, &format!("--{name}"), &value)?;
     }
@@ -188,9 +197,9 @@ impl Line {
                 self.words.push(word);
             }
             Kind::Switch => self.words.push(format!("--{name}={}", boolean(spelled, value)?).into()),
-            Kind::Version if boolean(spelled, value)? => self.words.push("--version".into()),
             Kind::UnsupportedValue(reason) => return unsupported(reason),
             Kind::UnsupportedSwitch(reason) if boolean(spelled, value)? => return unsupported(reason),
+            // The version is no part of the translation.
             Kind::Version | Kind::UnsupportedSwitch(_) => {}
         }
         Ok(())
@@ -244,7 +253,8 @@ mod tests {
                 ("x run -iface -odd", "x run --iface=-odd"),
                 ("x run -v 2 -iface a -iface b", "x run --v=2 --iface=a --iface=b"),
                 // Invoked as flanneld, it runs.
-                ("/bin/flanneld -healthz-port 9 -version", "/bin/flanneld run --healthz-port=9 --version"),
+                ("/bin/flanneld -healthz-port 9 -version -kube-subnet-mgr", "/bin/flanneld --version"),
+                ("x run --version", "x --version"),
                 ("flanneld --version=false", "flanneld run"),
                 // Values that request nothing are accepted even for unsupported flags.
                 ("x run -kube-subnet-mgr=false -public-ipv6=", "x run"),

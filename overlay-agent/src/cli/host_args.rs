@@ -45,34 +45,33 @@ switches! {
 pub(super) struct HostArgs {
     #[command(flatten)]
     switches: Switches,
-    /// Interval between checks that restore missing firewall rules
-    #[arg(
-        long,
-        value_name = "SECONDS",
-        default_value_t = 5,
-        value_parser = clap::value_parser!(u32).range(1..)
-    )]
-    iptables_resync: u32,
+    /// Interval between checks that restore missing firewall rules, at least 1
+    #[arg(long, value_name = "SECONDS", default_value_t = 5)]
+    iptables_resync: i64,
     /// Address on which to serve /healthz and /readyz
     #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0")]
     healthz_ip: IpAddr,
-    /// Port on which to serve /healthz and /readyz; 0 disables them
-    #[arg(long, value_name = "PORT", default_value_t = 0)]
-    healthz_port: u16,
-    /// Log level: 0 for operators, 1 to 4 for developers, 5 and higher includes libraries
+    /// Port on which to serve /healthz and /readyz; 0 or less disables them
+    #[arg(long, value_name = "PORT", default_value_t = 0, value_parser = clap::value_parser!(i64).range(..=65535))]
+    healthz_port: i64,
+    /// Log level: 0 or less for operators, 1 to 4 for developers, 5 and higher includes libraries
     #[arg(long, value_name = "LEVEL", default_value_t = 0)]
-    pub(super) v: u8,
+    pub(super) v: i64,
 }
 
 impl From<HostArgs> for HostOptions {
+    /// As with flanneld, numbers may be negative. It checks without a pause when the interval is 0 or less; the shortest interval
+    /// here is one second.
     fn from(args: HostArgs) -> Self {
+        let resync = u32::try_from(args.iptables_resync.max(1)).unwrap_or(u32::MAX);
+        let port = u16::try_from(args.healthz_port).ok().filter(|port| *port != 0);
         Self {
             masquerade: args.switches.ip_masq,
             fully_random: !args.switches.ip_masq_fully_random_disable,
             forward_rules: args.switches.iptables_forward_rules,
-            resync: Duration::from_secs(args.iptables_resync.into()),
+            resync: Duration::from_secs(resync.into()),
             blackhole_route: args.switches.ip_blackhole_route,
-            healthz: (args.healthz_port != 0).then(|| SocketAddr::new(args.healthz_ip, args.healthz_port)),
+            healthz: port.map(|port| SocketAddr::new(args.healthz_ip, port)),
         }
     }
 }

@@ -86,9 +86,9 @@ pub(super) async fn run(args: RunArgs) -> Result<()> {
     agent::run(args.options()?).await
 }
 
-fn start_log(verbosity: u8) {
+fn start_log(verbosity: i64) {
     let level = match verbosity {
-        0 => "info",
+        ..=0 => "info",
         // flannel's own messages use levels up to 4, its libraries higher ones.
         1..=4 => "info,overlay_agent=debug",
         5.. => "debug,overlay_agent=trace",
@@ -228,9 +228,25 @@ mod tests {
     }
 
     #[test]
+    fn numbers_below_their_range_mean_what_they_mean_to_flanneld() {
+        for (line, healthz) in [
+            ("flanneld -v=-1 -healthz-port -1 -iptables-resync=0", None),
+            (
+                "flanneld -v=300 -healthz-port=65535 -iptables-resync=-5",
+                Some("0.0.0.0:65535".parse().unwrap()),
+            ),
+        ] {
+            let host = options(line).unwrap().host;
+            assert_eq!((host.healthz, host.resync), (healthz, Duration::from_secs(1)), "{line}");
+        }
+    }
+
+    #[test]
     fn wrong_flags_are_refused_without_showing_a_password() {
         for (flags, words) in [
             ("-iface fe80::1", "IPv6"),
+            ("-healthz-port=65536", "65535"),
+            ("-v=1.5", "--v"),
             ("-public-ip=fd00::1", "IPv4"),
             ("-iface-regex=(", "iface-regex"),
             ("-subnet-lease-renew-margin=0", "1..=1439"),

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use overlay_tests::{
-    agent::{Rung, Site},
+    agent::{DEVICE, Rung, Site},
     comparison::Comparison,
     pair::{Pair, Store},
     report::Status,
@@ -51,6 +51,11 @@ pub(crate) fn register(suite: &mut Suite) {
         );
     }
     suite.add("lifecycle::second_agent_is_refused_and_first_keeps_running", ANY, second_agent_is_refused);
+    suite.add(
+        "lifecycle::down_leaves_the_device_of_an_agent_with_another_run_directory",
+        ANY,
+        down_elsewhere,
+    );
     suite.add("lifecycle::peer_that_joins_later_is_followed", ANY, peer_that_joins_later);
     suite.add("lifecycle::route_of_a_leaving_peer_is_removed", ANY, peer_that_leaves);
     suite.add("lifecycle::peer_with_a_new_address_is_followed", ANY, peer_with_a_new_address);
@@ -121,6 +126,25 @@ fn second_agent_is_refused(sandbox: &Arc<Sandbox>) -> Result<()> {
     ensure!(pair.a.is_running()?, "the first agent ended");
     pair.wait_for_peers()?;
     ping_pods(&pair)
+}
+
+fn down_elsewhere(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let mut pair = pair(sandbox, Rung::Tun)?;
+    let host = Arc::clone(&pair.topology.a.host);
+    let before = Snapshot::take(&host)?;
+    let elsewhere = Site::new(sandbox, &host, "elsewhere")?;
+    let error = elsewhere.down().err().context("down removed what a running agent holds")?.to_string();
+    let holder = format!("process {} holds the device", pair.a.pid());
+    ensure!(error.contains(&holder) && error.contains("--run-dir"), "{error}");
+    before.is_unchanged(&host)?;
+    ensure!(pair.a.is_running()?, "the agent ended");
+    ping_pods(&pair)?;
+    // What a killed agent left is removed from any directory.
+    let Pair { a, b: _b, topology: _topology, .. } = pair;
+    a.crash()?;
+    elsewhere.down()?;
+    ensure!(!host.tool("ip -o link")?.contains(DEVICE), "the device of a killed agent is left");
+    Ok(())
 }
 
 fn peer_that_joins_later(sandbox: &Arc<Sandbox>) -> Result<()> {

@@ -47,7 +47,7 @@ pub(crate) fn register(suite: &mut Suite) {
     suite.add("refusals::foreign_device_of_the_same_name", tun, |sandbox| {
         let fixture = Fixture::build(sandbox)?;
         fixture.topology.a.host.tool(&format!("ip link add {DEVICE} type veth peer name foreign1"))?;
-        fixture.refuses_arguments(&[], DEVICE)
+        fixture.refuses_arguments(&[], &format!("a device {DEVICE} exists that overlay-agent did not make"))
     });
     suite.add("refusals::foreign_xdp_program", &[Need::Tun, Need::Ebpf], |sandbox| {
         let fixture = Fixture::build(sandbox)?;
