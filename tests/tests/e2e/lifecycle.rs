@@ -3,6 +3,7 @@
 use std::{
     io::{BufRead as _, BufReader},
     net::UdpSocket,
+    process::Command,
     sync::Arc,
     thread,
     time::Duration,
@@ -136,6 +137,13 @@ fn down_elsewhere(sandbox: &Arc<Sandbox>) -> Result<()> {
     let error = elsewhere.down().err().context("down removed what a running agent holds")?.to_string();
     let holder = format!("process {} holds the device", pair.a.pid());
     ensure!(error.contains(&holder) && error.contains("--run-dir"), "{error}");
+    // A process of another PID namespace cannot be named.
+    let mut hidden = Command::new("unshare");
+    hidden.args(["--pid", "--fork", "--mount-proc"]).arg(elsewhere.binary()).arg("down");
+    hidden.arg("--run-dir").arg(elsewhere.run_directory()).args(["--device", DEVICE]);
+    let output = host.output(&mut hidden)?;
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.code() == Some(1) && error.contains("a process holds the device"), "{error}");
     before.is_unchanged(&host)?;
     ensure!(pair.a.is_running()?, "the agent ended");
     ping_pods(&pair)?;
