@@ -1,10 +1,9 @@
 //! Logs changed routes and skipped records, with a limit: a record that flaps must not fill the log.
 
-use std::time::Duration;
-
 use tokio::time::Instant;
 use tracing::{info, warn};
 
+use super::log_window::LogWindow;
 use crate::{
     route::RouteChange,
     route_table::{Outcome, Skipped},
@@ -14,7 +13,6 @@ use crate::{
 const LISTED: usize = 5;
 /// Most lines of one kind in a window. What exceeds them is counted, and logged as one line when the window has ended.
 const LINES: usize = 50;
-const WINDOW: Duration = Duration::from_secs(10);
 
 /// The log of changes; it decides by times that are passed in.
 #[derive(Debug, Default)]
@@ -37,36 +35,10 @@ impl ChangeLog {
     }
 }
 
-/// The lines of one window.
-#[derive(Debug, Default)]
-struct Window {
-    start: Option<Instant>,
-    lines: usize,
-}
-
-impl Window {
-    /// Starts a new window if the last one has ended. Returns the seconds that it took.
-    fn renew(&mut self, now: Instant) -> Option<u64> {
-        let elapsed = self.start.map_or(WINDOW, |start| now.duration_since(start));
-        if elapsed < WINDOW {
-            return None;
-        }
-        *self = Self { start: Some(now), lines: 0 };
-        Some(elapsed.as_secs())
-    }
-
-    /// Whether there may be another line.
-    fn take_line(&mut self) -> bool {
-        let is_free = self.lines < LINES;
-        self.lines += usize::from(is_free);
-        is_free
-    }
-}
-
 /// Lines about routes.
 #[derive(Debug, Default)]
 struct RouteLines {
-    window: Window,
+    window: LogWindow,
     /// Changes that were not logged.
     left_out: RouteCount,
 }
@@ -89,7 +61,7 @@ impl RouteLines {
         let mut lines: Vec<_> = self.summary(now).into_iter().collect();
         let (listed, rest) = changes.split_at(changes.len().min(LISTED));
         for change in listed {
-            if !self.window.take_line() {
+            if !self.window.take_line(LINES) {
                 self.leave_out(std::slice::from_ref(change));
                 continue;
             }
@@ -98,7 +70,7 @@ impl RouteLines {
                 RouteChange::Remove(subnet) => format!("route {subnet} removed"),
             });
         }
-        if !rest.is_empty() && self.window.take_line() {
+        if !rest.is_empty() && self.window.take_line(LINES) {
             let RouteCount { set, removed } = RouteCount::of(rest);
             lines.push(format!("and {set} more routes, {removed} more removed"));
         } else {
@@ -127,7 +99,7 @@ impl RouteLines {
 /// Lines about records that give no route.
 #[derive(Debug, Default)]
 struct SkippedLines {
-    window: Window,
+    window: LogWindow,
     /// Records that were not logged.
     left_out: usize,
 }
@@ -137,12 +109,12 @@ impl SkippedLines {
         let mut lines: Vec<_> = self.summary(now).into_iter().collect();
         let (listed, rest) = skipped.split_at(skipped.len().min(LISTED));
         for Skipped { record, why } in listed {
-            match self.window.take_line() {
+            match self.window.take_line(LINES) {
                 true => lines.push(format!("skipped the record {record}: {why}")),
                 false => self.left_out += 1,
             }
         }
-        if !rest.is_empty() && self.window.take_line() {
+        if !rest.is_empty() && self.window.take_line(LINES) {
             lines.push(format!("and skipped {} more records: `overlay-agent routes` lists them", rest.len()));
         } else {
             self.left_out += rest.len();
@@ -163,7 +135,7 @@ impl SkippedLines {
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv4Addr;
+    use std::{net::Ipv4Addr, time::Duration};
 
     use super::*;
     use crate::route::Subnet;
@@ -200,9 +172,9 @@ mod tests {
         }
         assert_eq!(lines.len(), LINES);
         assert_eq!(routes.summary(start + 9 * 1000 * MILLISECOND), None, "the window has not ended");
-        let summary = routes.summary(start + WINDOW + 2 * 1000 * MILLISECOND).unwrap();
+        let summary = routes.summary(start + LogWindow::LENGTH + 2 * 1000 * MILLISECOND).unwrap();
         assert!(summary.contains("within 12 s, 3975 more routes were set and 3975 removed"), "{summary}");
-        assert_eq!(routes.summary(start + 4 * WINDOW), None, "it is logged once");
+        assert_eq!(routes.summary(start + 4 * LogWindow::LENGTH), None, "it is logged once");
     }
 
     #[test]
@@ -213,7 +185,7 @@ mod tests {
             assert_eq!(skipped.of(&record(1), start), ["skipped the record junk: bad"]);
         }
         assert!(skipped.of(&record(7), start).is_empty());
-        let lines = skipped.of(&record(1), start + WINDOW);
+        let lines = skipped.of(&record(1), start + LogWindow::LENGTH);
         assert!(lines[0].contains("7 more records were skipped"), "{lines:?}");
         assert_eq!(lines[1..], ["skipped the record junk: bad"]);
     }

@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use tokio::time::Instant;
 use tracing::{info, warn};
+
+use super::log_window::LogWindow;
 
 /// Subject of a problem; there is at most one problem of each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -33,24 +36,44 @@ pub(super) enum Condition {
     Firewall,
 }
 
+/// Most lines about one subject in a window: a record that flaps must not fill the log.
+const LINES: usize = 10;
+
 /// The present problems of one part of the agent.
 #[derive(Debug, Default)]
-pub(super) struct Conditions(BTreeMap<Condition, String>);
+pub(super) struct Conditions {
+    present: BTreeMap<Condition, String>,
+    windows: BTreeMap<Condition, LogWindow>,
+}
 
 impl Conditions {
     /// Logs a problem that is new or has another reason.
     pub(super) fn set(&mut self, condition: Condition, why: String) {
-        if self.0.get(&condition) != Some(&why) {
-            warn!("{why}");
-            self.0.insert(condition, why);
+        if self.present.get(&condition) != Some(&why) {
+            if let Some(note) = self.may_log(condition, Instant::now()) {
+                warn!("{why}{note}");
+            }
+            self.present.insert(condition, why);
         }
     }
 
     /// Logs the end of a problem.
     pub(super) fn clear(&mut self, condition: Condition) {
-        if let Some(why) = self.0.remove(&condition) {
-            info!("resolved: {why}");
+        if let Some(why) = self.present.remove(&condition)
+            && let Some(note) = self.may_log(condition, Instant::now())
+        {
+            info!("resolved: {why}{note}");
         }
+    }
+
+    /// Whether there may be a line about a subject, and what to add to the last one for a while.
+    fn may_log(&mut self, condition: Condition, now: Instant) -> Option<&'static str> {
+        let window = self.windows.entry(condition).or_default();
+        window.renew(now);
+        window.take_line(LINES).then(|| match window.has_room(LINES) {
+            true => "",
+            false => " (it changes often: `overlay-agent status` shows the present state)",
+        })
     }
 
     /// Sets or clears.
@@ -62,12 +85,12 @@ impl Conditions {
     }
 
     pub(super) fn get(&self, condition: Condition) -> Option<String> {
-        self.0.get(&condition).cloned()
+        self.present.get(&condition).cloned()
     }
 
     /// The problems with their subjects.
     pub(super) fn iter(&self) -> impl Iterator<Item = (Condition, &str)> {
-        self.0.iter().map(|(condition, why)| (*condition, why.as_str()))
+        self.present.iter().map(|(condition, why)| (*condition, why.as_str()))
     }
 }
 
@@ -86,5 +109,21 @@ mod tests {
         conditions.clear(Condition::Store);
         conditions.update(Condition::Lease, None);
         assert_eq!((conditions.get(Condition::Store), conditions.iter().count()), (None, 0));
+    }
+
+    #[test]
+    fn a_problem_that_comes_and_goes_takes_few_lines() {
+        let (mut conditions, start) = (Conditions::default(), Instant::now());
+        let mut lines = |count: usize, at| {
+            (0..count).filter_map(|_| conditions.may_log(Condition::Contested, at)).collect::<Vec<_>>()
+        };
+        let first = lines(1000, start);
+        assert!(
+            first.len() == LINES && first[0].is_empty() && first[LINES - 1].contains("status"),
+            "{first:?}"
+        );
+        assert_eq!(lines(1000, start + LogWindow::LENGTH / 2).len(), 0);
+        assert_eq!(lines(1000, start + LogWindow::LENGTH).len(), LINES);
+        assert!(conditions.may_log(Condition::Store, start).is_some(), "subjects are independent");
     }
 }

@@ -81,10 +81,9 @@ impl HostSetup {
         self.conditions.update(Condition::SubnetFile, why);
     }
 
-    /// Whether container runtimes can read the subnet.
-    /// Errors: the reason why not.
-    pub(super) fn ready(&self) -> Result<(), String> {
-        self.conditions.get(Condition::SubnetFile).map_or(Ok(()), Err)
+    /// Whether container runtimes can read the subnet, as far as this host is concerned.
+    pub(super) fn has_subnet_file(&self) -> bool {
+        self.conditions.get(Condition::SubnetFile).is_none()
     }
 
     /// Follows this host to another subnet.

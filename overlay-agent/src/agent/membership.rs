@@ -17,6 +17,7 @@ use super::{
     Options, StoreOption,
     conditions::{Condition, Conditions},
     config_watch::ConfigWatch,
+    log_window::LogWindow,
     notifier::HealthNotifier,
 };
 use crate::{
@@ -32,6 +33,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// Time for the last requests to the store at shutdown.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
+/// Most lines about a lost lease in a window: other programs may remove our record again and again.
+const LOSSES: usize = 10;
 /// Time for the first snapshot of the records before the datapath starts without it.
 const FIRST_SNAPSHOT: Duration = Duration::from_secs(5);
 
@@ -84,6 +87,7 @@ pub(super) struct Membership {
     state: LeaseState,
     /// With less than this left, an unconfirmed lease is a danger.
     margin: Duration,
+    lease_log: LogWindow,
     pub(super) conditions: Conditions,
 }
 
@@ -153,6 +157,7 @@ impl Network {
             recorded_ip: public_ip,
             state: LeaseState::Held,
             margin: options.lease_margin(),
+            lease_log: LogWindow::default(),
             conditions: Conditions::default(),
         })
     }
@@ -218,7 +223,10 @@ impl Membership {
             }
             LeaseEvent::Reacquired { subnet, why } => {
                 self.confirmed();
-                warn!("the lease of {subnet} was lost and acquired again: {why}");
+                self.lease_log.renew(Instant::now());
+                if self.lease_log.take_line(LOSSES) {
+                    warn!("the lease of {subnet} was lost and acquired again: {why}");
+                }
             }
             LeaseEvent::Readdressed { public_ip } => {
                 self.recorded_ip = public_ip;
@@ -366,6 +374,7 @@ mod tests {
             recorded_ip: OLD,
             state: LeaseState::Held,
             margin: Duration::from_secs(60),
+            lease_log: LogWindow::default(),
             conditions: Conditions::default(),
         }
     }

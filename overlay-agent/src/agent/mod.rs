@@ -10,6 +10,7 @@ mod conditions;
 mod config_watch;
 mod forwarding;
 mod host;
+mod log_window;
 mod membership;
 mod notifier;
 mod options;
@@ -216,7 +217,7 @@ impl Agent {
     async fn check_periodically(&mut self) {
         self.forwarding.check().await;
         self.host.check();
-        if self.running && self.host.ready().is_err() {
+        if self.running && !self.host.has_subnet_file() {
             self.write_subnet_file();
         }
         if !self.running {

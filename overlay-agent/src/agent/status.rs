@@ -107,7 +107,7 @@ impl Agent {
         let problems = self.problems();
         let ready = match self.running {
             true => Ok(()),
-            false => self.forwarding.ready().and_then(|()| self.host.ready()),
+            false => self.forwarding.ready(),
         };
         let healthy = self.forwarding.health().and_then(|()| self.membership.health(Instant::now()));
         Health {

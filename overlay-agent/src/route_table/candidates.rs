@@ -109,7 +109,7 @@ pub(super) fn peer(
         };
     }
     if let Some(kind) = &value.backend_type {
-        return Err(format!("its holder uses the {kind:?} backend"));
+        return Err(format!("its holder uses the \"{kind}\" backend"));
     }
     if let Some(network) = network.filter(|network| !subnet.is_part_of(*network)) {
         return Err(format!("it is not a part of the network {network}"));

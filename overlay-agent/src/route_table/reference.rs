@@ -62,7 +62,7 @@ fn route(local: LocalNode, record: &LeaseRecord) -> Result<Option<(Subnet, Peer)
         }
         format!("it carries our own address {}, but our subnet is {}", local.public_ip, local.subnet)
     } else if let Some(kind) = value.backend_type {
-        format!("its holder uses the {kind:?} backend")
+        format!("its holder uses the \"{kind}\" backend")
     } else if !subnet.is_part_of(local.network) {
         format!("it is not a part of the network {}", local.network)
     } else if subnet.overlaps(local.subnet) {

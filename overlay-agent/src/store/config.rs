@@ -2,7 +2,7 @@
 
 use ipnet::Ipv4Net;
 use tokio::{sync::mpsc, time::sleep};
-use tracing::debug;
+use tracing::{debug, warn};
 
 use super::{
     Store, StoreError,
@@ -61,7 +61,12 @@ impl Store {
                 "--network is {network}, but {location} says {}: change one of them",
                 config.network
             ))),
-            _ => Ok(config),
+            _ => {
+                for warning in NetworkConfig::warnings(&text) {
+                    warn!("the network config at {location}: {warning}");
+                }
+                Ok(config)
+            }
         }
     }
 
