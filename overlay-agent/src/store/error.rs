@@ -14,6 +14,10 @@ pub enum StoreError {
     /// No etcd endpoint answers. Trying again may help.
     #[error("cannot reach etcd at {endpoints}: {why}; check --etcd-endpoints and that etcd runs")]
     Unreachable { endpoints: String, why: String },
+    /// The servers answer, but no connection to them can be used: a certificate, a key or a scheme does not fit. `heals` says
+    /// whether trying again may help.
+    #[error("cannot use etcd at {endpoints}: {why}")]
+    Unusable { endpoints: String, why: String, heals: bool },
     /// The store did not answer a request, or not now. Trying again may help.
     #[error("{operation}: etcd does not answer: {why}")]
     Away { operation: String, why: String },
@@ -61,6 +65,7 @@ impl StoreError {
         matches!(
             self,
             Self::Unreachable { .. }
+                | Self::Unusable { heals: true, .. }
                 | Self::Away { .. }
                 | Self::Contended(_)
                 | Self::NoConfig(_)

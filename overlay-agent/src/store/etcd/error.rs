@@ -1,6 +1,6 @@
 //! Errors of etcd's client, sorted by the action that they call for.
 
-use std::error::Error as _;
+use std::error::Error as StdError;
 
 use etcd_client::Error;
 use tonic::Code;
@@ -84,13 +84,18 @@ fn has_message(error: &Error, text: &str) -> bool {
 
 /// The error with its causes: the client's own text stops at "transport error".
 fn describe(error: &Error) -> String {
-    let (mut text, mut source) = if let Error::GRpcStatus(status) = error {
+    let (text, source) = if let Error::GRpcStatus(status) = error {
         (status.message().to_owned(), status.source())
     } else if let Error::TransportError(error) = error {
         (error.to_string(), error.source())
     } else {
         (error.to_string(), error.source())
     };
+    with_causes(text, source)
+}
+
+/// An error's text, followed by those of its causes that say more.
+pub(super) fn with_causes(mut text: String, mut source: Option<&(dyn StdError + 'static)>) -> String {
     while let Some(cause) = source {
         let cause_text = cause.to_string();
         if !text.contains(&cause_text) {

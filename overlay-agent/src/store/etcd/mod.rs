@@ -1,13 +1,16 @@
 //! The etcd store: flannel's records in etcd, version 3 of its API. The only module that knows etcd.
 //!
-//! In reading order: `options` and `keys`, `session` (the connection), this file (the primitives), `follow` (everybody's
-//! records), `error`. Every write is a transaction that names what it replaces.
+//! In reading order: `options`, `server` and `keys`, `session` (the connection), `connector` and `tls` below it, this file
+//! (the primitives), `follow` (everybody's records), `error`. Every write is a transaction that names what it replaces.
 
+mod connector;
 mod error;
 mod follow;
 mod keys;
 mod options;
+mod server;
 mod session;
+mod tls;
 
 use std::{sync::Arc, time::Duration};
 
@@ -28,6 +31,7 @@ use super::{
 };
 use error::store_error;
 use keys::{Keys, range_end};
+use server::Server;
 use session::{Connection, Current, REQUEST, in_time};
 
 /// Longest answer that is accepted, in bytes. It holds any single record: etcd's own limit for one is 1.5 MiB unless raised.
@@ -42,8 +46,8 @@ const LIST_ATTEMPTS: usize = 5;
 pub(super) struct Etcd {
     pub(super) options: EtcdOptions,
     pub(super) keys: Keys,
-    /// URLs of the endpoints.
-    servers: Vec<String>,
+    /// Servers behind the endpoints.
+    servers: Vec<Server>,
     current: Mutex<Current>,
 }
 

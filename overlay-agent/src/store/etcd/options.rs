@@ -1,13 +1,10 @@
 //! Options of the etcd store, checked before the first request.
 
-use std::{
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{path::PathBuf, time::Duration};
 
-use etcd_client::{Certificate, Identity, TlsOptions};
 use secrecy::{ExposeSecret as _, SecretString};
 
+use super::{server::Server, tls::TlsFiles};
 use crate::store::StoreError;
 
 /// Time to live of a host's lease without a renewal: flannel's 24 hours.
@@ -19,7 +16,7 @@ pub const RENEW_MARGIN: Duration = Duration::from_secs(60 * 60);
 /// disk.
 pub const OWNER_TTL: Duration = Duration::from_secs(30);
 
-const ENDPOINTS: &str = "--etcd-endpoints";
+pub(super) const ENDPOINTS: &str = "--etcd-endpoints";
 
 /// Endpoints, prefix and credentials of etcd, and the times to live of what this host writes there.
 #[derive(Clone, Debug)]
@@ -68,20 +65,20 @@ impl Default for EtcdOptions {
 }
 
 impl EtcdOptions {
-    /// The URLs of the endpoints.
-    pub(super) fn servers(&self) -> Result<Vec<String>, StoreError> {
+    /// The servers behind the endpoints.
+    pub(super) fn servers(&self) -> Result<Vec<Server>, StoreError> {
         let any_tls_file = self.ca_file.is_some() || self.cert_file.is_some();
         let servers: Vec<_> = self
             .endpoints
             .iter()
-            .map(|endpoint| endpoint.trim().trim_end_matches('/'))
+            .map(|endpoint| endpoint.trim())
             .filter(|endpoint| !endpoint.is_empty())
-            .map(|endpoint| url(endpoint, any_tls_file))
+            .map(|endpoint| Server::parse(endpoint, any_tls_file))
             .collect::<Result<_, _>>()?;
         if servers.is_empty() {
             return refuse(ENDPOINTS, "it is empty: name at least one, such as http://10.0.0.1:2379");
         }
-        if any_tls_file && !servers.iter().any(|url| is_tls(url)) {
+        if any_tls_file && !servers.iter().any(Server::is_tls) {
             let why = "TLS files are named, but every endpoint is http://: write https://, or drop the files";
             return refuse(ENDPOINTS, why);
         }
@@ -101,22 +98,19 @@ impl EtcdOptions {
         }
     }
 
-    /// The TLS settings, with the files read again at each call: certificates are renewed in place.
-    pub(super) fn tls(&self) -> Result<TlsOptions, StoreError> {
-        let mut tls = TlsOptions::new();
-        tls = match &self.ca_file {
-            Some(file) => tls.ca_certificate(Certificate::from_pem(read("--etcd-cafile", file)?)),
-            None => tls.with_native_roots(),
-        };
-        match (&self.cert_file, &self.key_file) {
-            (Some(cert), Some(key)) => {
-                let (cert, key) = (read("--etcd-certfile", cert)?, read("--etcd-keyfile", key)?);
-                Ok(tls.identity(Identity::from_pem(cert, key)))
+    /// The files of the TLS settings: a certificate and its key, both or none.
+    pub(super) fn tls_files(&self) -> Result<TlsFiles, StoreError> {
+        let identity = match (&self.cert_file, &self.key_file) {
+            (Some(certificate), Some(key)) => Some((certificate.clone(), key.clone())),
+            (Some(_), None) => {
+                return refuse("--etcd-certfile", "its private key is missing: give --etcd-keyfile");
             }
-            (Some(_), None) => refuse("--etcd-certfile", "its private key is missing: give --etcd-keyfile"),
-            (None, Some(_)) => refuse("--etcd-keyfile", "its certificate is missing: give --etcd-certfile"),
-            (None, None) => Ok(tls),
-        }
+            (None, Some(_)) => {
+                return refuse("--etcd-keyfile", "its certificate is missing: give --etcd-certfile");
+            }
+            (None, None) => None,
+        };
+        Ok(TlsFiles { authorities: self.ca_file.clone(), identity })
     }
 
     /// Whether the times to live fit together.
@@ -135,31 +129,6 @@ impl EtcdOptions {
         }
         Ok(())
     }
-}
-
-/// Whether a URL of [`EtcdOptions::servers`] is for TLS.
-pub(super) fn is_tls(url: &str) -> bool {
-    url.starts_with("https:")
-}
-
-fn url(endpoint: &str, any_tls_file: bool) -> Result<String, StoreError> {
-    let (scheme, rest) = match endpoint.split_once("://") {
-        Some((scheme, rest)) => (scheme.to_ascii_lowercase(), rest),
-        None => ((if any_tls_file { "https" } else { "http" }).to_owned(), endpoint),
-    };
-    if rest.contains('@') {
-        // The error does not quote the endpoint: it may hold a password.
-        let why = "an endpoint holds a user: give --etcd-username and --etcd-password instead";
-        return refuse(ENDPOINTS, why);
-    }
-    match scheme.as_str() {
-        "http" | "https" => Ok(format!("{scheme}://{rest}")),
-        _ => refuse(ENDPOINTS, format!("{endpoint:?} is neither http:// nor https://")),
-    }
-}
-
-fn read(option: &'static str, file: &Path) -> Result<Vec<u8>, StoreError> {
-    std::fs::read(file).or_else(|error| refuse(option, format!("cannot read {}: {error}", file.display())))
 }
 
 fn refuse<T>(option: &'static str, why: impl Into<String>) -> Result<T, StoreError> {
@@ -195,10 +164,13 @@ mod tests {
 
     #[test]
     fn endpoints_without_a_scheme_are_https_when_there_are_tls_files() {
+        let urls = |options: &EtcdOptions| -> Vec<_> {
+            options.servers().unwrap().iter().map(Server::to_string).collect()
+        };
         let mut options = options(&["10.0.0.1:2379", " http://10.0.0.2:2379/ ", ""]);
-        assert_eq!(options.servers().unwrap(), ["http://10.0.0.1:2379", "http://10.0.0.2:2379"]);
+        assert_eq!(urls(&options), ["http://10.0.0.1:2379", "http://10.0.0.2:2379"]);
         options.ca_file = Some("/ca.pem".into());
-        assert_eq!(options.servers().unwrap(), ["https://10.0.0.1:2379", "http://10.0.0.2:2379"]);
+        assert_eq!(urls(&options), ["https://10.0.0.1:2379", "http://10.0.0.2:2379"]);
     }
 
     #[test]
@@ -206,15 +178,15 @@ mod tests {
         let default = EtcdOptions::default;
         let tls_files = EtcdOptions { ca_file: Some("/ca.pem".into()), ..options(&["http://10.0.0.1:2379"]) };
         let no_key = EtcdOptions { cert_file: Some("/dev/null".into()), ..default() };
-        let no_file = EtcdOptions { ca_file: Some("/does/not/exist".into()), ..default() };
+        let no_certificate = EtcdOptions { key_file: Some("/dev/null".into()), ..default() };
         let no_password = EtcdOptions { username: Some("flannel".to_owned()), ..default() };
         let late = EtcdOptions { renew_margin: LEASE_TTL, ..default() };
         for (refusal, part) in [
             (refused(options(&[""]).servers()), "--etcd-endpoints"),
             (refused(options(&["unix:///run/etcd"]).servers()), "neither"),
             (refused(tls_files.servers()), "https://"),
-            (refused(no_key.tls()), "--etcd-keyfile"),
-            (refused(no_file.tls()), "/does/not/exist"),
+            (refused(no_key.tls_files()), "--etcd-keyfile"),
+            (refused(no_certificate.tls_files()), "--etcd-certfile"),
             (refused(no_password.user()), "--etcd-password"),
             (refused(late.check_times()), "--subnet-lease-renew-margin"),
         ] {

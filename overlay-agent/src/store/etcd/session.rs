@@ -2,26 +2,23 @@
 
 use std::time::Duration;
 
-use etcd_client::{Client, ConnectOptions, Error, GetOptions};
+use etcd_client::{Channel, Client, ConnectOptions, Error, GetOptions};
 use tokio::{sync::Mutex, time::timeout};
 use tracing::{debug, warn};
 
 use super::{
     Etcd,
+    connector::{CONNECT, Connector},
     error::{is_without_users, store_error},
     keys::Keys,
-    options::{EtcdOptions, is_tls},
+    options::EtcdOptions,
+    server::Server,
+    tls::Tls,
 };
 use crate::store::StoreError;
 
-/// Time for a TCP connection and the TLS handshake.
-const CONNECT: Duration = Duration::from_secs(3);
 /// Time for one request. etcd itself gives up a request after 5 s plus two elections, and says so.
 pub(super) const REQUEST: Duration = Duration::from_secs(8);
-/// Interval of HTTP/2 pings on a connection without traffic. etcd closes connections that ping more often than every 5 s.
-const PING: Duration = Duration::from_secs(10);
-/// A connection that does not answer a ping for this long is dead.
-const PONG: Duration = Duration::from_secs(5);
 
 /// The current connection, if there is one.
 #[derive(Default)]
@@ -48,22 +45,25 @@ pub(super) struct Connection {
 }
 
 impl Etcd {
-    /// Connects to the first endpoint that answers.
+    /// Connects to an endpoint that answers. The first one is random: the agents of a network spread over the servers.
     pub(in crate::store) async fn connect(options: EtcdOptions) -> Result<Self, StoreError> {
         options.check_times()?;
         options.user()?;
         let servers = options.servers()?;
-        if servers.iter().any(|url| is_tls(url)) {
-            options.tls()?;
+        let tls_files = options.tls_files()?;
+        if servers.iter().any(Server::is_tls) {
+            Tls::load(&tls_files)?;
         }
-        let etcd = Self { keys: Keys::new(&options.prefix), options, servers, current: Mutex::default() };
+        let next = rand::random_range(0..servers.len().max(1));
+        let current = Mutex::new(Current { next, ..Current::default() });
+        let etcd = Self { keys: Keys::new(&options.prefix), options, servers, current };
         etcd.connection().await?;
         Ok(etcd)
     }
 
     /// The servers' URLs, for messages.
     pub(in crate::store) fn endpoints(&self) -> String {
-        self.servers.join(", ")
+        self.servers.iter().map(Server::to_string).collect::<Vec<_>>().join(", ")
     }
 
     /// The connection that works, or a new one.
@@ -72,23 +72,21 @@ impl Etcd {
         if let Some(client) = &current.client {
             return Ok(Connection { client: client.clone(), number: current.number });
         }
-        let mut refusals = Vec::new();
+        let mut refusals = Refusals::default();
         for offset in 0..self.servers.len() {
             let index = (current.next + offset) % self.servers.len();
-            let Some(url) = self.servers.get(index) else { continue };
-            match self.connect_to(url).await {
+            let Some(server) = self.servers.get(index) else { continue };
+            match self.connect_to(server).await {
                 Ok(client) => {
-                    debug!("connected to etcd at {url}");
+                    debug!("connected to etcd at {server}");
                     *current =
                         Current { client: Some(client.clone()), number: current.number + 1, next: index };
                     return Ok(Connection { client, number: current.number });
                 }
-                Err(StoreError::Away { why, .. }) => refusals.push(format!("{url}: {why}")),
-                // The other servers would answer the same.
-                Err(error) => return Err(error),
+                Err(error) => refusals.add(server, error)?,
             }
         }
-        Err(StoreError::Unreachable { endpoints: self.endpoints(), why: refusals.join("; ") })
+        Err(refusals.into_error(self.endpoints()))
     }
 
     /// Gives up a connection that failed; the next one goes to the next server.
@@ -137,38 +135,86 @@ impl Etcd {
         Err(failure)
     }
 
-    async fn connect_to(&self, url: &str) -> Result<Client, StoreError> {
-        let operation = format!("connect to etcd at {url}");
-        let mut options = ConnectOptions::new()
-            .with_connect_timeout(CONNECT)
-            .with_keep_alive(PING, PONG)
-            // etcd closes connections that ping while no request is open.
-            .with_keep_alive_while_idle(false)
+    async fn connect_to(&self, server: &Server) -> Result<Client, StoreError> {
+        let operation = format!("connect to etcd at {server}");
+        let options = ConnectOptions::new()
             // A member cut off from the others would serve stale records.
             .with_require_leader(true)
             .with_auto_token_refresh(true);
-        if is_tls(url) {
-            options = options.with_tls(self.options.tls()?);
-        }
         let login = match self.options.user()? {
             Some((user, password)) => options.clone().with_user(user, password),
             None => options.clone(),
         };
+        let connector = Connector::new(server.clone(), self.options.tls_files()?);
         let attempt = async {
-            let mut connected = Client::connect([url], Some(login)).await;
+            let channel = Channel::Tonic(connector.channel().await?);
+            let mut connected = Client::from_channel(channel.clone(), Some(login)).await;
             if connected.as_ref().is_err_and(is_without_users) {
-                warn!("etcd at {url} runs without users: --etcd-username is ignored");
-                connected = Client::connect([url], Some(options)).await;
+                warn!("etcd at {server} runs without users: --etcd-username is ignored");
+                connected = Client::from_channel(channel, Some(options)).await;
             }
             let mut client = connected.map_err(|error| store_error(&operation, &error))?;
-            // The client connects at the first request. Missing rights show at the requests that need them.
+            // Missing rights show at the requests that need them.
             let probe = client.get(self.keys.full("config"), Some(GetOptions::new().with_count_only())).await;
             match probe.map_err(|error| store_error(&operation, &error)) {
                 Err(away @ StoreError::Away { .. }) => Err(away),
                 _ => Ok(client),
             }
         };
-        in_time(&operation, CONNECT + REQUEST, attempt).await?
+        match in_time(&operation, CONNECT + REQUEST, attempt).await.flatten() {
+            Err(away @ StoreError::Away { .. }) => Err(connector.failure().unwrap_or(away)),
+            outcome => outcome,
+        }
+    }
+}
+
+/// Why no endpoint can be used, as far as they were tried.
+#[derive(Debug, Default)]
+struct Refusals {
+    whys: Vec<(String, String)>,
+    /// A file of ours, which all endpoints share.
+    file: Option<StoreError>,
+    /// At least one server does not answer.
+    is_away: bool,
+    /// At least one server may be usable later without an operator's help.
+    heals: bool,
+}
+
+impl Refusals {
+    /// Adds an endpoint's error. Returns one to which the other endpoints would only agree.
+    fn add(&mut self, server: &Server, error: StoreError) -> Result<(), StoreError> {
+        if matches!(error, StoreError::Option { .. }) {
+            self.file = Some(error);
+            return Ok(());
+        }
+        self.is_away |= matches!(error, StoreError::Away { .. });
+        self.heals |= matches!(error, StoreError::Unusable { heals: true, .. });
+        let (StoreError::Away { why, .. } | StoreError::Unusable { why, .. }) = error else {
+            return Err(error);
+        };
+        self.whys.push((server.to_string(), why));
+        Ok(())
+    }
+
+    /// One error for all endpoints. A server that is away may come back, whatever is wrong with the others.
+    fn into_error(self, endpoints: String) -> StoreError {
+        let Self { whys, file, is_away, heals } = self;
+        let mut texts: Vec<String> = match whys.as_slice() {
+            // The endpoint stands before it already.
+            [(_, why)] if file.is_none() => vec![why.clone()],
+            several => several.iter().map(|(server, why)| format!("{server}: {why}")).collect(),
+        };
+        match file {
+            Some(file) if texts.is_empty() => return file,
+            Some(file) => texts.push(file.to_string()),
+            None => {}
+        }
+        let why = texts.join("; ");
+        if is_away {
+            StoreError::Unreachable { endpoints, why }
+        } else {
+            StoreError::Unusable { endpoints, why, heals }
+        }
     }
 }
 
