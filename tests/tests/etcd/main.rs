@@ -10,7 +10,9 @@
 )]
 
 mod acquire;
+mod authority;
 mod commands;
+mod endpoints;
 mod hosts;
 mod keeping;
 mod losing;
@@ -20,5 +22,7 @@ mod proxy;
 mod records;
 mod reservations;
 mod security;
+mod tls;
+mod tls_refusals;
 mod users;
 mod watching;

@@ -1,66 +1,15 @@
-//! TLS with a CA only and with a client certificate, and a user with a password.
-
-use std::path::PathBuf;
+//! A user with a password.
 
 use etcd_client::{Client, Permission, PermissionType, RoleRevokePermissionOptions};
 use overlay_agent::{
     lease::Lease,
     store::{Event, Store, StoreError, SubnetRequest, etcd::EtcdOptions},
 };
-use overlay_tests::etcd::{Etcd, ServerTls};
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
-use tempfile::TempDir;
 
 use crate::hosts::{NETWORK, Network, PREFIX, ip, next};
 
-/// A CA and what it signs, as files.
-struct Authority {
-    directory: TempDir,
-    issuer: Issuer<'static, KeyPair>,
-}
-
-impl Authority {
-    fn new() -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let mut params = CertificateParams::new(Vec::new()).unwrap();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.distinguished_name.push(DnType::CommonName, "test CA");
-        let key = KeyPair::generate().unwrap();
-        let certificate = params.self_signed(&key).unwrap();
-        std::fs::write(directory.path().join("ca.pem"), certificate.pem()).unwrap();
-        Self { directory, issuer: Issuer::new(params, key) }
-    }
-
-    fn ca(&self) -> PathBuf {
-        self.directory.path().join("ca.pem")
-    }
-
-    /// Certificate and key of a server at 127.0.0.1.
-    fn sign(&self, name: &str) -> (PathBuf, PathBuf) {
-        let mut params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
-        params.distinguished_name.push(DnType::CommonName, name);
-        let key = KeyPair::generate().unwrap();
-        let certificate = params.signed_by(&key, &self.issuer).unwrap();
-        let files = ["pem", "key"].map(|kind| self.directory.path().join(format!("{name}.{kind}")));
-        std::fs::write(&files[0], certificate.pem()).unwrap();
-        std::fs::write(&files[1], key.serialize_pem()).unwrap();
-        let [certificate, key] = files;
-        (certificate, key)
-    }
-
-    fn server(&self, asks_clients: bool) -> Etcd {
-        let (cert, key) = self.sign("server");
-        let client_ca = asks_clients.then(|| self.ca());
-        Etcd::start_with(Some(ServerTls { cert, key, client_ca })).unwrap()
-    }
-}
-
-fn options(etcd: &Etcd) -> EtcdOptions {
-    EtcdOptions { endpoints: vec![etcd.endpoint()], prefix: PREFIX.to_owned(), ..EtcdOptions::default() }
-}
-
 /// The whole way: config, lease, watch.
-async fn works(options: EtcdOptions) {
+pub(crate) async fn works(options: EtcdOptions) {
     let store = Store::etcd(options).await.unwrap();
     store.set_config(NETWORK).await.unwrap();
     let config = store.config(None).await.unwrap();
@@ -68,31 +17,6 @@ async fn works(options: EtcdOptions) {
     let Event::Snapshot(records) = next(&mut store.follow::<Lease>()).await else { panic!("no snapshot") };
     assert_eq!(records[0].subnet(), Some(held.subnet));
     store.release(&held).await.unwrap();
-}
-
-#[tokio::test]
-async fn a_ca_alone_is_enough_for_a_server_that_asks_for_no_certificate() {
-    let authority = Authority::new();
-    let etcd = authority.server(false);
-    works(EtcdOptions { ca_file: Some(authority.ca()), ..options(&etcd) }).await;
-    let without = Store::etcd(options(&etcd)).await.unwrap_err();
-    assert!(without.to_string().contains("certificate"), "{without}");
-    let wrong = EtcdOptions { ca_file: Some(Authority::new().ca()), ..options(&etcd) };
-    let missing_file = Store::etcd(wrong).await.unwrap_err();
-    assert!(matches!(missing_file, StoreError::Option { .. }), "its directory is gone: {missing_file}");
-    let stranger = Authority::new();
-    let wrong = EtcdOptions { ca_file: Some(stranger.ca()), ..options(&etcd) };
-    assert!(Store::etcd(wrong).await.unwrap_err().to_string().contains("certificate"));
-}
-
-#[tokio::test]
-async fn a_client_certificate_is_shown_to_a_server_that_asks_for_one() {
-    let authority = Authority::new();
-    let etcd = authority.server(true);
-    let (cert, key) = authority.sign("client");
-    let with_ca = EtcdOptions { ca_file: Some(authority.ca()), ..options(&etcd) };
-    works(EtcdOptions { cert_file: Some(cert), key_file: Some(key), ..with_ca.clone() }).await;
-    assert!(Store::etcd(with_ca).await.is_err());
 }
 
 /// The user of [`with_users`], and the password.

@@ -96,7 +96,7 @@ impl Connector {
                 connector.failure.remember(connector.unusable(refusal));
             }
         });
-        Ok(TokioIo::new(Watched { stream, has_answered: false, report }))
+        Ok(TokioIo::new(Watched { stream, has_answered: false, write_error: None, report }))
     }
 
     async fn tcp(&self) -> Result<TcpStream, StoreError> {
@@ -168,7 +168,7 @@ fn reason_with_tls(end: End<'_>, alerts: impl Fn(AlertDescription) -> Refusal) -
     match end {
         End::Answer([]) => Some(Refusal::healing(
             "the server closes the connection after the TLS handshake without an answer: etcd does so when the client \
-             certificate is revoked or names other hosts than this one",
+             certificate is revoked",
         )),
         End::Answer(first) => reason_of_http1(first),
         End::Error(error) => match error.get_ref().and_then(|cause| cause.downcast_ref::<rustls::Error>()) {
@@ -187,20 +187,38 @@ fn reason_of_http1(first: &[u8]) -> Option<Refusal> {
 struct Watched {
     stream: Pin<Box<dyn Stream>>,
     has_answered: bool,
+    /// Why writing failed, until everything that the server sent before is read.
+    write_error: Option<io::Error>,
     report: Box<dyn Fn(End<'_>) + Send + Sync>,
 }
 
 impl Watched {
-    /// A server that refuses us sends an alert and closes the connection. Writing may fail before the alert is read.
-    fn after_write<T>(&mut self, cx: &mut Context<'_>, written: io::Result<T>) -> io::Result<T> {
-        written.inspect_err(|error| {
-            (self.report)(End::Error(error));
+    /// A server that refuses us sends an alert and closes the connection. Writing may fail before the alert is read, so that
+    /// an error of writing waits until reading ends, which it does soon.
+    fn write<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        write: impl FnOnce(Pin<&mut dyn Stream>, &mut Context<'_>) -> Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        if self.write_error.is_none() {
+            match ready!(write(self.stream.as_mut(), cx)) {
+                Ok(written) => return Poll::Ready(Ok(written)),
+                Err(error) => self.write_error = Some(error),
+            }
+        }
+        loop {
             let mut last = [0; 1024];
             let mut last = ReadBuf::new(&mut last);
-            if let Poll::Ready(Err(error)) = self.stream.as_mut().poll_read(cx, &mut last) {
-                (self.report)(End::Error(&error));
+            match ready!(self.stream.as_mut().poll_read(cx, &mut last)) {
+                Ok(()) if !last.filled().is_empty() => {}
+                Ok(()) => break,
+                Err(error) => {
+                    (self.report)(End::Error(&error));
+                    break;
+                }
             }
-        })
+        }
+        Poll::Ready(Err(self.write_error.take().unwrap_or_else(|| io::ErrorKind::BrokenPipe.into())))
     }
 }
 
@@ -227,8 +245,7 @@ impl AsyncRead for Watched {
 
 impl AsyncWrite for Watched {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let written = ready!(self.stream.as_mut().poll_write(cx, bytes));
-        Poll::Ready(self.after_write(cx, written))
+        self.write(cx, |stream, cx| stream.poll_write(cx, bytes))
     }
 
     fn poll_write_vectored(
@@ -236,8 +253,7 @@ impl AsyncWrite for Watched {
         cx: &mut Context<'_>,
         bytes: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let written = ready!(self.stream.as_mut().poll_write_vectored(cx, bytes));
-        Poll::Ready(self.after_write(cx, written))
+        self.write(cx, |stream, cx| stream.poll_write_vectored(cx, bytes))
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -245,8 +261,7 @@ impl AsyncWrite for Watched {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let flushed = ready!(self.stream.as_mut().poll_flush(cx));
-        Poll::Ready(self.after_write(cx, flushed))
+        self.write(cx, |stream, cx| stream.poll_flush(cx))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
