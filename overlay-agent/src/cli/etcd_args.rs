@@ -23,7 +23,7 @@ pub(super) struct EtcdArgs {
     /// Client certificate, PEM
     #[arg(long, value_name = "PATH", requires = "etcd_keyfile")]
     etcd_certfile: Option<PathBuf>,
-    /// Certificate authorities for etcd's certificate, PEM
+    /// Certificate authorities for etcd's certificate, or that certificate itself, PEM [default: the system's]
     #[arg(long, value_name = "PATH")]
     etcd_cafile: Option<PathBuf>,
     /// User name for etcd's authentication

@@ -63,6 +63,16 @@ pub(crate) fn register(suite: &mut Suite) {
     suite.add("refusals::subnet_file_that_is_a_fifo", tun, subnet_file_is_a_fifo);
     suite.add("refusals::not_root", tun, not_root);
     suite.add("refusals::no_tun_device_node", tun, no_tun_device_node);
+    suite.add("refusals::etcd_endpoint_with_an_impossible_port", tun, |sandbox| {
+        Fixture::build(sandbox)?.refuses_etcd(&["--etcd-endpoints", "http://192.168.77.10:99999"], "99999")
+    });
+    suite.add("refusals::etcd_ca_file_without_a_certificate", tun, |sandbox| {
+        let file = sandbox.new_directory("tls")?.join("ca.pem");
+        std::fs::write(&file, "").context("write an empty file")?;
+        let file = file.display().to_string();
+        let arguments = ["--etcd-endpoints", "https://192.168.77.10:2379", "--etcd-cafile", &file];
+        Fixture::build(sandbox)?.refuses_etcd(&arguments, &file)
+    });
     suite.add("refusals::store_without_configuration", tun, |sandbox| {
         let fixture = Fixture::build(sandbox)?;
         fixture.store.remove("config")?;
@@ -151,6 +161,13 @@ impl Fixture {
             peer,
         ];
         self.refuses(self.site.run_command(&arguments.map(str::to_owned)), named)
+    }
+
+    /// Starts the agent with these options of etcd, which nothing needs to answer.
+    fn refuses_etcd(&self, options: &[&str], named: &str) -> Result<()> {
+        let arguments = [&["--iface", UPLINK, "--datapath", Rung::Tun.name()], options].concat();
+        let arguments: Vec<_> = arguments.into_iter().map(str::to_owned).collect();
+        self.refuses(self.site.run_command(&arguments), named)
     }
 
     /// Checks that the command is refused with an error that names `named`, and changes nothing.

@@ -268,3 +268,76 @@ impl AsyncWrite for Watched {
         self.stream.as_mut().poll_shutdown(cx)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt as _;
+
+    use super::*;
+
+    /// A server that closed the connection after an alert, which arrives after writing has failed.
+    struct Refusing {
+        has_arrived: bool,
+    }
+
+    impl AsyncRead for Refusing {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            _: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            if !std::mem::replace(&mut self.has_arrived, true) {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            let alert = rustls::Error::AlertReceived(AlertDescription::UnknownCA);
+            Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, alert)))
+        }
+    }
+
+    impl AsyncWrite for Refusing {
+        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, _: &[u8]) -> Poll<io::Result<usize>> {
+            Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    #[tokio::test]
+    async fn an_alert_is_reported_even_when_writing_fails_before_it_arrives() {
+        let failure = Arc::new(Mutex::new(None));
+        let reported = Arc::clone(&failure);
+        let mut watched = Watched {
+            stream: Box::pin(Refusing { has_arrived: false }),
+            has_answered: false,
+            write_error: None,
+            report: Box::new(move |end| {
+                let alerts = |alert| Refusal::permanent(format!("{alert:?}"));
+                *reported.lock().unwrap() = reason_with_tls(end, alerts);
+            }),
+        };
+        let error = watched.write_all(b"PRI").await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+        assert_eq!(failure.lock().unwrap().take(), Some(Refusal::permanent("UnknownCA")));
+    }
+
+    #[test]
+    fn the_servers_first_bytes_show_what_it_is() {
+        let alerts = |_| Refusal::permanent("an alert");
+        let plain = |bytes| reason_without_tls(End::Answer(bytes));
+        let tls = |bytes| reason_with_tls(End::Answer(bytes), alerts);
+        // The header of an HTTP/2 SETTINGS frame.
+        let settings = [0, 0, 18, 4, 0, 0, 0, 0, 0];
+        assert_eq!((plain(&settings), tls(&settings)), (None, None));
+        assert!(plain(&[0x15, 3, 3, 0, 2]).unwrap().why.contains("https://"));
+        assert!(plain(&[]).unwrap().why.contains("https://"));
+        assert!(tls(&[]).unwrap().why.contains("revoked"));
+        assert!(plain(b"HTTP/1.1 400").is_some() && tls(b"HTTP/1.1 400").is_some());
+    }
+}

@@ -45,8 +45,8 @@ impl Identity {
         };
         if !belongs(&*key, own.public_key()) {
             let why = format!(
-                "the private key in {} does not belong to the certificate in {}: name the files of one pair (the server's own \
-                 certificate stands first in its file)",
+                "the private key in {} does not belong to the certificate in {}: name the files of one pair (in a file \
+                 with a chain, the certificate of the key stands first)",
                 key_file.display(),
                 certificate_file.display()
             );

@@ -99,6 +99,10 @@ impl Refusal {
             let why = "is not for servers: its extended key usage must include serverAuth";
             return Self::permanent(format!("{subject} {why}"));
         }
+        if matches!(error, CertificateError::UnsupportedSignatureAlgorithmContext { .. }) {
+            let why = "or one that signed it is signed with an algorithm that is not safe, such as SHA-1: sign it with SHA-256";
+            return Self::permanent(format!("{subject} {why}"));
+        }
         let is_self_signed = parsed.subject() == parsed.issuer();
         let issuer = certificate::entity(parsed.issuer());
         let why = match (error, trust) {
@@ -116,7 +120,11 @@ impl Refusal {
             (CertificateError::UnknownIssuer, Trust::System) => format!(
                 "is signed by {issuer}, which is not among {trust}: name the file of the CA that signed it with {CA_FILE}"
             ),
-            (CertificateError::BadSignature, _) => format!(
+            (
+                CertificateError::BadSignature
+                | CertificateError::UnsupportedSignatureAlgorithmForPublicKeyContext { .. },
+                _,
+            ) => format!(
                 "names {issuer} as its issuer, but the CA of that name in {trust} did not sign it: the CA has another key now, \
                  name the file of the CA that signed it"
             ),
