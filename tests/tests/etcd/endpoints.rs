@@ -67,25 +67,34 @@ async fn a_start_waits_only_for_endpoints_that_may_come_back() {
     let authority = Authority::new();
     let expired = authority.sign_with("expired", |params| params.not_after = date_time_ymd(2020, 2, 3));
     let expired = serve(&expired, None);
+    let nameless = authority.sign_with("nameless", |params| params.subject_alt_names.clear());
+    let nameless = serve(&nameless, None);
     let stranger = Authority::of("stranger", &PKCS_ECDSA_P256_SHA256);
     let strange = stranger.server(false);
     let trusting = |endpoints: &[String]| EtcdOptions {
         endpoints: endpoints.to_vec(),
         ..trusting(&expired, authority.ca())
     };
-    let error = Store::etcd(trusting(&[AWAY.to_owned(), expired.endpoint()])).await.unwrap_err();
+    let error = Store::etcd(trusting(&[AWAY.to_owned(), nameless.endpoint()])).await.unwrap_err();
     let text = error.to_string();
     assert!(matches!(error, StoreError::Unreachable { .. }) && error.is_transient(), "{error:?}");
     assert!(text.contains(&format!("{AWAY}: ")) && text.contains("refused"), "{text}");
     assert!(
-        text.contains(&format!("{}: the server's certificate (CN=expired)", expired.endpoint())),
+        text.contains(&format!("{}: the server's certificate (CN=nameless)", nameless.endpoint())),
         "{text}"
     );
 
-    let error = Store::etcd(trusting(&[strange.endpoint(), expired.endpoint()])).await.unwrap_err();
-    let text = error.to_string();
-    assert!(matches!(error, StoreError::Unusable { heals: false, .. }) && !error.is_transient(), "{error:?}");
-    assert!(text.contains("CN=expired") && text.contains("is signed by CN=stranger"), "{text}");
+    for (other, part, heals) in
+        [(&expired, "(CN=expired) expired", true), (&strange, "is signed by CN=stranger", false)]
+    {
+        let error = Store::etcd(trusting(&[nameless.endpoint(), other.endpoint()])).await.unwrap_err();
+        let text = error.to_string();
+        assert!(matches!(error, StoreError::Unusable { .. }) && error.is_transient() == heals, "{error:?}");
+        assert!(
+            text.contains("(CN=nameless) has no subject alternative name") && text.contains(part),
+            "{text}"
+        );
+    }
 }
 
 #[tokio::test]

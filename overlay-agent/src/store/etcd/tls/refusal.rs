@@ -73,7 +73,8 @@ impl Refusal {
             } else {
                 format!("a certificate that signed {subject} has expired")
             };
-            return Self::permanent(format!("{what}: renew it, or correct this host's clock"));
+            // Servers read renewed certificates without a restart.
+            return Self::healing(format!("{what}: renew it, or correct this host's clock"));
         }
         if matches!(error, CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. }) {
             // The clock may be set soon after the boot.
