@@ -1,11 +1,12 @@
 //! One etcd server, on loopback or in a host's namespace: started, paused, killed, restarted, wiped.
 
 use std::{
+    collections::BTreeSet,
     fs::File,
-    net::{Ipv4Addr, TcpListener, TcpStream},
+    net::{Ipv4Addr, TcpListener},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -21,6 +22,8 @@ use crate::{netns::Netns, sandbox::Sandbox};
 
 /// How long a server may take to listen.
 const TIMEOUT: Duration = Duration::from_secs(20);
+/// What a server logs when it listens, with and without TLS.
+const SERVING: &str = "serving client traffic";
 /// Another process may take a port between its choice and its use.
 const ATTEMPTS: usize = 5;
 
@@ -148,17 +151,16 @@ impl Etcd {
         let log = self.home.directory().join("log");
         let output = File::create(&log).with_context(|| format!("create {}", log.display()))?;
         let child = self.child.insert(self.home.spawn(&self.arguments(), output)?);
-        let (address, deadline) = ((self.home.address(), self.client_port), Instant::now() + TIMEOUT);
-        self.home.run(|| {
-            while TcpStream::connect(address).is_err() {
-                let ended = child.try_wait()?;
-                if ended.is_some() || Instant::now() > deadline {
-                    bail!("etcd does not listen: {}", last_line(&log));
-                }
-                thread::sleep(Duration::from_millis(20));
+        let deadline = Instant::now() + TIMEOUT;
+        // Not a connection: another process may have taken the port, and this one is about to end.
+        while !std::fs::read_to_string(&log).unwrap_or_default().contains(SERVING) {
+            let ended = child.try_wait()?;
+            if ended.is_some() || Instant::now() > deadline {
+                bail!("etcd does not listen: {}", last_line(&log));
             }
-            Ok(())
-        })
+            thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
     }
 
     fn arguments(&self) -> Vec<String> {
@@ -243,9 +245,16 @@ impl Drop for Etcd {
     }
 }
 
+/// A port that nothing uses, and that no other server of this process was given: it is not bound yet when the next asks.
 pub(crate) fn free_port(address: Ipv4Addr) -> Result<u16> {
-    let listener = TcpListener::bind((address, 0)).context("look for a free port")?;
-    Ok(listener.local_addr()?.port())
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    loop {
+        let listener = TcpListener::bind((address, 0)).context("look for a free port")?;
+        let port = listener.local_addr()?.port();
+        if GIVEN.lock().unwrap_or_else(PoisonError::into_inner).insert(port) {
+            return Ok(port);
+        }
+    }
 }
 
 fn last_line(log: &Path) -> String {
