@@ -21,7 +21,7 @@ use crate::{
     netlink::Netlink,
     report,
     route::LocalNode,
-    route_table::{Outcome, OwnSubnet, Rival, RouteTable},
+    route_table::{Outcome, OwnRecord, OwnSubnet, Rival, RouteTable},
     store::Event,
     underlay::Underlay,
 };
@@ -182,7 +182,8 @@ impl Forwarding {
         self.spec.subnet = local.subnet;
         let outcome = self.table.set_local(local);
         self.apply(&outcome);
-        self.check_own_subnet();
+        // A record that was written just now may still be on its way here: the next event shows it.
+        self.conditions.clear(Condition::OwnRecord);
         if moved {
             self.try_reconcile().await;
         }
@@ -207,10 +208,20 @@ impl Forwarding {
         if !self.has_snapshot || matches!(self.options.store, StoreOption::None) {
             return;
         }
-        let (own, OwnSubnet { is_held, rivals }) = (self.spec.subnet, self.table.own_subnet());
-        let missing = (!is_held)
-            .then(|| format!("the store has no record of this host for {own}: peers have no route to it"));
-        self.conditions.update(Condition::OwnRecord, missing);
+        let (own, OwnSubnet { record, rivals }) = (self.spec.subnet, self.table.own_subnet());
+        let wrong = match record {
+            OwnRecord::Ours => None,
+            OwnRecord::Missing => {
+                Some(format!("the store has no record of our subnet {own}: peers have no route to it"))
+            }
+            OwnRecord::Unusable => Some(format!(
+                "peers skip the record of our subnet {own}, so that those that start have no route to it"
+            )),
+            OwnRecord::Of(other) => {
+                Some(format!("the record of our subnet {own} names {other}: peers send packets for it there"))
+            }
+        };
+        self.conditions.update(Condition::OwnRecord, wrong);
         let (diverting, other): (Vec<_>, Vec<_>) = rivals.iter().partition(|rival| rival.diverted.is_some());
         let diverted = diverting.iter().map(|Rival { record, holder, diverted }| {
             let part = diverted.map_or_else(String::new, |part| part.to_string());

@@ -65,8 +65,8 @@ impl Agent {
         }
         let (egress, ingress) = rungs.unzip();
         let state = match (self.running, &health.healthy, problems.is_empty()) {
-            (false, _, _) => "starting",
-            (true, Err(_), _) => "unhealthy",
+            (_, Err(_), _) => "unhealthy",
+            (false, Ok(()), _) => "starting",
             (true, Ok(()), true) => "running",
             (true, Ok(()), false) => "degraded",
         };

@@ -18,7 +18,8 @@ Examples:
   overlay-agent config set - --store dir:/var/lib/overlay < network.json
 
 Agents read the config when they start. Hosts with another network or port cannot reach each other, so such a change needs \
---force while hosts hold leases, and then a restart of all agents. So does the replacement of a config that agents cannot use. \
+--force while hosts hold leases, and then a restart of all agents. So does the replacement of a config that agents cannot use, \
+or of one that was removed. \
 A host whose lease no longer fits acquires another subnet when it restarts: that needs --force, too. Reservations in etcd do \
 not count as hosts; in a directory, all records do.";
 
@@ -77,12 +78,19 @@ pub(super) async fn set(args: SetArgs) -> Result<()> {
     let changed = changes(before.as_deref(), &config);
     let affected = match changed.is_empty() || !store.exists() {
         true => Affected::default(),
-        false => Affected::by(&changed, before.is_some(), &config, &store.list().await?),
+        false => Affected::by(&changed, &config, &store.list().await?),
     };
-    if let (Some(objection), false) = (affected.objection(&changed, &config), args.force) {
-        bail!("not written: {objection}");
-    }
-    let before = store.set_config(&text).await?;
+    let before = if args.force {
+        store.set_config(&text).await?
+    } else {
+        if let Some(objection) = affected.objection(before.as_deref(), &changed, &config) {
+            bail!("not written: {objection}");
+        }
+        if !store.replace_config(before.as_deref(), &text).await? {
+            bail!("not written: the stored config changed in the meantime: look at it and try again");
+        }
+        before
+    };
     let written = Written {
         location: store.config_location(),
         changes: changes(before.as_deref(), &config),
@@ -97,27 +105,27 @@ pub(super) async fn set(args: SetArgs) -> Result<()> {
 }
 
 impl Affected {
-    /// What `changed` affects. Without an earlier config there is nothing that hosts could have read.
-    fn by(
-        changed: &[ConfigChange],
-        had_config: bool,
-        config: &NetworkConfig,
-        records: &[LeaseRecord],
-    ) -> Self {
+    /// What `changed` affects.
+    fn by(changed: &[ConfigChange], config: &NetworkConfig, records: &[LeaseRecord]) -> Self {
         // Hosts keep their subnets when only the port changes.
         let misfits = match changed.iter().all(|change| change.key == "Backend.Port") {
             true => Vec::new(),
             false => misfits(config, records),
         };
-        let separated = match had_config && changed.iter().any(|change| SHARED.contains(&change.key)) {
+        let separated = match changed.iter().any(|change| SHARED.contains(&change.key)) {
             true => held(records),
             false => Vec::new(),
         };
         Self { misfits, separated }
     }
 
-    /// Why the config is not to be written without `--force`.
-    fn objection(&self, changed: &[ConfigChange], config: &NetworkConfig) -> Option<String> {
+    /// Why the config is not to be written without `--force`. `before` is the stored one.
+    fn objection(
+        &self,
+        before: Option<&str>,
+        changed: &[ConfigChange],
+        config: &NetworkConfig,
+    ) -> Option<String> {
         if let Some(first) = self.misfits.first() {
             return Some(format!(
                 "{} of the leases would not fit, the first is {first}: subnets would range from {}/{len} to {}/{len}; \
@@ -135,8 +143,11 @@ impl Affected {
             .collect();
         let what = shared.map_or_else(
             || {
-                "agents cannot use the stored config, so it may differ from the one that hosts run with"
-                    .to_owned()
+                let stored = match before {
+                    Some(_) => "agents cannot use the stored config",
+                    None => "the stored config is gone",
+                };
+                format!("{stored}, so it may differ from the one that hosts run with")
             },
             |shared| format!("it changes {}", shared.join(", ")),
         );
@@ -249,13 +260,14 @@ mod tests {
             (Some(BEFORE), r#"{"Network":"10.5.0.0/17"}"#, 2),
             (Some(r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}"#), BEFORE, 2),
             (Some(BEFORE), r#"{"Network":"10.5.0.0/16","SubnetMax":"10.5.9.0","SubnetMin":"10.5.1.0"}"#, 0),
-            (None, BEFORE, 0),
+            // Hosts have read one that is gone.
+            (None, BEFORE, 2),
         ] {
             let after = parse(after);
             let changed = changes(before, &after);
-            let affected = Affected::by(&changed, before.is_some(), &after, &records);
+            let affected = Affected::by(&changed, &after, &records);
             assert_eq!((affected.separated.len(), affected.misfits.len()), (separated, 0), "{after:?}");
-            let objection = affected.objection(&changed, &after);
+            let objection = affected.objection(before, &changed, &after);
             assert_eq!(objection.is_some(), separated > 0, "{objection:?}");
         }
     }

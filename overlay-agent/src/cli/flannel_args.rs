@@ -169,7 +169,9 @@ impl Line {
     fn environment(&mut self, environment: &impl Fn(&str) -> Option<OsString>) -> Result<(), String> {
         let other_store = self.has_other_store(environment);
         for (name, kind) in flags() {
-            let set =
+            // flanneld takes an empty variable for one that is not set.
+            let set = |name: &str| environment(name).filter(|value| !value.is_empty());
+            let own =
                 |name: &str| environment(name).filter(|value| kind == Kind::Emptiable || !value.is_empty());
             let upper = name.to_uppercase().replace('-', "_");
             let variable = format!("FLANNELD_{upper}");
@@ -178,7 +180,7 @@ impl Line {
                 || !self.knows(kind)
                 || (matches!(kind, Kind::Etcd | Kind::Lease) && other_store)
                 || self.seen.contains(&name)
-                || set(&format!("OVERLAY_AGENT_{upper}")).is_some();
+                || own(&format!("OVERLAY_AGENT_{upper}")).is_some();
             if let (false, Some(value)) = (skip, set(&variable)) {
                 self.add(name, kind, &variable, &value)?;
             }
@@ -313,7 +315,8 @@ mod tests {
     #[test]
     fn an_empty_subnet_file_is_a_setting() {
         let empty = "flanneld run --subnet-file=";
-        check(&[("FLANNELD_SUBNET_FILE", "")], &[("flanneld", empty), ("flanneld -subnet-file=", empty)]);
+        let unset = [("flanneld", "flanneld run"), ("flanneld -subnet-file=", empty)];
+        check(&[("FLANNELD_SUBNET_FILE", "")], &unset);
         let ours = [("FLANNELD_SUBNET_FILE", "/theirs"), ("OVERLAY_AGENT_SUBNET_FILE", "")];
         check(&ours, &[("flanneld", "flanneld run")]);
     }

@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use candidates::Candidates;
 use ipnet::Ipv4Net;
-pub use own_subnet::{OwnSubnet, Rival};
+pub use own_subnet::{OwnRecord, OwnSubnet, Rival};
 use serde::{Deserialize, Serialize};
 
 use crate::{

@@ -16,10 +16,24 @@ use crate::{
 /// This host's subnet in the records.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct OwnSubnet {
-    /// Whether a record names this host as the holder: only then peers have a route to it.
-    pub is_held: bool,
+    /// What the record of the subnet says.
+    pub record: OwnRecord,
     /// Records by which other hosts have a share in it.
     pub rivals: Vec<Rival>,
+}
+
+/// What the record of this host's subnet says. Peers have a route here only while it names this host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OwnRecord {
+    /// There is none.
+    #[default]
+    Missing,
+    /// Peers skip it: it cannot be read, or is of another backend.
+    Unusable,
+    /// It names another address.
+    Of(Ipv4Addr),
+    /// It names this host.
+    Ours,
 }
 
 /// A record of another host for an address range that overlaps this host's subnet.
@@ -46,17 +60,25 @@ impl RouteTable {
         let inside = inside.take_while(|subnet| own.prefix().contains(&subnet.prefix()));
         for subnet in wider.chain(inside) {
             let Some(candidates) = self.candidates.get(&subnet) else { continue };
-            let mut rivals = Vec::new();
+            let (mut rivals, mut first) = (Vec::new(), None);
             for Candidate { key, value, .. } in &candidates.records {
-                let Ok(value) = value else { continue };
                 // As peers, which have other subnets, decide about it.
-                let Ok(Some(peer)) = candidates::peer(Some(network), None, subnet, value) else { continue };
-                match (peer.address == public_ip, subnet == own) {
-                    (true, true) => found.is_held = true,
-                    (true, false) => {}
-                    (false, _) => {
-                        let is_first = subnet == own && !found.is_held && rivals.is_empty();
-                        let diverts = is_first || own.is_wider_than(subnet);
+                let peer = value
+                    .as_ref()
+                    .ok()
+                    .and_then(|value| candidates::peer(Some(network), None, subnet, value).ok().flatten());
+                let Some(peer) = peer else {
+                    first.get_or_insert(OwnRecord::Unusable);
+                    continue;
+                };
+                let is_first = !matches!(first, Some(OwnRecord::Of(_) | OwnRecord::Ours));
+                match peer.address == public_ip {
+                    true => first = Some(OwnRecord::Ours),
+                    false => {
+                        if is_first {
+                            first = Some(OwnRecord::Of(peer.address));
+                        }
+                        let diverts = subnet == own && is_first || own.is_wider_than(subnet);
                         rivals.push(Rival {
                             record: printable(key, LONGEST_NAME),
                             holder: peer.address,
@@ -65,8 +87,11 @@ impl RouteTable {
                     }
                 }
             }
+            if subnet == own {
+                found.record = first.unwrap_or_default();
+            }
             // Without a record of its own, this host does not hold the subnet at all.
-            if subnet != own || found.is_held {
+            if subnet != own || found.record == OwnRecord::Ours {
                 found.rivals.append(&mut rivals);
             }
         }
@@ -110,10 +135,11 @@ mod tests {
 
     #[test]
     fn a_record_of_this_host_holds_the_subnet() {
-        assert!(!own_subnet(&[]).is_held);
-        assert!(!own_subnet(&[("10.244.1.0-24", 2), ("10.244.2.0-24", US)]).is_held);
+        assert_eq!(own_subnet(&[]).record, OwnRecord::Missing);
+        let theirs = own_subnet(&[("10.244.1.0-24", 2), ("10.244.2.0-24", US)]);
+        assert_eq!(theirs.record, OwnRecord::Of(host(2)));
         for key in ["10.244.1.0-24", "10.244.1.0-24&2001:cafe::-64"] {
-            let alone = OwnSubnet { is_held: true, rivals: Vec::new() };
+            let alone = OwnSubnet { record: OwnRecord::Ours, rivals: Vec::new() };
             assert_eq!(own_subnet(&[(key, US), ("10.244.2.0-24", 2), ("10.244.0.0-24", 3)]), alone);
         }
     }

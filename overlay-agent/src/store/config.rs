@@ -93,6 +93,18 @@ impl Store {
         Err(StoreError::Contended(ATTEMPTS))
     }
 
+    /// Writes the network's configuration, which must be usable, if the stored one is still `before`. `false` when it is not.
+    /// Fails when `text` cannot be used or the store cannot be written.
+    pub async fn replace_config(&self, before: Option<&str>, text: &str) -> Result<bool, StoreError> {
+        self.parse_config(text)?;
+        let stored = self.backend.get_one(CONFIG).await?;
+        let expected = stored.as_ref().map_or(Expected::Absent, |raw| Expected::Unchanged(raw.version));
+        if stored.map(into_text).as_deref() != before {
+            return Ok(false);
+        }
+        self.write_config(text.to_owned(), expected).await
+    }
+
     async fn write_config(&self, text: String, expected: Expected) -> Result<bool, StoreError> {
         Ok(self.backend.write(Write::new(CONFIG, expected, Some(text))).await?.is_some())
     }

@@ -1,6 +1,6 @@
 //! Errors of a store: each names the operation, the object and, where there is one, the remedy.
 
-use std::net::Ipv4Addr;
+use std::{mem, net::Ipv4Addr};
 
 use ipnet::Ipv4Net;
 use thiserror::Error;
@@ -71,6 +71,14 @@ impl StoreError {
                 | Self::NoConfig(_)
                 | Self::Config { .. }
         )
+    }
+
+    /// Whether the two tell an operator to do the same. Texts may differ from attempt to attempt.
+    pub(super) fn is_like(&self, other: &Self) -> bool {
+        let is_away = |error: &Self| matches!(error, Self::Unreachable { .. } | Self::Away { .. });
+        let heals = |error: &Self| matches!(error, Self::Unusable { heals: true, .. });
+        is_away(self) && is_away(other)
+            || mem::discriminant(self) == mem::discriminant(other) && heals(self) == heals(other)
     }
 
     pub(super) fn full(config: &NetworkConfig) -> Self {

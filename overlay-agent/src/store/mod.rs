@@ -50,9 +50,8 @@ impl Store {
         Self::new(Backend::Dir(Arc::new(Dir { root })), &EtcdOptions::default())
     }
 
-    /// Connects to the first etcd endpoint that answers.
-    /// Fails when the options cannot be used, etcd refuses the user, or no endpoint answers (the only one of these
-    /// that [`StoreError::is_transient`]).
+    /// Connects to an etcd endpoint that answers.
+    /// Fails when the options cannot be used, etcd refuses the user, or no endpoint can be used.
     pub async fn etcd(options: EtcdOptions) -> Result<Self, StoreError> {
         let etcd = Etcd::connect(options.clone()).await?;
         Ok(Self::new(Backend::Etcd(Arc::new(etcd)), &options))

@@ -1,8 +1,8 @@
 //! Records of any kind: parsed once, where they enter, and identified by a version for compare-and-swap.
 
-use std::fmt::Debug;
+use std::fmt::{Debug, Write as _};
 
-use bstr::{ByteSlice as _, ByteVec as _};
+use bstr::ByteVec as _;
 use thiserror::Error;
 
 /// A kind of record. All records of a kind stand below one prefix.
@@ -75,13 +75,28 @@ pub(super) struct RawRecord {
     pub(super) version: Version,
 }
 
-/// The text of a key: bytes that are no UTF-8, control characters and backslashes are escaped as in Rust (`\\xff`). So an operator
-/// can read and name every record.
+/// The text of a key: backslashes, characters that cannot be printed and bytes that are no UTF-8 are escaped (`\\xff`). So an
+/// operator can read and name every record.
 pub(super) fn key_text(bytes: &[u8]) -> String {
-    // Nearly every key.
-    match str::from_utf8(bytes) {
-        Ok(text) if text.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'\\') => text.to_owned(),
-        _ => bytes.escape_bytes().to_string(),
+    let mut text = String::with_capacity(bytes.len());
+    for chunk in bytes.utf8_chunks() {
+        for character in chunk.valid().chars() {
+            let is_plain =
+                matches!(character, '"' | '\'') || character != '\\' && character.escape_debug().count() == 1;
+            match is_plain {
+                true => text.push(character),
+                false => escape(&mut text, character.encode_utf8(&mut [0; 4]).as_bytes()),
+            }
+        }
+        escape(&mut text, chunk.invalid());
+    }
+    text
+}
+
+fn escape(text: &mut String, bytes: &[u8]) {
+    for byte in bytes {
+        // Writing to a string cannot fail.
+        let _ = write!(text, "\\x{byte:02x}");
     }
 }
 
@@ -156,10 +171,11 @@ mod tests {
     fn every_key_has_a_text_that_gives_its_bytes() {
         for (bytes, text) in [
             (&b"subnets/10.5.34.0-24&2001:cafe::-64"[..], "subnets/10.5.34.0-24&2001:cafe::-64"),
-            (b"\xff\xfe", r"\xFF\xFE"),
-            (b"\x1b[31mred", r"\x1B[31mred"),
-            (br"a\xff", r"a\\xff"),
-            ("caf\u{e9}".as_bytes(), "caf\u{e9}"),
+            (b"\xff\xfe", r"\xff\xfe"),
+            (b"\x1b[31mred", r"\x1b[31mred"),
+            (br"a\xff", r"a\x5cxff"),
+            ("caf\u{e9} \"'".as_bytes(), "caf\u{e9} \"'"),
+            ("\u{9b}31m\u{202e}".as_bytes(), r"\xc2\x9b31m\xe2\x80\xae"),
         ] {
             assert_eq!((key_text(bytes).as_str(), key_bytes(text).as_slice()), (text, bytes));
         }

@@ -85,7 +85,7 @@ async fn leases_are_listed_with_what_they_are_and_why_some_are_no_routes() {
     let column = |name: &str| leases.iter().map(|lease| lease[name].clone()).collect::<Vec<_>>();
     assert_eq!(
         column("key"),
-        ["10.5.1.0-24", "10.5.2.0-24", "10.5.3.0-24", "10.5.4.0-24", "10.6.1.0-24", r"junk\x1B[31m"]
+        ["10.5.1.0-24", "10.5.2.0-24", "10.5.3.0-24", "10.5.4.0-24", "10.6.1.0-24", r"junk\x1b[31m"]
     );
     assert_eq!(
         column("state"),

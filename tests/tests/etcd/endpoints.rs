@@ -65,15 +65,15 @@ async fn an_endpoint_that_works_is_used_whatever_is_wrong_with_the_others() {
 #[tokio::test]
 async fn a_start_waits_only_for_endpoints_that_may_come_back() {
     let authority = Authority::new();
-    let expired = authority.sign_with("expired", |params| params.not_after = date_time_ymd(2020, 2, 3));
-    let expired = serve(&expired, None);
+    let future = authority.sign_with("future", |params| params.not_before = date_time_ymd(2999, 2, 3));
+    let future = serve(&future, None);
     let nameless = authority.sign_with("nameless", |params| params.subject_alt_names.clear());
     let nameless = serve(&nameless, None);
     let stranger = Authority::of("stranger", &PKCS_ECDSA_P256_SHA256);
     let strange = stranger.server(false);
     let trusting = |endpoints: &[String]| EtcdOptions {
         endpoints: endpoints.to_vec(),
-        ..trusting(&expired, authority.ca())
+        ..trusting(&future, authority.ca())
     };
     let error = Store::etcd(trusting(&[AWAY.to_owned(), nameless.endpoint()])).await.unwrap_err();
     let text = error.to_string();
@@ -85,7 +85,7 @@ async fn a_start_waits_only_for_endpoints_that_may_come_back() {
     );
 
     for (other, part, heals) in
-        [(&expired, "(CN=expired) expired", true), (&strange, "is signed by CN=stranger", false)]
+        [(&future, "(CN=future) is not valid before", true), (&strange, "is signed by CN=stranger", false)]
     {
         let error = Store::etcd(trusting(&[nameless.endpoint(), other.endpoint()])).await.unwrap_err();
         let text = error.to_string();

@@ -11,11 +11,16 @@ use overlay_tests::grpc_proxy::GrpcProxy;
 
 use crate::hosts::{Keeper, Network, ip, key_of, next, subnet_key, value};
 
-/// A store behind the proxy whose leases last `seconds`.
+/// A store behind the proxy whose leases last `seconds`, and are renewed after 3.
 async fn store(network: &Network, proxy: &GrpcProxy, seconds: u64) -> Store {
     let ttl = Duration::from_secs(seconds);
     let endpoints = vec![proxy.endpoint()];
-    let options = EtcdOptions { endpoints, lease_ttl: ttl, renew_margin: ttl / 2, ..network.options(1) };
+    let options = EtcdOptions {
+        endpoints,
+        lease_ttl: ttl,
+        renew_margin: ttl - Duration::from_secs(3),
+        ..network.options(1)
+    };
     Store::etcd(options).await.unwrap()
 }
 
@@ -23,12 +28,12 @@ async fn store(network: &Network, proxy: &GrpcProxy, seconds: u64) -> Store {
 async fn a_lease_is_renewed_through_a_proxy() {
     let mut network = Network::start().await;
     let proxy = GrpcProxy::start(&network.etcd.endpoint()).unwrap();
-    let store = store(&network, &proxy, 6).await;
+    let store = store(&network, &proxy, 30).await;
     let held = store.acquire(&network.request(), ip(1)).await.unwrap();
     let mut keeper = Keeper::start(&store, held.clone());
-    // Beyond the time of a lease that nothing renews.
-    for _ in 0..5 {
-        assert_eq!(keeper.confirmed().await, Some(Duration::from_secs(6)));
+    // The proxy sends a second answer only after 20 s: too late for a request.
+    for _ in 0..3 {
+        assert_eq!(keeper.confirmed().await, Some(Duration::from_secs(30)));
     }
     assert_eq!(network.get(&key_of(&held)).await.unwrap().version(), 1);
     keeper.stop().await;

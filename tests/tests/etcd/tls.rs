@@ -71,7 +71,7 @@ async fn a_ca_certificate_that_is_named_for_the_server_must_fit_in_all_else() {
     });
     let future = authority.self_signed("future", |params| params.not_before = year(2999, 2, 3));
     for (pair, part, heals) in [
-        (expired, "expired on 2020-02-03", true),
+        (expired, "expired on 2020-02-03", false),
         (other, "is for etcd.example.com, not for 127.0.0.1", false),
         (client, "is not for servers", false),
         (future, "is not valid before 2999-02-03", true),

@@ -104,6 +104,7 @@ async fn a_servers_certificate_that_does_not_fit_is_described() {
                 "--etcd-endpoints",
             ],
         ),
+        (expired, vec!["(CN=expired) expired on 2020-02-03 00:00 UTC: renew it", "this host's clock"]),
         (nameless, vec!["(CN=nameless) has no subject alternative name"]),
         (client, vec!["(CN=client) is not for servers"]),
         (alone, vec!["(CN=alone) is self-signed and not in --etcd-cafile", &ca]),
@@ -114,15 +115,11 @@ async fn a_servers_certificate_that_does_not_fit_is_described() {
         assert!(text.starts_with(&format!("cannot use etcd at {}: ", etcd.endpoint())), "{text}");
         assert!(parts.iter().all(|part| text.contains(part)), "{text}");
     }
-    for (pair, part) in [
-        (expired, "(CN=expired) expired on 2020-02-03 00:00 UTC: renew it"),
-        (future, "(CN=future) is not valid before 2999-02-03 00:00 UTC"),
-    ] {
-        let etcd = serve(&pair, None);
-        let text = waiting(trusting(&etcd, authority.ca())).await;
-        assert!(text.contains(part) && text.contains("this host's clock"), "{text}");
-        assert!(!text.contains("that etcd runs"), "{text}");
-    }
+    let etcd = serve(&future, None);
+    let text = waiting(trusting(&etcd, authority.ca())).await;
+    let part = "(CN=future) is not valid before 2999-02-03 00:00 UTC";
+    assert!(text.contains(part) && text.contains("this host's clock"), "{text}");
+    assert!(!text.contains("that etcd runs"), "{text}");
 }
 
 #[tokio::test]

@@ -49,6 +49,25 @@ pub(super) fn store_error(operation: &str, error: &Error) -> StoreError {
     }
 }
 
+/// The error of a watch that etcd cancelled.
+pub(super) fn cancellation(operation: &str, reason: &str) -> StoreError {
+    let (operation, why) = (operation.to_owned(), reason.to_owned());
+    match reason.contains("permission denied") {
+        true => StoreError::Denied { operation, why },
+        false => StoreError::Away { operation, why },
+    }
+}
+
+/// Whether the user lacks a right: etcd asks for rights at each request, so that a new login would not help.
+pub(super) fn is_without_right(error: &Error) -> bool {
+    matches!(error, Error::GRpcStatus(status) if status.code() == Code::PermissionDenied)
+}
+
+/// Whether the server does not know etcd's requests.
+pub(super) fn is_no_etcd(error: &Error) -> bool {
+    matches!(error, Error::GRpcStatus(status) if status.code() == Code::Unimplemented)
+}
+
 /// Whether etcd no longer has the requested history.
 pub(super) fn is_compacted(error: &Error) -> bool {
     has_message(error, "required revision has been compacted")

@@ -21,8 +21,8 @@ use crate::store::{
     record::{Change, Event, Kind, Record},
 };
 
-/// Sends events until their receiver is closed: a snapshot first, then changes; [`Event::Lost`] once when etcd cannot be
-/// read, and a snapshot when it can again.
+/// Sends events until their receiver is closed: a snapshot first, then changes; [`Event::Lost`] once for each kind of reason why
+/// etcd cannot be read, and a snapshot when it can again.
 pub(in crate::store) async fn follow<K: Kind>(etcd: Arc<Etcd>, events: mpsc::Sender<Event<K>>) {
     let mut follower = Follower {
         etcd,
@@ -30,7 +30,7 @@ pub(in crate::store) async fn follow<K: Kind>(etcd: Arc<Etcd>, events: mpsc::Sen
         known: BTreeMap::new(),
         remembered: BTreeMap::new(),
         remembered_until: Instant::now(),
-        lost: false,
+        lost: None,
     };
     tokio::select! {
         () = follower.run() => {}
@@ -46,7 +46,8 @@ struct Follower<K: Kind> {
     /// Records of an etcd whose data is gone. They count until `remembered_until`.
     remembered: BTreeMap<String, Record<K>>,
     remembered_until: Instant,
-    lost: bool,
+    /// The last error, while etcd cannot be read.
+    lost: Option<StoreError>,
 }
 
 impl<K: Kind> Follower<K> {
@@ -54,9 +55,11 @@ impl<K: Kind> Follower<K> {
         let mut pauses = backoff();
         loop {
             if let Err(error) = self.list_and_watch(&mut pauses).await {
-                if !std::mem::replace(&mut self.lost, true) {
+                // Another kind of error calls for another remedy.
+                if self.lost.as_ref().is_none_or(|before| !before.is_like(&error)) {
                     self.send(Event::Lost(error.to_string())).await;
                 }
+                self.lost = Some(error);
                 sleep(pauses.next().unwrap_or(STEADY)).await;
             }
         }
@@ -80,7 +83,7 @@ impl<K: Kind> Follower<K> {
         let steady = sleep(STEADY);
         tokio::pin!(steady);
         let mut is_steady = false;
-        self.lost = false;
+        self.lost = None;
         self.send(self.snapshot()).await;
         loop {
             tokio::select! {

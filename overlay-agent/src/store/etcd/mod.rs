@@ -12,7 +12,10 @@ mod server;
 mod session;
 mod tls;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::AtomicBool},
+    time::Duration,
+};
 
 use etcd_client::{
     Client, Compare, CompareOp, Error, GetOptions, GetResponse, KeyValue, KvClient, LeaseTimeToLiveOptions,
@@ -49,6 +52,8 @@ pub(super) struct Etcd {
     /// Servers behind the endpoints.
     servers: Vec<Server>,
     current: Mutex<Current>,
+    /// Whether a user name that etcd does not need was reported.
+    warned_of_users: AtomicBool,
 }
 
 impl Etcd {
@@ -310,7 +315,7 @@ impl KeyWatch {
         let failure = match self.stream.message().await {
             Ok(Some(answer)) if answer.compact_revision() > 0 => return Ok(None),
             Ok(Some(answer)) if !answer.canceled() => return Ok(Some(answer)),
-            Ok(Some(answer)) => StoreError::away(operation, answer.cancel_reason()),
+            Ok(Some(answer)) => error::cancellation(operation, answer.cancel_reason()),
             Ok(None) => StoreError::away(operation, "the connection ended"),
             Err(error) => store_error(operation, &error),
         };

@@ -25,7 +25,7 @@ pub struct EtcdOptions {
     pub endpoints: Vec<String>,
     /// Prefix of all keys of the network.
     pub prefix: String,
-    /// CA that signed the servers' certificates; `None` takes the system's CAs.
+    /// CA that signed the servers' certificates, or these certificates themselves; `None` takes the system's CAs.
     pub ca_file: Option<PathBuf>,
     /// Our certificate, with `key_file`.
     pub cert_file: Option<PathBuf>,

@@ -1,6 +1,10 @@
 //! The connection to etcd: one endpoint that works, kept until it fails, then the next. Every request has a time limit.
 
-use std::time::Duration;
+use std::{
+    collections::BTreeMap,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
 use etcd_client::{Channel, Client, ConnectOptions, Error, GetOptions};
 use tokio::{sync::Mutex, time::timeout};
@@ -9,7 +13,7 @@ use tracing::{debug, warn};
 use super::{
     Etcd,
     connector::{CONNECT, Connector},
-    error::{is_without_users, store_error},
+    error::{is_no_etcd, is_without_right, is_without_users, store_error},
     keys::Keys,
     options::EtcdOptions,
     server::Server,
@@ -56,7 +60,8 @@ impl Etcd {
         }
         let next = rand::random_range(0..servers.len().max(1));
         let current = Mutex::new(Current { next, ..Current::default() });
-        let etcd = Self { keys: Keys::new(&options.prefix), options, servers, current };
+        let (keys, warned_of_users) = (Keys::new(&options.prefix), AtomicBool::new(false));
+        let etcd = Self { keys, options, servers, current, warned_of_users };
         etcd.connection().await?;
         Ok(etcd)
     }
@@ -83,7 +88,7 @@ impl Etcd {
                         Current { client: Some(client.clone()), number: current.number + 1, next: index };
                     return Ok(Connection { client, number: current.number });
                 }
-                Err(error) => refusals.add(server, error)?,
+                Err(error) => refusals.add(index, server, error)?,
             }
         }
         Err(refusals.into_error(self.endpoints()))
@@ -127,6 +132,9 @@ impl Etcd {
                 if matches!(failure, StoreError::Failed { .. }) {
                     return Ok(Err(error));
                 }
+                if is_without_right(&error) {
+                    return Err(failure);
+                }
                 failure
             }
             Err(late) => late,
@@ -150,12 +158,19 @@ impl Etcd {
             let channel = Channel::Tonic(connector.channel().await?);
             let mut connected = Client::from_channel(channel.clone(), Some(login)).await;
             if connected.as_ref().is_err_and(is_without_users) {
-                warn!("etcd at {server} runs without users: --etcd-username is ignored");
+                if !self.warned_of_users.swap(true, Ordering::Relaxed) {
+                    warn!("etcd at {server} runs without users: --etcd-username is ignored");
+                }
                 connected = Client::from_channel(channel, Some(options)).await;
             }
             let mut client = connected.map_err(|error| store_error(&operation, &error))?;
             // Missing rights show at the requests that need them.
             let probe = client.get(self.keys.full("config"), Some(GetOptions::new().with_count_only())).await;
+            if probe.as_ref().is_err_and(is_no_etcd) {
+                let why = "the server does not know etcd's requests: check host and port in --etcd-endpoints"
+                    .to_owned();
+                return Err(StoreError::Unusable { endpoints: server.to_string(), why, heals: false });
+            }
             match probe.map_err(|error| store_error(&operation, &error)) {
                 Err(away @ StoreError::Away { .. }) => Err(away),
                 _ => Ok(client),
@@ -171,7 +186,8 @@ impl Etcd {
 /// Why no endpoint can be used, as far as they were tried.
 #[derive(Debug, Default)]
 struct Refusals {
-    whys: Vec<(String, String)>,
+    /// By the position of the endpoint, so that the text is the same whatever endpoint was tried first.
+    whys: BTreeMap<usize, (String, String)>,
     /// A file of ours, which all endpoints share.
     file: Option<StoreError>,
     /// At least one server does not answer.
@@ -182,23 +198,27 @@ struct Refusals {
 
 impl Refusals {
     /// Adds an endpoint's error. Returns one to which the other endpoints would only agree.
-    fn add(&mut self, server: &Server, error: StoreError) -> Result<(), StoreError> {
+    fn add(&mut self, index: usize, server: &Server, error: StoreError) -> Result<(), StoreError> {
         if matches!(error, StoreError::Option { .. }) {
             self.file = Some(error);
             return Ok(());
         }
         self.is_away |= matches!(error, StoreError::Away { .. });
         self.heals |= matches!(error, StoreError::Unusable { heals: true, .. });
-        let (StoreError::Away { why, .. } | StoreError::Unusable { why, .. }) = error else {
+        let (StoreError::Away { why, .. }
+        | StoreError::Unusable { why, .. }
+        | StoreError::Failed { why, .. }) = error
+        else {
             return Err(error);
         };
-        self.whys.push((server.to_string(), why));
+        self.whys.insert(index, (server.to_string(), why));
         Ok(())
     }
 
     /// One error for all endpoints. A server that is away may come back, whatever is wrong with the others.
     fn into_error(self, endpoints: String) -> StoreError {
         let Self { whys, file, is_away, heals } = self;
+        let whys: Vec<_> = whys.into_values().collect();
         let mut texts: Vec<String> = match whys.as_slice() {
             // The endpoint stands before it already.
             [(_, why)] if file.is_none() => vec![why.clone()],

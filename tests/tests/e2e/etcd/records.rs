@@ -66,7 +66,7 @@ fn malformed() -> Vec<(&'static str, Vec<u8>, &'static str)> {
 
 /// A record's name as printed, with control characters escaped.
 fn shown(name: &str) -> String {
-    name.replace('\u{1b}', "\\x1B")
+    name.replace('\u{1b}', "\\x1b")
 }
 
 fn is_control(character: char) -> bool {

@@ -73,8 +73,7 @@ impl Refusal {
             } else {
                 format!("a certificate that signed {subject} has expired")
             };
-            // Servers read renewed certificates without a restart.
-            return Self::healing(format!("{what}: renew it, or correct this host's clock"));
+            return Self::permanent(format!("{what}: renew it, or correct this host's clock"));
         }
         if matches!(error, CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. }) {
             // The clock may be set soon after the boot.
@@ -176,11 +175,14 @@ impl Refusal {
             None if ABOUT_CERTIFICATE.contains(&alert) => Self::permanent(format!(
                 "the server requires a client certificate ({alert_text}): give {CERT_FILE} and {KEY_FILE}"
             )),
-            Some(identity) if ABOUT_CERTIFICATE.contains(&alert) => Self::permanent(format!(
-                "the server refuses the client certificate in {CERT_FILE} {} ({alert_text}): {}",
-                identity.file.display(),
-                remedy(identity)
-            )),
+            Some(identity) if ABOUT_CERTIFICATE.contains(&alert) => Self {
+                why: format!(
+                    "the server refuses the client certificate in {CERT_FILE} {} ({alert_text}): {}",
+                    identity.file.display(),
+                    remedy(identity)
+                ),
+                heals: ASN1Time::now() < identity.not_before,
+            },
             _ if ABOUT_PARAMETERS.contains(&alert) => {
                 let or = if identity.is_none() {
                     format!(", or requires a client certificate (give {CERT_FILE} and {KEY_FILE})")

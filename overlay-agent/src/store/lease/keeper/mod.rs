@@ -24,6 +24,8 @@ use crate::{
 const SETTLE: Duration = Duration::from_millis(200);
 /// An overwritten record is restored at most this often.
 const RESTORE_INTERVAL: Duration = Duration::from_secs(1);
+/// That another program wrote our record is logged at most this often.
+const ADOPTION_LOG_INTERVAL: Duration = Duration::from_secs(60);
 
 /// A step for the driver, which leads to one observation.
 #[derive(Clone, Debug, PartialEq)]
@@ -101,11 +103,14 @@ pub(super) struct Keeper {
     lost: Option<String>,
     /// The last event about a problem.
     problem: Option<LeaseEvent>,
+    /// The last error, while the lease is unconfirmed.
+    failure: Option<StoreError>,
     /// When the lease ends without another renewal, counted from before the last renewal was requested.
     expires: Option<Instant>,
     renew_at: Instant,
     claim_at: Instant,
     restore_at: Instant,
+    adoption_log_at: Instant,
     pauses: ExponentialBackoff,
     /// Revision of the last read, and since when changes after it are watched.
     revision: i64,
@@ -128,9 +133,11 @@ impl Keeper {
             has_lifetimes,
             lost: None,
             problem: None,
+            failure: None,
             renew_at: now,
             claim_at: now,
             restore_at: now,
+            adoption_log_at: now,
             pauses: backoff(),
             revision: 0,
             watching_since: None,
@@ -162,7 +169,7 @@ impl Keeper {
                 self.address = address;
                 self.read()
             }
-            Observation::Failed(error) => self.on_failure(&error, step, now),
+            Observation::Failed(error) => self.on_failure(error, step, now),
         }
     }
 
@@ -274,7 +281,7 @@ impl Keeper {
             }
             Ok(value) if value.public_ip == public_ip => {
                 if lifetime != self.held.lifetime {
-                    self.adopt(&record);
+                    self.adopt(&record, now);
                 }
                 self.lost = None;
                 self.held.created_at = record.version.created;
@@ -311,7 +318,7 @@ impl Keeper {
     fn confirmed(&mut self, expires_in: Option<Duration>, now: Instant) -> Action {
         // Nothing is reported while there is more to repair: the record has yet to follow this host's address.
         if !self.is_moving() && self.lost.is_none() {
-            self.problem = None;
+            (self.problem, self.failure) = (None, None);
             let public_ip = self.held.public_ip();
             if mem::replace(&mut self.reported_address, public_ip) != public_ip {
                 self.events.push(LeaseEvent::Readdressed { public_ip });
@@ -332,16 +339,21 @@ impl Keeper {
 
     /// Another lifetime holds our record, and the one that we had holds nothing: an operator made it a reservation, or a
     /// flanneld wrote it.
-    fn adopt(&mut self, record: &LeaseRecord) {
-        let subnet = self.held.subnet;
-        match record.version.lifetime {
-            Lifetime::Limited(_) => {
-                warn!("the lease on {subnet} was written by another program with our address")
-            }
-            Lifetime::Unlimited | Lifetime::Untracked => {
-                warn!("the lease on {subnet} is a reservation now and no longer expires");
-                self.expires = None;
-            }
+    fn adopt(&mut self, record: &LeaseRecord, now: Instant) {
+        let (subnet, what) = (
+            self.held.subnet,
+            match record.version.lifetime {
+                Lifetime::Limited(_) => "was written by another program with our address",
+                Lifetime::Unlimited | Lifetime::Untracked => {
+                    self.expires = None;
+                    "is a reservation now and no longer expires"
+                }
+            },
+        );
+        // Another program may write it again and again.
+        if now >= self.adoption_log_at {
+            self.adoption_log_at = now + ADOPTION_LOG_INTERVAL;
+            warn!("the lease on {subnet} {what}");
         }
         self.revoked.extend(mem::replace(&mut self.held.lifetime, record.version.lifetime.id()));
     }
@@ -425,7 +437,7 @@ impl Keeper {
         self.claim_at = now;
     }
 
-    fn on_failure(&mut self, error: &StoreError, step: Step, now: Instant) -> Action {
+    fn on_failure(&mut self, error: StoreError, step: Step, now: Instant) -> Action {
         if let Step::MovingRecord { claim, .. } = step {
             self.revoked.extend(claim.lifetime);
         }
@@ -445,14 +457,19 @@ impl Keeper {
     }
 
     /// Without a record the lease is lost, with one it is in doubt.
-    fn report_failure(&mut self, error: &StoreError, now: Instant) {
+    fn report_failure(&mut self, error: StoreError, now: Instant) {
         if let Some(lost) = &self.lost {
             let names_the_holder = matches!(error, StoreError::Conflict(_));
             let why = if names_the_holder { error.to_string() } else { format!("{lost}: {error}") };
             self.report(LeaseEvent::Lost { why });
         } else if !matches!(self.problem, Some(LeaseEvent::Superseded { .. })) {
+            // Another kind of error calls for another remedy.
+            if self.failure.as_ref().is_some_and(|before| !before.is_like(&error)) {
+                self.problem = None;
+            }
             let expires_in = self.expires.map(|expires| expires.saturating_duration_since(now));
             self.report(LeaseEvent::Unconfirmed { why: error.to_string(), expires_in });
+            self.failure = Some(error);
         }
     }
 

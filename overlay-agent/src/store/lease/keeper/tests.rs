@@ -277,6 +277,23 @@ fn an_unreachable_store_is_reported_once_with_the_rest_of_the_lease() {
 }
 
 #[test]
+fn another_kind_of_failure_is_another_report() {
+    let mut test = Test::new(held());
+    test.confirm();
+    let denied = || StoreError::Denied { operation: "read".to_owned(), why: "permission".to_owned() };
+    let mut fail = |error| {
+        test.next(Observation::Failed(error));
+        test.next(Observation::Due);
+        test.events().iter().map(|event| format!("{event:?}")).collect::<String>()
+    };
+    assert!(fail(StoreError::away("read", "no answer")).contains("no answer"));
+    assert_eq!(fail(StoreError::away("read", "another text")), "");
+    assert!(fail(denied()).contains("permission"));
+    assert_eq!(fail(denied()), "");
+    assert!(fail(StoreError::away("read", "no answer")).contains("no answer"));
+}
+
+#[test]
 fn a_claim_that_ended_is_made_again_and_one_that_another_host_made_is_respected() {
     let mut test = Test::new(held());
     assert_eq!(test.read_claim(None), Action::Claim { address: OURS, wait: false });
