@@ -243,6 +243,7 @@ mod tests {
             mtu: 1500,
             up: true,
             ethernet,
+            mac: None,
             kind: Some(kind.to_owned()),
             alias: None,
         };

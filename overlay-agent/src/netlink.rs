@@ -49,6 +49,8 @@ pub struct Link {
     pub up: bool,
     /// Whether frames have an Ethernet header.
     pub ethernet: bool,
+    /// Its hardware address, if that is one of Ethernet.
+    pub mac: Option<[u8; 6]>,
     /// Kind of a virtual device; `None` for hardware, including virtio.
     pub kind: Option<String>,
     /// Its alias (`ip link set alias`).
@@ -282,6 +284,7 @@ fn link(message: &LinkMessage) -> Option<Link> {
         mtu: attribute!(attributes, LinkAttribute::Mtu(mtu) => *mtu).unwrap_or(0),
         up: header.flags.contains(LinkFlags::Up),
         ethernet: header.link_layer_type == LinkLayerType::Ether,
+        mac: attribute!(attributes, LinkAttribute::Address(address) => address.as_slice().try_into().ok()).flatten(),
         kind: info.and_then(|info| attribute!(info, LinkInfo::Kind(kind) => kind.to_string())),
         alias: attribute!(attributes, LinkAttribute::IfAlias(alias) => alias.clone()),
     })

@@ -10,14 +10,23 @@ pub const MAX_ROUTES: u32 = 65536;
 
 /// Version of everything in this file. Increment it when the layout or the meaning of a map's key or value, or of the mark of
 /// XDP, changes: agents and programs of different versions must not share maps. It is part of the path of pinned objects.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u16 = 2;
 
-/// What XDP writes in front of a packet that it decapsulated and validated: "ovld" and [`ABI_VERSION`], big endian. Only an
-/// XDP program on the same device can put metadata there, so no packet on the wire can forge it.
-pub const DECAPPED_MARK: [u8; 8] = {
-    let [v0, v1, v2, v3] = ABI_VERSION.to_be_bytes();
-    [b'o', b'v', b'l', b'd', v0, v1, v2, v3]
-};
+/// Most devices that carry outer packets.
+pub const MAX_UNDERLAYS: u32 = 64;
+
+/// What XDP writes in front of a packet that it decapsulated and validated, for the tc program behind it. Only an XDP program on
+/// the same device can put metadata there, so no packet on the wire can forge it. It names the network, because programs of
+/// several networks may be on the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Mark {
+    magic: [u8; 2],
+    /// [`ABI_VERSION`], big endian.
+    version: [u8; 2],
+    /// The network's overlay device, big endian.
+    overlay_ifindex: [u8; 4],
+}
 
 /// An IPv4 prefix: address and mask, network byte order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
@@ -68,6 +77,16 @@ impl Config {
         Self { public_ip, network, subnet, port, reserved: 0, underlay_ifindex: 0, overlay_ifindex: 0 }
     }
 
+    /// The mark of this network's XDP program.
+    #[inline(always)]
+    pub fn mark(&self) -> Mark {
+        Mark {
+            magic: *b"ov",
+            version: ABI_VERSION.to_be_bytes(),
+            overlay_ifindex: self.overlay_ifindex.to_be_bytes(),
+        }
+    }
+
     /// The same configuration with the devices, which only the eBPF programs need.
     pub fn with_devices(self, underlay_ifindex: u32, overlay_ifindex: u32) -> Self {
         Self { underlay_ifindex, overlay_ifindex, ..self }
@@ -81,6 +100,22 @@ impl Config {
 pub struct RouteValue {
     /// Underlay address of the peer.
     pub peer: [u8; 4],
+}
+
+/// Value of the map `UNDERLAYS`, whose key is the index of a device that carries outer packets (u32, host byte order).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct UnderlayValue {
+    /// Its hardware address.
+    pub mac: [u8; 6],
+    reserved: [u8; 2],
+}
+
+impl UnderlayValue {
+    /// The value for a device with this hardware address.
+    pub fn new(mac: [u8; 6]) -> Self {
+        Self { mac, reserved: [0; 2] }
+    }
 }
 
 /// Counters of one CPU: the one entry of the per-CPU map `COUNTERS`. Packets are counted as the kernel hands them over:

@@ -23,15 +23,17 @@ use crate::{
 /// Where the inner packet starts in a frame whose outer header has no options: 42 bytes.
 pub const INNER_OFFSET: usize = Ethernet::LEN + OVERHEAD;
 
-/// Decides about an Ethernet frame of `len` bytes (of which `frame` need not show all, but headers).
+/// Decides about an Ethernet frame of `len` bytes (of which `frame` need not show all, but headers). `own_mac` is the hardware
+/// address of the device that received it; `None` for a device that carries no outer packets.
 #[inline(always)]
 pub fn decide<P: Bytes + ?Sized>(
     frame: &P,
     len: usize,
+    own_mac: impl FnOnce() -> Option<[u8; 6]>,
     config: &Config,
     routes: &impl Routes,
 ) -> IngressVerdict {
-    let Some((ipv4, udp)) = ours(frame, config) else { return IngressVerdict::Pass };
+    let Some((ipv4, udp)) = ours(frame, own_mac, config) else { return IngressVerdict::Pass };
     if ipv4.header_len() > Ipv4::LEN {
         return IngressVerdict::Punt(PuntReason::OuterOptions);
     }
@@ -96,10 +98,16 @@ pub fn decide_inner<P: Bytes + ?Sized>(
     })
 }
 
-/// The outer headers of a frame that is addressed to this overlay: IPv4 to our public address, UDP to our port.
+/// The outer headers of a frame that is addressed to this overlay: IPv4 to our public address, UDP to our port, and not a frame
+/// for another host that a promiscuous device shows us.
 #[inline(always)]
-fn ours<P: Bytes + ?Sized>(frame: &P, config: &Config) -> Option<(Ipv4, Udp)> {
-    if frame.view::<Ethernet>(0)?.ethertype() != ETHERTYPE_IPV4 {
+fn ours<P: Bytes + ?Sized>(
+    frame: &P,
+    own_mac: impl FnOnce() -> Option<[u8; 6]>,
+    config: &Config,
+) -> Option<(Ipv4, Udp)> {
+    let ethernet = *frame.view::<Ethernet>(0)?;
+    if ethernet.ethertype() != ETHERTYPE_IPV4 {
         return None;
     }
     let ipv4 = *frame.view::<Ipv4>(Ethernet::LEN)?;
@@ -112,7 +120,9 @@ fn ours<P: Bytes + ?Sized>(frame: &P, config: &Config) -> Option<(Ipv4, Udp)> {
         return None;
     }
     let udp = *frame.view::<Udp>(Ethernet::LEN + ipv4.header_len())?;
-    (udp.destination_port() == config.port).then_some((ipv4, udp))
+    // The address last: it is looked up, for packets of this overlay only.
+    let is_ours = udp.destination_port() == config.port && ethernet.is_for(own_mac()?);
+    is_ours.then_some((ipv4, udp))
 }
 
 /// Whether the outer UDP checksum is the bare pseudo header's sum: the sender's kernel left it to offload hardware, and on veth

@@ -52,6 +52,7 @@ reasons! {
         MtuExceeded = "mtu_exceeded": "The packet with its outer headers exceeds the path MTU to the peer.",
         EncapFailed = "encap_failed": "The kernel refused to make room for the outer headers or to redirect the packet.",
         DecapFailed = "decap_failed": "The kernel refused to remove the outer headers.",
+        VlanTagged = "vlan_tagged": "The card had taken off a VLAN tag that XDP cannot see: the outer packet was another network's.",
         SendFailed = "send_failed": "The kernel refused to send the packet to the peer.",
         DeviceFailed = "device_failed": "The overlay device refused the packet.",
     }

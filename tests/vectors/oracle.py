@@ -10,7 +10,13 @@ import struct
 
 from packets import CE, DF, ECT0, ECT1, MF, NOT_ECT, SCTP, TCP, UDP, checksum, fold_sum
 
-CONFIG = {"public_ip": "192.168.77.1", "network": "10.244.0.0/16", "subnet": "10.244.1.0/24", "port": 8285}
+CONFIG = {
+    "public_ip": "192.168.77.1",
+    "mac": "020000000001",
+    "network": "10.244.0.0/16",
+    "subnet": "10.244.1.0/24",
+    "port": 8285,
+}
 ROUTES = [
     {"subnet": "10.244.2.0/24", "peer": "192.168.77.2"},
     {"subnet": "10.244.3.0/24", "peer": "192.168.77.3"},
@@ -134,6 +140,9 @@ def is_ours(frame, udp):
     if frame[23] != UDP or address(frame, 30) != PUBLIC_IP:
         return False
     if u16(frame, 20) & 0x1FFF or len(frame) < udp + 8:
+        return False
+    # A device receives frames for its own address and for groups; a promiscuous one shows others, too.
+    if frame[:6].hex() != CONFIG["mac"] and not frame[0] & 1:
         return False
     return u16(frame, udp + 2) == CONFIG["port"]
 

@@ -144,9 +144,9 @@ def gre(payload):
     return struct.pack("!HH", 0, 0x0800) + payload
 
 
-def ethernet(payload, *, ethertype=0x0800):
+def ethernet(payload, *, ethertype=0x0800, to=OUR_MAC):
     """An Ethernet frame from the peer to this host, without frame check sequence."""
-    return OUR_MAC + PEER_MAC + struct.pack("!H", ethertype) + payload
+    return to + PEER_MAC + struct.pack("!H", ethertype) + payload
 
 
 def ident_for(wanted, build):

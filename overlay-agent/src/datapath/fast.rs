@@ -104,7 +104,7 @@ impl FastPath {
                 warn!("no eBPF datapath: {error:#}");
                 self.refusals.programs = Some(format!("{error:#}"));
             }
-            self.fill_maps(config, routes, report)?;
+            self.fill_maps(&plan, config, routes, report)?;
             self.drop_unlisted(report).await?;
         }
         loop {
@@ -158,8 +158,9 @@ impl FastPath {
         Ok(())
     }
 
-    fn fill_maps(&mut self, config: &Config, routes: &Routes, report: &mut Report) -> Result<()> {
+    fn fill_maps(&mut self, plan: &Plan, config: &Config, routes: &Routes, report: &mut Report) -> Result<()> {
         let Some(set) = &mut self.set else { return Ok(()) };
+        set.set_underlays(&plan.underlays.iter().filter_map(|link| Some((link.index, link.mac?))).collect())?;
         if set.config()? != *config {
             set.set_config(config)?;
             let foreign = self.config == Some(*config);

@@ -140,6 +140,7 @@ mod tests {
             mtu: 1500,
             up: true,
             ethernet: true,
+            mac: None,
             kind: kind.map(str::to_owned),
             alias: None,
         };

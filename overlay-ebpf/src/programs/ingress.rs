@@ -6,8 +6,9 @@ use aya_ebpf::{
     helpers::bpf_redirect,
     programs::TcContext,
 };
+use bytemuck::Zeroable as _;
 use overlay_ebpf::{
-    abi::{Config, DECAPPED_MARK},
+    abi::{Config, Mark},
     ingress::{self, INNER_OFFSET},
     reason::{DropReason, PuntReason},
     verdict::{Decap, IngressVerdict},
@@ -32,14 +33,18 @@ pub(super) fn run(ctx: &TcContext) -> i32 {
         log_failure!(ctx, "ingress: the configuration map has no entry");
         return TO_THE_SLOW_PATH;
     };
-    if take_mark(ctx) {
-        return deliver(config);
-    }
-    if has_vlan_tag(ctx) {
-        return TO_THE_SLOW_PATH;
+    let is_decapped = take_mark(ctx, config.mark());
+    match (is_decapped, has_vlan_tag(ctx)) {
+        (true, false) => return deliver(config),
+        // Whoever holds our address in that VLAN, the frame was not this device's, and its outer headers are gone.
+        (true, true) => return discard(DropReason::VlanTagged),
+        (false, true) => return TO_THE_SLOW_PATH,
+        (false, false) => {}
     }
     memory::pull_headers(ctx, HEADERS);
-    match ingress::decide(&Packet::of_skb(ctx), ctx.len() as usize, config, &RouteMap) {
+    // SAFETY: the kernel hands the program a valid context.
+    let own_mac = || maps::own_mac(unsafe { (*ctx.skb.skb).ifindex });
+    match ingress::decide(&Packet::of_skb(ctx), ctx.len() as usize, own_mac, config, &RouteMap) {
         IngressVerdict::Pass => TO_THE_SLOW_PATH,
         // The kernel still marks a segmented packet as tunnelled (before 7.x no helper clears that). TCP is segmented
         // correctly all the same; segmentation of UDP would take the inner UDP header for the tunnel's.
@@ -52,13 +57,13 @@ pub(super) fn run(ctx: &TcContext) -> i32 {
     }
 }
 
-/// Whether XDP on this device decapsulated the frame. The mark is erased: the buffer may pass other hooks, also those of
-/// another overlay, which must not take it for theirs.
+/// Whether XDP on this device decapsulated the frame for this network: another network's mark stays for its own program. This
+/// one is erased, because the buffer may pass other hooks.
 #[inline(always)]
-fn take_mark(ctx: &TcContext) -> bool {
+fn take_mark(ctx: &TcContext, own: Mark) -> bool {
     let mut metadata = Packet::metadata_of_skb(ctx);
-    let mark = metadata.view_mut::<[u8; 8]>(0).filter(|mark| **mark == DECAPPED_MARK);
-    mark.map(|mark| *mark = [0; 8]).is_some()
+    let mark = metadata.view_mut::<Mark>(0).filter(|mark| **mark == own);
+    mark.map(|mark| *mark = Mark::zeroed()).is_some()
 }
 
 /// Whether the frame belongs to a VLAN: the kernel has taken the tag out of the bytes, but it is not this device's frame.

@@ -4,10 +4,10 @@
 use aya_ebpf::{
     helpers::bpf_ktime_get_ns,
     macros::map,
-    maps::{Array, LpmTrie, PerCpuArray, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, PerCpuArray, lpm_trie::Key},
 };
 use overlay_ebpf::{
-    abi::{Config, Counters, MAX_ROUTES, RouteValue},
+    abi::{Config, Counters, MAX_ROUTES, MAX_UNDERLAYS, RouteValue, UnderlayValue},
     route::Routes,
 };
 
@@ -16,6 +16,9 @@ static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
 
 #[map]
 static ROUTES: LpmTrie<[u8; 4], RouteValue> = LpmTrie::with_max_entries(MAX_ROUTES, 0);
+
+#[map]
+static UNDERLAYS: HashMap<u32, UnderlayValue> = HashMap::with_max_entries(MAX_UNDERLAYS, 0);
 
 #[map]
 static COUNTERS: PerCpuArray<Counters> = PerCpuArray::with_max_entries(1, 0);
@@ -64,6 +67,14 @@ impl Routes for RouteMap {
 #[inline(always)]
 pub(super) fn config() -> Option<&'static Config> {
     CONFIG.get(0)
+}
+
+/// The hardware address of a device that carries outer packets.
+#[inline(always)]
+pub(super) fn own_mac(ifindex: u32) -> Option<[u8; 6]> {
+    let underlay = UNDERLAYS.get_ptr(ifindex)?;
+    // SAFETY: the kernel replaces entries and writes into none that a program may see.
+    Some(unsafe { (*underlay).mac })
 }
 
 #[inline(always)]

@@ -7,7 +7,7 @@ use aya_ebpf::{
     programs::XdpContext,
 };
 use overlay_ebpf::{
-    abi::DECAPPED_MARK,
+    abi::{Config, Mark},
     ingress,
     reason::{DropReason, PuntReason},
     verdict::{Decap, IngressVerdict},
@@ -29,9 +29,10 @@ pub(super) fn run(ctx: &XdpContext) -> u32 {
     };
     // SAFETY: the context is the one the kernel gave us.
     let len = unsafe { bpf_xdp_get_buff_len(ctx.ctx) } as usize;
-    match ingress::decide(&Packet::of_xdp(ctx), len, config, &RouteMap) {
+    let own_mac = || maps::own_mac(ctx.ingress_ifindex() as u32);
+    match ingress::decide(&Packet::of_xdp(ctx), len, own_mac, config, &RouteMap) {
         IngressVerdict::Pass => XDP_PASS,
-        IngressVerdict::Decap(decap) => decapsulate(ctx, &decap),
+        IngressVerdict::Decap(decap) => decapsulate(ctx, config, &decap),
         // Not counted: the tc program sees the same frame, comes to the same verdict and counts it.
         IngressVerdict::Punt(_) => XDP_PASS,
         IngressVerdict::Drop(reason) => discard(reason),
@@ -39,10 +40,10 @@ pub(super) fn run(ctx: &XdpContext) -> u32 {
 }
 
 #[inline(always)]
-fn decapsulate(ctx: &XdpContext, decap: &Decap) -> u32 {
+fn decapsulate(ctx: &XdpContext, config: &Config, decap: &Decap) -> u32 {
     // The mark first: a driver may have no room for it, and then the tc program decapsulates the unchanged frame.
     // SAFETY: the context is the one the kernel gave us.
-    if unsafe { bpf_xdp_adjust_meta(ctx.ctx, -(DECAPPED_MARK.len() as i32)) } != 0 {
+    if unsafe { bpf_xdp_adjust_meta(ctx.ctx, -(size_of::<Mark>() as i32)) } != 0 {
         maps::count(|counters| counters.punt(PuntReason::NoRoomForMark));
         return XDP_PASS;
     }
@@ -56,7 +57,7 @@ fn decapsulate(ctx: &XdpContext, decap: &Decap) -> u32 {
         log_failure!(ctx, "xdp: adjust_head refused to remove headers: error {}", error);
         return discard(DropReason::DecapFailed);
     }
-    if write_headers(ctx, ethernet, decap).is_none() {
+    if write_headers(ctx, ethernet, config.mark(), decap).is_none() {
         log_failure!(
             ctx,
             "xdp: the frame has no inner header or no mark behind the headers that were removed"
@@ -69,11 +70,11 @@ fn decapsulate(ctx: &XdpContext, decap: &Decap) -> u32 {
 
 /// Writes the Ethernet header in front of the inner packet, and the mark in front of both. `None` when there is no room.
 #[inline(always)]
-fn write_headers(ctx: &XdpContext, ethernet: Ethernet, decap: &Decap) -> Option<()> {
+fn write_headers(ctx: &XdpContext, ethernet: Ethernet, mark: Mark, decap: &Decap) -> Option<()> {
     let mut packet = Packet::of_xdp(ctx);
     decap.rewrite.apply(packet.view_mut::<Ipv4>(Ethernet::LEN)?);
     *packet.view_mut::<Ethernet>(0)? = ethernet;
-    *Packet::metadata_of_xdp(ctx).view_mut::<[u8; 8]>(0)? = DECAPPED_MARK;
+    *Packet::metadata_of_xdp(ctx).view_mut::<Mark>(0)? = mark;
     Some(())
 }
 

@@ -18,6 +18,14 @@ impl Ethernet {
     /// `bpf_redirect_neigh` can replace it by the resolved neighbour's.
     pub const UNRESOLVED_IPV4: Self = Self([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x08, 0x00]);
 
+    /// Whether a device with the hardware address `own` receives the frame: it is addressed to that device, or to a group
+    /// (IEEE 802-2014 section 8.2.2: the lowest bit of the first byte). A promiscuous device shows others as well.
+    #[inline(always)]
+    pub fn is_for(&self, own: [u8; 6]) -> bool {
+        let [a, b, c, d, e, f, ..] = self.0;
+        [a, b, c, d, e, f] == own || a & 1 == 1
+    }
+
     /// EtherType, host byte order.
     #[inline(always)]
     pub fn ethertype(&self) -> u16 {
@@ -29,6 +37,18 @@ impl Ethernet {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_device_receives_its_own_frames_and_those_for_groups() {
+        let own = [2, 0, 0, 0, 0, 1];
+        let to = |destination: [u8; 6]| {
+            let mut frame = [0; 14];
+            frame[..6].copy_from_slice(&destination);
+            Ethernet(frame).is_for(own)
+        };
+        assert!(to(own) && to([0xff; 6]) && to([1, 0, 0x5e, 0, 0, 1]));
+        assert!(!to([2, 0, 0, 0, 0, 3]) && !to([0; 6]) && !to([2, 1, 0, 0, 0, 1]));
+    }
 
     #[test]
     fn ethertype_is_the_last_two_bytes() {

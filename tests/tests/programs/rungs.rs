@@ -11,7 +11,7 @@ use overlay_agent::{
     route::Routes,
 };
 use overlay_ebpf::{
-    abi::{Config, Counters, DECAPPED_MARK},
+    abi::{Config, Counters},
     egress,
     hop::Rewrite,
     ingress,
@@ -29,6 +29,10 @@ const XDP_DROP: u32 = 1;
 
 /// What `BPF_PROG_TEST_RUN` takes at most: a page less the kernel's own part of it.
 const LONGEST_TEST_RUN: usize = 3500;
+
+/// The device of test runs, the loopback device, and the hardware address of this host in the vectors.
+const TEST_IFINDEX: u32 = 1;
+const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
 /// The link-layer header in front of inner packets in test runs of the egress program.
 const ETHERNET: [u8; 14] = [2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0];
@@ -51,7 +55,7 @@ pub(crate) fn core_egress(packet: &[u8], config: &Config, routes: &Lookup) -> Ve
 }
 
 pub(crate) fn core_ingress(frame: &[u8], config: &Config, routes: &Lookup) -> Verdict {
-    match ingress::decide(frame, frame.len(), config, routes) {
+    match ingress::decide(frame, frame.len(), || Some(MAC), config, routes) {
         IngressVerdict::Pass => Verdict::Pass,
         IngressVerdict::Decap(decap) => {
             let inner = &frame[ingress::INNER_OFFSET..ingress::INNER_OFFSET + decap.inner_len];
@@ -128,6 +132,7 @@ impl Kernel {
         set.programs.load_program(hook).unwrap();
         set.set_config(config).unwrap();
         assert_eq!(&set.config().unwrap(), config);
+        set.set_underlays(&[(TEST_IFINDEX, MAC)].into()).unwrap();
         set.set_routes(routes).unwrap();
         assert_eq!(&set.routes().unwrap(), routes);
         Self { hook, set, counted: Counters::ZERO }
@@ -142,9 +147,11 @@ impl Kernel {
             .test_run(self.hook, &input)
             .unwrap_or_else(|error| panic!("{} bytes: {error:#}", input.len()));
         // The kernel returns XDP's metadata in front of the packet.
-        let marked = self.hook.kind == HookKind::Xdp && outcome.packet.starts_with(&DECAPPED_MARK);
+        let mark = self.set.config().unwrap().mark();
+        let mark = bytemuck::bytes_of(&mark);
+        let marked = self.hook.kind == HookKind::Xdp && outcome.packet.starts_with(mark);
         if marked {
-            outcome.packet.drain(..DECAPPED_MARK.len());
+            outcome.packet.drain(..mark.len());
         }
         let counters = self.set.counters().unwrap();
         let events = events(&self.counted, &counters);

@@ -1,11 +1,11 @@
 //! The overlay's set of programs: hooks, and maps as typed values.
 
-use std::io::ErrorKind;
+use std::{collections::BTreeMap, io::ErrorKind};
 
 use anyhow::{Context as _, Result, bail};
-use aya::maps::{Array, LpmTrie, MapData, MapError, PerCpuArray, lpm_trie::Key};
+use aya::maps::{Array, HashMap, LpmTrie, MapData, MapError, PerCpuArray, lpm_trie::Key};
 use ipnet::Ipv4Net;
-use overlay_ebpf::abi::{Config, Counters, MAX_ROUTES, RouteValue};
+use overlay_ebpf::abi::{Config, Counters, MAX_ROUTES, RouteValue, UnderlayValue};
 
 use super::{Hook, HookKind, ProgramSet};
 use crate::route::{Peer, Route, RouteChange, Routes, Subnet, diff};
@@ -23,6 +23,10 @@ pub const XDP: Hook = Hook { program: "ovl_xdp", kind: HookKind::Xdp };
 type ConfigBytes = [u8; size_of::<Config>()];
 type CountersBytes = [u8; size_of::<Counters>()];
 type RouteBytes = [u8; size_of::<RouteValue>()];
+type UnderlayBytes = [u8; size_of::<UnderlayValue>()];
+
+/// Hardware addresses of the underlay devices, by index.
+pub type Underlays = BTreeMap<u32, [u8; 6]>;
 
 /// The loaded programs and their maps.
 pub struct OverlaySet {
@@ -30,6 +34,7 @@ pub struct OverlaySet {
     pub programs: ProgramSet,
     config: Array<MapData, ConfigBytes>,
     route_map: LpmTrie<MapData, [u8; 4], RouteBytes>,
+    underlay_map: HashMap<MapData, u32, UnderlayBytes>,
     counters: PerCpuArray<MapData, CountersBytes>,
     /// What was written to the route map.
     routes: Routes,
@@ -42,6 +47,7 @@ impl OverlaySet {
         Ok(Self {
             config: programs.take_map("CONFIG")?,
             route_map: programs.take_map("ROUTES")?,
+            underlay_map: programs.take_map("UNDERLAYS")?,
             counters: programs.take_map("COUNTERS")?,
             programs,
             routes: Routes::new(),
@@ -57,6 +63,28 @@ impl OverlaySet {
     pub fn config(&self) -> Result<Config> {
         let config = self.config.get(&0, 0).context("read the map CONFIG")?;
         Ok(bytemuck::cast::<ConfigBytes, Config>(config))
+    }
+
+    /// Makes the map of underlay devices hold exactly `desired`.
+    pub fn set_underlays(&mut self, desired: &Underlays) -> Result<()> {
+        let present = self.underlays()?;
+        for (index, mac) in desired.iter().filter(|(index, mac)| present.get(*index) != Some(mac)) {
+            let value = bytemuck::cast::<UnderlayValue, UnderlayBytes>(UnderlayValue::new(*mac));
+            self.underlay_map.insert(index, value, 0).context("write the map UNDERLAYS")?;
+        }
+        for index in present.keys().filter(|index| !desired.contains_key(index)) {
+            self.underlay_map.remove(index).context("write the map UNDERLAYS")?;
+        }
+        Ok(())
+    }
+
+    /// The underlay devices in the kernel's map.
+    pub fn underlays(&self) -> Result<Underlays> {
+        let entries = self.underlay_map.iter().map(|entry| {
+            let (index, value) = entry.context("read the map UNDERLAYS")?;
+            Ok((index, bytemuck::cast::<UnderlayBytes, UnderlayValue>(value).mac))
+        });
+        entries.collect()
     }
 
     /// Makes the route map hold exactly `desired`. Fails as [`OverlaySet::apply_routes`]; the next call continues from there.

@@ -3,7 +3,7 @@
 
 use anyhow::{Result, bail};
 use overlay_ebpf::{
-    abi::{Config, DECAPPED_MARK, Prefix},
+    abi::{Config, Prefix},
     wire::{Ethernet, OVERHEAD},
 };
 
@@ -22,6 +22,11 @@ type Host = ([u8; 4], &'static str);
 const SENDER: Host = ([192, 0, 2, 1], "198.18.0.0/24");
 const RECEIVER: Host = ([192, 0, 2, 2], "198.18.1.0/24");
 
+/// The device of a test run: the loopback device.
+const TEST_IFINDEX: u32 = 1;
+/// Its hardware address, as far as the programs know: that of [`Ethernet::UNRESOLVED_IPV4`].
+const MAC: [u8; 6] = [0; 6];
+
 /// Sends a packet through the egress program of one copy of the set and `ingress` of another: the result must be the packet,
 /// two hops older. An error names the program that fails.
 pub(crate) fn run(object: &[u8], ingress: Hook) -> Result<()> {
@@ -33,11 +38,13 @@ pub(crate) fn run(object: &[u8], ingress: Hook) -> Result<()> {
         bail!("self-test: {} did not encapsulate a packet: {} bytes", EGRESS_ETHERNET.program, outer.len());
     }
     // The kernel returns XDP's metadata in front of the packet.
+    let receiver = load(object, ingress, RECEIVER, SENDER)?;
+    let mark = receiver.config()?.mark();
     let (action, mark) = match ingress.kind {
-        HookKind::Xdp => (XDP_PASS, &DECAPPED_MARK[..]),
+        HookKind::Xdp => (XDP_PASS, bytemuck::bytes_of(&mark)),
         HookKind::TcIngress | HookKind::TcEgress => (TC_ACT_REDIRECT, &[][..]),
     };
-    let got = run_on(load(object, ingress, RECEIVER, SENDER)?, ingress, &outer, action)?;
+    let got = run_on(receiver, ingress, &outer, action)?;
     let packet = got.strip_prefix(mark).and_then(|frame| frame.get(Ethernet::LEN..));
     if packet != Some(&two_hops_older(&inner)[..]) {
         bail!("self-test: {} did not decapsulate a packet: {} bytes", ingress.program, got.len());
@@ -59,7 +66,8 @@ fn load(object: &[u8], hook: Hook, own: Host, peer: Host) -> Result<OverlaySet> 
     set.programs.load_program(hook)?;
     let subnet = abi_prefix(own.1.parse::<Subnet>()?.prefix());
     let config = Config::new(own.0, Prefix::new([198, 18, 0, 0], 15), subnet, 8285);
-    set.set_config(&config.with_devices(1, 1))?;
+    set.set_config(&config.with_devices(TEST_IFINDEX, TEST_IFINDEX))?;
+    set.set_underlays(&[(TEST_IFINDEX, MAC)].into())?;
     set.set_routes(&Routes::from([(peer.1.parse()?, Peer { address: peer.0.into() })]))?;
     Ok(set)
 }
