@@ -284,7 +284,8 @@ fn link(message: &LinkMessage) -> Option<Link> {
         mtu: attribute!(attributes, LinkAttribute::Mtu(mtu) => *mtu).unwrap_or(0),
         up: header.flags.contains(LinkFlags::Up),
         ethernet: header.link_layer_type == LinkLayerType::Ether,
-        mac: attribute!(attributes, LinkAttribute::Address(address) => address.as_slice().try_into().ok()).flatten(),
+        mac: attribute!(attributes, LinkAttribute::Address(address) => address.as_slice().try_into().ok())
+            .flatten(),
         kind: info.and_then(|info| attribute!(info, LinkInfo::Kind(kind) => kind.to_string())),
         alias: attribute!(attributes, LinkAttribute::IfAlias(alias) => alias.clone()),
     })

@@ -28,7 +28,7 @@ NOP4 = b"\x01\x01\x01\x00"
 
 def vectors():
     """All ingress vectors, in the order of the rules."""
-    return [*not_ours(), *left_to_the_kernel(), *partial_checksums(), *senders(), *inner_vectors()]
+    return [*not_ours(), *groups(), *left_to_the_kernel(), *partial_checksums(), *senders(), *inner_vectors()]
 
 
 def passed(name, why, packet):
@@ -44,6 +44,14 @@ def not_ours():
     yield passed("frame_of_41_bytes_passes", "One byte less than a UDP header.", whole[:41])
     yield passed(
         "arp_passes", "Another EtherType.", ethernet(bytes.fromhex("0001080006040001") + bytes(20), ethertype=0x0806)
+    )
+    yield passed(
+        "frame_for_another_mac_passes",
+        "A promiscuous device shows it; the kernel does not take it (net/ethernet/eth.c: PACKET_OTHERHOST).",
+        ethernet(whole[14:], to=bytes.fromhex("020000000003")),
+    )
+    yield passed(
+        "frame_for_a_mac_one_bit_off_passes", "All 48 bits count.", ethernet(whole[14:], to=bytes.fromhex("020000000000"))
     )
     yield passed("ipv6_passes", "Another EtherType.", ethernet(b"\x60" + whole[15:], ethertype=0x86DD))
     yield passed("ethertype_0801_passes", "Both bytes of the EtherType count.", ethernet(whole[14:], ethertype=0x0801))
@@ -120,6 +128,14 @@ def not_ours():
         "IHL 15 puts the UDP header beyond the frame.",
         outer(bytes(29), ihl=15),
     )
+
+
+def groups():
+    """Frames for a group are received; of what they carry, IP decides (RFC 1122 section 3.2.1.3)."""
+    packet = frame(ping())[14:]
+    for name, mac in [("broadcast", "ffffffffffff"), ("multicast", "01005e000001"), ("local_group", "030000000001")]:
+        why = "The kernel hands it to IP, which takes it for its unicast address."
+        yield vector(f"frame_to_a_{name}_mac_is_ours", why, ethernet(packet, to=bytes.fromhex(mac)), "decap")
 
 
 def left_to_the_kernel():

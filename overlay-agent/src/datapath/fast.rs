@@ -158,7 +158,13 @@ impl FastPath {
         Ok(())
     }
 
-    fn fill_maps(&mut self, plan: &Plan, config: &Config, routes: &Routes, report: &mut Report) -> Result<()> {
+    fn fill_maps(
+        &mut self,
+        plan: &Plan,
+        config: &Config,
+        routes: &Routes,
+        report: &mut Report,
+    ) -> Result<()> {
         let Some(set) = &mut self.set else { return Ok(()) };
         set.set_underlays(&plan.underlays.iter().filter_map(|link| Some((link.index, link.mac?))).collect())?;
         if set.config()? != *config {

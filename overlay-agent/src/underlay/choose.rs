@@ -155,7 +155,16 @@ mod tests {
     use super::*;
 
     fn link(index: u32, name: &str) -> Link {
-        Link { name: name.to_owned(), index, mtu: 1500, up: true, ethernet: true, mac: None, kind: None, alias: None }
+        Link {
+            name: name.to_owned(),
+            index,
+            mtu: 1500,
+            up: true,
+            ethernet: true,
+            mac: None,
+            kind: None,
+            alias: None,
+        }
     }
 
     /// lo, eth0 with two addresses, eth1 with a link-local one first, eth2 without addresses, and an overlay device.

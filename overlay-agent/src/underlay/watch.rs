@@ -154,7 +154,16 @@ mod tests {
     use super::*;
 
     fn link(index: u32, name: &str) -> Link {
-        Link { name: name.to_owned(), index, mtu: 1500, up: true, ethernet: true, mac: None, kind: None, alias: None }
+        Link {
+            name: name.to_owned(),
+            index,
+            mtu: 1500,
+            up: true,
+            ethernet: true,
+            mac: None,
+            kind: None,
+            alias: None,
+        }
     }
 
     /// The result, such as `eth0 10.0.0.1`, when eth0 and eth1 have these addresses.

@@ -15,10 +15,15 @@ use super::{arguments, server::Server, wait_until};
 use crate::{machine::Need, matrix::needs, suite::Suite};
 
 pub(super) fn register(suite: &mut Suite) {
-    let cases: [(Rung, &[Need]); 2] = [(Rung::Tun, &[Need::Tun]), (Rung::Tc, needs(Rung::Tc, Rung::Tc))];
-    for (rung, needs) in cases {
-        let name = format!("etcd::two_networks_side_by_side_on_{}", rung.name());
-        suite.add(name, needs, move |sandbox| side_by_side(sandbox, rung));
+    let cases: [(Rung, Rung, &[Need]); 3] = [
+        (Rung::Tun, Rung::Tun, &[Need::Tun]),
+        (Rung::Tc, Rung::Tc, needs(Rung::Tc, Rung::Tc)),
+        // A device runs one XDP program, and the tc programs of both networks behind it.
+        (Rung::Xdp, Rung::Tc, needs(Rung::Xdp, Rung::Tc)),
+    ];
+    for (first, second, needs) in cases {
+        let name = format!("etcd::two_networks_side_by_side_on_{}_and_{}", first.name(), second.name());
+        suite.add(name, needs, move |sandbox| side_by_side(sandbox, first, second));
     }
 }
 
@@ -73,11 +78,15 @@ impl Network {
     }
 }
 
-fn side_by_side(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
+fn side_by_side(sandbox: &Arc<Sandbox>, rung: Rung, other_rung: Rung) -> Result<()> {
     let switch = Switch::build(sandbox, 2)?;
+    for host in &switch.hosts {
+        // Packets that come through the device of the other network are lost.
+        host.netns.tool("sysctl -q -w net.ipv4.conf.all.rp_filter=1")?;
+    }
     let server = Server::start(sandbox, &switch.hub, HUB)?;
     let first = FIRST.start(sandbox, &server, &switch, rung)?;
-    let second = SECOND.start(sandbox, &server, &switch, rung)?;
+    let second = SECOND.start(sandbox, &server, &switch, other_rung)?;
     let ((a, b), (blue_a, blue_b)) = (FIRST.ends(&switch)?, SECOND.ends(&switch)?);
     for agent in &second {
         let status = agent.status()?;
