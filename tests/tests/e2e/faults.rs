@@ -58,7 +58,7 @@ pub(crate) fn register(suite: &mut Suite) {
     suite.add("faults::clsact_filters_forward_and_are_removed", needs(Rung::Tc, Rung::Tc), clsact_filters);
 }
 
-fn pair(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<Pair> {
+pub(crate) fn pair(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<Pair> {
     Pair::start(sandbox, Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?, rung, rung)
 }
 
@@ -213,9 +213,7 @@ fn container_forges(sandbox: &Arc<Sandbox>) -> Result<()> {
             .and_then(Value::as_str)
             .with_context(|| format!("no gateway: {neighbours}"))?;
         let vectors = golden_frames()?;
-        let decapped = vectors.iter().filter(|vector| {
-            vector.reaches_agent && vector.slow.get("verdict").is_some_and(|verdict| verdict == "decap")
-        });
+        let decapped = vectors.iter().filter(|vector| vector.is_delivered());
         let frames: Vec<Vec<u8>> =
             decapped.map(|vector| frames::addressed_to(&vector.frame, mac)).collect::<Result<_>>()?;
         let before = pair.a.counters()?;
@@ -272,21 +270,28 @@ fn malformed_frames(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
 }
 
 /// A namespace entered alone has the machine's /sys, so the address comes from `ip`.
-fn mac_of(pair: &Pair) -> Result<String> {
+pub(crate) fn mac_of(pair: &Pair) -> Result<String> {
     let link = pair.topology.a.host.tool("ip -json link show dev eth0")?;
     let link: Value = serde_json::from_str(&link).context("read the output of ip -json")?;
     let address = link.pointer("/0/address").and_then(Value::as_str).context("eth0 has no address")?;
     Ok(address.to_owned())
 }
 
-struct GoldenFrame {
-    frame: Vec<u8>,
+pub(crate) struct GoldenFrame {
+    pub(crate) frame: Vec<u8>,
     fast: Value,
     slow: Value,
     reaches_agent: bool,
 }
 
-fn golden_frames() -> Result<Vec<GoldenFrame>> {
+impl GoldenFrame {
+    /// Whether every rung delivers its inner packet.
+    pub(crate) fn is_delivered(&self) -> bool {
+        self.reaches_agent && self.slow.get("verdict").is_some_and(|verdict| verdict == "decap")
+    }
+}
+
+pub(crate) fn golden_frames() -> Result<Vec<GoldenFrame>> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("vectors/ingress.json");
     let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
     let file: Value = serde_json::from_str(&text).with_context(|| format!("parse {}", path.display()))?;
@@ -339,13 +344,13 @@ fn is_trimmed_by_kernel(vector: &GoldenFrame) -> bool {
         && (8..total_length.saturating_sub(20)).contains(&udp_length)
 }
 
-fn grown(before: &BTreeMap<String, u64>, after: &BTreeMap<String, u64>) -> BTreeMap<String, u64> {
+pub(crate) fn grown(before: &BTreeMap<String, u64>, after: &BTreeMap<String, u64>) -> BTreeMap<String, u64> {
     let growth = |(reason, count): (&String, &u64)| {
         (reason.clone(), count - before.get(reason).copied().unwrap_or_default())
     };
     after.iter().map(growth).filter(|(_, count)| *count > 0).collect()
 }
 
-fn carried(counters: &Counters) -> u64 {
+pub(crate) fn carried(counters: &Counters) -> u64 {
     counters.traffic.ingress_fast_packets + counters.traffic.ingress_slow_packets
 }

@@ -1,4 +1,4 @@
-//! A foreign XDP program: a minimal one, written as an object file and attached with `ip link`.
+//! Foreign programs: minimal ones, written as object files and attached with `ip` and `tc`.
 
 use std::{fs, path::Path};
 
@@ -12,25 +12,47 @@ use overlay_tests::{netns::Netns, topology::UPLINK};
 /// `r0 = 2; exit`: XDP_PASS, as two eBPF instructions of eight bytes (RFC 9669).
 const PASS: [u8; 16] = [0xb7, 0, 0, 0, 2, 0, 0, 0, 0x95, 0, 0, 0, 0, 0, 0, 0];
 
+/// `bpf_skb_vlan_push(skb, htons(0x8100), 5); return TC_ACT_OK`: the tag goes where a card's offload has it, beside the bytes.
+const TAG: [u8; 40] = [
+    0xb7, 2, 0, 0, 0x81, 0, 0, 0, 0xb7, 3, 0, 0, 5, 0, 0, 0, 0x85, 0, 0, 0, 18, 0, 0, 0, 0xb7, 0, 0, 0, 0, 0,
+    0, 0, 0x95, 0, 0, 0, 0, 0, 0, 0,
+];
+
+/// Makes `host` send every packet on the underlay with a VLAN tag. [`untag`] ends that.
+pub(crate) fn tag(host: &Netns, directory: &Path) -> Result<()> {
+    let path = directory.join("tag.o");
+    fs::write(&path, object_file("tc", &TAG)?).with_context(|| format!("write {}", path.display()))?;
+    host.tool(&format!("tc qdisc add dev {UPLINK} clsact"))?;
+    host.tool(&format!(
+        "tc filter add dev {UPLINK} egress bpf direct-action object-file {} section tc",
+        path.display()
+    ))?;
+    Ok(())
+}
+
+/// Removes what [`tag`] made.
+pub(crate) fn untag(host: &Netns) -> Result<()> {
+    host.tool(&format!("tc qdisc delete dev {UPLINK} clsact")).map(drop)
+}
+
 /// Attaches a foreign XDP program to the underlay device of `host`. The object file is written to `directory`.
 pub(crate) fn attach_xdp(host: &Netns, directory: &Path) -> Result<()> {
     let path = directory.join("foreign.o");
-    let bytes = object_file().context("write an eBPF object")?;
-    fs::write(&path, bytes).with_context(|| format!("write {}", path.display()))?;
+    fs::write(&path, object_file("xdp", &PASS)?).with_context(|| format!("write {}", path.display()))?;
     host.tool(&format!("ip link set dev {UPLINK} xdpdrv object {} section xdp", path.display()))?;
     Ok(())
 }
 
-fn object_file() -> Result<Vec<u8>> {
+fn object_file(section: &str, program: &[u8]) -> Result<Vec<u8>> {
     let mut object = Object::new(BinaryFormat::Elf, Architecture::Bpf, Endianness::Little);
-    let code = object.add_section(Vec::new(), b"xdp".to_vec(), SectionKind::Text);
-    object.append_section_data(code, &PASS, 8);
+    let code = object.add_section(Vec::new(), section.as_bytes().to_vec(), SectionKind::Text);
+    object.append_section_data(code, program, 8);
     let license = object.add_section(Vec::new(), b"license".to_vec(), SectionKind::Data);
     object.append_section_data(license, b"GPL\0", 1);
     object.add_symbol(Symbol {
         name: b"somebody_elses".to_vec(),
         value: 0,
-        size: PASS.len() as u64,
+        size: program.len() as u64,
         kind: SymbolKind::Text,
         scope: SymbolScope::Dynamic,
         weak: false,

@@ -2,6 +2,7 @@
 //!
 //! One binary, one topology per test, one test at a time: they share two CPUs, and rates and losses count.
 
+mod addressing;
 mod comparison;
 mod datapath;
 mod etcd;
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
     }
     let mut suite = Suite::new();
     comparison::register(&mut suite);
+    addressing::register(&mut suite);
     matrix::register(&mut suite);
     traps::register(&mut suite);
     lifecycle::register(&mut suite);
