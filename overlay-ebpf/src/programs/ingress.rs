@@ -36,7 +36,7 @@ pub(super) fn run(ctx: &TcContext) -> i32 {
     let is_decapped = take_mark(ctx, config.mark());
     match (is_decapped, has_vlan_tag(ctx)) {
         (true, false) => return deliver(config),
-        // Whoever holds our address in that VLAN, the frame was not this device's, and its outer headers are gone.
+        // A frame of another network, which may use our address; its outer headers are gone.
         (true, true) => return discard(DropReason::VlanTagged),
         (false, true) => return TO_THE_SLOW_PATH,
         (false, false) => {}
