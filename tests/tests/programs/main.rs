@@ -12,6 +12,7 @@
 
 mod capacity;
 mod generated;
+mod generator;
 mod golden;
 mod log;
 mod rungs;

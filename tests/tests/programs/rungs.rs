@@ -32,7 +32,7 @@ const LONGEST_TEST_RUN: usize = 3500;
 
 /// The device of test runs, the loopback device, and the hardware address of this host in the vectors.
 const TEST_IFINDEX: u32 = 1;
-const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+pub(crate) const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
 /// The link-layer header in front of inner packets in test runs of the egress program.
 const ETHERNET: [u8; 14] = [2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0];
