@@ -1,4 +1,4 @@
-//! The agent's control socket, for root only.
+//! The agent's control socket, for root and the agent's user only.
 //!
 //! A client sends one request, `{"version":1,"query":"status"}`, and reads responses, `{"version":1,"data":...}` or
 //! `{"version":1,"error":"..."}`, until the server closes the connection: one response, or with `"watch":true` one now and one
@@ -104,7 +104,7 @@ pub(crate) struct Control {
 }
 
 impl Control {
-    /// Listens at `path`, for root only, and replaces a socket that a killed agent left. Fails when another agent answers there.
+    /// Listens at `path`, for root and this user, and replaces a socket that a killed agent left. Fails when another agent answers there.
     pub(crate) fn listen(path: PathBuf) -> Result<Self> {
         let directory = path.parent().context("the control socket has no directory")?;
         std::fs::DirBuilder::new()

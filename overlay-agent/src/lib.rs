@@ -4,6 +4,7 @@
 //! the loop that ties them together, `cli` is what people type. See ARCHITECTURE.md for the way in.
 
 pub mod agent;
+mod capabilities;
 pub mod cli;
 pub mod config;
 pub mod control;

@@ -26,6 +26,8 @@ pub(super) enum Condition {
     Underlay,
     /// The overlay device, the slow path and the programs.
     Datapath,
+    /// The capabilities that the eBPF rungs need.
+    Capabilities,
     /// The address under which peers know this host.
     Address,
     /// `subnet.env`.

@@ -100,6 +100,10 @@ impl Forwarding {
             warn!("another program changed this host; repaired: {}", report.repaired.join(", "));
         }
         self.set_routes_behind(report.routes_behind);
+        let slow = self.datapath.missing_capabilities().map(|missing| {
+            format!("every packet takes the slow path, on the tun rung: {missing}, or choose --datapath tun")
+        });
+        self.conditions.update(Condition::Capabilities, slow);
         Ok(())
     }
 

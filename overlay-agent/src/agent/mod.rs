@@ -19,7 +19,7 @@ mod status;
 
 use std::{pin::pin, time::Duration};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
@@ -30,7 +30,9 @@ use tracing::{info, warn};
 pub use options::{HostOptions, Options, StoreOption};
 
 use crate::{
+    capabilities,
     control::{self, Control, QueryRequest},
+    datapath::Request,
     netlink::Netlink,
     underlay::{self, Underlay, UnderlayChange},
 };
@@ -48,9 +50,7 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(5);
 /// Runs until SIGTERM or SIGINT, then removes what it made. The lease stays for the next start.
 /// Fails when the agent cannot start: the host is then as it was before.
 pub async fn run(options: Options) -> Result<()> {
-    if !nix::unistd::geteuid().is_root() {
-        bail!("overlay-agent run needs root: it makes a network device and loads eBPF programs");
-    }
+    check_capabilities(options.datapath)?;
     let mut stop = StopSignals::new()?;
     let netlink = Netlink::connect()?;
     // First, so that `down` and a second agent find this one while it waits for etcd.
@@ -92,6 +92,15 @@ pub async fn run(options: Options) -> Result<()> {
     };
     agent.run_until(&mut stop).await;
     agent.stop().await
+}
+
+/// Refuses at once what cannot work. With [`Request::Auto`], an agent that may not use eBPF takes the tun rung.
+fn check_capabilities(request: Request) -> Result<()> {
+    let needed = match request {
+        Request::Xdp | Request::Tc => [capabilities::NETWORK, capabilities::EBPF].concat(),
+        Request::Auto | Request::Tun => capabilities::NETWORK.to_vec(),
+    };
+    capabilities::check(&needed).with_context(|| format!("overlay-agent run {}", request.flag()))
 }
 
 struct StopSignals {

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::{AgentArgs, QueryArgs, query::print};
 use crate::{
-    control,
+    capabilities, control,
     datapath::ebpf::detach_filter,
     device::{self, DeviceAlias},
     firewall,
@@ -21,9 +21,7 @@ use crate::{
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(15);
 
 pub(super) async fn down(QueryArgs { agent: args, output }: &QueryArgs) -> Result<()> {
-    if !nix::unistd::geteuid().is_root() {
-        bail!("overlay-agent down needs root");
-    }
+    capabilities::check(capabilities::NETWORK).context("overlay-agent down")?;
     let mut removed = Vec::new();
     let socket = args.socket();
     let netlink = Netlink::connect()?;

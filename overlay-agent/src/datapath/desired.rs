@@ -28,7 +28,7 @@ pub enum Request {
 
 impl Request {
     /// As on the command line.
-    pub(super) fn flag(self) -> String {
+    pub(crate) fn flag(self) -> String {
         let value = self.to_possible_value();
         value.map_or_else(String::new, |value| format!("--datapath {}", value.get_name()))
     }

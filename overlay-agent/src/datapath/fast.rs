@@ -16,6 +16,7 @@ use super::{
     plan::{Plan, Refusals, Step, next_step},
 };
 use crate::{
+    capabilities,
     netlink::{Netlink, device_name},
     route::{RouteChange, Routes},
 };
@@ -34,6 +35,8 @@ pub(super) struct FastPath {
     /// The configuration that was written.
     config: Option<Config>,
     plan: Option<Plan>,
+    /// The capabilities without which there is no fast path.
+    missing: Option<capabilities::Missing>,
     refusals: Refusals,
     /// What sets that are gone counted.
     counted: Counters,
@@ -53,6 +56,7 @@ impl FastPath {
             set: None,
             config: None,
             plan: None,
+            missing: None,
             refusals: Refusals::default(),
             counted: Counters::ZERO,
             next_read_back: None,
@@ -89,7 +93,7 @@ impl FastPath {
         report: &mut Report,
     ) -> Result<()> {
         if self.plan.as_ref() != Some(&plan) {
-            self.refusals = Refusals::default();
+            (self.refusals, self.missing) = (Refusals::default(), None);
             // A constant of the programs: others are needed.
             if self.plan.as_ref().is_some_and(|before| before.log != plan.log) {
                 self.unload();
@@ -101,7 +105,11 @@ impl FastPath {
                 if plan.request != Request::Auto {
                     return Err(error);
                 }
-                warn!("no eBPF datapath: {error:#}");
+                self.missing = error.downcast_ref().cloned();
+                // Missing capabilities are reported as a condition.
+                if self.missing.is_none() {
+                    warn!("no eBPF datapath: {error:#}");
+                }
                 self.refusals.programs = Some(format!("{error:#}"));
             }
             self.fill_maps(&plan, config, routes, report)?;
@@ -149,6 +157,7 @@ impl FastPath {
             return Ok(());
         }
         let object = object()?;
+        capabilities::check(capabilities::EBPF)?;
         let mut set = OverlaySet::load(object, plan.log)?;
         for hook in [EGRESS, INGRESS] {
             set.programs.load_program(hook)?;
@@ -190,10 +199,11 @@ impl FastPath {
     async fn drop_unlisted(&mut self, report: &mut Report) -> Result<()> {
         let Some(set) = &self.set else { return Ok(()) };
         let mut unlisted = Vec::new();
-        for Attachment { target, .. } in &self.attachments {
+        for attachment in &self.attachments {
+            let target = &attachment.target;
             // The kernel removes a program with its device; the plan has the successor of the device.
             let Ok(device) = device_name(target.ifindex) else { continue };
-            if !set.programs.is_attached(&self.netlink, *target).await? {
+            if !set.programs.is_attached(&self.netlink, attachment).await? {
                 report.repaired.push(format!("program {} on {device}", target.hook.program));
                 unlisted.push(*target);
             }
@@ -224,6 +234,11 @@ impl FastPath {
         };
         self.behind = done.is_err();
         done
+    }
+
+    /// The capabilities for whose lack [`Request::Auto`] has chosen the tun rung.
+    pub(super) fn missing_capabilities(&self) -> Option<&capabilities::Missing> {
+        self.missing.as_ref()
     }
 
     pub(super) fn counters(&self) -> Result<Counters> {

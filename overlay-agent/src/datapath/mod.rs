@@ -16,6 +16,7 @@ use tokio::sync::mpsc;
 use tun::{Endpoint, Settings, SlowCounters, Socket, TunRung};
 
 use crate::{
+    capabilities::Missing,
     device::{self, DeviceSpec, OverlayDevice},
     netlink::Netlink,
     route::{RouteChange, Routes},
@@ -142,6 +143,11 @@ impl Datapath {
     /// How outer packets arrive.
     pub fn ingress(&self) -> &Choice {
         &self.fast.ingress
+    }
+
+    /// The capabilities for whose lack [`Request::Auto`] has chosen the tun rung.
+    pub(crate) fn missing_capabilities(&self) -> Option<&Missing> {
+        self.fast.missing_capabilities()
     }
 
     /// Index of the overlay device; `None` while there is none.

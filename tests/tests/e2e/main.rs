@@ -14,6 +14,7 @@ mod lifecycle;
 mod machine;
 mod matrix;
 mod node;
+mod privileges;
 mod refusals;
 mod snapshot;
 mod subnet_file;
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
     faults::register(&mut suite);
     refusals::register(&mut suite);
     node::register(&mut suite);
+    privileges::register(&mut suite);
     subnet_file::register(&mut suite);
     underlay::register(&mut suite);
     datapath::register(&mut suite);

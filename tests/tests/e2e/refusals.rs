@@ -61,7 +61,7 @@ pub(crate) fn register(suite: &mut Suite) {
         fixture.refuses_arguments(&[], "8285")
     });
     suite.add("refusals::subnet_file_that_is_a_fifo", tun, subnet_file_is_a_fifo);
-    suite.add("refusals::not_root", tun, not_root);
+    suite.add("refusals::user_without_capabilities", tun, no_capabilities);
     suite.add("refusals::no_tun_device_node", tun, no_tun_device_node);
     suite.add("refusals::etcd_endpoint_with_an_impossible_port", tun, |sandbox| {
         Fixture::build(sandbox)?.refuses_etcd(&["--etcd-endpoints", "http://192.168.77.10:99999"], "99999")
@@ -93,14 +93,14 @@ fn subnet_file_is_a_fifo(sandbox: &Arc<Sandbox>) -> Result<()> {
     Ok(())
 }
 
-fn not_root(sandbox: &Arc<Sandbox>) -> Result<()> {
+fn no_capabilities(sandbox: &Arc<Sandbox>) -> Result<()> {
     let fixture = Fixture::build(sandbox)?;
     // The binary may lie where only root can reach it: open it as root, run what is open.
     let binary = File::open(fixture.site.binary()).context("open the agent's binary")?;
     let path = format!("/proc/self/fd/{}", binary.as_raw_fd());
     let mut command = rebuilt(Command::new(path), &fixture.command());
     command.uid(UNPRIVILEGED).gid(UNPRIVILEGED).current_dir("/");
-    fixture.refuses(command, "root")
+    fixture.refuses(command, "CAP_NET_ADMIN")
 }
 
 fn no_tun_device_node(sandbox: &Arc<Sandbox>) -> Result<()> {

@@ -3,7 +3,7 @@
 use anyhow::{Context as _, Result, bail};
 use aya::{
     programs::{
-        LinkOrder, ProgramError, SchedClassifier, TcAttachType, XdpMode,
+        LinkOrder, ProgramError, TcAttachType, XdpMode,
         links::FdLink,
         tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle},
     },
@@ -11,7 +11,7 @@ use aya::{
 };
 use nix::libc;
 
-use super::{Hook, HookKind, ProgramSet};
+use super::{Hook, HookKind, ProgramSet, tcx_link};
 use crate::netlink::{Netlink, device_name};
 
 /// Position of our filters among those of a clsact qdisc: first.
@@ -51,13 +51,14 @@ pub(crate) struct Target {
 /// An attached program. Dropping it detaches.
 pub(crate) struct Attachment {
     pub(crate) target: Target,
-    _link: Link,
+    link: Link,
 }
 
 /// The kernel removes tcx and XDP links with their last file descriptor, so also when the agent is killed. A clsact filter
 /// stays until it is removed.
 enum Link {
-    Tc { _link: SchedClassifierLink },
+    Tcx(FdLink),
+    Clsact { handle: u16, _link: SchedClassifierLink },
     Xdp { _link: FdLink },
 }
 
@@ -83,31 +84,24 @@ impl ProgramSet {
             HookKind::TcEgress => self.attach_tc(target, TcAttachType::Egress, &device)?,
             HookKind::Xdp => self.attach_xdp(target, &device)?,
         };
-        if !self.is_attached(netlink, target).await? {
+        let attachment = Attachment { target, link };
+        if !self.is_attached(netlink, &attachment).await? {
             let program = target.hook.program;
             bail!("attach {program} to {device}: the kernel took the program but does not list it");
         }
-        Ok(Attachment { target, _link: link })
+        Ok(attachment)
     }
 
-    /// Whether the kernel lists our program on its hook.
-    pub(crate) async fn is_attached(&self, netlink: &Netlink, target: Target) -> Result<bool> {
-        let own = self.info(target.hook)?.id();
-        let direction = match target.hook.kind {
-            HookKind::Xdp => return Ok(netlink.xdp_program(target.ifindex).await? == Some(own)),
-            HookKind::TcIngress => TcAttachType::Ingress,
-            HookKind::TcEgress => TcAttachType::Egress,
-        };
-        match target.mode {
-            TcMode::Tcx => {
-                let device = device_name(target.ifindex)?;
-                let (_, programs) = SchedClassifier::query_tcx(&device, direction)
-                    .with_context(|| format!("list the tcx programs on {device}"))?;
-                Ok(programs.iter().any(|info| info.id() == own))
-            }
-            TcMode::Clsact { handle } => {
-                let egress = target.hook.kind == HookKind::TcEgress;
-                netlink.has_filter(target.ifindex, egress, FILTER_PRIORITY, handle).await
+    /// Whether the kernel still has our program on its hook.
+    pub(crate) async fn is_attached(&self, netlink: &Netlink, attachment: &Attachment) -> Result<bool> {
+        let Attachment { target: Target { hook, ifindex, .. }, link } = attachment;
+        let own = self.info(*hook)?.id();
+        match link {
+            Link::Xdp { .. } => Ok(netlink.xdp_program(*ifindex).await? == Some(own)),
+            Link::Tcx(link) => tcx_link::runs(link, own, *ifindex),
+            Link::Clsact { handle, .. } => {
+                let egress = hook.kind == HookKind::TcEgress;
+                netlink.has_filter(*ifindex, egress, FILTER_PRIORITY, *handle).await
             }
         }
     }
@@ -129,7 +123,11 @@ impl ProgramSet {
         let context = || format!("attach {} to {device}", target.hook.program);
         let program = self.tc(target.hook)?;
         let id = program.attach_with_options(device, direction, options).with_context(context)?;
-        Ok(Link::Tc { _link: program.take_link(id).with_context(context)? })
+        let link = program.take_link(id).with_context(context)?;
+        Ok(match target.mode {
+            TcMode::Tcx => Link::Tcx(FdLink::try_from(link).with_context(context)?),
+            TcMode::Clsact { handle } => Link::Clsact { handle, _link: link },
+        })
     }
 
     fn attach_xdp(&mut self, target: Target, device: &str) -> Result<Link> {

@@ -4,6 +4,7 @@ mod attach;
 pub mod overlay_set;
 mod program_set;
 pub mod self_test;
+mod tcx_link;
 
 pub use attach::TcAttach;
 pub(crate) use attach::{Attachment, Target, TcMode, detach_filter};

@@ -60,7 +60,7 @@ impl ProgramSet {
         let mut loader = EbpfLoader::new();
         let loaded = loader.override_global("LOG_FAILURES", &log_failures, log).load(object);
         let mut ebpf = loaded.with_context(|| {
-            format!("load the eBPF maps of {name}: root and kernel 5.10 or later are needed")
+            format!("load the eBPF maps of {name}: kernel 5.10 or later is needed, with eBPF")
         })?;
         let log = if log { Some(forward_log(&mut ebpf)?) } else { None };
         Ok(Self { name, ebpf, log })

@@ -61,8 +61,9 @@ impl Socket {
         let device = device_name(ifindex)?;
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let fd = socket(AddressFamily::Inet, SockType::Datagram, flags, None).context("open a UDP socket")?;
-        setsockopt(&fd, sockopt::BindToDevice, &device.as_str().into())
-            .with_context(|| format!("bind the UDP socket to {device}"))?;
+        setsockopt(&fd, sockopt::BindToDevice, &device.as_str().into()).with_context(|| {
+            format!("bind the UDP socket to {device} (kernels before 5.7 need CAP_NET_RAW)")
+        })?;
         match bind_socket(fd.as_raw_fd(), &SockaddrIn::from(address)) {
             Err(Errno::EADDRINUSE) => bail!(
                 "UDP {address} is in use: stop what uses it (flanneld, or another overlay-agent?) or choose another port"
