@@ -21,7 +21,7 @@ pub(crate) const EBPF: &[Capability] = &[
     },
     Capability {
         name: "CAP_PERFMON",
-        purpose: "eBPF programs with access to packets by pointer",
+        purpose: "pointer arithmetic in eBPF programs",
         granted_by: CapabilitySet::PERFMON.union(CapabilitySet::SYS_ADMIN),
     },
 ];

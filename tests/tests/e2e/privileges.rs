@@ -1,8 +1,13 @@
 //! Agents with few capabilities: what they need, what they do without, and what they say about it.
 
-use std::{fs, fs::File, process::Command, process::Stdio, sync::Arc};
+use std::{
+    fs,
+    fs::File,
+    process::{Command, Stdio},
+    sync::Arc,
+};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use nix::libc;
 use overlay_tests::{
     agent::{Agent, Rung, Site},
@@ -21,7 +26,7 @@ const BOTH: &[Need] = &[Need::Tun, Need::Ebpf];
 const ALL: &[Need] = &[Need::Tun, Need::Ebpf, Need::Nftables];
 
 /// As setpriv(1) writes them.
-const FOUR: &[&str] = &["net_admin", "net_raw", "bpf", "perfmon"];
+const FOUR: [&str; 4] = ["net_admin", "net_raw", "bpf", "perfmon"];
 /// The same in `/proc/PID/status`: bits 12, 13, 38 and 39.
 const FOUR_MASK: &str = "000000c000003000";
 /// An unprivileged user.
@@ -49,21 +54,20 @@ pub(crate) fn register(suite: &mut Suite) {
     });
     suite.add("privileges::auto_without_capabilities_for_ebpf_is_tun_and_degraded", BOTH, auto_is_degraded);
     suite.add("privileges::missing_capabilities_are_refused_by_name", TUN, refusals);
+    suite.add("privileges::the_unit_grants_exactly_the_four", &[], |_| unit_grants_four());
 }
 
-/// setpriv(1), which runs what follows as root with these capabilities alone.
-fn setpriv(capabilities: &[&str]) -> Command {
-    let list = capabilities.iter().fold("-all".to_owned(), |list, name| format!("{list},+{name}"));
-    let mut command = Command::new("setpriv");
-    command.args(["--bounding-set", &list, "--inh-caps", "-all", "--no-new-privs"]);
-    command
-}
-
-/// `inner` with these capabilities alone.
+/// `inner` as root with these capabilities alone, through setpriv(1).
 fn confined(capabilities: &[&str], inner: &Command) -> Command {
-    let mut command = setpriv(capabilities);
+    let mut command = Command::new("setpriv");
+    command.args(["--bounding-set", &only(capabilities), "--inh-caps", "-all", "--no-new-privs"]);
     command.arg(inner.get_program());
     with_arguments_of(inner, command)
+}
+
+/// A list for setpriv(1).
+fn only(capabilities: &[&str]) -> String {
+    capabilities.iter().fold("-all".to_owned(), |list, name| format!("{list},+{name}"))
 }
 
 fn with_arguments_of(inner: &Command, mut outer: Command) -> Command {
@@ -136,18 +140,18 @@ fn traffic_is_right(pair: &Pair) -> Result<()> {
 fn carries_everything(sandbox: &Arc<Sandbox>, rung: Rung, more: &'static [&str]) -> Result<()> {
     let pair = pair(sandbox, [rung; 2], |store, site, side, rung| {
         let before = Snapshot::take(&side.host)?;
-        let command = confined(FOUR, &site.run_command(&arguments(store, side, rung, more)));
+        let command = confined(&FOUR, &site.run_command(&arguments(store, side, rung, more)));
         let mut agent = site.launch(command)?;
         agent.wait_until_running()?;
         // The first one is removed by `down`, with no more than the agent itself has. A clsact qdisc stays.
         if side.name == "a" && more.is_empty() {
-            let removed = output(site, FOUR, "down")?.map_err(anyhow::Error::msg)?;
+            let removed = output(site, &FOUR, "down")?.map_err(anyhow::Error::msg)?;
             ensure!(removed.contains("the agent") && !agent.is_running()?, "{removed}");
             // It has ended: dropping it would remove what the next one makes.
             agent.leave();
             before.is_unchanged(&side.host)?;
             ensure!(side.host.tool("nft list tables")?.is_empty(), "firewall rules stayed");
-            let command = confined(FOUR, &site.run_command(&arguments(store, side, rung, more)));
+            let command = confined(&FOUR, &site.run_command(&arguments(store, side, rung, more)));
             agent = site.launch(command)?;
             agent.wait_until_running()?;
         }
@@ -157,7 +161,7 @@ fn carries_everything(sandbox: &Arc<Sandbox>, rung: Rung, more: &'static [&str])
         has_exactly_four(agent)?;
         let status = agent.status()?;
         ensure!(status.state == "running" && is_on(&status, rung), "{status:?}");
-        let text = output(agent.site(), FOUR, "status")?.map_err(anyhow::Error::msg)?;
+        let text = output(agent.site(), &FOUR, "status")?.map_err(anyhow::Error::msg)?;
         ensure!(text.contains("running") && text.contains(side.subnet), "{text}");
         let ipv6 = side.host.tool("sysctl -n net.ipv6.conf.ovl0.disable_ipv6");
         // A kernel without IPv6 has no such file.
@@ -186,7 +190,7 @@ fn another_user(sandbox: &Arc<Sandbox>) -> Result<()> {
         for owned in [store.context("no store")?, directory.display().to_string()] {
             run_tool(&["chown", "--recursive", &format!("{USER}:{USER}"), &owned])?;
         }
-        let list = FOUR.iter().fold("-all".to_owned(), |list, name| format!("{list},+{name}"));
+        let list = only(&FOUR);
         let mut outer = Command::new("unshare");
         outer.args(["--mount", "--propagation", "private", "sh", "-c"]);
         outer.arg(r#"mount -t tmpfs none /dev/net && mknod -m 666 /dev/net/tun c 10 200 && exec "$@""#);
@@ -230,7 +234,7 @@ fn starts(sandbox: &Arc<Sandbox>, rung: Rung, capabilities: &'static [&str]) -> 
 
 fn repairs(sandbox: &Arc<Sandbox>) -> Result<()> {
     let pair = pair(sandbox, [Rung::Tc; 2], |store, site, side, rung| {
-        let mut agent = site.launch(confined(FOUR, &site.run_command(&store.arguments(side, rung))))?;
+        let mut agent = site.launch(confined(&FOUR, &site.run_command(&store.arguments(side, rung))))?;
         agent.wait_until_running()?;
         Ok(agent)
     })?;
@@ -269,7 +273,7 @@ fn tcx_link(agent: &Agent, direction: &str) -> Result<TcxLink> {
             return Ok(TcxLink { id, program });
         }
     }
-    anyhow::bail!("{directory} has no {direction}")
+    bail!("{directory} has no {direction}")
 }
 
 /// Runs Perl code in which `call(COMMAND, ATTRIBUTES)` is bpf(2), for what neither `ip` nor `tc` does to links: commands 13, 29,
@@ -289,7 +293,10 @@ fn auto_is_degraded(sandbox: &Arc<Sandbox>) -> Result<()> {
         arguments
     };
     let pair = pair(sandbox, [Rung::Tun; 2], |store, site, side, rung| {
-        let capabilities = if side.name == "a" { &FOUR[..2] } else { &FOUR[..3] };
+        let capabilities: &[_] = match side.name {
+            "a" => &["net_admin", "net_raw"],
+            _ => &["net_admin", "net_raw", "bpf"],
+        };
         let agent =
             site.launch(confined(capabilities, &site.run_command(&auto(store.arguments(side, rung)))))?;
         wait_until("an agent is degraded", || {
@@ -301,7 +308,7 @@ fn auto_is_degraded(sandbox: &Arc<Sandbox>) -> Result<()> {
         [(&pair.a, &["CAP_BPF", "CAP_PERFMON"][..], None), (&pair.b, &["CAP_PERFMON"], Some("CAP_BPF"))]
     {
         let status = agent.status()?;
-        let [problem] = status.problems.as_slice() else { anyhow::bail!("{status:?}") };
+        let [problem] = status.problems.as_slice() else { bail!("{status:?}") };
         for word in named.iter().chain(&["tun rung", "AmbientCapabilities="]) {
             ensure!(problem.contains(word), "{word} is not in: {problem}");
         }
@@ -319,7 +326,7 @@ fn refusals(sandbox: &Arc<Sandbox>) -> Result<()> {
     for (capabilities, rung, named, others) in [
         (&["net_raw", "bpf", "perfmon"][..], Rung::Tun, &["CAP_NET_ADMIN (for devices"][..], "CAP_BPF"),
         (&["net_admin", "perfmon"], Rung::Xdp, &["CAP_BPF (for eBPF maps"], "CAP_NET_ADMIN"),
-        (&["net_admin", "bpf"], Rung::Tc, &["CAP_PERFMON (for eBPF programs"], "CAP_BPF"),
+        (&["net_admin", "bpf"], Rung::Tc, &["CAP_PERFMON (for pointer arithmetic"], "CAP_BPF"),
         (&["net_raw"], Rung::Xdp, &["CAP_NET_ADMIN", "CAP_BPF", "CAP_PERFMON"], "CAP_SYS_ADMIN"),
     ] {
         let command = confined(capabilities, &site.run_command(&store.arguments(&topology.a, rung)));
@@ -330,5 +337,15 @@ fn refusals(sandbox: &Arc<Sandbox>) -> Result<()> {
     }
     let error = output(&site, &["net_raw"], "down")?.err().context("down did not refuse")?;
     ensure!(error.contains("CAP_NET_ADMIN (for devices"), "{error}");
+    Ok(())
+}
+
+fn unit_grants_four() -> Result<()> {
+    let unit = include_str!("../../../docs/overlay-agent.service");
+    let four = FOUR.map(|name| format!("CAP_{}", name.to_uppercase())).join(" ");
+    for setting in ["CapabilityBoundingSet", "AmbientCapabilities"] {
+        let line = format!("\n{setting}={four}\n");
+        ensure!(unit.matches(setting).count() == 1 && unit.contains(&line), "{setting} is not {four}");
+    }
     Ok(())
 }
