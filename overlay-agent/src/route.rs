@@ -160,6 +160,14 @@ impl RouteChange {
     pub fn set(subnet: Subnet, peer: Peer) -> Self {
         Self::Set(Route { subnet, peer })
     }
+
+    /// Makes this step in `routes`.
+    pub fn make_in(self, routes: &mut Routes) {
+        match self {
+            Self::Set(Route { subnet, peer }) => drop(routes.insert(subnet, peer)),
+            Self::Remove(subnet) => drop(routes.remove(&subnet)),
+        }
+    }
 }
 
 /// The steps from `current` to `desired`: additions first, so that no destination is unreachable in between.
@@ -220,5 +228,8 @@ mod tests {
         let steps = [RouteChange::set(three, OTHER), RouteChange::set(five, PEER), RouteChange::Remove(four)];
         assert_eq!(diff(&current, &desired), steps);
         assert!(diff(&desired, &desired).is_empty());
+        let mut routes = current;
+        steps.into_iter().for_each(|step| step.make_in(&mut routes));
+        assert_eq!(routes, desired);
     }
 }

@@ -36,6 +36,8 @@ pub(super) enum Condition {
     Routes,
     /// Firewall rules and the blackhole route.
     Firewall,
+    /// Rules that keep containers from sending what peers take for packets of this host.
+    Guard,
 }
 
 /// Most lines about one subject in a window: a record that flaps must not fill the log.

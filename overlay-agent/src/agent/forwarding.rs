@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use tokio::{
-    sync::mpsc,
+    sync::{mpsc, watch},
     time::{Instant, sleep_until},
 };
 use tracing::{error, info, warn};
@@ -20,7 +20,7 @@ use crate::{
     lease::Lease,
     netlink::Netlink,
     report,
-    route::LocalNode,
+    route::{LocalNode, Routes},
     route_table::{Outcome, OwnRecord, OwnSubnet, Rival, RouteTable},
     store::Event,
     underlay::Underlay,
@@ -32,6 +32,8 @@ const NAMED: usize = 5;
 /// Route table and datapath.
 pub(super) struct Forwarding {
     pub(super) table: RouteTable,
+    /// The table's routes, for other tasks.
+    routes: watch::Sender<Routes>,
     pub(super) datapath: Datapath,
     failures: mpsc::Receiver<String>,
     pub(super) spec: DeviceSpec,
@@ -60,6 +62,7 @@ impl Forwarding {
         let alias = DeviceAlias { network: local.network, port, underlay: underlay.link.name.clone() };
         Self {
             table: RouteTable::new(local, options.peers.clone()),
+            routes: watch::Sender::new(options.peers.clone()),
             datapath: Datapath::new(netlink.clone(), sender),
             failures,
             spec: DeviceSpec { name: options.device.clone(), alias, subnet: local.subnet, mtu },
@@ -201,8 +204,19 @@ impl Forwarding {
         self.try_reconcile().await;
     }
 
+    /// Follows the routes.
+    pub(super) fn watch_routes(&self) -> watch::Receiver<Routes> {
+        self.routes.subscribe()
+    }
+
     fn apply(&mut self, outcome: &Outcome) {
         self.change_log.log(outcome, Instant::now());
+        if !outcome.changes.is_empty() {
+            // One step per change: a copy of a large table for each record that flaps would cost more than the table.
+            self.routes.send_modify(|routes| {
+                outcome.changes.iter().for_each(|change| change.make_in(routes));
+            });
+        }
         let applied = self.datapath.apply_routes(&outcome.changes, self.table.routes());
         self.set_routes_behind(applied.err().map(|error| format!("{error:#}")));
     }

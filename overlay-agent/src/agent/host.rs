@@ -12,9 +12,9 @@ use super::{
     conditions::{Condition, Conditions},
 };
 use crate::{
-    firewall::{self, Firewall, Rules},
+    firewall::{self, Firewall, Guard, Keeper, NftError, Problems, Rules, Wanted},
     netlink::Netlink,
-    route::LocalNode,
+    route::{LocalNode, Routes},
     subnet_env,
 };
 
@@ -30,12 +30,14 @@ pub(super) struct HostSetup {
     /// Why the blackhole route is not for this host's subnet.
     misplaced: Option<String>,
     keeper: Option<RuleKeeper>,
+    /// Why no keeper can guard the peers.
+    unguarded: Option<String>,
     pub(super) conditions: Conditions,
 }
 
 struct RuleKeeper {
     subnet: watch::Sender<Ipv4Net>,
-    problem: watch::Receiver<Option<String>>,
+    problems: watch::Receiver<Problems>,
     task: JoinHandle<()>,
 }
 
@@ -47,15 +49,23 @@ impl HostSetup {
             blackhole: None,
             misplaced: None,
             keeper: None,
+            unguarded: None,
             conditions: Conditions::default(),
         }
     }
 
     /// Applies firewall rules and the blackhole route.
     /// Fails when masquerading or the route is not available. Without the rules that only accept forwarded packets
-    /// the overlay works on most hosts, so that is a warning. After an error, [`Self::clear`] removes what was
-    /// applied.
-    pub(super) async fn apply(&mut self, netlink: &Netlink, local: LocalNode) -> Result<()> {
+    /// the overlay works on most hosts, so that is a warning; without the guard it works, too, and a condition says what
+    /// containers can do. After an error, [`Self::clear`] removes what was applied. `port` is the network's UDP port,
+    /// `routes` are those to the peers.
+    pub(super) async fn apply(
+        &mut self,
+        netlink: &Netlink,
+        local: LocalNode,
+        port: u16,
+        routes: watch::Receiver<Routes>,
+    ) -> Result<()> {
         let subnet = local.subnet.prefix();
         if self.options.host.blackhole_route {
             netlink.add_blackhole(subnet).await?;
@@ -67,7 +77,16 @@ impl HostSetup {
                 netlink.remove_blackhole(stale).await?;
             }
         }
-        self.keeper = keep_rules(&self.options, local.network, subnet).await?;
+        let (rules, failed) = apply_rules(&self.options, local.network, subnet).await?;
+        match Guard::new(&self.options.device, port) {
+            Ok(guard) => {
+                let keeper = Keeper { rules, guard };
+                let period = self.options.host.resync;
+                self.keeper = Some(RuleKeeper::start(keeper, failed, subnet, routes, period).await);
+            }
+            Err(error) => self.unguarded = Some(firewall::unguarded(error)),
+        }
+        self.check();
         Ok(())
     }
 
@@ -110,7 +129,9 @@ impl HostSetup {
 
     /// Updates the conditions from what the tasks report.
     pub(super) fn check(&mut self) {
-        let rules = self.keeper.as_ref().and_then(|keeper| keeper.problem.borrow().clone());
+        let Problems { rules, guard } =
+            self.keeper.as_ref().map(|keeper| keeper.problems.borrow().clone()).unwrap_or_default();
+        self.conditions.update(Condition::Guard, guard.or_else(|| self.unguarded.clone()));
         let problems: Vec<String> = rules.into_iter().chain(self.misplaced.clone()).collect();
         self.conditions.update(Condition::Firewall, (!problems.is_empty()).then(|| problems.join("; ")));
     }
@@ -137,6 +158,30 @@ impl HostSetup {
 }
 
 impl RuleKeeper {
+    /// Applies the guard, and keeps it and the rules. When an `nft` has just failed, which may have taken its whole time limit,
+    /// the start does not wait for another one.
+    async fn start(
+        mut keeper: Keeper,
+        failed: Option<NftError>,
+        subnet: Ipv4Net,
+        mut peers: watch::Receiver<Routes>,
+        period: Duration,
+    ) -> Self {
+        let failed = match failed {
+            Some(error) => Some(error),
+            None => {
+                let routes = peers.borrow_and_update().clone();
+                keeper.guard.apply(&routes).await.err()
+            }
+        };
+        let first = Problems { rules: None, guard: failed.map(firewall::unguarded) };
+        let (subnet, subnet_receiver) = watch::channel(subnet);
+        let (problem_sender, problems) = watch::channel(first);
+        let wanted = Wanted { subnet: subnet_receiver, peers };
+        let task = tokio::spawn(keeper.run(period, wanted, problem_sender));
+        Self { subnet, problems, task }
+    }
+
     /// Of two changes at once, the one that ends last would win: when this returns, the keeper makes no more changes.
     async fn end(mut self) {
         drop(self.subnet);
@@ -148,7 +193,13 @@ impl RuleKeeper {
     }
 }
 
-async fn keep_rules(options: &Options, network: Ipv4Net, subnet: Ipv4Net) -> Result<Option<RuleKeeper>> {
+/// Applies the rules for masquerading and forwarding. Returns them unless there are none to keep, and why `nft` failed where the
+/// agent can run without them.
+async fn apply_rules(
+    options: &Options,
+    network: Ipv4Net,
+    subnet: Ipv4Net,
+) -> Result<(Option<Firewall>, Option<NftError>)> {
     let host = &options.host;
     let rules = Rules {
         device: options.device.clone(),
@@ -162,31 +213,27 @@ async fn keep_rules(options: &Options, network: Ipv4Net, subnet: Ipv4Net) -> Res
     let mut firewall = match (Firewall::new(rules), wanted) {
         (Ok(firewall), _) => firewall,
         // No rules can exist under such a name.
-        (Err(_), false) => return Ok(None),
+        (Err(_), false) => return Ok((None, None)),
         (Err(error), true) if !host.masquerade => {
             warn!("forwarded packets of the overlay are not accepted explicitly: {error}");
-            return Ok(None);
+            return Ok((None, None));
         }
         (Err(error), true) => return Err(error.into()),
     };
     // Even if no rules are wanted: an earlier agent may have left some.
     match firewall.apply().await {
-        Ok(()) => {}
-        Err(error) if host.masquerade => return Err(error).context("--ip-masq"),
+        Ok(()) => Ok((wanted.then_some(firewall), None)),
+        Err(error) if host.masquerade => Err(error).context("--ip-masq"),
         Err(error) if wanted => {
             warn!("forwarded packets of the overlay are not accepted explicitly: {error}");
             if let Some(why) = firewall::legacy_warning(network) {
                 warn!("{why}");
             }
-            return Ok(None);
+            Ok((None, Some(error)))
         }
-        Err(error) => debug!("no rules are wanted, and none can be listed: {error}"),
+        Err(error) => {
+            debug!("no rules are wanted, and none can be listed: {error}");
+            Ok((None, Some(error)))
+        }
     }
-    if !wanted {
-        return Ok(None);
-    }
-    let (subnet, subnet_receiver) = watch::channel(subnet);
-    let (problem_sender, problem) = watch::channel(None);
-    let task = tokio::spawn(firewall.run(host.resync, subnet_receiver, problem_sender));
-    Ok(Some(RuleKeeper { subnet, problem, task }))
 }

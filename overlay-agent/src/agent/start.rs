@@ -80,7 +80,8 @@ impl Prepared {
             self.forwarding.on_records(event);
         }
         self.forwarding.start().await?;
-        self.host.apply(netlink, self.membership.local()).await
+        let (port, routes) = (self.forwarding.spec.alias.port, self.forwarding.watch_routes());
+        self.host.apply(netlink, self.membership.local(), port, routes).await
     }
 }
 

@@ -23,7 +23,7 @@ fn remedy(network: Ipv4Net) -> String {
     format!(
         "this host has a FORWARD chain of iptables-legacy, which nft neither lists nor changes: if it drops packets of the \
          overlay, run `iptables-legacy -A FORWARD -s {network} -j ACCEPT` and `iptables-legacy -A FORWARD -d {network} \
-         -j ACCEPT`; --iptables-forward-rules=false disables this warning"
+         -m conntrack --ctstate ESTABLISHED,RELATED,DNAT -j ACCEPT`; --iptables-forward-rules=false disables this warning"
     )
 }
 
@@ -42,8 +42,8 @@ mod tests {
     #[test]
     fn the_remedy_is_a_command() {
         let remedy = remedy("10.244.0.0/16".parse().unwrap());
-        for side in ["-s", "-d"] {
-            let command = format!("`iptables-legacy -A FORWARD {side} 10.244.0.0/16 -j ACCEPT`");
+        for rule in ["-s 10.244.0.0/16", "-d 10.244.0.0/16 -m conntrack --ctstate ESTABLISHED,RELATED,DNAT"] {
+            let command = format!("`iptables-legacy -A FORWARD {rule} -j ACCEPT`");
             assert!(remedy.contains(&command), "{remedy}");
         }
     }

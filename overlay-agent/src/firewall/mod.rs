@@ -2,22 +2,22 @@
 //!
 //! Masquerading has one nftables table per overlay device, replaced in one transaction. Forwarding rules cannot: in nftables, the
 //! policy of one chain drops what another chain accepted. In practice, Docker sets the policy of iptables' FORWARD chain to
-//! drop, so these rules are appended to that chain, as flannel does, marked by a comment. All changes go through `nft`.
+//! drop, so these rules are appended to that chain, as flannel does, marked by a comment. `guard` drops what containers send to
+//! peers in the network's name, in a table of its own; `keeper` keeps all of it. All changes go through `nft`.
 
+mod guard;
+mod guard_rules;
+mod keeper;
 mod legacy;
 mod nft;
 mod ruleset;
 
-use std::time::Duration;
-
 use ipnet::Ipv4Net;
 use serde_json::Value;
-use tokio::{
-    sync::watch,
-    time::{MissedTickBehavior, interval},
-};
-use tracing::{info, warn};
+use tracing::warn;
 
+pub use guard::{Guard, unguarded};
+pub use keeper::{Keeper, Problems, Wanted};
 pub use legacy::legacy_warning;
 pub use nft::NftError;
 pub use ruleset::{BadName, Rules};
@@ -84,38 +84,13 @@ impl Firewall {
         self.apply().await
     }
 
-    /// Reconciles the rules every `period` and on each change of `subnet`, until its sender is dropped; the rules stay.
-    /// `problem` receives why the rules may be missing, `None` when they are applied.
-    pub async fn run(
-        mut self,
-        period: Duration,
-        mut subnet: watch::Receiver<Ipv4Net>,
-        problem: watch::Sender<Option<String>>,
-    ) {
-        let mut tick = interval(period);
-        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
-            let result = tokio::select! {
-                _ = tick.tick() => self.reconcile().await,
-                changed = subnet.changed() => {
-                    if changed.is_err() {
-                        return;
-                    }
-                    let subnet = *subnet.borrow_and_update();
-                    self.set_subnet(subnet).await.map(|()| false)
-                }
-            };
-            let rules = format!("the firewall's rules of {}", self.rules.device);
-            if let Ok(true) = result {
-                info!("restored {rules}, which were changed or missing");
-            }
-            problem.send_replace(result.err().map(|error| format!("{rules} may be missing: {error}")));
-            self.warn_about_legacy();
-        }
+    /// What the rules are called in messages.
+    pub(crate) fn name(&self) -> String {
+        format!("the firewall's rules of {}", self.rules.device)
     }
 
     /// Only a warning: the policy of iptables-legacy is nearly always to accept.
-    fn warn_about_legacy(&mut self) {
+    pub(crate) fn warn_about_legacy(&mut self) {
         if self.rules.forward
             && let Some(why) = legacy_warning(self.rules.network)
         {
@@ -148,7 +123,7 @@ impl Firewall {
         let network = self.rules.network;
         for place in ruleset::other_drops(&chains) {
             self.warn_once(format!(
-                "the policy of {place} drops forwarded packets: accept those from and to {network} there"
+                "the policy of {place} drops forwarded packets: accept those from {network}, and replies to it, there"
             ));
         }
     }
@@ -175,11 +150,12 @@ pub async fn remove(device: &str) -> Result<bool, NftError> {
         Err(NftError::Missing) => return Ok(false),
         table => table?.is_some(),
     };
+    let guard = nft::list_without_elements(&["table", "ip", &names.guard]).await?.is_some();
     let forward = forward_rules(&names).await?.unwrap_or_default();
-    if !table && forward.is_empty() {
+    if !table && !guard && forward.is_empty() {
         return Ok(false);
     }
-    nft::run(&ruleset::removal(&names, &forward)).await?;
+    nft::run(&(guard_rules::removal(&names) + &ruleset::removal(&names, &forward))).await?;
     Ok(true)
 }
 

@@ -17,9 +17,7 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug, Error)]
 pub enum NftError {
     /// The program is not installed.
-    #[error(
-        "the program nft is missing: install the package nftables, or set --ip-masq=false and --iptables-forward-rules=false"
-    )]
+    #[error("the program nft is missing: install the package nftables")]
     Missing,
     /// What the run was to do, and why it did not.
     #[error("{0}")]
@@ -38,8 +36,17 @@ pub(super) async fn run(script: &str) -> Result<(), NftError> {
 
 /// Lists an object without counters; `None` when it does not exist.
 pub(super) async fn list(object: &[&str]) -> Result<Option<Value>, NftError> {
+    list_with(&["-j", "-s"], object).await
+}
+
+/// As [`list`], but leaves out the elements of sets.
+pub(super) async fn list_without_elements(object: &[&str]) -> Result<Option<Value>, NftError> {
+    list_with(&["-j", "-s", "-t"], object).await
+}
+
+async fn list_with(flags: &[&str], object: &[&str]) -> Result<Option<Value>, NftError> {
     let task = format!("list {}", object.join(" "));
-    let output = execute(&[&["-j", "-s", "list"], object].concat(), "", &task).await?;
+    let output = execute(&[flags, &["list"], object].concat(), "", &task).await?;
     if !output.status.success() {
         // nft distinguishes this from other failures only by the message.
         return match String::from_utf8_lossy(&output.stderr).contains("No such file or directory") {

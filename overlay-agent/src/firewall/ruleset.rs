@@ -9,8 +9,15 @@ use thiserror::Error;
 /// Table and chain of iptables' FORWARD chain in nftables, family ip.
 pub(super) const FORWARD_CHAIN: (&str, &str) = ("filter", "FORWARD");
 
+/// Bit of a packet's mark, set only around iptables' FORWARD chain: its rules accept the packet. kube-proxy uses 0x4000 and 0x8000,
+/// CNI's portmap 0x2000, Calico and Tailscale the upper half.
+const ACCEPT: u32 = 0x1000;
+
 /// Prefix of the names of tables and of the comments on rules.
 const MARK: &str = "overlay-agent";
+
+/// Prefix of the names of the guards' tables: another one, because a device may be called `guard-ovl0`.
+const GUARD_MARK: &str = "overlay-guard";
 
 /// The desired rules of one overlay.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,7 +32,7 @@ pub struct Rules {
     pub masquerade: bool,
     /// Randomize the source ports of masqueraded connections, which avoids collisions of simultaneous ones.
     pub fully_random: bool,
-    /// Accept packets from and to the overlay in iptables' FORWARD chain.
+    /// Accept packets of the overlay in iptables' FORWARD chain.
     pub forward: bool,
 }
 
@@ -36,10 +43,11 @@ pub struct Rules {
 )]
 pub struct BadName(String);
 
-/// Name of the agent's table, and comment on its rules in other tables.
+/// Names of the agent's tables, and comment on its rules in other tables.
 #[derive(Debug)]
 pub(super) struct Names {
     pub(super) table: String,
+    pub(super) guard: String,
     pub(super) comment: String,
 }
 
@@ -47,7 +55,11 @@ impl Names {
     pub(super) fn of(device: &str) -> Result<Self, BadName> {
         let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
         match !device.is_empty() && device.bytes().all(fits) {
-            true => Ok(Self { table: format!("{MARK}-{device}"), comment: format!("{MARK} {device}") }),
+            true => Ok(Self {
+                table: format!("{MARK}-{device}"),
+                guard: format!("{GUARD_MARK}-{device}"),
+                comment: format!("{MARK} {device}"),
+            }),
             false => Err(BadName(device.to_owned())),
         }
     }
@@ -61,17 +73,51 @@ impl Rules {
     /// The script that replaces the agent's rules. `forward` are its rules in iptables' FORWARD chain, if the chain exists.
     pub(super) fn script(&self, names: &Names, forward: Option<&[Value]>) -> String {
         let mut script = removal(names, forward.unwrap_or_default());
+        let forward = self.forward && forward.is_some();
+        if self.masquerade || forward {
+            // Writing to a string cannot fail.
+            let _ = writeln!(script, "add table ip {}", names.table);
+        }
         if self.masquerade {
             self.masquerading(names, &mut script);
         }
-        if self.forward && forward.is_some() {
-            let ((table, chain), network, comment) = (FORWARD_CHAIN, self.network, &names.comment);
-            for side in ["saddr", "daddr"] {
-                let rule = format!("ip {side} {network} accept comment \"{comment}\"");
-                let _ = writeln!(script, "add rule ip {table} {chain} {rule}");
-            }
+        if forward {
+            self.forwarding(names, &mut script);
         }
         script
+    }
+
+    /// Accepts what containers send and what answers them, as far as iptables' FORWARD chain decides: packets with an address of
+    /// the network that arrive on the device through which this host reaches it (so not forged ones from the underlay), replies,
+    /// and connections to ports that this host publishes by DNAT. New connections to containers are left to the chain's policy.
+    ///
+    /// One expression that `iptables` cannot print, such as the state of a connection, would make `iptables -S` and
+    /// `iptables-save` refuse the whole table. So a chain of our own decides and marks the packets, and the rules in the FORWARD
+    /// chain test the mark, which `iptables` can print.
+    fn forwarding(&self, names: &Names, script: &mut String) {
+        let (network, own, comment) = (self.network, &names.table, &names.comment);
+        let mut chain = |name: &str, priority: i8, rules: &[String]| {
+            let hook = format!("type filter hook forward priority {priority}; policy accept;");
+            let _ = writeln!(script, "add chain ip {own} {name} {{ {hook} }}");
+            for rule in rules {
+                let _ = writeln!(script, "add rule ip {own} {name} {rule}");
+            }
+        };
+        let clear = ["saddr", "daddr"]
+            .map(|side| format!("ip {side} {network} meta mark set meta mark & {:#x}", !ACCEPT));
+        let accept = [
+            format!("ip saddr {network} fib saddr . iif oif exists"),
+            format!("ip daddr {network} ct state established,related"),
+            format!("ip daddr {network} ct status dnat"),
+        ];
+        let accept = accept.map(|condition| format!("{condition} meta mark set meta mark | {ACCEPT:#x}"));
+        chain("before-forward", -5, &[clear.as_slice(), &accept].concat());
+        chain("after-forward", 5, &clear);
+        let (table, chain) = FORWARD_CHAIN;
+        for side in ["saddr", "daddr"] {
+            let rule = format!("ip {side} {network} meta mark & {ACCEPT:#x} == {ACCEPT:#x} accept");
+            let _ = writeln!(script, "add rule ip {table} {chain} {rule} comment \"{comment}\"");
+        }
     }
 
     /// flannel's rules, in its order.
@@ -92,8 +138,6 @@ impl Rules {
             // Masquerade packets from outside to containers of other hosts.
             format!("ip saddr != {network} ip daddr {network} {masquerade}"),
         ];
-        // Writing to a string cannot fail.
-        let _ = writeln!(script, "add table ip {}", names.table);
         let hook = "type nat hook postrouting priority 100; policy accept;";
         let _ = writeln!(script, "add chain {chain} {{ {hook} }}");
         for rule in rules {
@@ -160,7 +204,7 @@ mod tests {
         let names = Names::of("ovl0").unwrap();
         let existing = [json!({ "handle": 7, "comment": "overlay-agent ovl0" })];
         let script = rules().script(&names, Some(&existing));
-        assert_eq!(count(&script), 8);
+        assert_eq!(count(&script), 15);
         assert_eq!(
             script,
             "add table ip overlay-agent-ovl0\n\
@@ -174,8 +218,17 @@ mod tests {
              add rule ip overlay-agent-ovl0 postrouting ip saddr != 10.244.0.0/16 ip daddr 10.244.1.0/24 return\n\
              add rule ip overlay-agent-ovl0 postrouting ip saddr 10.244.0.0/16 ip daddr != 224.0.0.0/4 masquerade fully-random\n\
              add rule ip overlay-agent-ovl0 postrouting ip saddr != 10.244.0.0/16 ip daddr 10.244.0.0/16 masquerade fully-random\n\
-             add rule ip filter FORWARD ip saddr 10.244.0.0/16 accept comment \"overlay-agent ovl0\"\n\
-             add rule ip filter FORWARD ip daddr 10.244.0.0/16 accept comment \"overlay-agent ovl0\"\n"
+             add chain ip overlay-agent-ovl0 before-forward { type filter hook forward priority -5; policy accept; }\n\
+             add rule ip overlay-agent-ovl0 before-forward ip saddr 10.244.0.0/16 meta mark set meta mark & 0xffffefff\n\
+             add rule ip overlay-agent-ovl0 before-forward ip daddr 10.244.0.0/16 meta mark set meta mark & 0xffffefff\n\
+             add rule ip overlay-agent-ovl0 before-forward ip saddr 10.244.0.0/16 fib saddr . iif oif exists meta mark set meta mark | 0x1000\n\
+             add rule ip overlay-agent-ovl0 before-forward ip daddr 10.244.0.0/16 ct state established,related meta mark set meta mark | 0x1000\n\
+             add rule ip overlay-agent-ovl0 before-forward ip daddr 10.244.0.0/16 ct status dnat meta mark set meta mark | 0x1000\n\
+             add chain ip overlay-agent-ovl0 after-forward { type filter hook forward priority 5; policy accept; }\n\
+             add rule ip overlay-agent-ovl0 after-forward ip saddr 10.244.0.0/16 meta mark set meta mark & 0xffffefff\n\
+             add rule ip overlay-agent-ovl0 after-forward ip daddr 10.244.0.0/16 meta mark set meta mark & 0xffffefff\n\
+             add rule ip filter FORWARD ip saddr 10.244.0.0/16 meta mark & 0x1000 == 0x1000 accept comment \"overlay-agent ovl0\"\n\
+             add rule ip filter FORWARD ip daddr 10.244.0.0/16 meta mark & 0x1000 == 0x1000 accept comment \"overlay-agent ovl0\"\n"
         );
     }
 
@@ -186,7 +239,8 @@ mod tests {
         assert!(plain.contains(" masquerade\n") && !plain.contains("random") && !plain.contains("FORWARD"));
         let forward = Rules { masquerade: false, ..rules() }.script(&names, Some(&[]));
         assert!(!forward.contains("masquerade") && forward.contains("FORWARD"));
-        assert!(!rules().script(&names, None).contains("FORWARD"));
+        let no_chain = rules().script(&names, None);
+        assert!(!no_chain.contains("FORWARD") && !no_chain.contains("hook forward"), "{no_chain}");
     }
 
     #[test]
