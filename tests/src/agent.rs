@@ -391,7 +391,7 @@ impl Agent {
                 bail!("it ended with {status}");
             }
             match self.state() {
-                Ok(status) if status.state == "running" => return Ok(()),
+                Ok(status) if status.state == "running" || status.lacks_only_nft() => return Ok(()),
                 Ok(_) | Err(_) if Instant::now() < deadline => thread::sleep(Duration::from_millis(20)),
                 Ok(status) => bail!("it is still {} after {TIMEOUT:?}", status.state),
                 Err(error) => {

@@ -13,6 +13,14 @@ pub struct State {
     pub problems: Vec<String>,
 }
 
+impl State {
+    /// Whether the only problem is that this machine's nft, or its kernel, cannot guard the peers.
+    pub fn lacks_only_nft(&self) -> bool {
+        let guard = |problem: &String| problem.contains("packets that peers take for ours");
+        self.state == "degraded" && self.problems.iter().all(guard)
+    }
+}
+
 /// `overlay-agent status -o json` of an agent that has started.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Status {

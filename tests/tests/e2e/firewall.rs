@@ -9,7 +9,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use overlay_agent::firewall::{self, Firewall, Rules};
+use overlay_agent::{
+    firewall::{self, Firewall, Guard, Keeper, Problems, Rules, Wanted},
+    route::Routes,
+};
 use overlay_tests::{
     agent::{DEVICE, Rung, binary},
     netns::Netns,
@@ -23,7 +26,7 @@ use crate::{machine::Need, suite::Suite};
 
 const NFT: &[Need] = &[Need::Nftables];
 /// Docker's policy of iptables' FORWARD chain, and an administrator's rule.
-const DROP_POLICY: [&str; 3] = [
+pub(crate) const DROP_POLICY: [&str; 3] = [
     "nft add table ip filter",
     "nft add chain ip filter FORWARD { type filter hook forward priority 0 ; policy drop ; }",
     "nft add rule ip filter FORWARD ip saddr 203.0.113.0/24 drop",
@@ -74,7 +77,7 @@ fn apply(side: &Side, rules: Rules) -> Result<()> {
 
 /// Two hosts without agents. The underlay address of host B also stands for an outside host: its packets for A's pods are routed
 /// directly to A.
-fn hosts(sandbox: &Arc<Sandbox>) -> Result<Topology> {
+pub(crate) fn hosts(sandbox: &Arc<Sandbox>) -> Result<Topology> {
     let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
     let Topology { a, b } = &topology;
     b.host.tool(&format!("ip rule add from {} lookup 100", b.underlay))?;
@@ -84,7 +87,7 @@ fn hosts(sandbox: &Arc<Sandbox>) -> Result<Topology> {
 
 /// Sends a datagram and its reply between two endpoints. Returns the client's address as the server saw it, or `None` when a
 /// datagram was lost.
-fn seen(from: Endpoint<'_>, to: Endpoint<'_>) -> Result<Option<Ipv4Addr>> {
+pub(crate) fn seen(from: Endpoint<'_>, to: Endpoint<'_>) -> Result<Option<Ipv4Addr>> {
     let server = bind(to)?;
     let client = bind(from)?;
     for socket in [&server, &client] {
@@ -125,13 +128,18 @@ fn received(socket: &UdpSocket) -> Result<Option<SocketAddr>> {
     }
 }
 
-fn expect(what: &str, from: Endpoint<'_>, to: Endpoint<'_>, expected: Option<Ipv4Addr>) -> Result<()> {
+pub(crate) fn expect(
+    what: &str,
+    from: Endpoint<'_>,
+    to: Endpoint<'_>,
+    expected: Option<Ipv4Addr>,
+) -> Result<()> {
     let seen = seen(from, to)?;
     ensure!(seen == expected, "{what}: the other end sees {seen:?}, not {expected:?}");
     Ok(())
 }
 
-fn on_underlay(side: &Side) -> Endpoint<'_> {
+pub(crate) fn on_underlay(side: &Side) -> Endpoint<'_> {
     Endpoint { netns: &side.host, address: side.underlay }
 }
 
@@ -166,7 +174,7 @@ fn forwarding(sandbox: &Arc<Sandbox>) -> Result<()> {
     expect("out, dropped by policy", a.pod(), on_underlay(b), None)?;
     apply(a, Rules { forward: true, ..plain.clone() })?;
     expect("out, accepted", a.pod(), on_underlay(b), Some(a.pod_address))?;
-    expect("in, accepted", on_underlay(b), a.pod(), Some(b.underlay))?;
+    expect("in, a new connection, dropped by policy", on_underlay(b), a.pod(), None)?;
     // Packets neither from nor to the overlay are still dropped.
     a.host.tool("ip address add 172.30.0.1/24 dev veth0")?;
     a.pod.tool("ip address add 172.30.0.2/24 dev eth0")?;
@@ -183,13 +191,16 @@ fn restoring(sandbox: &Arc<Sandbox>) -> Result<()> {
         a.host.tool(command)?;
     }
     let mut firewall = Firewall::new(rules(a)?)?;
-    let (sender, receiver) = watch::channel(a.subnet.parse()?);
-    let (problem, _) = watch::channel(None);
+    let (sender, subnet) = watch::channel(a.subnet.parse()?);
+    let (_peers, peers) = watch::channel(Routes::new());
+    let (problems, _) = watch::channel(Problems::default());
+    let guard = Guard::new(DEVICE, 8285)?;
     thread::scope(|scope| {
         let keeper = scope.spawn(|| {
             inside(&a.host, async {
                 firewall.apply().await?;
-                firewall.run(Duration::from_millis(200), receiver, problem).await;
+                let keeper = Keeper { rules: Some(firewall), guard };
+                keeper.run(Duration::from_millis(200), Wanted { subnet, peers }, problems).await;
                 anyhow::Ok(())
             })?
         });

@@ -10,6 +10,7 @@ mod faults;
 mod firewall;
 mod foreign;
 mod frames;
+mod guard;
 mod lifecycle;
 mod machine;
 mod matrix;
@@ -52,5 +53,6 @@ fn main() -> ExitCode {
     underlay::register(&mut suite);
     datapath::register(&mut suite);
     firewall::register(&mut suite);
+    guard::register(&mut suite);
     run(&arguments, suite.into_trials()).exit_code()
 }

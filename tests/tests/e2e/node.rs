@@ -264,8 +264,11 @@ fn rules_come_and_go(sandbox: &Arc<Sandbox>) -> Result<()> {
     ensure!(rules()? == applied && blackhole()?, "a killed agent's rules are missing: {}", rules()?);
     let plain = [store.arguments(a, Rung::Tun), vec!["--iptables-forward-rules=false".to_owned()]].concat();
     let agent = site.start(&plain)?;
-    ensure!(rules()? == before && !blackhole()?, "an earlier agent's rules are still there: {}", rules()?);
+    // Whatever its flags, it guards its peers.
+    host_has_only_the_guard(&rules()?, &before)?;
+    ensure!(!blackhole()?, "an earlier agent's blackhole route is still there");
     agent.stop()?;
+    ensure!(rules()? == before, "left behind: {}", rules()?);
     let site = site.start(&arguments)?.crash()?;
     a.host.tool(&format!("ip link delete {DEVICE}"))?;
     let removed = || -> Result<Vec<String>> {
@@ -283,6 +286,16 @@ fn rules_come_and_go(sandbox: &Arc<Sandbox>) -> Result<()> {
     Ok(())
 }
 
+fn host_has_only_the_guard(rules: &str, before: &str) -> Result<()> {
+    let others = rules.strip_prefix(before).unwrap_or_default();
+    ensure!(
+        others.starts_with(&format!("table ip overlay-guard-{DEVICE} {{"))
+            && rules.matches("\ntable").count() == before.matches("\ntable").count() + 1,
+        "an earlier agent's rules are still there, or the guard is not: {rules}"
+    );
+    Ok(())
+}
+
 fn no_nft(sandbox: &Arc<Sandbox>) -> Result<()> {
     let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
     let store = Store::create(sandbox)?;
@@ -295,12 +308,26 @@ fn no_nft(sandbox: &Arc<Sandbox>) -> Result<()> {
     ensure!(error.contains("--ip-masq") && error.contains("nftables"), "{error}");
     let links = topology.a.host.tool("ip link show")?;
     ensure!(!links.contains(DEVICE), "a refused agent left its device: {links}");
-    // Without masquerading, the missing nft is only logged.
+    // Without masquerading, the agent works and says what containers can do.
     let mut plain = site.run_command(&arguments);
     plain.env("PATH", &empty);
     let mut agent = site.launch(plain)?;
     agent.wait_until_running()?;
     ensure!(site.log().contains("install the package nftables"), "{}", site.log());
+    let reported = |agent: &Agent, remedy: &str| -> Result<()> {
+        let state = agent.state()?;
+        let guard = format!("containers on this host can send packets that peers take for ours: {remedy}");
+        ensure!(
+            state.state == "degraded" && state.problems.iter().any(|why| why.starts_with(&guard)),
+            "{state:?}"
+        );
+        Ok(())
+    };
+    reported(&agent, "the program nft is missing: install the package nftables")?;
+    agent.stop()?;
+    let site = Site::of_device(sandbox, &topology.a.host, "agent-named", "ovl,0")?;
+    let agent = site.start(&arguments)?;
+    reported(&agent, "the device name \"ovl,0\" cannot be part of an nftables name")?;
     agent.stop()
 }
 

@@ -1,0 +1,410 @@
+//! What containers and outside hosts can send through a host: not in the network's name, and no new connections under a policy.
+
+use std::{
+    collections::BTreeMap,
+    net::{Ipv4Addr, SocketAddrV4, UdpSocket},
+    process::Command,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use overlay_agent::{
+    firewall::Guard,
+    route::{Peer, Routes, Subnet},
+};
+use overlay_tests::{
+    agent::{DEVICE, Rung},
+    netns::Netns,
+    pair::Pair,
+    sandbox::Sandbox,
+    topology::{Endpoint, OVERLAY_MTU, PodOffload, Side, Topology, UPLINK, Underlay},
+    traffic::udp::every_size,
+};
+
+use crate::{
+    firewall::{DROP_POLICY, expect, hosts, inside, on_underlay},
+    frames,
+    machine::Need,
+    suite::Suite,
+    wait::wait_until,
+};
+
+const PORT: u16 = 8285;
+/// Port of the receivers in containers.
+const INNER_PORT: u16 = 7007;
+/// A peer that does not exist.
+const ABSENT: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 3);
+
+pub(crate) fn register(suite: &mut Suite) {
+    for rung in [Rung::Tun, Rung::Tc] {
+        let needs: &[Need] = match rung.is_fast() {
+            true => &[Need::Tun, Need::Ebpf, Need::Nftables],
+            false => &[Need::Tun, Need::Nftables],
+        };
+        let word = rung.name();
+        suite.add(format!("guard::containers_cannot_send_as_a_host_on_{word}"), needs, move |sandbox| {
+            injection(sandbox, rung)
+        });
+        suite.add(format!("guard::peers_are_followed_on_{word}"), needs, move |sandbox| {
+            following(sandbox, rung)
+        });
+        suite.add(format!("guard::a_drop_policy_keeps_outside_hosts_out_on_{word}"), needs, move |sandbox| {
+            drop_policy(sandbox, rung)
+        });
+    }
+    let nft: &[Need] = &[Need::Tun, Need::Nftables];
+    suite.add("guard::a_host_may_route_for_its_peers", nft, router);
+    suite.add("guard::many_peers_are_checked_and_restored", &[Need::Nftables], many_peers);
+}
+
+/// A UDP datagram in IPv4, without UDP checksum.
+fn datagram(source: (Ipv4Addr, u16), destination: (Ipv4Addr, u16), payload: &[u8]) -> Result<Vec<u8>> {
+    let length = |headers: usize| u16::try_from(headers + payload.len()).context("too long");
+    let mut packet = vec![0x45, 0];
+    packet.extend(length(28)?.to_be_bytes());
+    packet.extend([0, 0, 0, 0, 64, 17, 0, 0]);
+    packet.extend(source.0.octets());
+    packet.extend(destination.0.octets());
+    let words = packet.chunks(2).map(|pair| pair.iter().fold(0, |word, byte| word << 8 | u32::from(*byte)));
+    let mut sum: u32 = words.sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    let checksum = !u16::try_from(sum)?;
+    packet.splice(10..12, checksum.to_be_bytes());
+    packet.extend(source.1.to_be_bytes());
+    packet.extend(destination.1.to_be_bytes());
+    packet.extend(length(8)?.to_be_bytes());
+    packet.extend([0, 0]);
+    packet.extend(payload);
+    Ok(packet)
+}
+
+fn bind(netns: &Netns, address: Ipv4Addr, port: u16) -> Result<UdpSocket> {
+    let address = SocketAddrV4::new(address, port);
+    let socket = netns.run(|| UdpSocket::bind(address))?.with_context(|| format!("bind to {address}"))?;
+    socket.set_read_timeout(Some(Duration::from_millis(500)))?;
+    Ok(socket)
+}
+
+/// Whether `send` makes a datagram arrive at `address` in `netns`.
+fn arrives(netns: &Netns, address: Ipv4Addr, port: u16, send: impl FnOnce() -> Result<()>) -> Result<bool> {
+    let receiver = bind(netns, address, port)?;
+    send()?;
+    Ok(receiver.recv(&mut [0; 64]).is_ok())
+}
+
+/// Sends `packet` from a device to the Ethernet address of another namespace's device.
+fn send_raw(from: &Netns, device: &str, to: (&Netns, &str), packet: &[u8]) -> Result<()> {
+    let link = to.0.tool(&format!("ip -json link show dev {}", to.1))?;
+    let link: serde_json::Value = serde_json::from_str(&link).context("read the output of ip -json")?;
+    let mac =
+        link.pointer("/0/address").and_then(serde_json::Value::as_str).context("no Ethernet address")?;
+    let frame = frames::addressed_to(&[&[0; 12], [8, 0].as_slice(), packet].concat(), mac)?;
+    ensure!(from.run(|| frames::send(device, &[frame]))?? == 1, "the frame could not be sent");
+    Ok(())
+}
+
+/// The container behind A sends to B what B should believe to come from host A, without any privilege. Whether B's container
+/// gets it.
+fn plain_injection(pair: &Pair) -> Result<bool> {
+    let (a, b) = (&pair.topology.a, &pair.topology.b);
+    // The address of another container of host A.
+    let inner = datagram((Ipv4Addr::new(10, 244, 1, 99), 1), (b.pod_address, INNER_PORT), b"plain")?;
+    arrives(&b.pod, b.pod_address, INNER_PORT, || {
+        bind(&a.pod, a.pod_address, 0)?.send_to(&inner, (b.underlay, PORT))?;
+        Ok(())
+    })
+}
+
+/// The same with a forged outer source: the address of a third host.
+fn forged_injection(pair: &Pair) -> Result<bool> {
+    let (a, b) = (&pair.topology.a, &pair.topology.b);
+    let inner = datagram((Ipv4Addr::new(10, 244, 3, 5), 1), (b.pod_address, INNER_PORT), b"forged")?;
+    let outer = datagram((ABSENT, PORT), (b.underlay, PORT), &inner)?;
+    arrives(&b.pod, b.pod_address, INNER_PORT, || send_raw(&a.pod, UPLINK, (&a.host, "veth0"), &outer))
+}
+
+/// Masquerades what the containers of a host send to the underlay, and switches the reverse path filter off.
+fn open_host(side: &Side) -> Result<()> {
+    masquerade(side)?;
+    loosen(&side.host)
+}
+
+fn masquerade(side: &Side) -> Result<()> {
+    for command in [
+        "nft add table ip masquerading",
+        "nft add chain ip masquerading post { type nat hook postrouting priority 100 ; }",
+        "nft add rule ip masquerading post oifname eth0 ip saddr 10.244.0.0/16 masquerade",
+    ] {
+        side.host.tool(command)?;
+    }
+    Ok(())
+}
+
+fn loosen(host: &Netns) -> Result<()> {
+    for device in ["all", UPLINK, "veth0", DEVICE] {
+        host.tool(&format!("sysctl -q -w net.ipv4.conf.{device}.rp_filter=0"))?;
+    }
+    Ok(())
+}
+
+fn pair(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<Pair> {
+    let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
+    let pair = Pair::start(sandbox, topology, rung, rung)?;
+    pair.store.write_lease("10.244.3.0-24", &ABSENT.to_string())?;
+    for agent in [&pair.a, &pair.b] {
+        agent.wait_for_routes("two routes", |list| list.routes.len() == 2)?;
+    }
+    open_host(&pair.topology.a)?;
+    let peers = ["192.168.77.2", "192.168.77.3"];
+    wait_until("both peers are guarded", || Ok(guarded(&pair.topology.a.host)? == peers))?;
+    Ok(pair)
+}
+
+/// The guarded addresses, in order.
+fn guarded(host: &Netns) -> Result<Vec<String>> {
+    let line = format!("-j list set ip overlay-guard-{DEVICE} peers");
+    let output = host.output(Command::new("nft").args(line.split(' ')))?;
+    let listing: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    let elements = listing.pointer("/nftables/1/set/elem").and_then(serde_json::Value::as_array);
+    let mut addresses: Vec<_> =
+        elements.into_iter().flatten().filter_map(|address| Some(address.as_str()?.to_owned())).collect();
+    addresses.sort();
+    Ok(addresses)
+}
+
+fn carried_and_dropped(pair: &Pair) -> Result<(u64, BTreeMap<String, u64>)> {
+    let counters = pair.b.counters()?;
+    let carried = counters.traffic.ingress_fast_packets + counters.traffic.ingress_slow_packets;
+    let drops = counters.wrong_drops().into_iter().map(|(reason, count)| (reason.to_owned(), count));
+    Ok((carried, drops.collect()))
+}
+
+fn injection(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
+    let pair = pair(sandbox, rung)?;
+    let host = &pair.topology.a.host;
+    let table = format!("overlay-guard-{DEVICE}");
+    let dropped = || -> Result<()> {
+        let before = carried_and_dropped(&pair)?;
+        ensure!(!plain_injection(&pair)?, "a container sent as its host");
+        ensure!(!forged_injection(&pair)?, "a container sent as another host");
+        ensure!(carried_and_dropped(&pair)? == before, "a packet reached the peer: {before:?}");
+        Ok(())
+    };
+    dropped()?;
+    let counted = host.tool(&format!("nft list table ip {table}"))?;
+    ensure!(counted.contains("counter packets 2 "), "the rule counts otherwise: {counted}");
+    let (from, to) = pair.topology.pods();
+    every_size(from, to, OVERLAY_MTU)?;
+    every_size(to, from, OVERLAY_MTU)?;
+
+    // Without the rules, the same packets arrive; the agent may restore them at any time.
+    for (what, attack) in
+        [("plain", plain_injection as fn(&Pair) -> Result<bool>), ("forged", forged_injection)]
+    {
+        wait_until(&format!("the {what} packet arrives where nothing drops it"), || {
+            let _ = host.output(Command::new("nft").args(["delete", "table", "ip", &table]))?;
+            attack(&pair)
+        })?;
+    }
+    for damage in [
+        "nft flush ruleset",
+        &format!("nft delete table ip {table}"),
+        &format!("nft flush chain ip {table} forward"),
+        &format!("nft flush set ip {table} peers"),
+    ] {
+        wait_until("the guard is there", || {
+            Ok(host.tool("nft list ruleset")?.contains("counter packets") && guarded(host)?.len() == 2)
+        })?;
+        host.tool(damage)?;
+        if damage.ends_with("ruleset") {
+            masquerade(&pair.topology.a)?;
+        }
+        wait_until(&format!("restored after {damage}"), || {
+            Ok(host.tool("nft list ruleset")?.contains("counter packets") && guarded(host)?.len() == 2)
+        })?;
+        dropped().context(damage.to_owned())?;
+    }
+    pair.a.stop()?;
+    let left = host.tool("nft list ruleset")?;
+    ensure!(!left.contains(&table), "left behind: {left}");
+    Ok(())
+}
+
+/// An address on which another overlay may use the same port is reachable unless, and as long as, it is that of a peer.
+fn following(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
+    let pair = pair(sandbox, rung)?;
+    let (a, b) = (&pair.topology.a, &pair.topology.b);
+    let other = Ipv4Addr::new(192, 168, 77, 50);
+    b.host.tool(&format!("ip address add {other}/24 dev {UPLINK}"))?;
+    let reachable = || {
+        arrives(&b.host, other, PORT, || {
+            bind(&a.pod, a.pod_address, 0)?.send_to(b"another overlay", (other, PORT))?;
+            Ok(())
+        })
+    };
+    ensure!(reachable()?, "not reachable although it is no peer");
+    for _ in 0..2 {
+        pair.store.write_lease("10.244.50.0-24", &other.to_string())?;
+        wait_until("the new peer is guarded", || Ok(!reachable()?))?;
+        ensure!(
+            guarded(&a.host)? == ["192.168.77.2", "192.168.77.3", "192.168.77.50"],
+            "{:?}",
+            guarded(&a.host)?
+        );
+        // Its second subnet: one of them may go.
+        pair.store.write_lease("10.244.51.0-24", &other.to_string())?;
+        pair.a.wait_for_routes("four routes", |list| list.routes.len() == 4)?;
+        pair.store.remove("subnets/10.244.50.0-24")?;
+        pair.a.wait_for_routes("three routes", |list| list.routes.len() == 3)?;
+        ensure!(!reachable()?, "a peer with one subnet less is not guarded");
+        pair.store.remove("subnets/10.244.51.0-24")?;
+        wait_until("a host that is no peer any more is reachable", reachable)?;
+    }
+    ensure!(!plain_injection(&pair)? && pair.a.status()?.state == "running", "{:?}", pair.a.status()?);
+    Ok(())
+}
+
+/// B and C are peers of A, which routes between their underlays.
+fn router(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let pair = pair(sandbox, Rung::Tun)?;
+    let (a, b) = (&pair.topology.a, &pair.topology.b);
+    let c = Netns::create(sandbox, "hostc")?;
+    a.host.tool(&format!("ip link add eth1 type veth peer name {UPLINK} netns {}", c.name()))?;
+    a.host.tool("ip address add 192.168.78.1/24 dev eth1")?;
+    a.host.tool("ip link set eth1 up")?;
+    let address = Ipv4Addr::new(192, 168, 78, 3);
+    c.tool(&format!("ip address add {address}/24 dev {UPLINK}"))?;
+    c.tool(&format!("ip link set {UPLINK} up"))?;
+    c.tool("ip route add default via 192.168.78.1")?;
+    b.host.tool(&format!("ip route add 192.168.78.0/24 via {}", a.underlay))?;
+    let inner = datagram((Ipv4Addr::new(10, 244, 4, 5), 1), (b.pod_address, INNER_PORT), b"routed")?;
+    let sent = |from: &Netns, source| {
+        arrives(&b.pod, b.pod_address, INNER_PORT, || {
+            bind(from, source, PORT)?.send_to(&inner, (b.underlay, PORT))?;
+            Ok(())
+        })
+    };
+    pair.store.write_lease("10.244.4.0-24", &address.to_string())?;
+    pair.b.wait_for_routes("three routes", |list| list.routes.len() == 3)?;
+    wait_until("all peers are guarded", || Ok(guarded(&a.host)?.len() == 3))?;
+    wait_until("a peer reaches another through the host", || sent(&c, address))?;
+    // The same packet, from the container.
+    let outer = datagram((address, PORT), (b.underlay, PORT), &inner)?;
+    let forged =
+        arrives(&b.pod, b.pod_address, INNER_PORT, || send_raw(&a.pod, UPLINK, (&a.host, "veth0"), &outer))?;
+    ensure!(!forged, "a container sent as a peer for which the host routes");
+    Ok(())
+}
+
+fn routes(count: u32) -> Routes {
+    let route = |index: u32| {
+        let [_, high, low, _] = (index << 8).to_be_bytes();
+        let subnet = Subnet::containing(ipnet::Ipv4Net::new_assert(Ipv4Addr::new(10, high, low, 0), 24));
+        (subnet, Peer::from(Ipv4Addr::from(0xac10_0000 + index)))
+    };
+    (0..count).map(route).collect()
+}
+
+fn many_peers(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let host = Netns::create(sandbox, "host")?;
+    let mut guard = Guard::new(DEVICE, PORT)?;
+    let many = routes(10_000);
+    inside(&host, guard.apply(&many))??;
+    ensure!(guarded(&host)?.len() == 10_000, "not all peers are guarded");
+    let fewer: Routes = many.iter().skip(1).map(|(subnet, peer)| (*subnet, *peer)).collect();
+    let rules = || host.tool(&format!("nft --handle --terse list table ip overlay-guard-{DEVICE}"));
+    let before = rules()?;
+    inside(&host, guard.update(&fewer))??;
+    let after = guarded(&host)?;
+    ensure!(after.len() == 9_999 && !after.contains(&"172.16.0.0".to_owned()), "the update is not complete");
+    ensure!(rules()? == before, "an update of the peers replaced the rules: {}", rules()?);
+    let restored = |guard: &mut Guard| -> Result<bool> {
+        for _ in 0..12 {
+            if inside(&host, guard.reconcile(&fewer))?? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    };
+    ensure!(!restored(&mut guard)?, "an intact table was replaced");
+    host.tool(&format!("nft delete element ip overlay-guard-{DEVICE} peers {{ 172.16.1.1 }}"))?;
+    ensure!(restored(&mut guard)? && guarded(&host)? == after, "a removed peer was not restored");
+    // An update that the changed set refuses replaces it.
+    host.tool(&format!("nft flush set ip overlay-guard-{DEVICE} peers"))?;
+    let small = routes(3);
+    inside(&host, guard.update(&small))??;
+    ensure!(guarded(&host)?.len() == 3, "{:?}", guarded(&host)?);
+    Ok(())
+}
+
+fn drop_policy(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
+    let topology = hosts(sandbox)?;
+    for command in DROP_POLICY {
+        topology.a.host.tool(command)?;
+    }
+    let neighbour = neighbour(sandbox, &topology.a)?;
+    let pair = Pair::start(sandbox, topology, rung, rung)?;
+    let (a, b) = (&pair.topology.a, &pair.topology.b);
+    loosen(&a.host)?;
+    let second = Endpoint { netns: &neighbour, address: Ipv4Addr::new(10, 244, 1, 3) };
+    let outside = on_underlay(b);
+    expect("container to its peer", a.pod(), b.pod(), Some(a.pod_address))?;
+    expect("container from its peer", b.pod(), a.pod(), Some(b.pod_address))?;
+    expect("container from the peer's host", b.host(), a.pod(), Some(b.host_address))?;
+    expect("container to another one of its host", a.pod(), second, Some(a.pod_address))?;
+    expect("container to an outside host", a.pod(), outside, Some(a.pod_address))?;
+    expect("an outside host to a container", outside, a.pod(), None)?;
+
+    // Published by DNAT.
+    for command in [
+        "nft add table ip publishing".to_owned(),
+        "nft add chain ip publishing pre { type nat hook prerouting priority -100 ; }".to_owned(),
+        format!(
+            "nft add rule ip publishing pre ip daddr {} udp dport 7777 dnat to {}:{INNER_PORT}",
+            a.underlay, a.pod_address
+        ),
+    ] {
+        a.host.tool(&command)?;
+    }
+    let published = arrives(&a.pod, a.pod_address, INNER_PORT, || {
+        bind(&b.host, b.underlay, 0)?.send_to(b"published", (a.underlay, 7777))?;
+        Ok(())
+    })?;
+    ensure!(published, "a published port is not reachable");
+
+    // An outside host that uses a container's address; the reverse path filter is off.
+    let packet = datagram((Ipv4Addr::new(10, 244, 2, 9), 1), (a.pod_address, INNER_PORT), b"forged")?;
+    let forged = || {
+        arrives(&a.pod, a.pod_address, INNER_PORT, || send_raw(&b.host, UPLINK, (&a.host, UPLINK), &packet))
+    };
+    ensure!(!forged()?, "an outside host reached a container with an address of the overlay");
+    // That the packet is a good one shows without the policy.
+    a.host.tool("nft add chain ip filter FORWARD { policy accept ; }")?;
+    ensure!(forged()?, "the forged packet does not arrive although nothing drops it");
+    expect("an outside host to a container without policy", outside, a.pod(), Some(b.underlay))?;
+    // The mark is gone once the packet has passed the FORWARD chain.
+    a.host.tool("nft add table ip probe")?;
+    a.host.tool("nft add chain ip probe post { type filter hook postrouting priority 0 ; }")?;
+    a.host.tool("nft add rule ip probe post ip saddr 10.244.0.0/16 meta mark != 0 drop")?;
+    expect("container to its peer, unmarked", a.pod(), b.pod(), Some(a.pod_address))
+}
+
+/// A second container of the host, with the address 10.244.1.3.
+fn neighbour(sandbox: &Arc<Sandbox>, side: &Side) -> Result<Arc<Netns>> {
+    let pod = Netns::create(sandbox, "neighbour")?;
+    let host = &side.host;
+    host.tool(&format!("ip link add veth1 type veth peer name {UPLINK} netns {}", pod.name()))?;
+    host.tool("ip link set veth1 up")?;
+    host.tool("ip route add 10.244.1.3/32 dev veth1")?;
+    for device in ["veth0", "veth1"] {
+        host.tool(&format!("sysctl -q -w net.ipv4.conf.{device}.proxy_arp=1"))?;
+    }
+    pod.tool(&format!("ip address add 10.244.1.3/32 dev {UPLINK}"))?;
+    pod.tool(&format!("ip link set {UPLINK} up"))?;
+    pod.tool(&format!("ip route add 10.244.1.1/32 dev {UPLINK}"))?;
+    pod.tool("ip route add default via 10.244.1.1")?;
+    Ok(pod)
+}
