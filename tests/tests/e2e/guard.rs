@@ -2,7 +2,9 @@
 
 use std::{
     collections::BTreeMap,
+    env, fs,
     net::{Ipv4Addr, SocketAddrV4, UdpSocket},
+    os::unix::fs::PermissionsExt as _,
     process::Command,
     sync::Arc,
     time::Duration,
@@ -14,9 +16,9 @@ use overlay_agent::{
     route::{Peer, Routes, Subnet},
 };
 use overlay_tests::{
-    agent::{DEVICE, Rung},
+    agent::{DEVICE, Rung, Site},
     netns::Netns,
-    pair::Pair,
+    pair::{Pair, Store},
     sandbox::Sandbox,
     topology::{Endpoint, OVERLAY_MTU, PodOffload, Side, Topology, UPLINK, Underlay},
     traffic::udp::every_size,
@@ -55,6 +57,7 @@ pub(crate) fn register(suite: &mut Suite) {
     }
     let nft: &[Need] = &[Need::Tun, Need::Nftables];
     suite.add("guard::a_host_may_route_for_its_peers", nft, router);
+    suite.add("guard::records_that_flap_start_few_programs", nft, flapping);
     suite.add("guard::many_peers_are_checked_and_restored", &[Need::Nftables], many_peers);
 }
 
@@ -297,6 +300,47 @@ fn router(sandbox: &Arc<Sandbox>) -> Result<()> {
         arrives(&b.pod, b.pod_address, INNER_PORT, || send_raw(&a.pod, UPLINK, (&a.host, "veth0"), &outer))?;
     ensure!(!forged, "a container sent as a peer for which the host routes");
     Ok(())
+}
+
+fn flapping(sandbox: &Arc<Sandbox>) -> Result<()> {
+    const CHANGES: usize = 1000;
+    let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
+    let (store, a) = (Store::create(sandbox)?, &topology.a);
+    // An nft that counts how often it applies a script.
+    let directory = sandbox.new_directory("tools")?;
+    let (runs, path) = (directory.join("runs"), env::var_os("PATH").unwrap_or_default());
+    let nft = env::split_paths(&path).map(|directory| directory.join("nft")).find(|nft| nft.is_file());
+    let (nft, program) = (nft.context("find nft")?, directory.join("nft"));
+    let script = format!(
+        "#!/bin/sh\n[ \"$1\" = -f ] && echo run >> {}\nexec {} \"$@\"\n",
+        runs.display(),
+        nft.display()
+    );
+    fs::write(&program, script)?;
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+    let count = || fs::read_to_string(&runs).map(|text| text.lines().count()).context("read the runs of nft");
+
+    let site = Site::new(sandbox, &a.host, "agent-a")?;
+    let mut command = site.run_command(&store.arguments(a, Rung::Tun));
+    command.env("PATH", &directory);
+    let mut agent = site.launch(command)?;
+    agent.wait_until_running()?;
+    let before = count()?;
+    for change in 0..CHANGES {
+        match change % 2 {
+            0 => store.write_lease("10.244.9.0-24", "192.168.77.9")?,
+            _ => store.remove("subnets/10.244.9.0-24")?,
+        }
+    }
+    store.write_lease("10.244.10.0-24", "192.168.77.10")?;
+    wait_until(
+        "the last peer is guarded, the others are not",
+        || Ok(guarded(&a.host)? == ["192.168.77.10"]),
+    )?;
+    let runs = count()? - before;
+    ensure!((1..=CHANGES / 10).contains(&runs), "{CHANGES} changes of a peer started nft {runs} times");
+    ensure!(agent.status()?.state == "running", "{:?}", agent.status()?);
+    agent.stop()
 }
 
 fn routes(count: u32) -> Routes {
