@@ -7,6 +7,7 @@ use std::{
     os::unix::fs::PermissionsExt as _,
     process::Command,
     sync::Arc,
+    thread,
     time::Duration,
 };
 
@@ -331,6 +332,8 @@ fn flapping(sandbox: &Arc<Sandbox>) -> Result<()> {
             0 => store.write_lease("10.244.9.0-24", "192.168.77.9")?,
             _ => store.remove("subnets/10.244.9.0-24")?,
         }
+        // Slow enough for an nft between two changes.
+        thread::sleep(Duration::from_millis(4));
     }
     store.write_lease("10.244.10.0-24", "192.168.77.10")?;
     wait_until(
@@ -444,7 +447,10 @@ fn neighbour(sandbox: &Arc<Sandbox>, side: &Side) -> Result<Arc<Netns>> {
     host.tool("ip link set veth1 up")?;
     host.tool("ip route add 10.244.1.3/32 dev veth1")?;
     for device in ["veth0", "veth1"] {
-        host.tool(&format!("sysctl -q -w net.ipv4.conf.{device}.proxy_arp=1"))?;
+        // By default, the kernel waits up to 0.8 s before it answers for another address.
+        host.tool(&format!(
+            "sysctl -q -w net.ipv4.conf.{device}.proxy_arp=1 net.ipv4.neigh.{device}.proxy_delay=0"
+        ))?;
     }
     pod.tool(&format!("ip address add 10.244.1.3/32 dev {UPLINK}"))?;
     pod.tool(&format!("ip link set {UPLINK} up"))?;
