@@ -1,4 +1,4 @@
-//! What containers and outside hosts can send through a host: not in the network's name, and no new connections under a policy.
+//! Containers cannot send in the network's name, and everything else passes.
 
 use std::{
     collections::BTreeMap,
@@ -21,21 +21,15 @@ use overlay_tests::{
     netns::Netns,
     pair::{Pair, Store},
     sandbox::Sandbox,
-    topology::{Endpoint, OVERLAY_MTU, PodOffload, Side, Topology, UPLINK, Underlay},
+    topology::{OVERLAY_MTU, PodOffload, Side, Topology, UPLINK, Underlay},
     traffic::udp::every_size,
 };
 
-use crate::{
-    firewall::{DROP_POLICY, expect, hosts, inside, on_underlay},
-    frames,
-    machine::Need,
-    suite::Suite,
-    wait::wait_until,
-};
+use crate::{firewall::inside, frames, machine::Need, suite::Suite, wait::wait_until};
 
 const PORT: u16 = 8285;
 /// Port of the receivers in containers.
-const INNER_PORT: u16 = 7007;
+pub(crate) const INNER_PORT: u16 = 7007;
 /// A peer that does not exist.
 const ABSENT: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 3);
 
@@ -52,9 +46,6 @@ pub(crate) fn register(suite: &mut Suite) {
         suite.add(format!("guard::peers_are_followed_on_{word}"), needs, move |sandbox| {
             following(sandbox, rung)
         });
-        suite.add(format!("guard::a_drop_policy_keeps_outside_hosts_out_on_{word}"), needs, move |sandbox| {
-            drop_policy(sandbox, rung)
-        });
     }
     let nft: &[Need] = &[Need::Tun, Need::Nftables];
     suite.add("guard::a_host_may_route_for_its_peers", nft, router);
@@ -63,7 +54,11 @@ pub(crate) fn register(suite: &mut Suite) {
 }
 
 /// A UDP datagram in IPv4, without UDP checksum.
-fn datagram(source: (Ipv4Addr, u16), destination: (Ipv4Addr, u16), payload: &[u8]) -> Result<Vec<u8>> {
+pub(crate) fn datagram(
+    source: (Ipv4Addr, u16),
+    destination: (Ipv4Addr, u16),
+    payload: &[u8],
+) -> Result<Vec<u8>> {
     let length = |headers: usize| u16::try_from(headers + payload.len()).context("too long");
     let mut packet = vec![0x45, 0];
     packet.extend(length(28)?.to_be_bytes());
@@ -85,7 +80,7 @@ fn datagram(source: (Ipv4Addr, u16), destination: (Ipv4Addr, u16), payload: &[u8
     Ok(packet)
 }
 
-fn bind(netns: &Netns, address: Ipv4Addr, port: u16) -> Result<UdpSocket> {
+pub(crate) fn bind(netns: &Netns, address: Ipv4Addr, port: u16) -> Result<UdpSocket> {
     let address = SocketAddrV4::new(address, port);
     let socket = netns.run(|| UdpSocket::bind(address))?.with_context(|| format!("bind to {address}"))?;
     socket.set_read_timeout(Some(Duration::from_millis(500)))?;
@@ -93,14 +88,19 @@ fn bind(netns: &Netns, address: Ipv4Addr, port: u16) -> Result<UdpSocket> {
 }
 
 /// Whether `send` makes a datagram arrive at `address` in `netns`.
-fn arrives(netns: &Netns, address: Ipv4Addr, port: u16, send: impl FnOnce() -> Result<()>) -> Result<bool> {
+pub(crate) fn arrives(
+    netns: &Netns,
+    address: Ipv4Addr,
+    port: u16,
+    send: impl FnOnce() -> Result<()>,
+) -> Result<bool> {
     let receiver = bind(netns, address, port)?;
     send()?;
     Ok(receiver.recv(&mut [0; 64]).is_ok())
 }
 
 /// Sends `packet` from a device to the Ethernet address of another namespace's device.
-fn send_raw(from: &Netns, device: &str, to: (&Netns, &str), packet: &[u8]) -> Result<()> {
+pub(crate) fn send_raw(from: &Netns, device: &str, to: (&Netns, &str), packet: &[u8]) -> Result<()> {
     let link = to.0.tool(&format!("ip -json link show dev {}", to.1))?;
     let link: serde_json::Value = serde_json::from_str(&link).context("read the output of ip -json")?;
     let mac =
@@ -147,7 +147,7 @@ fn masquerade(side: &Side) -> Result<()> {
     Ok(())
 }
 
-fn loosen(host: &Netns) -> Result<()> {
+pub(crate) fn loosen(host: &Netns) -> Result<()> {
     for device in ["all", UPLINK, "veth0", DEVICE] {
         host.tool(&format!("sysctl -q -w net.ipv4.conf.{device}.rp_filter=0"))?;
     }
@@ -385,76 +385,4 @@ fn many_peers(sandbox: &Arc<Sandbox>) -> Result<()> {
     inside(&host, guard.update(&small))??;
     ensure!(guarded(&host)?.len() == 3, "{:?}", guarded(&host)?);
     Ok(())
-}
-
-fn drop_policy(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
-    let topology = hosts(sandbox)?;
-    for command in DROP_POLICY {
-        topology.a.host.tool(command)?;
-    }
-    let neighbour = neighbour(sandbox, &topology.a)?;
-    let pair = Pair::start(sandbox, topology, rung, rung)?;
-    let (a, b) = (&pair.topology.a, &pair.topology.b);
-    loosen(&a.host)?;
-    let second = Endpoint { netns: &neighbour, address: Ipv4Addr::new(10, 244, 1, 3) };
-    let outside = on_underlay(b);
-    expect("container to its peer", a.pod(), b.pod(), Some(a.pod_address))?;
-    expect("container from its peer", b.pod(), a.pod(), Some(b.pod_address))?;
-    expect("container from the peer's host", b.host(), a.pod(), Some(b.host_address))?;
-    expect("container to another one of its host", a.pod(), second, Some(a.pod_address))?;
-    expect("container to an outside host", a.pod(), outside, Some(a.pod_address))?;
-    expect("an outside host to a container", outside, a.pod(), None)?;
-
-    // Published by DNAT.
-    for command in [
-        "nft add table ip publishing".to_owned(),
-        "nft add chain ip publishing pre { type nat hook prerouting priority -100 ; }".to_owned(),
-        format!(
-            "nft add rule ip publishing pre ip daddr {} udp dport 7777 dnat to {}:{INNER_PORT}",
-            a.underlay, a.pod_address
-        ),
-    ] {
-        a.host.tool(&command)?;
-    }
-    let published = arrives(&a.pod, a.pod_address, INNER_PORT, || {
-        bind(&b.host, b.underlay, 0)?.send_to(b"published", (a.underlay, 7777))?;
-        Ok(())
-    })?;
-    ensure!(published, "a published port is not reachable");
-
-    // An outside host that uses a container's address; the reverse path filter is off.
-    let packet = datagram((Ipv4Addr::new(10, 244, 2, 9), 1), (a.pod_address, INNER_PORT), b"forged")?;
-    let forged = || {
-        arrives(&a.pod, a.pod_address, INNER_PORT, || send_raw(&b.host, UPLINK, (&a.host, UPLINK), &packet))
-    };
-    ensure!(!forged()?, "an outside host reached a container with an address of the overlay");
-    // That the packet is a good one shows without the policy.
-    a.host.tool("nft add chain ip filter FORWARD { policy accept ; }")?;
-    ensure!(forged()?, "the forged packet does not arrive although nothing drops it");
-    expect("an outside host to a container without policy", outside, a.pod(), Some(b.underlay))?;
-    // The mark is gone once the packet has passed the FORWARD chain.
-    a.host.tool("nft add table ip probe")?;
-    a.host.tool("nft add chain ip probe post { type filter hook postrouting priority 0 ; }")?;
-    a.host.tool("nft add rule ip probe post ip saddr 10.244.0.0/16 meta mark != 0 drop")?;
-    expect("container to its peer, unmarked", a.pod(), b.pod(), Some(a.pod_address))
-}
-
-/// A second container of the host, with the address 10.244.1.3.
-fn neighbour(sandbox: &Arc<Sandbox>, side: &Side) -> Result<Arc<Netns>> {
-    let pod = Netns::create(sandbox, "neighbour")?;
-    let host = &side.host;
-    host.tool(&format!("ip link add veth1 type veth peer name {UPLINK} netns {}", pod.name()))?;
-    host.tool("ip link set veth1 up")?;
-    host.tool("ip route add 10.244.1.3/32 dev veth1")?;
-    for device in ["veth0", "veth1"] {
-        // By default, the kernel waits up to 0.8 s before it answers for another address.
-        host.tool(&format!(
-            "sysctl -q -w net.ipv4.conf.{device}.proxy_arp=1 net.ipv4.neigh.{device}.proxy_delay=0"
-        ))?;
-    }
-    pod.tool(&format!("ip address add 10.244.1.3/32 dev {UPLINK}"))?;
-    pod.tool(&format!("ip link set {UPLINK} up"))?;
-    pod.tool(&format!("ip route add 10.244.1.1/32 dev {UPLINK}"))?;
-    pod.tool("ip route add default via 10.244.1.1")?;
-    Ok(pod)
 }

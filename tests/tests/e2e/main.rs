@@ -9,6 +9,7 @@ mod etcd;
 mod faults;
 mod firewall;
 mod foreign;
+mod forward_policy;
 mod frames;
 mod guard;
 mod lifecycle;
@@ -54,5 +55,6 @@ fn main() -> ExitCode {
     datapath::register(&mut suite);
     firewall::register(&mut suite);
     guard::register(&mut suite);
+    forward_policy::register(&mut suite);
     run(&arguments, suite.into_trials()).exit_code()
 }
