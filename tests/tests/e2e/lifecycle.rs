@@ -4,7 +4,10 @@ use std::{
     io::{BufRead as _, BufReader},
     net::UdpSocket,
     process::Command,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::Duration,
 };
@@ -16,7 +19,7 @@ use overlay_tests::{
     pair::{Pair, Store},
     report::Status,
     sandbox::Sandbox,
-    topology::{OVERLAY_MTU, PodOffload, Topology, UPLINK, Underlay},
+    topology::{Endpoint, OVERLAY_MTU, PodOffload, Topology, UPLINK, Underlay},
     traffic::{
         ping::ping_with_ttl,
         udp::{every_size, is_answered, with_echo},
@@ -45,6 +48,11 @@ pub(crate) fn register(suite: &mut Suite) {
         suite.add(format!("lifecycle::{word}_runs_again_after_crash"), needs(rung, rung), move |sandbox| {
             runs_again_after_crash(sandbox, rung)
         });
+        suite.add(
+            format!("lifecycle::{word}_knows_all_peers_from_the_first_packet_on"),
+            needs(rung, rung),
+            move |sandbox| peers_from_the_first_packet(sandbox, rung),
+        );
         suite.add(
             format!("lifecycle::changed_peer_mac_costs_{word}_no_more_than_routing"),
             needs(rung, rung),
@@ -84,6 +92,56 @@ fn sigterm_leaves_nothing(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
     before.is_unchanged(&host)?;
     ensure!(!socket.exists(), "{} is left", socket.display());
     Ok(())
+}
+
+/// Sends datagrams from one container to another, answered or not, until `finished`.
+fn flood(from: Endpoint<'_>, to: Endpoint<'_>, finished: &AtomicBool) -> Result<u64> {
+    from.netns.run(|| {
+        let socket = UdpSocket::bind((from.address, 0)).context("open a socket in a container")?;
+        let mut sent = 0;
+        while !finished.load(Ordering::Relaxed) {
+            // Fails while there is no route, as between two agents.
+            sent += u64::from(socket.send_to(&[0xa5; 64], (to.address, 9)).is_ok());
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(sent)
+    })?
+}
+
+/// Traffic in both directions is on its way before the agent starts: whatever it sees first has a route and a known source.
+fn peers_from_the_first_packet(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
+    let Pair { mut a, b, store, topology } = pair(sandbox, rung)?;
+    let (from, to) = topology.pods();
+    let finished = AtomicBool::new(false);
+    let sent = thread::scope(|scope| {
+        let floods = [(from, to), (to, from)];
+        let finished = &finished;
+        let floods = floods.map(|(from, to)| scope.spawn(move || flood(from, to, finished)));
+        let restarts = || {
+            for _ in 0..4 {
+                let site = Arc::clone(a.site());
+                a.stop()?;
+                a = site.start(&store.arguments(&topology.a, rung))?;
+                thread::sleep(Duration::from_millis(300));
+                let counters = a.counters()?;
+                let carried = counters.traffic.fast() + counters.traffic.slow();
+                ensure!(carried > 100, "only {carried} packets were carried: {counters:?}");
+                let unknown =
+                    ["no_route", "unknown_source"].map(|reason| counters.drops.get(reason).copied());
+                ensure!(unknown.iter().all(|count| count.unwrap_or(0) == 0), "{:?}", counters.wrong_drops());
+            }
+            a.stop()
+        };
+        let result = restarts();
+        finished.store(true, Ordering::Relaxed);
+        let sent: Result<Vec<_>> = floods
+            .into_iter()
+            .map(|flood| flood.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect();
+        result.and(sent)
+    })?;
+    ensure!(sent.iter().all(|sent| *sent > 500), "only {sent:?} datagrams were sent");
+    b.stop()
 }
 
 fn down_after_crash_leaves_nothing(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
