@@ -4,11 +4,11 @@
 use std::net::{IpAddr, Ipv4Addr};
 
 use anyhow::{Context as _, Result, ensure};
-use futures_util::TryStreamExt as _;
+use futures_util::{Stream, StreamExt as _, TryStreamExt as _};
 use ipnet::Ipv4Net;
 use nix::libc::{EACCES, EHOSTUNREACH, EINVAL, ENETUNREACH, ESRCH};
 use rtnetlink::{
-    Handle, LinkUnspec, RouteMessageBuilder,
+    Handle, LinkUnspec, MulticastGroup, RouteMessageBuilder,
     packet_route::{
         AddressFamily,
         address::{AddressAttribute, AddressMessage},
@@ -34,6 +34,18 @@ macro_rules! attribute {
 #[derive(Clone, Debug)]
 pub struct Netlink {
     handle: Handle,
+}
+
+/// Subscribes to changes, on a connection of its own: one item for each message of the kernel. The stream ends when the
+/// connection fails.
+/// Fails when the kernel refuses a socket.
+pub(crate) fn subscribe(
+    groups: &[MulticastGroup],
+) -> Result<(Netlink, impl Stream<Item = ()> + Unpin + use<>)> {
+    let (connection, handle, messages) =
+        rtnetlink::new_multicast_connection(groups).context("subscribe to changes of network devices")?;
+    tokio::spawn(connection);
+    Ok((Netlink::from(handle), messages.map(drop)))
 }
 
 /// A network device.

@@ -139,6 +139,13 @@ impl Forwarding {
         }
     }
 
+    /// Attaches programs again that another program detached.
+    pub(super) async fn check_programs(&mut self) {
+        if self.retry.at.is_none() && !self.datapath.has_programs().await {
+            self.try_reconcile().await;
+        }
+    }
+
     /// Returns when [`Self::try_reconcile`] is due: a part of the datapath failed, or an earlier attempt.
     pub(super) async fn due(&mut self) {
         let retry_at = self.retry.at;

@@ -10,6 +10,7 @@ mod conditions;
 mod config_watch;
 mod forwarding;
 mod host;
+mod host_watch;
 mod log_window;
 mod membership;
 mod notifier;
@@ -46,6 +47,8 @@ use start::Prepared;
 
 /// Interval of checks of the host's state.
 const CHECK_INTERVAL: Duration = Duration::from_secs(5);
+/// Interval of checks of the attached programs: the kernel does not report that a program was detached.
+const PROGRAM_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Runs until SIGTERM or SIGINT, then removes what it made. The lease stays for the next start.
 /// Fails when the agent cannot start: the host is then as it was before.
@@ -77,6 +80,7 @@ pub async fn run(options: Options) -> Result<()> {
     // Not interrupted: half of it would stay. It takes a moment; a signal meanwhile ends the main loop at once.
     let Prepared { options, mut membership, forwarding, host, underlay } = prepared.apply(&netlink).await?;
     let underlay_changes = underlay::watch(underlay.clone(), &options.underlay)?;
+    let host_changes = host_watch::watch()?;
     membership.keep_lease();
     warn_about_forwarding();
     let mut agent = Agent {
@@ -86,6 +90,7 @@ pub async fn run(options: Options) -> Result<()> {
         host,
         notifier,
         underlay_changes,
+        host_changes,
         queries,
         underlay,
         running: false,
@@ -131,6 +136,8 @@ struct Agent {
     host: HostSetup,
     notifier: HealthNotifier,
     underlay_changes: mpsc::Receiver<UnderlayChange>,
+    /// Changes that may have been made to what the agent made.
+    host_changes: mpsc::Receiver<()>,
     queries: mpsc::Receiver<QueryRequest>,
     underlay: Underlay,
     /// Whether everything was there once.
@@ -139,8 +146,11 @@ struct Agent {
 
 impl Agent {
     async fn run_until(&mut self, stop: &mut StopSignals) {
-        let mut check = interval_at(Instant::now() + CHECK_INTERVAL, CHECK_INTERVAL);
-        check.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let [mut check, mut program_check] = [CHECK_INTERVAL, PROGRAM_CHECK_INTERVAL].map(|period| {
+            let mut interval = interval_at(Instant::now() + period, period);
+            interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            interval
+        });
         loop {
             self.run_if_ready();
             let health = self.health();
@@ -154,6 +164,8 @@ impl Agent {
                     let _ = answer.send(self.answer(query));
                 }
                 () = self.forwarding.due() => self.forwarding.try_reconcile().await,
+                Some(()) = self.host_changes.recv() => self.forwarding.check().await,
+                _ = program_check.tick() => self.forwarding.check_programs().await,
                 _ = check.tick() => self.check_periodically().await,
                 () = self.notifier.watchdog() => self.notifier.ping_watchdog(),
             }

@@ -212,6 +212,17 @@ impl FastPath {
         Ok(())
     }
 
+    /// Whether the kernel still has all attached programs on their hooks.
+    pub(super) async fn has_programs(&self) -> bool {
+        let Some(set) = &self.set else { return true };
+        for attachment in &self.attachments {
+            if !matches!(set.programs.is_attached(&self.netlink, attachment).await, Ok(true)) {
+                return false;
+            }
+        }
+        true
+    }
+
     async fn attach(&mut self, target: Target) -> Result<()> {
         let set = self.set.as_mut().context("no programs are loaded")?;
         let xdp = target.hook == XDP;

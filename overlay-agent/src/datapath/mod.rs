@@ -135,6 +135,11 @@ impl Datapath {
         self.fast.apply_routes(changes, routes)
     }
 
+    /// Whether the programs that were attached still are, as far as the kernel tells. [`Datapath::reconcile`] repairs others.
+    pub async fn has_programs(&self) -> bool {
+        self.fast.has_programs().await
+    }
+
     /// How inner packets leave.
     pub fn egress(&self) -> &Choice {
         &self.fast.egress

@@ -5,8 +5,8 @@
 
 use std::{net::Ipv4Addr, time::Duration};
 
-use anyhow::{Context as _, Result};
-use futures_util::StreamExt as _;
+use anyhow::Result;
+use futures_util::{FutureExt as _, StreamExt as _};
 use ipnet::Ipv4Net;
 use rtnetlink::MulticastGroup;
 use tokio::{
@@ -18,7 +18,7 @@ use tracing::warn;
 use super::{Iface, Selector, Underlay, choose::best_address};
 use crate::{
     device, lease,
-    netlink::{Link, Netlink},
+    netlink::{Link, Netlink, subscribe},
 };
 
 /// Delay before listing: replacing an address removes the old one first.
@@ -42,13 +42,7 @@ pub enum UnderlayChange {
 /// the same, and its initial address is used whenever the device holds it. Fails when the kernel refuses a socket.
 pub fn watch(current: Underlay, selector: &Selector) -> Result<mpsc::Receiver<UnderlayChange>> {
     let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr];
-    let subscribe = move || {
-        let (connection, handle, messages) = rtnetlink::new_multicast_connection(&groups)
-            .context("subscribe to changes of network devices")?;
-        tokio::spawn(connection);
-        anyhow::Ok((Netlink::from(handle), messages))
-    };
-    let (mut netlink, mut messages) = subscribe()?;
+    let (mut netlink, mut messages) = subscribe(&groups)?;
     let (sender, receiver) = mpsc::channel(4);
     let mut state = State::new(current, selector);
     tokio::spawn(async move {
@@ -62,12 +56,12 @@ pub fn watch(current: Underlay, selector: &Selector) -> Result<mpsc::Receiver<Un
                     sleep(SETTLE_TIME).await;
                     if message.is_none() {
                         // The connection failed.
-                        match subscribe() {
+                        match subscribe(&groups) {
                             Ok(renewed) => (netlink, messages) = renewed,
                             Err(error) => warn!("{error:#}"),
                         }
                     }
-                    while messages.try_recv().is_ok() {}
+                    while messages.next().now_or_never().flatten().is_some() {}
                 }
                 () = sender.closed() => return,
             }

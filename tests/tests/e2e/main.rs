@@ -18,6 +18,7 @@ mod matrix;
 mod node;
 mod privileges;
 mod refusals;
+mod repair;
 mod snapshot;
 mod subnet_file;
 mod suite;
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
     faults::register(&mut suite);
     refusals::register(&mut suite);
     node::register(&mut suite);
+    repair::register(&mut suite);
     privileges::register(&mut suite);
     subnet_file::register(&mut suite);
     underlay::register(&mut suite);
