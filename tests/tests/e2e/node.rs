@@ -252,9 +252,11 @@ fn rules_come_and_go(sandbox: &Arc<Sandbox>) -> Result<()> {
     );
     ensure!(blackhole()?, "there is no blackhole route");
     ensure!(subnet_file(&agent)?.ends_with("FLANNEL_IPMASQ=true\n"), "{}", subnet_file(&agent)?);
-    a.host.tool("nft flush ruleset")?;
-    a.host.tool("nft add table ip filter")?;
-    a.host.tool("nft add chain ip filter FORWARD { type filter hook forward priority 0 ; policy drop ; }")?;
+    // In one transaction: a table that the agent restores in between would stand before the others.
+    a.host.tool(
+        "nft flush ruleset ; add table ip filter ; \
+         add chain ip filter FORWARD { type filter hook forward priority 0 ; policy drop ; }",
+    )?;
     wait_until("the rules are restored", || Ok(rules()? == applied))?;
     agent.stop()?;
     ensure!(rules()? == before && !blackhole()?, "left behind: {}", rules()?);
