@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use etcd_client::{Client, ConnectOptions, Permission, PermissionType, RoleRevokePermissionOptions};
-use overlay_agent::store::{LeaseEvent, Store, etcd::EtcdOptions};
+use overlay_agent::store::{LeaseEvent, Store};
 use tokio::time::sleep;
 
 use crate::{
     hosts::{Keeper, Network, PREFIX, ip, key_of, subnet_key, value},
-    security::{PASSWORD, USER, with_users},
+    security::{PASSWORD, user, with_users},
 };
 
 #[tokio::test]
@@ -76,12 +76,7 @@ async fn a_removed_record_that_may_not_be_written_again_is_a_lost_claim_and_fill
     with_users(&mut network).await;
     let as_root = ConnectOptions::new().with_user("root", "root-secret");
     let mut root = Client::connect([network.etcd.endpoint()], Some(as_root)).await.unwrap();
-    let options = EtcdOptions {
-        username: Some(USER.to_owned()),
-        password: Some(PASSWORD.to_owned().into()),
-        ..network.options(1)
-    };
-    let store = Store::etcd(options).await.unwrap();
+    let store = Store::etcd(user(&network, PASSWORD)).await.unwrap();
     let held = store.acquire(&network.request(), ip(1)).await.unwrap();
     let key = subnet_key(&key_of(&held));
     let mut keeper = Keeper::start(&store, held.clone());

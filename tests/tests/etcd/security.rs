@@ -37,9 +37,10 @@ pub(crate) async fn with_users(network: &mut Network) {
     raw.auth_enable().await.unwrap();
 }
 
-fn user(network: &Network, password: &str) -> EtcdOptions {
+/// The options of that user with a password.
+pub(crate) fn user(network: &Network, password: &str) -> EtcdOptions {
     EtcdOptions {
-        username: Some("flannel".to_owned()),
+        username: Some(USER.to_owned()),
         password: Some(password.to_owned().into()),
         ..network.options(1)
     }

@@ -5,13 +5,13 @@ use std::time::Duration;
 use etcd_client::{Client, ConnectOptions};
 use overlay_agent::{
     lease::Lease,
-    store::{Event, Held, LeaseEvent, Store, etcd::EtcdOptions},
+    store::{Event, Held, LeaseEvent, Store},
 };
 use tokio::{sync::mpsc, time::sleep};
 
 use crate::{
     hosts::{Keeper, Network, ip, key_of, next, subnet_key, value},
-    security::{PASSWORD, USER, with_users},
+    security::{PASSWORD, USER, user, with_users},
 };
 
 /// An agent that keeps a lease and follows the records, and a client with all rights.
@@ -23,12 +23,7 @@ struct Agent {
 
 impl Agent {
     async fn start(network: &Network) -> Self {
-        let options = EtcdOptions {
-            username: Some(USER.to_owned()),
-            password: Some(PASSWORD.to_owned().into()),
-            ..network.options(1)
-        };
-        let store = Store::etcd(options).await.unwrap();
+        let store = Store::etcd(user(network, PASSWORD)).await.unwrap();
         let held = store.acquire(&network.request(), ip(1)).await.unwrap();
         let mut events = store.follow::<Lease>();
         assert!(matches!(next(&mut events).await, Event::Snapshot(records) if records.len() == 1));
