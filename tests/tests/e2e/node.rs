@@ -238,7 +238,7 @@ fn rules_come_and_go(sandbox: &Arc<Sandbox>) -> Result<()> {
         ["--ip-masq", "--ip-blackhole-route", "--iptables-resync=1"].map(str::to_owned).into(),
     ]
     .concat();
-    let rules = || a.host.tool("nft --stateless list ruleset");
+    let rules = || Ok::<_, anyhow::Error>(tables(&a.host.tool("nft --stateless list ruleset")?));
     let blackhole =
         || Ok::<_, anyhow::Error>(a.host.tool("ip route show type blackhole")?.contains("10.244.1.0/24"));
     a.host.tool("nft add table ip filter")?;
@@ -246,31 +246,31 @@ fn rules_come_and_go(sandbox: &Arc<Sandbox>) -> Result<()> {
     let before = rules()?;
     let agent = site.start(&arguments)?;
     let applied = rules()?;
+    let text = applied.concat();
     ensure!(
-        applied.contains("masquerade fully-random") && applied.matches("accept comment").count() == 2,
-        "{applied}"
+        text.contains("masquerade fully-random") && text.matches("accept comment").count() == 2,
+        "{text}"
     );
     ensure!(blackhole()?, "there is no blackhole route");
     ensure!(subnet_file(&agent)?.ends_with("FLANNEL_IPMASQ=true\n"), "{}", subnet_file(&agent)?);
-    // In one transaction: a table that the agent restores in between would stand before the others.
     a.host.tool(
         "nft flush ruleset ; add table ip filter ; \
          add chain ip filter FORWARD { type filter hook forward priority 0 ; policy drop ; }",
     )?;
     wait_until("the rules are restored", || Ok(rules()? == applied))?;
     agent.stop()?;
-    ensure!(rules()? == before && !blackhole()?, "left behind: {}", rules()?);
+    ensure!(rules()? == before && !blackhole()?, "left behind: {:?}", rules()?);
 
     // The next agent, with other flags, replaces what a killed one left, and `down` removes it.
     let site = site.start(&arguments)?.crash()?;
-    ensure!(rules()? == applied && blackhole()?, "a killed agent's rules are missing: {}", rules()?);
+    ensure!(rules()? == applied && blackhole()?, "a killed agent's rules are missing: {:?}", rules()?);
     let plain = [store.arguments(a, Rung::Tun), vec!["--iptables-forward-rules=false".to_owned()]].concat();
     let agent = site.start(&plain)?;
     // Whatever its flags, it guards its peers.
     host_has_only_the_guard(&rules()?, &before)?;
     ensure!(!blackhole()?, "an earlier agent's blackhole route is still there");
     agent.stop()?;
-    ensure!(rules()? == before, "left behind: {}", rules()?);
+    ensure!(rules()? == before, "left behind: {:?}", rules()?);
     let site = site.start(&arguments)?.crash()?;
     a.host.tool(&format!("ip link delete {DEVICE}"))?;
     let removed = || -> Result<Vec<String>> {
@@ -284,16 +284,30 @@ fn rules_come_and_go(sandbox: &Arc<Sandbox>) -> Result<()> {
         ensure!(gone.iter().any(|line| line == item), "down removed: {gone:?}");
     }
     ensure!(removed()?.is_empty(), "there was more to remove");
-    ensure!(rules()? == before && !blackhole()?, "left by down: {}", rules()?);
+    ensure!(rules()? == before && !blackhole()?, "left by down: {:?}", rules()?);
     Ok(())
 }
 
-fn host_has_only_the_guard(rules: &str, before: &str) -> Result<()> {
-    let others = rules.strip_prefix(before).unwrap_or_default();
+/// The tables of a ruleset in the order of their texts: the kernel lists them in the order in which they were made, which is not
+/// always the same when the agent restores them.
+fn tables(ruleset: &str) -> Vec<String> {
+    let mut tables: Vec<String> = Vec::new();
+    for line in ruleset.lines() {
+        match tables.last_mut().filter(|_| !line.starts_with("table ")) {
+            Some(table) => *table += &format!("\n{line}"),
+            None => tables.push(line.to_owned()),
+        }
+    }
+    tables.sort();
+    tables
+}
+
+fn host_has_only_the_guard(rules: &[String], before: &[String]) -> Result<()> {
+    let others: Vec<_> = rules.iter().filter(|table| !before.contains(table)).collect();
+    let is_guard = |table: &str| table.starts_with(&format!("table ip overlay-guard-{DEVICE} {{"));
     ensure!(
-        others.starts_with(&format!("table ip overlay-guard-{DEVICE} {{"))
-            && rules.matches("\ntable").count() == before.matches("\ntable").count() + 1,
-        "an earlier agent's rules are still there, or the guard is not: {rules}"
+        rules.len() == before.len() + 1 && others.len() == 1 && others.iter().all(|table| is_guard(table)),
+        "an earlier agent's rules are still there, or the guard is not: {rules:?}"
     );
     Ok(())
 }
