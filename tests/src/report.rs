@@ -80,6 +80,12 @@ pub struct Route {
     pub subnet: String,
     /// The peer's underlay address.
     pub peer: Ipv4Addr,
+    /// The device through which it is reached.
+    pub device: Option<String>,
+    /// Largest inner packet in bytes that the path carries.
+    pub mtu: Option<usize>,
+    /// Why its packets take the slow path.
+    pub slow_path: Option<String>,
 }
 
 /// A skipped record.

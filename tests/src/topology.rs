@@ -35,6 +35,17 @@ impl Underlay {
             Self::Wire => "wire",
         }
     }
+
+    /// Sets the offloads of one end of a link between hosts.
+    pub fn prepare(self, netns: &Netns, device: &str) -> Result<()> {
+        if self == Self::Wire {
+            netns.tool(&format!(
+                "ethtool -K {device} tx off tso off gso off tx-udp-segmentation off tx-udp_tnl-segmentation off \
+                 tx-udp_tnl-csum-segmentation off gro on"
+            ))?;
+        }
+        Ok(())
+    }
 }
 
 /// Offloads of the links between pods and hosts.
@@ -92,12 +103,7 @@ impl Topology {
         a.host.tool(&format!("ip link add {UPLINK} type veth peer name {UPLINK} netns {peer}"))?;
         for side in [&a, &b] {
             let host = &side.host;
-            if underlay == Underlay::Wire {
-                host.tool(&format!(
-                    "ethtool -K {UPLINK} tx off tso off gso off tx-udp-segmentation off tx-udp_tnl-segmentation off \
-                     tx-udp_tnl-csum-segmentation off gro on"
-                ))?;
-            }
+            underlay.prepare(host, UPLINK)?;
             host.tool(&format!("ip address add {}/24 dev {UPLINK}", side.underlay))?;
             host.tool(&format!("ip link set {UPLINK} mtu {UNDERLAY_MTU} up"))?;
         }

@@ -74,6 +74,15 @@ pub fn segmented(from: Endpoint<'_>, to: Endpoint<'_>, mtu: usize) -> Result<usi
     })
 }
 
+/// Whether one datagram of `size` bytes and its answer arrive at this moment.
+///
+/// # Errors
+///
+/// When sockets cannot be created; a lost datagram is `Ok(false)`.
+pub fn passes(from: Endpoint<'_>, to: Endpoint<'_>, size: usize) -> Result<bool> {
+    with_echo(from, to, |socket| Ok(exchange_sizes(socket, &[size]).is_ok()))
+}
+
 /// One datagram and its answer, within `timeout`: whether the path works at this moment.
 ///
 /// # Errors

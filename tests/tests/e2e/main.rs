@@ -8,14 +8,18 @@ mod datapath;
 mod etcd;
 mod faults;
 mod firewall;
+mod flannel_proxy;
 mod foreign;
 mod forward_policy;
 mod frames;
 mod guard;
+mod icmp;
 mod lifecycle;
 mod machine;
 mod matrix;
 mod node;
+mod other_underlay;
+mod path_mtu;
 mod privileges;
 mod refusals;
 mod repair;
@@ -57,6 +61,10 @@ fn main() -> ExitCode {
     datapath::register(&mut suite);
     firewall::register(&mut suite);
     guard::register(&mut suite);
+    icmp::register(&mut suite);
+    path_mtu::register(&mut suite);
+    other_underlay::register(&mut suite);
+    flannel_proxy::register(&mut suite);
     forward_policy::register(&mut suite);
     run(&arguments, suite.into_trials()).exit_code()
 }
