@@ -275,7 +275,7 @@ proptest! {
             a.direction == b.direction
                 && match b.kind {
                     Kind::Default => a.kind == Kind::Main,
-                    kind => a.kind == kind && a.priority < b.priority,
+                    Kind::Sub | Kind::Main => a.kind == b.kind && a.priority < b.priority,
                 }
         };
         let expected: Vec<_> = policies
