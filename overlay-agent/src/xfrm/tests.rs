@@ -257,7 +257,7 @@ fn any_policies() -> impl Strategy<Value = Vec<Policy>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 1024, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
 
     #[test]
     fn no_packet_that_the_kernel_restricts_bypasses_it(policies in any_policies()) {
