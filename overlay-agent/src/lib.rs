@@ -25,3 +25,4 @@ pub mod store;
 pub mod subnet_env;
 pub mod systemd;
 pub mod underlay;
+pub mod xfrm;

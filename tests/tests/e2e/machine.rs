@@ -18,6 +18,8 @@ pub(crate) enum Need {
     Tun,
     /// nftables with network address translation, and its tool.
     Nftables,
+    /// IPsec policies with defaults (Linux 5.15), and a tool that knows them.
+    Ipsec,
 }
 
 impl Need {
@@ -51,6 +53,10 @@ impl Need {
                 ])
                 .output()
                 .is_ok_and(|output| output.status.success()),
+            Self::Ipsec => Command::new("unshare")
+                .args(["--net", "ip", "xfrm", "policy", "setdefault", "out", "accept"])
+                .output()
+                .is_ok_and(|output| output.status.success()),
         }
     }
 
@@ -60,6 +66,7 @@ impl Need {
             Self::Ebpf => "needs a kernel with eBPF",
             Self::Tun => "needs /dev/net/tun",
             Self::Nftables => "needs a kernel with nftables and the command nft: run `cargo xtask setup`",
+            Self::Ipsec => "needs a kernel with IPsec policies (XFRM), since 5.15, and iproute2 since 5.16",
         }
     }
 }

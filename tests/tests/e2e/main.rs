@@ -29,6 +29,7 @@ mod suite;
 mod traps;
 mod underlay;
 mod wait;
+mod xfrm;
 
 use std::process::ExitCode;
 
@@ -58,6 +59,7 @@ fn main() -> ExitCode {
     privileges::register(&mut suite);
     subnet_file::register(&mut suite);
     underlay::register(&mut suite);
+    xfrm::register(&mut suite);
     datapath::register(&mut suite);
     firewall::register(&mut suite);
     guard::register(&mut suite);
