@@ -161,7 +161,7 @@ impl Agent {
                 Some(change) = self.underlay_changes.recv() => self.on_underlay(change).await,
                 Some((query, answer)) = self.queries.recv() => {
                     // The client may be gone.
-                    let _ = answer.send(self.answer(query));
+                    let _ = answer.send(self.answer(query).await);
                 }
                 () = self.forwarding.due() => self.forwarding.try_reconcile().await,
                 Some(()) = self.host_changes.recv() => self.forwarding.check().await,

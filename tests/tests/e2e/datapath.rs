@@ -104,9 +104,9 @@ impl<'a> Host<'a> {
     }
 
     /// Sends packets to the peer's subnet.
-    fn send(&self) -> Result<u64> {
+    async fn send(&self) -> Result<u64> {
         ping(self.netns, "10.244.2.0".parse()?, 3)?;
-        let counters = self.datapath.counters()?;
+        let counters = self.datapath.counters().await?;
         Ok(counters.fast.egress_packets + counters.slow.egress_packets)
     }
 
@@ -151,7 +151,7 @@ fn changes(sandbox: &Arc<Sandbox>) -> Result<()> {
         ensure!(report.repaired.is_empty() && host.rungs() == [Rung::Tc; 2], "{report:?}");
         host.is_settled().await?;
         let (hooks, ifindex) = (host.hooks()?, host.datapath.overlay_ifindex());
-        let before = host.send()?;
+        let before = host.send().await?;
         ensure!(before > 0, "nothing was sent");
 
         let moved = Ipv4Addr::new(192, 168, 77, 11);
@@ -169,7 +169,7 @@ fn changes(sandbox: &Arc<Sandbox>) -> Result<()> {
         ensure!(a.host.tool("ip route show 10.244.0.0/16")?.contains("src 10.244.7.0"));
         let sockets = a.host.tool("ss -Hlun sport = 8285")?;
         ensure!(sockets.contains("192.168.77.11%eth0:8285") && sockets.lines().count() == 1, "{sockets}");
-        let after = host.send()?;
+        let after = host.send().await?;
         ensure!(after > before, "counters did not continue: {before}, then {after}");
 
         host.request = Request::Xdp;
@@ -189,13 +189,13 @@ fn changes(sandbox: &Arc<Sandbox>) -> Result<()> {
         host.log = true;
         host.reconcile().await?;
         host.is_settled().await?;
-        let after = host.send()?.max(after);
+        let after = host.send().await?.max(after);
         ensure!(host.hooks()? != hooks && host.rungs() == [Rung::Tc; 2], "{:?}", host.hooks()?);
 
         host.request = Request::Tun;
         host.reconcile().await?;
         ensure!(host.rungs() == [Rung::Tun; 2] && hook(UPLINK, TcAttachType::Ingress)?.1.is_empty());
-        let slow = host.send()?;
+        let slow = host.send().await?;
         ensure!(slow > after, "counters did not continue: {after}, then {slow}");
         host.datapath.remove().await?;
         ensure!(host.netlink.link(DEVICE).await?.is_none() && host.failures.try_recv().is_err());
@@ -240,7 +240,7 @@ fn repairs(sandbox: &Arc<Sandbox>) -> Result<()> {
         let mut config: Array<_, [u8; 32]> = Array::try_from(Map::Array(map("CONFIG")?))?;
         config.set(0, [0; 32], 0)?;
         host.repairs(&["configuration in the kernel's map"]).await?;
-        ensure!(host.send()? > 0, "nothing was sent");
+        ensure!(host.send().await? > 0, "nothing was sent");
         host.datapath.remove().await
     })?
 }
@@ -282,7 +282,7 @@ fn recreated(sandbox: &Arc<Sandbox>) -> Result<()> {
         ensure!(report.repaired.is_empty(), "{report:?}");
         let [same, ingress] = host.hooks()?;
         ensure!(same == egress && ingress.1.len() == 1, "{same:?} {ingress:?}");
-        let before = host.send()?;
+        let before = host.send().await?;
         ensure!(before > 0, "nothing was sent");
 
         let index = host.datapath.overlay_ifindex();
@@ -292,7 +292,7 @@ fn recreated(sandbox: &Arc<Sandbox>) -> Result<()> {
         let report = host.reconcile().await?;
         ensure!(report.repaired == ["device ovl0"], "{report:?}");
         ensure!(host.datapath.overlay_ifindex() != index && host.hooks()?[1] == ingress, "{report:?}");
-        ensure!(host.send()? > before, "counters did not continue");
+        ensure!(host.send().await? > before, "counters did not continue");
         host.datapath.remove().await
     })?
 }

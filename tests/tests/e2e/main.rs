@@ -3,6 +3,7 @@
 //! One binary, one topology per test, one test at a time: they share two CPUs, and rates and losses count.
 
 mod addressing;
+mod checksums;
 mod comparison;
 mod datapath;
 mod etcd;
@@ -13,6 +14,7 @@ mod forward_policy;
 mod frames;
 mod guard;
 mod lifecycle;
+mod losses;
 mod machine;
 mod matrix;
 mod node;
@@ -45,6 +47,8 @@ fn main() -> ExitCode {
     addressing::register(&mut suite);
     matrix::register(&mut suite);
     traps::register(&mut suite);
+    checksums::register(&mut suite);
+    losses::register(&mut suite);
     lifecycle::register(&mut suite);
     etcd::register(&mut suite);
     faults::register(&mut suite);
