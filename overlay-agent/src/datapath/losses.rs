@@ -36,7 +36,7 @@ impl KernelDrops {
         ),
         (
             "socket_buffer_full",
-            "The UDP socket's receive buffer was full: the agent did not read packets as fast as they came. The kernel counts a wrong outer UDP checksum here, too.",
+            "The UDP socket's receive buffer was full: the agent did not read packets as fast as they came. The kernel may count a wrong outer UDP checksum here, too.",
         ),
     ];
 

