@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use anyhow::{Context as _, Result, ensure};
 use futures_util::{Stream, StreamExt as _, TryStreamExt as _};
 use ipnet::Ipv4Net;
-use nix::libc::{EACCES, EHOSTUNREACH, EINVAL, ENETUNREACH, ESRCH};
+use nix::libc::{EACCES, EHOSTUNREACH, EINVAL, ENETUNREACH, ENODEV, ESRCH};
 use rtnetlink::{
     Handle, LinkUnspec, MulticastGroup, RouteMessageBuilder,
     packet_route::{
@@ -71,6 +71,15 @@ pub struct Link {
     pub lower: Option<u32>,
     /// Index of the bridge or bond that it is a port of.
     pub controller: Option<u32>,
+}
+
+/// Packets that the kernel or a driver dropped at a device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LinkDrops {
+    /// On their way in.
+    pub received: u64,
+    /// On their way out.
+    pub sent: u64,
 }
 
 /// A route of the main table.
@@ -166,6 +175,18 @@ impl Netlink {
             let source =
                 attribute!(message.attributes, RouteAttribute::PrefSource(RouteAddress::Inet(source)) => *source);
             Some(Hop { index: device(&message)?, source })
+        }))
+    }
+
+    /// What a device has dropped since it was made; `None` when there is no such device.
+    pub async fn drops(&self, index: u32) -> Result<Option<LinkDrops>> {
+        let message = match self.handle.link().get().match_index(index).execute().try_next().await {
+            Err(error) if errno(&error) == Some(ENODEV) => None,
+            message => message.with_context(|| format!("read the statistics of the device {index}"))?,
+        };
+        Ok(message.and_then(|message| {
+            attribute!(message.attributes, LinkAttribute::Stats64(stats) =>
+                LinkDrops { received: stats.rx_dropped, sent: stats.tx_dropped })
         }))
     }
 

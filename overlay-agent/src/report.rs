@@ -7,7 +7,7 @@ use overlay_ebpf::reason::{DropReason, PuntReason};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    datapath::{Choice, PathCounters},
+    datapath::{Choice, KernelDrops, PathCounters},
     netlink::Link,
     route::Subnet,
 };
@@ -40,7 +40,7 @@ pub(crate) struct Status {
     /// Number of routes to peers.
     pub(crate) routes: usize,
     pub(crate) store: Store,
-    /// Packets dropped as errors, on both paths.
+    /// Packets dropped as errors, on both paths and by the kernel's queues around them.
     pub(crate) drops: u64,
 }
 
@@ -106,10 +106,13 @@ pub(crate) struct CounterList {
     pub(crate) punts: BTreeMap<String, u64>,
     /// Packets dropped on either path, by reason.
     pub(crate) drops: BTreeMap<String, u64>,
+    /// Packets dropped by the kernel's queues around both paths, by [`KernelDrops::DESCRIPTIONS`]. Earlier agents have none.
+    #[serde(default)]
+    pub(crate) kernel: BTreeMap<String, u64>,
 }
 
 impl From<PathCounters> for CounterList {
-    fn from(PathCounters { fast, slow }: PathCounters) -> Self {
+    fn from(PathCounters { fast, slow, kernel }: PathCounters) -> Self {
         let traffic = [
             ("egress_fast_packets", fast.egress_packets),
             ("egress_fast_bytes", fast.egress_bytes),
@@ -123,17 +126,20 @@ impl From<PathCounters> for CounterList {
         let punts = PuntReason::ALL.iter().map(|reason| reason.name()).zip(fast.punts);
         let dropped = fast.drops.iter().zip(slow.drops).map(|(fast, slow)| fast + slow);
         let drops = DropReason::ALL.iter().map(|reason| reason.name()).zip(dropped);
+        let kernel = KernelDrops::DESCRIPTIONS.iter().map(|(name, _)| *name).zip(kernel.counts());
         let named = |(name, count): (&str, u64)| (name.to_owned(), count);
         Self {
             traffic: traffic.into_iter().map(named).collect(),
             punts: punts.map(named).collect(),
             drops: drops.map(named).collect(),
+            kernel: kernel.map(named).collect(),
         }
     }
 }
 
 /// Packets dropped as errors.
-pub(crate) fn errors(PathCounters { fast, slow }: &PathCounters) -> u64 {
+pub(crate) fn errors(PathCounters { fast, slow, kernel }: &PathCounters) -> u64 {
     let counts = DropReason::ALL.iter().zip(fast.drops.iter().zip(slow.drops));
-    counts.filter(|(reason, _)| reason.is_error()).map(|(_, (fast, slow))| fast + slow).sum()
+    let decided = counts.filter(|(reason, _)| reason.is_error()).map(|(_, (fast, slow))| fast + slow);
+    decided.chain(kernel.counts()).sum()
 }

@@ -2,12 +2,15 @@
 //!
 //! In reading order: [`sandbox`] owns everything a run creates, [`netns`] is one namespace, [`topology`] is the reference
 //! topology (two hosts, a container behind each), [`comparison`] connects it without the overlay, [`agent`] and [`pair`]
-//! with it. [`traffic`] sends and verifies, [`verify`] is the list of checks that the demo and the tests share. [`etcd`]
+//! with it. [`traffic`] sends and verifies, [`verify`] is the list of checks that the demo and the tests share. [`balance`] finds
+//! every datagram of a flow in a counter, [`capture`] verifies the checksums at a container. [`etcd`]
 //! is a server for the store, and [`switch`] connects as many hosts as a test of the store wants. [`demo`] and [`mod@bench`] are
 //! programs of their own.
 
 pub mod agent;
+pub mod balance;
 pub mod bench;
+pub mod capture;
 pub mod comparison;
 pub mod demo;
 pub mod etcd;

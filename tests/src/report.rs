@@ -106,6 +106,8 @@ pub struct Counters {
     pub punts: BTreeMap<String, u64>,
     /// Packets discarded, by reason.
     pub drops: BTreeMap<String, u64>,
+    /// Packets dropped by the kernel's queues around both paths.
+    pub kernel: BTreeMap<String, u64>,
 }
 
 /// Packets per direction and path. A super-packet of many segments counts once.
@@ -140,6 +142,11 @@ impl Counters {
         let counted = self.drops.iter().filter(|(reason, count)| **count > 0 && reason.as_str() != "ipv6");
         counted.map(|(reason, count)| (reason.as_str(), *count)).collect()
     }
+
+    /// Every counter of lost packets.
+    pub fn losses(&self) -> impl Iterator<Item = (&str, u64)> {
+        self.drops.iter().chain(&self.kernel).map(|(reason, count)| (reason.as_str(), *count))
+    }
 }
 
 #[cfg(test)]
@@ -150,9 +157,11 @@ mod tests {
     fn discarded_ipv6_is_not_wrong() {
         let text = r#"{"traffic": {"egress_fast_packets": 7, "egress_fast_bytes": 1, "ingress_fast_packets": 2,
             "ingress_fast_bytes": 1, "egress_slow_packets": 1, "egress_slow_bytes": 1, "ingress_slow_packets": 0,
-            "ingress_slow_bytes": 0}, "punts": {"outer_gro": 1}, "drops": {"ipv6": 9, "no_route": 0, "truncated": 2}}"#;
+            "ingress_slow_bytes": 0}, "punts": {"outer_gro": 1}, "drops": {"ipv6": 9, "no_route": 0, "truncated": 2},
+            "kernel": {"device_queue_full": 5}}"#;
         let counters: Counters = serde_json::from_str(text).unwrap();
         assert_eq!(counters.wrong_drops(), BTreeMap::from([("truncated", 2)]));
+        assert_eq!(counters.losses().map(|(_, count)| count).sum::<u64>(), 16);
         assert_eq!((counters.traffic.fast(), counters.traffic.slow()), (9, 1));
     }
 }

@@ -12,7 +12,7 @@ use tokio::{
     sync::{mpsc, watch},
     time::{Instant, sleep_until},
 };
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use super::{
     Options, StoreOption,
@@ -221,8 +221,11 @@ impl Forwarding {
         }
     }
 
-    /// Attaches programs again that another program detached.
+    /// Attaches programs again that another program detached, and reads what the kernel dropped before a device may be gone.
     pub(super) async fn check_programs(&mut self) {
+        if let Err(error) = self.datapath.observe_device().await {
+            debug!("{error:#}");
+        }
         if self.retry.at.is_none() && !self.datapath.has_programs().await {
             self.try_reconcile().await;
         }

@@ -162,7 +162,7 @@ impl Agent {
                 Some(change) = self.underlay_changes.recv() => self.on_underlay(change).await,
                 Some((query, answer)) = self.queries.recv() => {
                     // The client may be gone.
-                    let _ = answer.send(self.answer(query));
+                    let _ = answer.send(self.answer(query).await);
                 }
                 due = self.forwarding.due() => self.forwarding.on_due(due).await,
                 Some(()) = self.host_changes.recv() => self.forwarding.on_host_change().await,

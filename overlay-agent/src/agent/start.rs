@@ -1,6 +1,6 @@
 //! The start of an agent, in an order that leaves nothing half-done.
 
-use std::net::SocketAddrV4;
+use std::{net::SocketAddrV4, sync::Arc};
 
 use anyhow::Result;
 use tracing::{info, warn};
@@ -50,7 +50,7 @@ impl Prepared {
         let mtu = inner_mtu(&underlay.link)?;
         let port = network.config.port;
         let address = SocketAddrV4::new(underlay.local_ip, port);
-        drop(Socket::bind(Endpoint { address, ifindex: underlay.link.index })?);
+        drop(Socket::bind(Endpoint { address, ifindex: underlay.link.index }, Arc::default())?);
         let membership = network.join(&options, underlay.public_ip, notifier).await?;
         let local = membership.local();
         info!("{} is {} in {}, MTU {mtu}, port {port}", local.public_ip, local.subnet, local.network);

@@ -35,26 +35,27 @@ pub(super) fn answer_while_starting(query: Query, health: &Health, store: &str) 
 }
 
 impl Agent {
-    pub(super) fn answer(&self, query: Query) -> Answer {
+    pub(super) async fn answer(&self, query: Query) -> Answer {
         debug!("query {query:?}");
         match query {
-            Query::Status => json(&self.status()),
+            Query::Status => json(&self.status().await),
             Query::Routes => {
                 let (table, next_hops) = (&self.forwarding.table, &self.forwarding.next_hops);
                 json(&RouteList { routes: next_hops.report(), skipped: table.skipped() })
             }
             Query::Counters => {
-                let counters = self.forwarding.datapath.counters().map_err(|error| format!("{error:#}"))?;
+                let counters = self.forwarding.datapath.counters().await;
+                let counters = counters.map_err(|error| format!("{error:#}"))?;
                 json(&CounterList::from(counters))
             }
         }
     }
 
-    fn status(&self) -> Status {
+    async fn status(&self) -> Status {
         let (local, spec) = (self.membership.local(), &self.forwarding.spec);
         let (rungs, health) = (self.forwarding.rungs(), self.health());
         let mut problems = self.problems();
-        let counters = self.forwarding.datapath.counters();
+        let counters = self.forwarding.datapath.counters().await;
         if let Err(error) = &counters {
             problems.push(format!("counters cannot be read: {error:#}"));
         }

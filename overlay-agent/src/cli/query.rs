@@ -13,6 +13,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use super::{Output, QueryArgs};
 use crate::{
     control::{self, Query, Responses},
+    datapath::KernelDrops,
     report::{CounterList, RouteList, Status},
 };
 
@@ -144,7 +145,9 @@ pub(super) fn counters(list: &CounterList) -> String {
     let punts = PuntReason::ALL.iter().map(|reason| (reason.name(), reason.describe()));
     let drops = DropReason::ALL.iter().map(|reason| (reason.name(), reason.describe()));
     let punts = reasons("PUNTED TO THE SLOW PATH", &list.punts, punts);
-    format!("{traffic}\n\n{punts}\n\n{}", reasons("DROPPED", &list.drops, drops))
+    let drops = reasons("DROPPED", &list.drops, drops);
+    let kernel = reasons("DROPPED BY THE KERNEL", &list.kernel, KernelDrops::DESCRIPTIONS.into_iter());
+    format!("{traffic}\n\n{punts}\n\n{drops}\n\n{kernel}")
 }
 
 /// Lists the reasons that were counted; zeros would hide the counts that matter.

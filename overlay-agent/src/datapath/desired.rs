@@ -5,7 +5,7 @@ use clap::ValueEnum as _;
 use overlay_ebpf::abi::{Config, Counters, SourceCheck, TosRule};
 use serde::{Deserialize, Serialize};
 
-use super::{ebpf::TcAttach, plan::Plan};
+use super::{KernelDrops, ebpf::TcAttach, plan::Plan};
 use crate::{
     device::DeviceSpec,
     netlink::Link,
@@ -132,16 +132,18 @@ impl Report {
     }
 }
 
-/// Counters of both paths.
+/// Counters of both paths and of the kernel's queues around them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PathCounters {
     /// The eBPF programs'.
     pub fast: Counters,
     /// The agent's.
     pub slow: Counters,
+    /// The kernel's.
+    pub kernel: KernelDrops,
 }
 
 impl PathCounters {
     /// All counters at zero.
-    pub const ZERO: Self = Self { fast: Counters::ZERO, slow: Counters::ZERO };
+    pub const ZERO: Self = Self { fast: Counters::ZERO, slow: Counters::ZERO, kernel: KernelDrops::ZERO };
 }

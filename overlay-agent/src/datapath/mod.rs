@@ -4,10 +4,12 @@
 mod desired;
 pub mod ebpf;
 mod fast;
+mod losses;
 mod plan;
 pub mod tun;
 
 pub use desired::{Choice, Desired, PathCounters, Policy, Report, Request, Rung, UnderlayDevice};
+pub use losses::KernelDrops;
 
 use std::{net::SocketAddrV4, sync::Arc};
 
@@ -24,6 +26,7 @@ use crate::{
     route::{NextHops, RouteChange},
 };
 use fast::FastPath;
+use losses::{DeviceLosses, SocketLosses};
 
 /// A datapath: the overlay device, the slow path on it, and as much of the fast path as is requested and possible.
 /// Dropping it detaches the programs and stops the threads; [`Datapath::remove`] also removes the device.
@@ -36,6 +39,8 @@ pub struct Datapath {
     sockets: Vec<Arc<Socket>>,
     counters: Arc<SlowCounters>,
     answers: Arc<Answers>,
+    device_losses: DeviceLosses,
+    socket_losses: Arc<SocketLosses>,
     /// What the last reconciliation made of the device.
     device: Option<DeviceSpec>,
 }
@@ -52,6 +57,8 @@ impl Datapath {
             sockets: Vec::new(),
             counters: Arc::default(),
             answers: Arc::new(Answers::open()),
+            device_losses: DeviceLosses::default(),
+            socket_losses: Arc::default(),
             device: None,
         }
     }
@@ -97,7 +104,7 @@ impl Datapath {
             sockets.push(match present {
                 Some(socket) => Arc::clone(socket),
                 None => {
-                    let socket = Socket::bind(endpoint)?;
+                    let socket = Socket::bind(endpoint, Arc::clone(&self.socket_losses))?;
                     report.made.push(format!("UDP socket {address} on {}", link.name));
                     Arc::new(socket)
                 }
@@ -121,6 +128,9 @@ impl Datapath {
             self.slow = None;
             device::preflight(&self.netlink, &spec.name, spec.alias.network).await?;
             let device = OverlayDevice::open(&self.netlink, spec).await?;
+            if let Some(drops) = self.netlink.drops(device.index).await? {
+                self.device_losses.follow(device.index, drops);
+            }
             let lost = self.device.replace(spec.clone()).is_some_and(|before| before.name == spec.name);
             report.add(lost, format!("device {}", spec.name));
             return Ok(Some(device));
@@ -176,9 +186,30 @@ impl Datapath {
         self.slow.as_ref().map(|rung| rung.ifindex)
     }
 
-    /// What both paths have counted since this value was made. Fails when the kernel's map cannot be read.
-    pub fn counters(&self) -> Result<PathCounters> {
-        Ok(PathCounters { fast: self.fast.counters()?, slow: self.counters.read() })
+    /// What both paths and the kernel's queues have counted since this value was made. Fails when the kernel's map or statistics
+    /// cannot be read.
+    pub async fn counters(&self) -> Result<PathCounters> {
+        self.observe_device().await?;
+        self.sockets.iter().try_for_each(|socket| socket.count_losses())?;
+        let device = self.device_losses.total();
+        let kernel = KernelDrops {
+            device_queue_full: device.sent,
+            // The device counts the agent's packets that it refused as well; the agent has counted them as `device_failed`.
+            delivery_refused: device.received.saturating_sub(self.counters.refused()),
+            socket_buffer_full: self.socket_losses.total(),
+        };
+        Ok(PathCounters { fast: self.fast.counters()?, slow: self.counters.read(), kernel })
+    }
+
+    /// Reads what the overlay device dropped. A device that another program removes takes with it what it dropped since the last
+    /// reading. Fails when the kernel does not say.
+    pub(crate) async fn observe_device(&self) -> Result<()> {
+        if let Some(index) = self.overlay_ifindex()
+            && let Some(drops) = self.netlink.drops(index).await?
+        {
+            self.device_losses.observe(index, drops);
+        }
+        Ok(())
     }
 
     /// Detaches the programs, stops the threads and removes the overlay device, in this order: nothing may redirect to a

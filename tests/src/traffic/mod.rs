@@ -1,5 +1,6 @@
 //! Traffic between two namespaces: verified transfers, and rates.
 
+pub mod checksum;
 pub mod payload;
 pub mod ping;
 pub mod rate;

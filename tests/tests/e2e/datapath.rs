@@ -1,6 +1,10 @@
 //! A datapath reconciled with one desired state after another: what it leaves alone, makes and repairs.
 
-use std::{net::Ipv4Addr, sync::Arc};
+use std::{
+    net::{Ipv4Addr, UdpSocket},
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::{
@@ -23,7 +27,7 @@ use overlay_tests::{
     topology::{PodOffload, Side, Topology, UPLINK, Underlay},
     traffic::ping::ping,
 };
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::sleep};
 
 use crate::{firewall::inside, foreign::attach_xdp, machine::Need, suite::Suite};
 
@@ -35,6 +39,7 @@ pub(crate) fn register(suite: &mut Suite) {
     suite.add("datapath::foreign_changes_are_repaired_and_reported", BOTH, repairs);
     suite.add("datapath::foreign_detached_filter_is_attached_again", BOTH, detached_filter);
     suite.add("datapath::recreated_devices_get_programs_again", BOTH, recreated);
+    suite.add("datapath::datagrams_in_a_replaced_socket_are_delivered", &[Need::Tun], replaced_socket);
     suite.add("datapath::refused_explicit_request_leaves_nothing_attached", BOTH, refused);
 }
 
@@ -106,9 +111,9 @@ impl<'a> Host<'a> {
     }
 
     /// Sends packets to the peer's subnet.
-    fn send(&self) -> Result<u64> {
+    async fn send(&self) -> Result<u64> {
         ping(self.netns, "10.244.2.0".parse()?, 3)?;
-        let counters = self.datapath.counters()?;
+        let counters = self.datapath.counters().await?;
         Ok(counters.fast.egress_packets + counters.slow.egress_packets)
     }
 
@@ -159,7 +164,7 @@ fn changes(sandbox: &Arc<Sandbox>) -> Result<()> {
         ensure!(report.repaired.is_empty() && host.rungs() == [Rung::Tc; 2], "{report:?}");
         host.is_settled().await?;
         let (hooks, ifindex) = (host.hooks()?, host.datapath.overlay_ifindex());
-        let before = host.send()?;
+        let before = host.send().await?;
         ensure!(before > 0, "nothing was sent");
 
         let moved = Ipv4Addr::new(192, 168, 77, 11);
@@ -177,7 +182,7 @@ fn changes(sandbox: &Arc<Sandbox>) -> Result<()> {
         ensure!(a.host.tool("ip route show 10.244.0.0/16")?.contains("src 10.244.7.0"));
         let sockets = a.host.tool("ss -Hlun sport = 8285")?;
         ensure!(sockets.contains("192.168.77.11%eth0:8285") && sockets.lines().count() == 1, "{sockets}");
-        let after = host.send()?;
+        let after = host.send().await?;
         ensure!(after > before, "counters did not continue: {before}, then {after}");
 
         host.request = Request::Xdp;
@@ -197,13 +202,13 @@ fn changes(sandbox: &Arc<Sandbox>) -> Result<()> {
         host.log = true;
         host.reconcile().await?;
         host.is_settled().await?;
-        let after = host.send()?.max(after);
+        let after = host.send().await?.max(after);
         ensure!(host.hooks()? != hooks && host.rungs() == [Rung::Tc; 2], "{:?}", host.hooks()?);
 
         host.request = Request::Tun;
         host.reconcile().await?;
         ensure!(host.rungs() == [Rung::Tun; 2] && hook(UPLINK, TcAttachType::Ingress)?.1.is_empty());
-        let slow = host.send()?;
+        let slow = host.send().await?;
         ensure!(slow > after, "counters did not continue: {after}, then {slow}");
         host.datapath.remove().await?;
         ensure!(host.netlink.link(DEVICE).await?.is_none() && host.failures.try_recv().is_err());
@@ -249,7 +254,7 @@ fn repairs(sandbox: &Arc<Sandbox>) -> Result<()> {
         let mut config: Array<_, [u8; 32]> = Array::try_from(Map::Array(map("CONFIG")?))?;
         config.set(0, [0; 32], 0)?;
         host.repairs(&["configuration in the kernel's map"]).await?;
-        ensure!(host.send()? > 0, "nothing was sent");
+        ensure!(host.send().await? > 0, "nothing was sent");
         host.datapath.remove().await
     })?
 }
@@ -291,7 +296,7 @@ fn recreated(sandbox: &Arc<Sandbox>) -> Result<()> {
         ensure!(report.repaired.is_empty(), "{report:?}");
         let [same, ingress] = host.hooks()?;
         ensure!(same == egress && ingress.1.len() == 1, "{same:?} {ingress:?}");
-        let before = host.send()?;
+        let before = host.send().await?;
         ensure!(before > 0, "nothing was sent");
 
         let index = host.datapath.overlay_ifindex();
@@ -301,8 +306,40 @@ fn recreated(sandbox: &Arc<Sandbox>) -> Result<()> {
         let report = host.reconcile().await?;
         ensure!(report.repaired == ["device ovl0"], "{report:?}");
         ensure!(host.datapath.overlay_ifindex() != index && host.hooks()?[1] == ingress, "{report:?}");
-        ensure!(host.send()? > before, "counters did not continue");
+        ensure!(host.send().await? > before, "counters did not continue");
         host.datapath.remove().await
+    })?
+}
+
+/// The socket's address changes while datagrams wait in it.
+fn replaced_socket(sandbox: &Arc<Sandbox>) -> Result<()> {
+    /// More than the agent delivers until the socket is replaced, less than the socket takes.
+    const COUNT: u64 = 5000;
+    /// An empty datagram from container A to container B.
+    const INNER: [u8; 28] =
+        [0x45, 0, 0, 28, 0, 0, 0, 0, 64, 17, 0, 0, 10, 244, 1, 2, 10, 244, 2, 2, 0, 9, 0, 9, 0, 8, 0, 0];
+    let Topology { a, b } = &Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
+    let sender = a.host.run(|| UdpSocket::bind((a.underlay, 0)))??;
+    let moved = Ipv4Addr::new(192, 168, 77, 12);
+    b.host.tool(&format!("ip address add {moved}/24 dev {UPLINK}"))?;
+    inside(&b.host, async {
+        let mut host = Host::new(b, a, Request::Tun)?;
+        host.reconcile().await?;
+        for _ in 0..COUNT {
+            sender.send_to(&INNER, (b.underlay, host.spec.alias.port))?;
+        }
+        host.local_ip = moved;
+        host.reconcile().await?;
+        let mut delivered = 0;
+        for _ in 0..200 {
+            delivered = host.datapath.counters().await?.slow.ingress_packets;
+            if delivered == COUNT {
+                return host.datapath.remove().await;
+            }
+            sleep(Duration::from_millis(20)).await;
+        }
+        let counters = host.datapath.counters().await?;
+        bail!("{delivered} of {COUNT} datagrams were delivered: {counters:?}")
     })?
 }
 

@@ -15,6 +15,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use overlay_tests::{
     agent::{DEVICE, Rung, Site},
+    balance::flood_both_ways,
     pair::{Pair, Store},
     report::Counters,
     sandbox::Sandbox,
@@ -25,6 +26,8 @@ use serde_json::Value;
 
 use crate::{frames, machine::Need, matrix::needs, snapshot::Snapshot, suite::Suite};
 
+/// Datagrams of which each arrives or is in a counter.
+const DATAGRAMS: u64 = 5000;
 /// Longest frame that the underlay's MTU lets through.
 const LONGEST_FRAME: usize = 1514;
 /// The peers of the golden vectors beside host B, in the order of their subnets' names.
@@ -79,6 +82,7 @@ fn device_vanishes(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
         side.host.tool(&format!("ip link delete {DEVICE}"))?;
     }
     recovers(&pair, Duration::from_secs(10))?;
+    flood_both_ways(&pair, DATAGRAMS)?;
     ensure!(pair.a.is_running()? && pair.b.is_running()?, "an agent ended");
     let status = pair.a.status()?;
     ensure!(status.ingress.rung == rung.name(), "the agent came back with {:?} in", status.ingress);
@@ -176,7 +180,17 @@ fn second_network_comes_and_goes(sandbox: &Arc<Sandbox>, topology: &Topology) ->
 /// Both ends of the underlay go and come back under the same names, with other indices.
 fn underlay_recreated(sandbox: &Arc<Sandbox>) -> Result<()> {
     let pair = pair(sandbox, Rung::Tc)?;
-    let (a, b) = (&pair.topology.a, &pair.topology.b);
+    recreate_underlay(&pair.topology)?;
+    recovers(&pair, Duration::from_secs(20))?;
+    flood_both_ways(&pair, DATAGRAMS)?;
+    let status = pair.a.status()?;
+    ensure!(status.ingress.rung == Rung::Tc.name(), "the agent came back with {:?} in", status.ingress);
+    Ok(())
+}
+
+/// Replaces both ends of the underlay by others with the same names.
+pub(crate) fn recreate_underlay(topology: &Topology) -> Result<()> {
+    let (a, b) = (&topology.a, &topology.b);
     a.host.tool("ip link delete eth0")?;
     // Another device takes the free index.
     for side in [a, b] {
@@ -187,9 +201,6 @@ fn underlay_recreated(sandbox: &Arc<Sandbox>) -> Result<()> {
         side.host.tool(&format!("ip address add {}/24 dev eth0", side.underlay))?;
         side.host.tool("ip link set eth0 up")?;
     }
-    recovers(&pair, Duration::from_secs(20))?;
-    let status = pair.a.status()?;
-    ensure!(status.ingress.rung == Rung::Tc.name(), "the agent came back with {:?} in", status.ingress);
     Ok(())
 }
 
@@ -266,7 +277,8 @@ fn malformed_frames(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
     let counted = grown(&before.drops, &after.drops);
     ensure!(counted == expected, "drops counted: {counted:?}, expected: {expected:?}");
     ensure!(carried(&after) > carried(&before), "no valid frame was carried");
-    recovers(&pair, Duration::ZERO)
+    recovers(&pair, Duration::ZERO)?;
+    flood_both_ways(&pair, DATAGRAMS)
 }
 
 /// A namespace entered alone has the machine's /sys, so the address comes from `ip`.

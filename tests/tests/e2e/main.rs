@@ -3,6 +3,7 @@
 //! One binary, one topology per test, one test at a time: they share two CPUs, and rates and losses count.
 
 mod addressing;
+mod checksums;
 mod comparison;
 mod datapath;
 mod etcd;
@@ -15,6 +16,7 @@ mod frames;
 mod guard;
 mod icmp;
 mod lifecycle;
+mod losses;
 mod machine;
 mod matrix;
 mod node;
@@ -50,6 +52,8 @@ fn main() -> ExitCode {
     addressing::register(&mut suite);
     matrix::register(&mut suite);
     traps::register(&mut suite);
+    checksums::register(&mut suite);
+    losses::register(&mut suite);
     lifecycle::register(&mut suite);
     etcd::register(&mut suite);
     faults::register(&mut suite);

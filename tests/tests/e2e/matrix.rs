@@ -1,10 +1,11 @@
-//! Every mix of rungs on both kinds of underlay passes every check, drops nothing and takes the expected path.
+//! Every mix of rungs on both kinds of underlay passes every check, drops nothing, takes the expected path and counts every loss.
 
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use overlay_tests::{
     agent::Rung,
+    balance::flood_both_ways,
     pair::{Pair, check_counters},
     sandbox::Sandbox,
     topology::{PodOffload, Topology, Underlay},
@@ -14,9 +15,11 @@ use overlay_tests::{
 use crate::{machine::Need, suite::Suite};
 
 const TCP_BYTES: u64 = 32 << 20;
+/// Datagrams of which each arrives or is in a counter.
+const DATAGRAMS: u64 = 5000;
 
 /// Every mix in one order, because all checks send both ways.
-const PAIRS: [(Rung, Rung); 6] = [
+pub(crate) const PAIRS: [(Rung, Rung); 6] = [
     (Rung::Xdp, Rung::Xdp),
     (Rung::Tc, Rung::Tc),
     (Rung::Tun, Rung::Tun),
@@ -49,6 +52,7 @@ fn every_check(sandbox: &Arc<Sandbox>, rung_a: Rung, rung_b: Rung, underlay: Und
     let [a, b] = pair.counters()?;
     check_counters(&a, rung_a, rung_b, "A")?;
     check_counters(&b, rung_b, rung_a, "B")?;
+    flood_both_ways(&pair, DATAGRAMS).with_context(|| diagnosis(&pair, "flood"))?;
     let Pair { a, b, topology: _topology, .. } = pair;
     a.stop()?;
     b.stop()

@@ -12,6 +12,8 @@ pub(crate) struct SlowCounters {
     ingress_packets: AtomicU64,
     ingress_bytes: AtomicU64,
     drops: [AtomicU64; DropReason::COUNT],
+    /// Of [`DropReason::DeviceFailed`], those that the device has in its statistics, too.
+    refused: AtomicU64,
 }
 
 impl SlowCounters {
@@ -29,6 +31,17 @@ impl SlowCounters {
         if let Some(counter) = self.drops.get(reason.index()) {
             counter.fetch_add(1, Relaxed);
         }
+    }
+
+    /// The device refused a packet and counted it.
+    pub(super) fn refused_by_device(&self) {
+        self.dropped(DropReason::DeviceFailed);
+        self.refused.fetch_add(1, Relaxed);
+    }
+
+    /// Packets that the device's statistics count as dropped, too.
+    pub(crate) fn refused(&self) -> u64 {
+        self.refused.load(Relaxed)
     }
 
     pub(crate) fn read(&self) -> Counters {

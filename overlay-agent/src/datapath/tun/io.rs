@@ -29,6 +29,9 @@ const LONGEST: usize = 65535;
 /// Packets moved before looking at the settings.
 const BUDGET: usize = 256;
 
+/// Times the budget that the last packets of a socket may take: its buffer holds about 11000 of them.
+const LAST_BUDGETS: usize = 64;
+
 /// Moves packets from the overlay device to peers until the rung stops.
 pub(super) fn egress(shared: &Shared) -> Result<()> {
     let mut raw = vec![0u8; VIRTIO_NET_HDR_LEN + LONGEST];
@@ -112,24 +115,34 @@ pub(super) fn ingress(shared: &Shared) -> Result<()> {
     let mut buffer = vec![0u8; VIRTIO_NET_HDR_LEN + LONGEST];
     let mut control = cmsg_space!(libc::c_int);
     let [_, wake] = &shared.wakes;
+    let mut settings = shared.settings.load_full();
     loop {
-        let settings = shared.settings.load_full();
         let sources: Vec<_> = settings.sockets.iter().map(|socket| socket.as_fd()).collect();
         let Some(ready) = wait(shared, wake, &sources)? else { return Ok(()) };
         for (socket, _) in settings.sockets.iter().zip(ready).filter(|(_, ready)| *ready) {
             receive(shared, &settings, socket, &mut buffer, &mut control)?;
         }
+        let next = shared.settings.load_full();
+        // What waits in a socket that was replaced would be lost with it, and in no counter.
+        for socket in settings.sockets.iter().filter(|socket| !next.sockets.contains(socket)) {
+            for _ in 0..LAST_BUDGETS {
+                if !receive(shared, &next, socket, &mut buffer, &mut control)? {
+                    break;
+                }
+            }
+        }
+        settings = next;
     }
 }
 
-/// Moves the packets that wait in one socket, up to the budget.
+/// Moves the packets that wait in one socket, up to the budget. Returns whether there may be more.
 fn receive(
     shared: &Shared,
     settings: &Settings,
     socket: &Socket,
     buffer: &mut [u8],
     control: &mut [u8],
-) -> Result<()> {
+) -> Result<bool> {
     for _ in 0..BUDGET {
         let Some((header, payload)) = buffer.split_at_mut_checked(VIRTIO_NET_HDR_LEN) else {
             bail!("the receive buffer is too short");
@@ -146,7 +159,7 @@ fn receive(
                 }
                 (message.bytes, message.address, tos)
             }
-            Err(Errno::EAGAIN) => break,
+            Err(Errno::EAGAIN) => return Ok(false),
             // An ICMP error for a datagram sent earlier: those behind it are still there.
             Err(
                 Errno::EINTR
@@ -157,10 +170,9 @@ fn receive(
             ) => continue,
             Err(error) => return Err(error).context("receive from the UDP socket"),
         };
-        let (Some(from), Some(payload)) = (from, payload.get_mut(..len)) else {
-            continue;
-        };
-        let from = u32::from(from.ip()).to_be_bytes();
+        let payload = payload.get_mut(..len).unwrap_or_default();
+        // No peer has the address of a datagram without one.
+        let from = from.map_or([0; 4], |from| u32::from(from.ip()).to_be_bytes());
         let decided = shell::ingress(payload, from, tos, &settings.config, &*shared.routes());
         if let Err(refusal) = decided {
             refuse(shared, settings, payload, refusal);
@@ -170,14 +182,19 @@ fn receive(
         let whole = buffer.get(..VIRTIO_NET_HDR_LEN + len).unwrap_or_default();
         match shared.device.send(whole) {
             Ok(_) => shared.counters.delivered(len),
-            // What a tun descriptor answers when its device was deleted.
-            Err(error) if error.raw_os_error() == Some(libc::EBADFD) => {
-                return Err(error).context("write to the overlay device: was it removed?");
-            }
-            Err(_) => shared.counters.dropped(DropReason::DeviceFailed),
+            Err(error) => match error.raw_os_error() {
+                // What a tun descriptor answers when its device was deleted.
+                Some(libc::EBADFD) => {
+                    shared.counters.dropped(DropReason::DeviceFailed);
+                    return Err(error).context("write to the overlay device: was it removed?");
+                }
+                // The kernel's tun_get_user counts no packet that it cannot describe to the stack, or that may be written again.
+                None | Some(libc::EINVAL | libc::EAGAIN) => shared.counters.dropped(DropReason::DeviceFailed),
+                Some(_) => shared.counters.refused_by_device(),
+            },
         }
     }
-    Ok(())
+    Ok(true)
 }
 
 /// Waits until a source is readable or there are new settings, and returns which sources are; `None` when it is time to stop.

@@ -3,21 +3,35 @@
 use std::{
     net::SocketAddrV4,
     os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering::Relaxed},
+    },
 };
 
 use anyhow::{Context as _, Result, bail};
 use nix::{
     errno::Errno,
-    sys::socket::{
-        AddressFamily, SockFlag, SockType, SockaddrIn, bind as bind_socket, setsockopt, socket, sockopt,
+    sys::{
+        socket::{
+            AddressFamily, SockFlag, SockType, SockaddrIn, bind as bind_socket, setsockopt, socket, sockopt,
+        },
+        stat::fstat,
     },
 };
 use rustix::net::sockopt::Ipv4PathMtuDiscovery;
+use tracing::warn;
 
-use crate::netlink::device_name;
+use crate::{datapath::losses::SocketLosses, netlink::device_name};
 
 /// Room for a burst of 1472-byte packets while the thread is not scheduled.
 const SOCKET_BUFFER: usize = 4 << 20;
+
+/// The UDP sockets of this thread's network namespace, with their lost datagrams in the last column (kernel doc
+/// Documentation/networking/proc_net_tcp.rst has the others).
+const UDP_SOCKETS: &str = "/proc/thread-self/net/udp";
+/// Columns in front of the socket's inode.
+const INODE_COLUMN: usize = 9;
 
 /// What a socket is bound to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +46,19 @@ pub(crate) struct Endpoint {
 pub(crate) struct Socket {
     pub(crate) endpoint: Endpoint,
     fd: OwnedFd,
+    inode: u64,
+    /// What the kernel has dropped and `losses` has.
+    counted: AtomicU32,
+    losses: Arc<SocketLosses>,
+}
+
+/// Counts what the kernel has dropped until now, at last.
+impl Drop for Socket {
+    fn drop(&mut self) {
+        if let Err(error) = self.count_losses() {
+            warn!("{error:#}");
+        }
+    }
 }
 
 impl PartialEq for Socket {
@@ -56,7 +83,7 @@ impl Socket {
     /// Opens the network's UDP socket. It takes datagrams that arrive on its device only: otherwise a container could send
     /// one with a peer's address to the host's, and be taken for that peer. Sockets of several devices, also of a device and
     /// its predecessor, may have one address.
-    pub(crate) fn bind(endpoint: Endpoint) -> Result<Self> {
+    pub(crate) fn bind(endpoint: Endpoint, losses: Arc<SocketLosses>) -> Result<Self> {
         let Endpoint { address, ifindex } = endpoint;
         let device = device_name(ifindex)?;
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
@@ -79,6 +106,41 @@ impl Socket {
         // known, so any host could shrink it (the eBPF rungs do not listen to it either).
         rustix::net::sockopt::set_ip_mtu_discover(&fd, Ipv4PathMtuDiscovery::PROBE)
             .context("set DF on datagrams")?;
-        Ok(Self { endpoint, fd })
+        let inode = fstat(&fd).context("identify the UDP socket")?.st_ino;
+        Ok(Self { endpoint, fd, inode, counted: AtomicU32::new(0), losses })
+    }
+
+    /// Adds what the kernel has dropped since the last call to the losses. Fails when the kernel does not list the socket.
+    pub(crate) fn count_losses(&self) -> Result<()> {
+        let table = std::fs::read_to_string(UDP_SOCKETS).with_context(|| format!("read {UDP_SOCKETS}"))?;
+        let dropped = dropped(&table, self.inode)
+            .with_context(|| format!("{UDP_SOCKETS} lacks the socket {}", self.endpoint.address))?;
+        self.losses.add(dropped.wrapping_sub(self.counted.swap(dropped, Relaxed)));
+        Ok(())
+    }
+}
+
+/// The kernel's count of the datagrams that a socket has lost, in the table of all UDP sockets. It wraps.
+fn dropped(table: &str, inode: u64) -> Option<u32> {
+    table.lines().skip(1).find_map(|line| {
+        let mut fields = line.split_ascii_whitespace();
+        let is_it = fields.nth(INODE_COLUMN)?.parse() == Ok(inode);
+        fields.next_back().filter(|_| is_it)?.parse().ok()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_drops_of_a_socket_are_found_by_its_inode() {
+        // Linux 6.18.
+        let table = "   sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode ref pointer drops
+  332: 014DA8C0:205D 00000000:0000 07 00000000:00000000 00:00000000 00000000     0        0 19542 2 00000000c9dd82f2 4294967295
+ 2134: 3500007F:0035 00000000:0000 07 00000000:00000000 00:00000000 00000000   991        0 8285 2 00000000d32c0ae5 7";
+        assert_eq!(dropped(table, 19542), Some(u32::MAX));
+        assert_eq!(dropped(table, 8285), Some(7));
+        assert_eq!(dropped(table, 0), None);
     }
 }
