@@ -18,7 +18,7 @@ use super::{
     Options, StoreOption,
     change_log::ChangeLog,
     conditions::{Condition, Conditions},
-    next_hops::NextHopTable,
+    next_hops::{Happening, NextHopTable},
 };
 use crate::{
     datapath::{Choice, Datapath, Desired, UnderlayDevice},
@@ -92,7 +92,7 @@ impl Forwarding {
     /// Makes the datapath for the first time.
     /// Fails when a step fails; see [`Datapath::reconcile`].
     pub(super) async fn start(&mut self) -> Result<()> {
-        self.next_hops.listen();
+        self.next_hops.follow().await?;
         self.reconcile().await?;
         self.up = true;
         self.retry.succeeded(Instant::now());
@@ -166,7 +166,12 @@ impl Forwarding {
     pub(super) async fn on_due(&mut self, due: Due) {
         match due {
             Due::Reconcile => self.try_reconcile().await,
-            Due::Report(report) => self.on_icmp(report),
+            Due::Happening(Happening::Report(report)) => self.on_icmp(report),
+            Due::Happening(Happening::Policies(policies)) => {
+                let now = Instant::now().into_std();
+                let changes = self.next_hops.set_policies(policies, self.table.routes(), now);
+                self.apply_next_hops(&changes);
+            }
         }
     }
 
@@ -238,7 +243,7 @@ impl Forwarding {
         tokio::select! {
             () = sleep_until_some(retry_at) => Due::Reconcile,
             () = sleep_until_some(refresh_at), if retry_at.is_none() => Due::Reconcile,
-            report = self.next_hops.next_report() => Due::Report(report),
+            happening = self.next_hops.next() => Due::Happening(happening),
             Some(failure) = self.failures.recv() => {
                 error!("the datapath failed, setting it up again: {failure}");
                 self.up = false;
@@ -412,8 +417,8 @@ impl Forwarding {
 pub(super) enum Due {
     /// To reconcile.
     Reconcile,
-    /// To act on what ICMP says about an outer packet.
-    Report(Report),
+    /// To act on something.
+    Happening(Happening),
 }
 
 async fn sleep_until_some(at: Option<Instant>) {

@@ -4,12 +4,13 @@
 use std::{
     collections::BTreeSet,
     net::Ipv4Addr,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use overlay_ebpf::abi::NextHop;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
 use crate::{
@@ -18,6 +19,7 @@ use crate::{
     path::Paths,
     report,
     route::{NextHops, RouteChange, Routes, Subnet, diff},
+    xfrm::{self, Policies},
 };
 
 /// Time after which the kernel is asked about all peers again although nothing was seen to change: its cached path MTUs expire
@@ -26,12 +28,22 @@ const REFRESH_INTERVAL: Duration = Duration::from_secs(60);
 /// Share of the time that may be spent on asking: 1 in 10.
 const REFRESH_SHARE: u32 = 10;
 
+/// What changes next hops beside the store and the host's routes.
+pub(super) enum Happening {
+    /// ICMP says something about an outer packet.
+    Report(Report),
+    /// The host has other IPsec policies.
+    Policies(Arc<Policies>),
+}
+
 /// The next hops, and what they follow from.
 pub(super) struct NextHopTable {
     paths: Paths,
     hops: NextHops,
     /// What ICMP says about outer packets; `None` without the right to hear it.
     reports: Option<mpsc::Receiver<Report>>,
+    /// The host's IPsec policies; `None` when they cannot be read.
+    policies: Option<watch::Receiver<Arc<Policies>>>,
     /// Whether something has changed since the kernel was asked about all peers.
     stale: bool,
     /// When the kernel may be asked about all peers again, and when it should be.
@@ -46,29 +58,65 @@ impl NextHopTable {
             paths: Paths::new(local_ip, port)?,
             hops: NextHops::new(),
             reports: None,
+            policies: None,
             stale: true,
             refresh: None,
         })
     }
 
-    /// Begins to hear what ICMP says about outer packets.
-    pub(super) fn listen(&mut self) {
+    /// Begins to hear what ICMP says about outer packets, and to follow the host's IPsec policies.
+    /// Fails when the policies cannot be read: packets that they concern might leave in clear.
+    pub(super) async fn follow(&mut self) -> Result<()> {
+        let mut policies = xfrm::watch().await.context("follow the IPsec policies")?;
+        self.paths.policies = Arc::clone(&policies.borrow_and_update());
+        self.policies = Some(policies);
         let reports = icmp::listen();
         let reports = reports.inspect_err(|error| {
             warn!("neither the MTU of paths nor unreachable peers are learned from ICMP: {error:#}");
         });
         self.reports = reports.ok();
+        Ok(())
     }
 
-    /// The next report.
-    pub(super) async fn next_report(&mut self) -> Report {
-        match &mut self.reports {
-            Some(reports) => match reports.recv().await {
-                Some(report) => report,
-                None => std::future::pending().await,
-            },
-            None => std::future::pending().await,
+    /// What happens next outside of the store and the host's routes.
+    pub(super) async fn next(&mut self) -> Happening {
+        let Self { reports, policies, .. } = self;
+        let report = async {
+            match reports {
+                Some(reports) => reports.recv().await,
+                None => None,
+            }
+        };
+        let policies = async {
+            match policies {
+                Some(policies) => {
+                    policies.changed().await.ok().map(|()| Arc::clone(&policies.borrow_and_update()))
+                }
+                None => None,
+            }
+        };
+        tokio::select! {
+            Some(report) = report => Happening::Report(report),
+            Some(policies) = policies => Happening::Policies(policies),
+            else => std::future::pending().await,
         }
+    }
+
+    /// Follows the host's IPsec policies, and returns the next hops that differ.
+    pub(super) fn set_policies(
+        &mut self,
+        policies: Arc<Policies>,
+        routes: &Routes,
+        now: Instant,
+    ) -> Vec<RouteChange<NextHop>> {
+        self.paths.policies = policies;
+        let before = self.slow_routes();
+        let changes = self.recompute(routes, now);
+        info!(
+            "the IPsec policies have changed: {} routes take the slow path, {before} did before",
+            self.slow_routes()
+        );
+        changes
     }
 
     /// All next hops.

@@ -9,13 +9,18 @@ mod query;
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::Ipv4Addr,
+    sync::Arc,
     time::Instant,
 };
 
 use anyhow::Result;
 use overlay_ebpf::{abi::NextHop, wire::OVERHEAD};
 
-use crate::{netlink::Link, route::Peer};
+use crate::{
+    netlink::Link,
+    route::Peer,
+    xfrm::{Flow, Policies, Policy},
+};
 pub(crate) use learned::LOWEST;
 use learned::LearnedMtus;
 pub(crate) use query::{KernelRoute, RouteQuery};
@@ -31,6 +36,8 @@ pub(crate) struct Paths {
     kernel: BTreeMap<Ipv4Addr, KernelRoute>,
     learned: LearnedMtus,
     links: BTreeMap<u32, Link>,
+    /// What the host wants to be done with packets to and from peers.
+    pub(crate) policies: Arc<Policies>,
 }
 
 impl Paths {
@@ -43,6 +50,7 @@ impl Paths {
             kernel: BTreeMap::new(),
             learned: LearnedMtus::default(),
             links: BTreeMap::new(),
+            policies: Arc::default(),
         })
     }
 
@@ -75,14 +83,25 @@ impl Paths {
     /// The way to a peer.
     pub(crate) fn next_hop(&self, peer: Peer, now: Instant) -> NextHop {
         let learned = self.learned.mtu(peer.address, now);
-        next_hop(peer, self.kernel.get(&peer.address), &self.links, learned)
+        let mut hop = next_hop(peer, self.kernel.get(&peer.address), &self.links, learned);
+        if self.policy(&hop).is_some() {
+            hop.flags |= NextHop::SLOW_PATH;
+        }
+        hop
+    }
+
+    /// The IPsec policy that covers packets by this next hop.
+    fn policy(&self, hop: &NextHop) -> Option<&Policy> {
+        let (local, port, ifindex) = (self.local_ip, self.port, hop.ifindex);
+        self.policies.covering(&Flow { local, peer: hop.peer.into(), port, ifindex })
     }
 
     /// Why packets by this next hop take the slow path; `None` when they do not.
     pub(crate) fn why_slow(&self, hop: &NextHop) -> Option<String> {
-        hop.has(NextHop::SLOW_PATH).then(|| match self.links.get(&hop.ifindex) {
-            Some(link) => format!("{} is no Ethernet device", link.name),
-            None => "the device of the path is new".to_owned(),
+        hop.has(NextHop::SLOW_PATH).then(|| match (self.policy(hop), self.links.get(&hop.ifindex)) {
+            (Some(policy), _) => policy.to_string(),
+            (None, Some(link)) => format!("{} is no Ethernet device", link.name),
+            (None, None) => "the device of the path is new".to_owned(),
         })
     }
 

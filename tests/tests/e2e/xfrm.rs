@@ -13,9 +13,10 @@ use anyhow::{Context, Result, ensure};
 use nix::net::if_::if_nametoindex;
 use overlay_agent::xfrm::{Flow, Policies, Policy, list, watch};
 use overlay_tests::{
-    agent::Rung,
+    agent::{Agent, Rung},
     netns::Netns,
     pair::Pair,
+    report::Counters,
     sandbox::Sandbox,
     topology::{PodOffload, Side, Topology, UPLINK, Underlay},
     traffic::ping::ping,
@@ -43,7 +44,14 @@ pub(crate) fn register(suite: &mut Suite) {
     suite.add("xfrm::changes_of_policies_arrive_within_a_second", IPSEC, changes);
     suite.add("xfrm::thousands_of_policies_are_listed", IPSEC, thousands);
     suite.add("xfrm::reading_policies_needs_net_admin_alone", IPSEC, privileges);
-    suite.add("xfrm::the_tun_rung_obeys_policies", &[Need::Ipsec, Need::Tun], tun_rung);
+    for (rung, needs) in [
+        (Rung::Xdp, &[Need::Ipsec, Need::Tun, Need::Ebpf][..]),
+        (Rung::Tc, &[Need::Ipsec, Need::Tun, Need::Ebpf]),
+        (Rung::Tun, &[Need::Ipsec, Need::Tun]),
+    ] {
+        let name = format!("xfrm::policies_are_obeyed_on_{}", rung.name());
+        suite.add(name, needs, move |sandbox| obeys(sandbox, rung));
+    }
 }
 
 fn host(sandbox: &Arc<Sandbox>) -> Result<Arc<Netns>> {
@@ -282,26 +290,53 @@ fn privileges(sandbox: &Arc<Sandbox>) -> Result<()> {
     Ok(())
 }
 
-/// The slow path is right where the fast path has no way to be.
-fn tun_rung(sandbox: &Arc<Sandbox>) -> Result<()> {
+/// Peers that a policy covers are left to the slow path, whose socket obeys it, while it is there.
+fn obeys(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
     let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
-    let pair = Pair::start(sandbox, topology, Rung::Tun, Rung::Tun)?;
+    let pair = Pair::start(sandbox, topology, rung, rung)?;
     let Topology { a, b } = &pair.topology;
     let answered = || Ok(ping(&a.pod, b.pod_address, 2)?.received > 0);
     let failed =
         || Ok::<_, anyhow::Error>(pair.a.counters()?.wrong_drops().get("send_failed").copied().unwrap_or(0));
+    let is_slow = |agent: &Agent, what: &str, reason: Option<&str>| {
+        agent.wait_for_routes(what, |routes| {
+            let why = routes.routes.iter().map(|route| route.slow_path.as_deref().unwrap_or_default());
+            why.into_iter().all(|why| reason.map_or(why.is_empty(), |reason| why.contains(reason)))
+        })
+    };
     wait_until("the pods reach each other", answered)?;
     a.host.tool("ip xfrm policy add proto udp dport 8285 dir out action block")?;
+    is_slow(&pair.a, "the policy", Some("the IPsec policy out src"))?;
     let before = failed()?;
     ensure!(!answered()? && failed()? >= before + 2, "packets pass, or are not counted as send_failed");
+    if rung.is_fast() {
+        let status = pair.a.text("status")?;
+        ensure!(status.contains("1 on the slow path"), "{status}");
+        ensure!(pair.a.counters()?.punts.get("slow_peer").is_some_and(|count| *count >= 2), "no punts");
+    }
     a.host.tool("ip xfrm policy flush")?;
+    is_slow(&pair.a, "no policy", None)?;
+    let fast = || Ok::<_, anyhow::Error>(pair.a.counters()?.traffic.egress_fast_packets);
+    let before = fast()?;
     wait_until("the pods reach each other again", answered)?;
+    ensure!((fast()? > before) == rung.is_fast(), "the fast path is not used again");
+    // A policy that requires encryption, which has no state yet: nothing may leave in clear.
+    a.host.tool(&format!("ip xfrm policy add src {A} dst {B} dir out {TEMPLATE}"))?;
+    is_slow(&pair.a, "the policy", Some("the IPsec policy out src"))?;
+    let arrived =
+        |counters: &Counters| counters.traffic.ingress_slow_packets + counters.traffic.ingress_fast_packets;
+    let before = arrived(&pair.b.counters()?);
+    ensure!(!answered()? && arrived(&pair.b.counters()?) == before, "packets leave in clear");
+    a.host.tool("ip xfrm policy flush")?;
+    is_slow(&pair.a, "no policy", None)?;
     b.host.tool("ip xfrm policy add proto udp dport 8285 dir in action block")?;
+    is_slow(&pair.b, "the policy", Some("the IPsec policy in src"))?;
     let before = pair.counters()?;
     ensure!(!answered()?, "packets are accepted");
     let after = pair.counters()?;
-    let received = |counters: &overlay_tests::report::Counters| counters.traffic.ingress_slow_packets;
-    ensure!(received(&before[1]) == received(&after[1]), "host B decapsulates blocked packets");
-    ensure!(after[1].wrong_drops().is_empty(), "the agent sees what the kernel drops: {:?}", after[1].drops);
+    ensure!(arrived(&before[1]) == arrived(&after[1]), "host B decapsulates blocked packets");
+    let drops: Vec<_> =
+        after[1].wrong_drops().into_keys().filter(|name| *name != "socket_buffer_full").collect();
+    ensure!(drops.is_empty(), "the agent sees what the kernel drops: {:?}", after[1].drops);
     Ok(())
 }
