@@ -1,4 +1,4 @@
-//! Notices that another program has changed devices, addresses or routes of this host.
+//! Notices that another program has changed devices, addresses, routes or rules of this host.
 //!
 //! A message only triggers a check of the whole state, so lost and repeated messages do no harm: the periodic check follows.
 
@@ -19,8 +19,8 @@ const PAUSE: Duration = Duration::from_millis(400);
 /// Pause before another attempt to subscribe.
 const RETRY: Duration = Duration::from_secs(1);
 
-const GROUPS: [MulticastGroup; 3] =
-    [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv4Route];
+const GROUPS: [MulticastGroup; 4] =
+    [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv4Route, MulticastGroup::Ipv4Rule];
 
 /// Sends a message after changes, in a task that ends when the receiver is dropped.
 /// Fails when the kernel refuses a socket.

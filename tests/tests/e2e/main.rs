@@ -24,6 +24,7 @@ mod subnet_file;
 mod suite;
 mod traps;
 mod underlay;
+mod unrepairable;
 mod wait;
 
 use std::process::ExitCode;
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
     privileges::register(&mut suite);
     subnet_file::register(&mut suite);
     underlay::register(&mut suite);
+    unrepairable::register(&mut suite);
     datapath::register(&mut suite);
     firewall::register(&mut suite);
     guard::register(&mut suite);
