@@ -22,13 +22,13 @@ pub struct DeviceAlias {
     pub network: Ipv4Net,
     /// UDP port of the network.
     pub port: u16,
-    /// Name of the underlay device.
-    pub underlay: String,
+    /// Names of the devices that carry outer packets, at least one.
+    pub underlays: Vec<String>,
 }
 
 impl std::fmt::Display for DeviceAlias {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{ALIAS} {} {} {}", self.network, self.port, self.underlay)
+        write!(f, "{ALIAS} {} {} {}", self.network, self.port, self.underlays.join(","))
     }
 }
 
@@ -36,8 +36,9 @@ impl DeviceAlias {
     /// Reads an alias; `None` when it is not one of ours.
     pub(crate) fn parse(alias: &str) -> Option<Self> {
         let mut words = alias.strip_prefix(ALIAS)?.split_whitespace();
-        let (network, port, underlay) = (words.next()?, words.next()?, words.next()?);
-        Some(Self { network: network.parse().ok()?, port: port.parse().ok()?, underlay: underlay.to_owned() })
+        let (network, port, underlays) = (words.next()?, words.next()?, words.next()?);
+        let underlays = underlays.split(',').map(str::to_owned).collect();
+        Some(Self { network: network.parse().ok()?, port: port.parse().ok()?, underlays })
     }
 }
 
@@ -256,7 +257,8 @@ mod tests {
     #[test]
     fn an_alias_shows_that_an_agent_made_the_device() {
         let network = "10.244.0.0/16".parse().unwrap();
-        let alias = DeviceAlias { network, port: 8285, underlay: "eth0".to_owned() };
+        let underlays = vec!["eth0".to_owned(), "eth1".to_owned()];
+        let alias = DeviceAlias { network, port: 8285, underlays };
         assert_eq!(DeviceAlias::parse(&alias.to_string()), Some(alias));
         assert_eq!(DeviceAlias::parse("my own tunnel"), None);
         assert_eq!(DeviceAlias::parse("overlay-agent"), None);
@@ -292,6 +294,8 @@ mod tests {
             mac: None,
             kind: Some(kind.to_owned()),
             alias: None,
+            lower: None,
+            controller: None,
         };
         assert!(foreign(&link("tun", false), false).contains("ip link delete dev7"));
         // A physical device has no kind; a tap device is of kind tun and carries Ethernet.

@@ -4,6 +4,7 @@
 use std::net::Ipv4Addr;
 
 use ipnet::{Ipv4Net, Ipv6Net};
+use serde::Deserialize;
 
 use crate::{
     printable::{LONGEST_NAME, printable},
@@ -23,6 +24,9 @@ pub struct LeaseValue {
     pub public_ip: Ipv4Addr,
     /// flannel's backend type, its first 64 characters; `None` for the udp backend, which writes none.
     pub backend_type: Option<String>,
+    /// Whether the host takes unfinished packets: super-packets, and checksums that its kernel has to complete. Records of this
+    /// agent say so in `BackendData`, which flannel's udp backend neither reads nor writes.
+    pub takes_unfinished: bool,
 }
 
 /// A lease record.
@@ -86,7 +90,9 @@ impl Kind for Lease {
             .get::<String>("BackendType")
             .map(|kind| printable(&kind, LONGEST_NAME).to_ascii_lowercase())
             .filter(|kind| !kind.is_empty() && kind != "udp");
-        Ok(LeaseValue { public_ip, backend_type })
+        let takes_unfinished =
+            record.get::<BackendData>("BackendData").is_some_and(|data| data.takes_unfinished);
+        Ok(LeaseValue { public_ip, backend_type, takes_unfinished })
     }
 }
 
@@ -95,9 +101,18 @@ pub fn key(subnet: Subnet) -> String {
     format!("{}-{}", subnet.base(), subnet.prefix().prefix_len())
 }
 
-/// The value that a host writes, byte for byte as flannel's udp backend does.
+/// The value that a host writes: as flannel's udp backend does, with `BackendData` in addition.
 pub fn value(public_ip: Ipv4Addr) -> String {
-    format!(r#"{{"PublicIP":"{public_ip}","PublicIPv6":null}}"#)
+    format!(
+        r#"{{"PublicIP":"{public_ip}","PublicIPv6":null,"BackendData":{{"TakesUnfinishedPackets":true}}}}"#
+    )
+}
+
+/// What this agent's records say about their host.
+#[derive(Default, Deserialize)]
+struct BackendData {
+    #[serde(default, rename = "TakesUnfinishedPackets")]
+    takes_unfinished: bool,
 }
 
 /// Whether an address can be a host's.
@@ -133,7 +148,7 @@ mod tests {
             let [key, value] = ["key", "value"].map(|name| vector[name].as_str().unwrap());
             let record = LeaseRecord::parse(key, value.as_bytes(), crate::store::Version::default());
             let subnet = record.id.unwrap();
-            let meaning = record.value.ok().map(|LeaseValue { public_ip, backend_type }| {
+            let meaning = record.value.ok().map(|LeaseValue { public_ip, backend_type, .. }| {
                 json!({ "subnet": subnet, "public_ip": public_ip, "backend_type": backend_type })
             });
             assert_eq!(meaning.unwrap_or_default(), vector["lease"], "{}", vector["what"]);
@@ -141,11 +156,23 @@ mod tests {
     }
 
     #[test]
-    fn a_written_record_is_flannels_byte_for_byte() {
+    fn a_written_record_is_flannels_with_a_note_for_our_own_agents() {
         assert_eq!(key("10.5.34.0/24".parse().unwrap()), "10.5.34.0-24");
         let host = Ipv4Addr::new(1, 2, 3, 4);
-        assert_eq!(value(host), r#"{"PublicIP":"1.2.3.4","PublicIPv6":null}"#);
-        assert_eq!(Lease::parse_value(value(host).as_bytes()).unwrap().public_ip, host);
+        let flannels = r#"{"PublicIP":"1.2.3.4","PublicIPv6":null"#;
+        assert!(value(host).starts_with(flannels) && serde_json::from_str::<Value>(&value(host)).is_ok());
+        let parse = |value: &str| Lease::parse_value(value.as_bytes()).unwrap();
+        assert_eq!((parse(&value(host)).public_ip, parse(&value(host)).takes_unfinished), (host, true));
+        for (data, takes) in [
+            ("", false),
+            (r#","BackendData":null"#, false),
+            (r#","BackendData":{"VtepMAC":"02:00:00:00:00:01"}"#, false),
+            (r#","BackendData":"junk""#, false),
+            (r#","BackendData":{"TakesUnfinishedPackets":false}"#, false),
+            (r#","BackendData":{"TakesUnfinishedPackets":true,"More":1}"#, true),
+        ] {
+            assert_eq!(parse(&format!("{flannels}{data}}}")).takes_unfinished, takes, "{data}");
+        }
     }
 
     #[test]

@@ -71,6 +71,10 @@ pub struct Link {
     pub kind: Option<String>,
     /// Its alias (`ip link set alias`).
     pub alias: Option<String>,
+    /// Index of the device below it, of a VLAN for instance; of a veth, its other end, perhaps in another namespace.
+    pub lower: Option<u32>,
+    /// Index of the bridge or bond that it is a port of.
+    pub controller: Option<u32>,
 }
 
 /// A route of the main table.
@@ -344,6 +348,8 @@ fn link(message: &LinkMessage) -> Option<Link> {
             .flatten(),
         kind: info.and_then(|info| attribute!(info, LinkInfo::Kind(kind) => kind.to_string())),
         alias: attribute!(attributes, LinkAttribute::IfAlias(alias) => alias.clone()),
+        lower: attribute!(attributes, LinkAttribute::Link(index) => *index),
+        controller: attribute!(attributes, LinkAttribute::Controller(index) => *index),
     })
 }
 

@@ -27,8 +27,12 @@ pub(crate) struct Status {
     pub(crate) port: Option<u16>,
     /// The overlay device.
     pub(crate) device: Option<Device>,
-    /// The device that carries outer packets.
+    /// The device with this host's underlay address.
     pub(crate) underlay: Option<Device>,
+    /// Other devices through which peers are reached.
+    pub(crate) other_underlays: Vec<Device>,
+    /// Routes whose packets take the slow path for a reason of their peer, which `overlay-agent routes` names.
+    pub(crate) slow_routes: usize,
     /// Rung of inner packets that leave this host.
     pub(crate) egress: Option<Choice>,
     /// Rung of outer packets that arrive.
@@ -85,6 +89,12 @@ pub(crate) struct Route {
     pub(crate) subnet: Subnet,
     /// The peer's underlay address.
     pub(crate) peer: Ipv4Addr,
+    /// The device through which the kernel reaches the peer; `null` when it has no route.
+    pub(crate) device: Option<String>,
+    /// Largest inner packet in bytes that the path carries; `null` without a device.
+    pub(crate) mtu: Option<u16>,
+    /// Why packets take the slow path; `null` when they do not.
+    pub(crate) slow_path: Option<String>,
 }
 
 /// Counters since the agent started. A super-packet of many segments counts once.

@@ -6,7 +6,7 @@
 use std::{collections::BTreeMap, fmt, net::Ipv4Addr, str::FromStr};
 
 use ipnet::Ipv4Net;
-use overlay_ebpf::abi::Prefix;
+use overlay_ebpf::abi::{NextHop, Prefix};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -120,11 +120,14 @@ pub struct LocalNode {
 pub struct Peer {
     /// Its underlay address.
     pub address: Ipv4Addr,
+    /// Whether it takes unfinished packets: super-packets, and checksums that its kernel has to complete. Hosts that run this agent
+    /// do; flanneld hands them to its containers as they are.
+    pub takes_unfinished: bool,
 }
 
 impl From<Ipv4Addr> for Peer {
     fn from(address: Ipv4Addr) -> Self {
-        Self { address }
+        Self { address, takes_unfinished: false }
     }
 }
 
@@ -134,48 +137,59 @@ impl fmt::Display for Peer {
     }
 }
 
-/// Where packets for one subnet go.
+/// Where packets for one subnet go: to a peer, or, in the datapath, by a [`NextHop`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Route {
+pub struct Route<T = Peer> {
     /// The destination.
     pub subnet: Subnet,
-    /// The host that holds it.
-    pub peer: Peer,
+    /// Where its packets go.
+    pub via: T,
 }
 
 /// All routes of a host, in order of their subnets.
-pub type Routes = BTreeMap<Subnet, Peer>;
+pub type Routes<T = Peer> = BTreeMap<Subnet, T>;
+
+/// All routes as the datapath has them.
+pub type NextHops = Routes<NextHop>;
 
 /// One step from one set of routes to another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RouteChange {
-    /// The subnet is new or has another peer.
-    Set(Route),
+pub enum RouteChange<T = Peer> {
+    /// The subnet is new, or its packets go elsewhere.
+    Set(Route<T>),
     /// No peer holds the subnet any more.
     Remove(Subnet),
 }
 
-impl RouteChange {
-    /// The step that makes `peer` the holder of `subnet`.
-    pub fn set(subnet: Subnet, peer: Peer) -> Self {
-        Self::Set(Route { subnet, peer })
+impl<T> RouteChange<T> {
+    /// The step after which packets for `subnet` go to `via`.
+    pub fn set(subnet: Subnet, via: T) -> Self {
+        Self::Set(Route { subnet, via })
     }
 
     /// Makes this step in `routes`.
-    pub fn make_in(self, routes: &mut Routes) {
+    pub fn make_in(self, routes: &mut Routes<T>) {
         match self {
-            Self::Set(Route { subnet, peer }) => drop(routes.insert(subnet, peer)),
+            Self::Set(Route { subnet, via }) => drop(routes.insert(subnet, via)),
             Self::Remove(subnet) => drop(routes.remove(&subnet)),
+        }
+    }
+
+    /// The same step with what `via` makes of the destination.
+    pub fn map<U>(self, via: impl FnOnce(T) -> U) -> RouteChange<U> {
+        match self {
+            Self::Set(route) => RouteChange::set(route.subnet, via(route.via)),
+            Self::Remove(subnet) => RouteChange::Remove(subnet),
         }
     }
 }
 
 /// The steps from `current` to `desired`: additions first, so that no destination is unreachable in between.
-pub fn diff(current: &Routes, desired: &Routes) -> Vec<RouteChange> {
+pub fn diff<T: Copy + PartialEq>(current: &Routes<T>, desired: &Routes<T>) -> Vec<RouteChange<T>> {
     let set = desired
         .iter()
-        .filter(|(subnet, peer)| current.get(subnet) != Some(peer))
-        .map(|(subnet, peer)| RouteChange::set(*subnet, *peer));
+        .filter(|(subnet, via)| current.get(subnet) != Some(via))
+        .map(|(subnet, via)| RouteChange::set(*subnet, *via));
     let removed = current.keys().filter(|subnet| !desired.contains_key(subnet));
     set.chain(removed.map(|subnet| RouteChange::Remove(*subnet))).collect()
 }
@@ -184,8 +198,8 @@ pub fn diff(current: &Routes, desired: &Routes) -> Vec<RouteChange> {
 mod tests {
     use super::*;
 
-    const PEER: Peer = Peer { address: Ipv4Addr::new(192, 168, 77, 2) };
-    const OTHER: Peer = Peer { address: Ipv4Addr::new(192, 168, 77, 3) };
+    const PEER: Peer = Peer { address: Ipv4Addr::new(192, 168, 77, 2), takes_unfinished: true };
+    const OTHER: Peer = Peer { address: Ipv4Addr::new(192, 168, 77, 3), takes_unfinished: true };
 
     fn subnet(text: &str) -> Subnet {
         text.parse().unwrap()

@@ -4,13 +4,15 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::reason::{DropReason, PuntReason};
 
+pub use crate::source::SourceCheck;
+
 /// Most routes that the kernel's map holds. A /16 network with /24 leases needs 256; flannel's smallest subnets (/30) in
 /// a /14 would need 65536.
 pub const MAX_ROUTES: u32 = 65536;
 
 /// Version of everything in this file. Increment it when the layout or the meaning of a map's key or value, or of the mark of
 /// XDP, changes: agents and programs of different versions must not share maps. It is part of the path of pinned objects.
-pub const ABI_VERSION: u16 = 2;
+pub const ABI_VERSION: u16 = 3;
 
 /// Most devices that carry outer packets.
 pub const MAX_UNDERLAYS: u32 = 64;
@@ -64,17 +66,64 @@ pub struct Config {
     pub subnet: Prefix,
     /// UDP port of the network, host byte order.
     pub port: u16,
-    reserved: u16,
-    /// Device that carries the outer packets.
-    pub underlay_ifindex: u32,
+    /// How the outer TOS follows from the inner one.
+    pub tos: TosRule,
     /// The overlay device.
     pub overlay_ifindex: u32,
+    source_check: u8,
+    reserved: [u8; 3],
+}
+
+/// The outer TOS: the inner one's bits that the mask keeps, and fixed ones. ECN is always copied (RFC 6040).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct TosRule {
+    mask: u8,
+    fixed: u8,
+}
+
+impl TosRule {
+    /// The outer DSCP is the inner one (RFC 2983, uniform model).
+    pub const COPY: Self = Self { mask: 0xff, fixed: 0 };
+
+    /// The outer DSCP is always this one (RFC 2983, pipe model); its lower six bits count.
+    pub fn fixed(dscp: u8) -> Self {
+        Self { mask: 0b11, fixed: dscp << 2 }
+    }
+
+    /// The outer TOS of a packet with this inner TOS.
+    #[inline(always)]
+    pub fn outer(self, inner: u8) -> u8 {
+        (inner & self.mask) | self.fixed
+    }
+}
+
+impl Default for TosRule {
+    fn default() -> Self {
+        Self::COPY
+    }
 }
 
 impl Config {
     /// The configuration of one host in one network.
     pub fn new(public_ip: [u8; 4], network: Prefix, subnet: Prefix, port: u16) -> Self {
-        Self { public_ip, network, subnet, port, reserved: 0, underlay_ifindex: 0, overlay_ifindex: 0 }
+        let tos = TosRule::COPY;
+        Self { public_ip, network, subnet, port, tos, overlay_ifindex: 0, source_check: 0, reserved: [0; 3] }
+    }
+
+    /// The same configuration with another rule for the outer TOS and another source check.
+    pub fn with_policy(self, tos: TosRule, source_check: SourceCheck) -> Self {
+        Self { tos, source_check: source_check as u8, ..self }
+    }
+
+    /// How sources are checked; an unknown value is the strictest.
+    #[inline(always)]
+    pub fn source_check(&self) -> SourceCheck {
+        match self.source_check {
+            value if value == SourceCheck::Loose as u8 => SourceCheck::Loose,
+            value if value == SourceCheck::Off as u8 => SourceCheck::Off,
+            _ => SourceCheck::Strict,
+        }
     }
 
     /// The mark of this network's XDP program.
@@ -87,19 +136,40 @@ impl Config {
         }
     }
 
-    /// The same configuration with the devices, which only the eBPF programs need.
-    pub fn with_devices(self, underlay_ifindex: u32, overlay_ifindex: u32) -> Self {
-        Self { underlay_ifindex, overlay_ifindex, ..self }
+    /// The same configuration with the overlay device, which only the eBPF programs need.
+    pub fn with_device(self, overlay_ifindex: u32) -> Self {
+        Self { overlay_ifindex, ..self }
     }
 }
 
-/// Value of the route map: the peer that holds a subnet. The key is the kernel's for longest-prefix-match tries:
-/// prefix length in bits (u32, host byte order), then the address.
+/// Value of the route map: how packets for a subnet reach the peer that holds it. The key is the kernel's for
+/// longest-prefix-match tries: prefix length in bits (u32, host byte order), then the address. All numbers in host byte order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
-pub struct RouteValue {
+pub struct NextHop {
     /// Underlay address of the peer.
     pub peer: [u8; 4],
+    /// The device through which the kernel reaches it; 0 when the kernel has no route to it.
+    pub ifindex: u32,
+    /// Largest inner packet that the path carries, in bytes.
+    pub mtu: u16,
+    /// [`NextHop::SLOW_PATH`] and [`NextHop::FINISHED_ONLY`].
+    pub flags: u16,
+}
+
+impl NextHop {
+    /// All packets to and from this peer take the slow path: the host's IPsec policies cover them, or its device is none for
+    /// programs.
+    pub const SLOW_PATH: u16 = 1;
+    /// Only finished packets may be sent to this peer: neither it nor the devices on the way complete checksums or cut
+    /// super-packets.
+    pub const FINISHED_ONLY: u16 = 2;
+
+    /// Whether a flag is set.
+    #[inline(always)]
+    pub fn has(&self, flag: u16) -> bool {
+        self.flags & flag != 0
+    }
 }
 
 /// Value of the map `UNDERLAYS`, whose key is the index of a device that carries outer packets (u32, host byte order).

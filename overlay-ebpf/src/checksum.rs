@@ -15,6 +15,23 @@ pub fn of<const N: usize>(words: [u16; N]) -> u16 {
     !sum(words)
 }
 
+/// The checksum of `bytes`, host byte order. An odd last byte counts as if a zero followed (RFC 1071 section 4.1).
+pub fn of_bytes(bytes: &[u8]) -> u16 {
+    let mut sum: u64 = 0;
+    for pair in bytes.chunks(2) {
+        let word = match *pair {
+            [high, low] => u16::from_be_bytes([high, low]),
+            [high] => u16::from_be_bytes([high, 0]),
+            _ => 0,
+        };
+        sum += u64::from(word);
+    }
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !(sum as u16)
+}
+
 /// The folded, not complemented sum of a TCP or UDP pseudo header (RFC 9293 section 3.1, RFC 768).
 ///
 /// The kernel leaves exactly this in the checksum field of a packet whose checksum is still to be completed
@@ -67,6 +84,13 @@ mod tests {
     fn pseudo_header_of_a_captured_partial_udp_datagram() {
         // 10.244.1.2 -> 10.244.2.2, UDP, 12 bytes: 0x0af4 + 0x0102 + 0x0af4 + 0x0202 + 0x11 + 0x0c.
         assert_eq!(pseudo_header([10, 244, 1, 2], [10, 244, 2, 2], 17, 12), 0x1909);
+    }
+
+    #[test]
+    fn bytes_sum_like_words_and_an_odd_one_is_padded() {
+        assert_eq!(of_bytes(&[0x12, 0x34, 0xab, 0xcd]), of([0x1234, 0xabcd]));
+        assert_eq!(of_bytes(&[0xff, 0xff, 0xff]), of([0xffff, 0xff00]));
+        assert_eq!(of_bytes(&[]), 0xffff);
     }
 
     proptest! {

@@ -5,11 +5,12 @@
 //! the outer headers, starts there.
 
 use crate::{
-    abi::Config,
+    abi::{Config, NextHop},
     checksum,
     hop::Rewrite,
     inner,
     reason::{DropReason, PuntReason},
+    rejection::{Rejection, may_answer},
     route::Routes,
     source,
     verdict::{Decap, IngressVerdict, InnerVerdict},
@@ -54,7 +55,9 @@ pub fn decide<P: Bytes + ?Sized>(
     }
     let payload = udp.length() - Udp::LEN;
     match decide_inner(frame, INNER_OFFSET, payload, ipv4.source(), ipv4.tos(), config, routes) {
+        InnerVerdict::Decap(decap) if decap.is_slow => IngressVerdict::Punt(PuntReason::SlowPeer),
         InnerVerdict::Decap(decap) => IngressVerdict::Decap(decap),
+        InnerVerdict::Reject(rejection) => IngressVerdict::Reject(rejection),
         InnerVerdict::TrailingBytes => IngressVerdict::Punt(PuntReason::OuterGro),
         InnerVerdict::Drop(reason) => IngressVerdict::Drop(reason),
     }
@@ -79,14 +82,18 @@ pub fn decide_inner<P: Bytes + ?Sized>(
     if header.total_len() < payload {
         return InnerVerdict::TrailingBytes;
     }
-    if let Err(reason) = source::check_ingress(config, routes, header.source(), peer) {
-        return InnerVerdict::Drop(reason);
-    }
+    let way_back = match source::check_ingress(config, routes, header.source(), peer) {
+        Ok(way_back) => way_back,
+        Err(reason) => return InnerVerdict::Drop(reason),
+    };
     if !config.subnet.contains(header.destination()) {
         return InnerVerdict::Drop(DropReason::NotForUs);
     }
     if header.ttl() <= 1 {
-        return InnerVerdict::Drop(DropReason::TtlExpired);
+        return match may_answer(packet, offset, &header) {
+            true => InnerVerdict::Reject(Rejection::TtlExpired),
+            false => InnerVerdict::Drop(DropReason::TtlExpired),
+        };
     }
     let Some(tos) = decap_tos(outer_tos, header.tos()) else {
         return InnerVerdict::Drop(DropReason::EcnCongestion);
@@ -95,6 +102,7 @@ pub fn decide_inner<P: Bytes + ?Sized>(
         rewrite: Rewrite::next_hop(&header, tos),
         inner_len: header.total_len(),
         protocol: header.protocol(),
+        is_slow: way_back.is_some_and(|way| way.has(NextHop::SLOW_PATH)),
     })
 }
 
@@ -169,5 +177,42 @@ mod tests {
                 assert_eq!(with_dscp, expected.map(|ecn| ecn | 0x28));
             }
         }
+    }
+
+    #[test]
+    fn the_source_check_decides_which_senders_are_believed() {
+        use crate::{
+            abi::{Prefix, TosRule},
+            source::SourceCheck,
+        };
+
+        struct One(NextHop);
+        impl Routes for One {
+            fn next_hop(&self, address: [u8; 4]) -> Option<NextHop> {
+                (address[2] == 2).then_some(self.0)
+            }
+        }
+        let own = Prefix::new([10, 244, 1, 0], 24);
+        let config = Config::new([192, 168, 77, 1], Prefix::new([10, 244, 0, 0], 16), own, 8285);
+        let (peer, other) = ([192, 168, 77, 2], [192, 168, 77, 3]);
+        let decide = |third: u8, sender: [u8; 4], check: SourceCheck, flags: u16| {
+            let packet = [0x45, 0, 0, 20, 0, 0, 0, 0, 64, 1, 0, 0, 10, 244, third, 2, 10, 244, 1, 9];
+            let routes = One(NextHop { peer, ifindex: 2, mtu: 1472, flags });
+            let config = config.with_policy(TosRule::COPY, check);
+            decide_inner(&packet[..], 0, 20, sender, 0, &config, &routes)
+        };
+        let (spoofed, unknown) =
+            (InnerVerdict::Drop(DropReason::SpoofedSource), InnerVerdict::Drop(DropReason::UnknownSource));
+        let accepted = |verdict| matches!(verdict, InnerVerdict::Decap(decap) if !decap.is_slow);
+        use SourceCheck::{Loose, Off, Strict};
+        for check in [Strict, Loose, Off] {
+            assert!(accepted(decide(2, peer, check, 0)), "{check:?}");
+            assert_eq!(decide(1, peer, check, 0), spoofed, "{check:?}");
+            let slow = decide(2, peer, check, NextHop::SLOW_PATH);
+            assert!(matches!(slow, InnerVerdict::Decap(decap) if decap.is_slow), "{check:?}");
+        }
+        assert_eq!(decide(2, other, Strict, 0), spoofed);
+        assert_eq!((decide(3, peer, Strict, 0), decide(3, peer, Loose, 0)), (unknown, unknown));
+        assert!(accepted(decide(2, other, Loose, 0)) && accepted(decide(3, other, Off, 0)));
     }
 }

@@ -6,7 +6,7 @@
 //!
 //! Reading order: [`checksum`], [`wire`] (typed header views), [`reason`] (why a packet is dropped or punted), [`abi`] (types in
 //! shared maps), [`route`] (the lookup trait), [`source`] (source validation), [`entropy`] (the outer source port), [`inner`],
-//! [`hop`], [`verdict`], [`egress`], [`ingress`].
+//! [`hop`], [`unfinished`] (what the kernel left for hardware), [`rejection`] (what senders are told by ICMP), [`verdict`], [`egress`], [`ingress`].
 //!
 //! # Panics
 //!
@@ -23,7 +23,9 @@ pub mod hop;
 pub mod ingress;
 pub mod inner;
 pub mod reason;
+pub mod rejection;
 pub mod route;
 pub mod source;
+pub mod unfinished;
 pub mod verdict;
 pub mod wire;

@@ -49,7 +49,8 @@ reasons! {
         TtlExpired = "ttl_expired": "The inner TTL is used up.",
         EcnCongestion = "ecn_congestion": "The underlay marked congestion and the inner transport does not understand ECN (RFC 6040 section 4.2).",
         TooLong = "too_long": "The packet with its outer headers exceeds what IPv4 can say, 65535 bytes.",
-        MtuExceeded = "mtu_exceeded": "The packet with its outer headers exceeds the path MTU to the peer.",
+        MtuExceeded = "mtu_exceeded": "The packet exceeds the path MTU to the peer and must not be fragmented.",
+        PeerUnreachable = "peer_unreachable": "The kernel has no route to the peer.",
         EncapFailed = "encap_failed": "The kernel refused to make room for the outer headers or to redirect the packet.",
         DecapFailed = "decap_failed": "The kernel refused to remove the outer headers.",
         VlanTagged = "vlan_tagged": "The card had taken off a VLAN tag that XDP cannot see: the outer packet was another network's.",
@@ -71,6 +72,10 @@ reasons! {
         TooLong = "too_long": "The packet with its outer headers exceeds 65535 bytes: the slow path gets it in segments.",
         NoRoomForMark = "no_room_for_mark": "The driver leaves XDP no room to mark a packet: the tc program decapsulates it instead.",
         AlreadyEncapsulated = "already_encapsulated": "The packet is inside another tunnel's encapsulation.",
+        Rejected = "rejected": "The packet is discarded, and the slow path tells its sender by ICMP.",
+        PathMtu = "path_mtu": "The packet exceeds the path MTU to the peer: the slow path fragments it, or tells its sender.",
+        Unfinished = "unfinished": "The peer needs complete checksums and packets of MTU size, which the slow path makes.",
+        SlowPeer = "slow_peer": "All packets of this peer take the slow path, because of an IPsec policy or its device.",
     }
 }
 

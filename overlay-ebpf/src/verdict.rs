@@ -3,8 +3,10 @@
 use bytemuck::{Pod, Zeroable};
 
 use crate::{
+    abi::NextHop,
     hop::Rewrite,
     reason::{DropReason, PuntReason},
+    rejection::Rejection,
     wire::{Ipv4, Udp},
 };
 
@@ -13,8 +15,15 @@ use crate::{
 pub enum EgressVerdict {
     /// Encapsulate it and send it to a peer.
     Encap(Encap),
+    /// As [`EgressVerdict::Encap`], but on the slow path: a program punts it for this reason.
+    SlowEncap(PuntReason, Encap),
+    /// Longer than the path carries, and it may be fragmented: a program punts it, and the slow path fragments and encapsulates
+    /// it.
+    Fragment(Encap),
     /// Longer than one outer packet can be: a program punts it, and the slow path receives it in segments.
     TooLong,
+    /// Discard and count it, and tell its sender: a program punts it, and the slow path does that.
+    Reject(Rejection),
     /// Discard and count it.
     Drop(DropReason),
 }
@@ -28,6 +37,8 @@ pub enum IngressVerdict {
     Decap(Decap),
     /// Hand it to the slow path.
     Punt(PuntReason),
+    /// Discard and count it, and tell its sender: a program punts it, and the slow path does that.
+    Reject(Rejection),
     /// Discard and count it.
     Drop(DropReason),
 }
@@ -39,6 +50,8 @@ pub enum InnerVerdict {
     Decap(Decap),
     /// Bytes follow the inner packet: datagrams that the kernel merged, which its socket separates, or a malformed one.
     TrailingBytes,
+    /// Discard and count it, and tell its sender.
+    Reject(Rejection),
     /// Discard and count it.
     Drop(DropReason),
 }
@@ -50,8 +63,8 @@ pub struct Encap {
     pub outer: Outer,
     /// The inner header's new fields.
     pub rewrite: Rewrite,
-    /// Underlay address of the peer, network byte order.
-    pub peer: [u8; 4],
+    /// The way to the peer.
+    pub next_hop: NextHop,
 }
 
 /// Outer IPv4 and UDP header as they go on the wire: 28 bytes.
@@ -73,4 +86,6 @@ pub struct Decap {
     pub inner_len: usize,
     /// Protocol of the inner packet's payload.
     pub protocol: u8,
+    /// Whether a program leaves the packet to the slow path ([`NextHop::SLOW_PATH`]).
+    pub is_slow: bool,
 }

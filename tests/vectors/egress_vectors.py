@@ -1,6 +1,7 @@
 """The egress vectors that decide: shape, source, destination and TTL of an inner packet, and which comes first."""
 
 from egress_carried_vectors import carried_vectors
+from egress_path_vectors import path_vectors
 from egress_packets import HOST_A, POD_A, POD_B, TO_B, TO_C, TO_NARROW, TO_WIDE, datagram, ping
 from packets import ICMP, IGMP, UDP, ipv4
 from vector import vector
@@ -8,7 +9,7 @@ from vector import vector
 
 def vectors():
     """All egress vectors, in the order of the rules."""
-    return [*shape(), *sources(), *destinations(), *ttl(), *carried_vectors(), *precedence()]
+    return [*shape(), *sources(), *destinations(), *ttl(), *carried_vectors(), *path_vectors(), *precedence()]
 
 
 def shape():
@@ -158,22 +159,22 @@ def destinations():
         ("10.244.2.255", "the broadcast address of a subnet is routed like any other", TO_B),
         ("10.244.3.0", "the next subnet belongs to the next peer", TO_C),
         ("10.244.3.255", "the last address of the subnet", TO_C),
-        ("10.244.4.0", "one address beyond the subnet", "drop no_route"),
-        ("10.244.77.1", "an address of the overlay that nobody holds", "drop no_route"),
-        ("10.244.127.255", "one address before the /17", "drop no_route"),
+        ("10.244.4.0", "one address beyond the subnet", "punt rejected / drop no_route"),
+        ("10.244.77.1", "an address of the overlay that nobody holds", "punt rejected / drop no_route"),
+        ("10.244.127.255", "one address before the /17", "punt rejected / drop no_route"),
         ("10.244.128.0", "the first address of the /17", TO_WIDE),
         ("10.244.199.255", "the last address of the /17 before the /24 inside it", TO_WIDE),
         ("10.244.200.0", "the /24 inside the /17 wins from its first address", TO_NARROW),
         ("10.244.200.255", "the /24 inside the /17 wins to its last address", TO_NARROW),
         ("10.244.201.0", "behind the /24 the /17 is back", TO_WIDE),
         ("10.244.255.255", "the last address of the /17 and of the overlay", TO_WIDE),
-        ("10.244.1.9", "an address of our own subnet is never wrapped, or it would loop", "drop no_route"),
-        ("10.244.1.0", "the first address of our own subnet", "drop no_route"),
-        ("10.244.1.255", "the last address of our own subnet", "drop no_route"),
-        ("10.245.0.1", "an address beyond the overlay", "drop no_route"),
-        ("255.255.255.255", "limited broadcast has no peer", "drop no_route"),
+        ("10.244.1.9", "an address of our own subnet is never wrapped, or it would loop", "punt rejected / drop no_route"),
+        ("10.244.1.0", "the first address of our own subnet", "punt rejected / drop no_route"),
+        ("10.244.1.255", "the last address of our own subnet", "punt rejected / drop no_route"),
+        ("10.245.0.1", "an address beyond the overlay", "punt rejected / drop no_route"),
+        ("255.255.255.255", "limited broadcast has no peer, and no answer", "drop no_route"),
     ]:
-        verb = "has_no_route" if expect.startswith("drop") else f"goes_to_peer_{expect.rsplit('.', 1)[1]}"
+        verb = "has_no_route" if expect.endswith("no_route") else f"goes_to_peer_{expect.rsplit('.', 1)[1]}"
         yield vector(
             f"destination_{dst.replace('.', '_')}_{verb}", f"Longest prefix match: {why}.", ping(dst=dst), expect
         )
@@ -191,6 +192,15 @@ def destinations():
         ),
         "drop no_route",
     )
+    error = bytes([3, 1, 0, 0]) + bytes(4) + ping()[:28]
+    for name, why, packet, expect in [
+        ("icmp_error", "An ICMP error is never answered with another", ipv4(POD_A, "10.244.77.1", ICMP, error), "drop no_route"),
+        ("icmp_of_unknown_type", "It may be an error", ipv4(POD_A, "10.244.77.1", ICMP, bytes([40]) + bytes(7)), "drop no_route"),
+        ("icmp_without_type", "It may be an error", ipv4(POD_A, "10.244.77.1", ICMP), "drop no_route"),
+        ("later_fragment", "One answer to the first fragment is enough", datagram(dst="10.244.77.1", flags=0, offset=2), "drop no_route"),
+        ("timestamp_request", "A query is answered like any packet", ipv4(POD_A, "10.244.77.1", ICMP, bytes([13]) + bytes(19)), "punt rejected / drop no_route"),
+    ]:
+        yield vector(f"{name}_without_a_route", f"{why} (RFC 1812 section 4.3.2.7).", packet, expect)
 
 
 def ttl():
@@ -198,13 +208,13 @@ def ttl():
         "ttl_zero_is_never_wrapped",
         "flannel wraps it around to 255; RFC 1812 section 5.3.1 discards it.",
         ping(ttl=0),
-        "drop ttl_expired",
+        "punt rejected / drop ttl_expired",
     )
     yield vector(
         "ttl_one_is_never_wrapped",
         "One decrement makes it 0 (RFC 1812 section 5.3.1).",
         ping(ttl=1),
-        "drop ttl_expired",
+        "punt rejected / drop ttl_expired",
     )
     yield vector(
         "ttl_two_leaves_with_one",
@@ -257,5 +267,5 @@ def precedence():
         "no_route_comes_before_ttl",
         "Unreachable is the truer answer to a traceroute.",
         ping(dst="10.244.77.1", ttl=1),
-        "drop no_route",
+        "punt rejected / drop no_route",
     )

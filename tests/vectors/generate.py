@@ -22,7 +22,7 @@ import oracle
 from packets import DF, UDP, addr, fold_sum
 
 HERE = pathlib.Path(__file__).resolve().parent
-KEYS = ("name", "why", "packet", "fast", "slow", "tun")
+KEYS = ("name", "why", "packet", "gso_size", "fast", "slow", "tun")
 
 
 def main():
@@ -40,7 +40,7 @@ def main():
         document = {
             "config": oracle.CONFIG,
             "routes": oracle.ROUTES,
-            "vectors": [{key: vector[key] for key in KEYS} for vector in judged],
+            "vectors": [{key: vector[key] for key in KEYS if key in vector} for vector in judged],
         }
         text = json.dumps(document, indent=1) + "\n"
         path = HERE / f"{name}.json"
@@ -57,7 +57,8 @@ def main():
 def judged_vector(vector, judge):
     """The vector with the oracle's verdicts, which must be the ones its author expects."""
     name, packet = vector["name"], vector["packet"]
-    fast, slow, tun = judge(packet)
+    gso_size = vector.get("gso_size", 0)
+    fast, slow, tun = judge(packet, gso_size) if gso_size else judge(packet)
     verdicts = [summary(fast), summary(slow)]
     expected = vector["expect"].split(" / ")
     require(

@@ -227,13 +227,32 @@ def ttl():
         "ttl_zero_is_dropped",
         "flannel wraps it around to 255; RFC 1812 section 5.3.1 discards it.",
         frame(ping(ttl=0)),
-        "drop ttl_expired",
+        "punt rejected / drop ttl_expired",
     )
     yield vector(
         "ttl_one_is_dropped",
         "One decrement makes it 0 (RFC 1812 section 5.3.1).",
         frame(ping(ttl=1)),
+        "punt rejected / drop ttl_expired",
+    )
+    yield vector(
+        "ttl_one_of_an_icmp_error_is_dropped",
+        "An ICMP error is never answered with another (RFC 1812 section 4.3.2.7).",
+        frame(ipv4(POD_B, POD_A, ICMP, bytes([11, 0, 0, 0]) + bytes(32), ttl=1)),
         "drop ttl_expired",
+    )
+    slow_peer = "10.244.7.9"
+    yield vector(
+        "packet_of_a_slow_peer_is_left_to_the_kernel",
+        "The kernel's IPsec policies decide about it.",
+        frame(ping(src=slow_peer), src="192.168.77.7"),
+        "punt slow_peer / decap",
+    )
+    yield vector(
+        "spoofed_packet_of_a_slow_peer_is_dropped",
+        "Its source is checked first.",
+        frame(ping(src=slow_peer), src="192.168.77.2"),
+        "drop spoofed_source",
     )
     yield vector("ttl_two_is_delivered_with_one", "The lowest TTL that arrives.", frame(ping(ttl=2)), "decap")
     yield vector(
@@ -476,7 +495,7 @@ def precedence():
             "ttl_comes_before_ecn",
             "An expired packet is dropped whatever the congestion.",
             frame(ping(ttl=1), tos=CE),
-            "drop ttl_expired",
+            "punt rejected / drop ttl_expired",
         ),
     ]:
         yield vector(name, why, data, expect)

@@ -8,7 +8,7 @@ that the two can disagree. `egress` and `ingress` return the verdict of the fast
 import ipaddress
 import struct
 
-from packets import CE, DF, ECT0, ECT1, MF, NOT_ECT, SCTP, TCP, UDP, checksum, fold_sum
+from packets import CE, DF, ECT0, ECT1, ICMP, MF, NOT_ECT, SCTP, TCP, UDP, checksum, fold_sum
 
 CONFIG = {
     "public_ip": "192.168.77.1",
@@ -22,12 +22,16 @@ ROUTES = [
     {"subnet": "10.244.3.0/24", "peer": "192.168.77.3"},
     {"subnet": "10.244.128.0/17", "peer": "192.168.77.9"},
     {"subnet": "10.244.200.0/24", "peer": "192.168.77.4"},
+    {"subnet": "10.244.5.0/24", "peer": "192.168.77.5", "mtu": 1400},
+    {"subnet": "10.244.6.0/24", "peer": "192.168.77.6", "ifindex": 0},
+    {"subnet": "10.244.7.0/24", "peer": "192.168.77.7", "slow_path": True},
+    {"subnet": "10.244.8.0/24", "peer": "192.168.77.8", "finished_only": True},
 ]
 
 PUBLIC_IP = ipaddress.IPv4Address(CONFIG["public_ip"])
 NETWORK = ipaddress.IPv4Network(CONFIG["network"])
 SUBNET = ipaddress.IPv4Network(CONFIG["subnet"])
-ROUTE_TABLE = [(ipaddress.IPv4Network(r["subnet"]), ipaddress.IPv4Address(r["peer"])) for r in ROUTES]
+ROUTE_TABLE = [(ipaddress.IPv4Network(r["subnet"]), r) for r in ROUTES]
 
 DROP_REASONS = {
     "egress": {
@@ -41,6 +45,8 @@ DROP_REASONS = {
         "no_route",
         "ttl_expired",
         "too_long",
+        "mtu_exceeded",
+        "peer_unreachable",
     },
     "ingress": {
         "truncated",
@@ -57,8 +63,10 @@ DROP_REASONS = {
     },
 }
 PUNT_REASONS = {
-    "egress": {"too_long"},
+    "egress": {"too_long", "rejected", "path_mtu", "unfinished", "slow_peer"},
     "ingress": {
+        "rejected",
+        "slow_peer",
         "outer_options",
         "outer_fragment",
         "outer_header_checksum",
@@ -80,30 +88,83 @@ def punt(reason):
 PASS = {"verdict": "pass"}
 
 
-def egress(packet):
-    """The verdicts on an inner packet that was routed to the overlay device."""
+def egress(packet, gso_size=0):
+    """The verdicts on an inner packet that was routed to the overlay device, in segments with this payload if not 0."""
     fault = inner_fault(packet)
     if fault:
         return drop(fault), drop(fault), "shell"
     if len(packet) > u16(packet, 2):
         return drop("trailing_bytes"), drop("trailing_bytes"), "shell"
-    fast = slow = egress_well_formed(packet)
-    if fast == drop("too_long"):
-        fast = punt("too_long")
-    return fast, slow, "shell"
+    slow = egress_well_formed(packet, gso_size)
+    return fast_path(packet, slow, gso_size), slow, "shell"
 
 
-def egress_well_formed(packet):
+def fast_path(packet, slow, gso_size):
+    """The verdict of a program where the slow path's is `slow`: the slow path answers, fragments and finishes."""
+    reason = slow.get("reason")
+    if reason in ("no_route", "ttl_expired", "peer_unreachable", "mtu_exceeded") and may_answer(packet):
+        return punt("rejected")
+    if reason == "too_long":
+        return punt("too_long")
+    if slow["verdict"] == "fragment":
+        return punt("path_mtu")
+    if slow["verdict"] == "encap":
+        hop = route(address(packet, 16))
+        if hop.get("slow_path"):
+            return punt("slow_peer")
+        if hop.get("finished_only") and (gso_size or inner_looks_partial(packet)):
+            return punt("unfinished")
+    return slow
+
+
+def may_answer(packet):
+    """Whether a router may answer with an ICMP error (RFC 1812 section 4.3.2.7)."""
+    for at in (12, 16):
+        if packet[at] in (0, 127) or packet[at] >= 224:
+            return False
+    if u16(packet, 6) & 0x1FFF:
+        return False
+    header = (packet[0] & 15) * 4
+    return packet[9] != ICMP or (len(packet) > header + 1 and packet[header] in (0, 8, 13, 14, 15, 16, 17, 18))
+
+
+def inner_looks_partial(packet):
+    """Whether the checksum of TCP or UDP is the one that a sender leaves for its device to finish."""
+    header = (packet[0] & 15) * 4
+    place = header + {TCP: 16, UDP: 6}.get(packet[9], 0)
+    if place == header or u16(packet, 6) & 0x3FFF or len(packet) < place + 2:
+        return False
+    pseudo_header = packet[12:20] + struct.pack("!HH", packet[9], len(packet) - header)
+    return u16(packet, place) != 0 and u16(packet, place) == fold_sum(pseudo_header)
+
+
+def longest_segment(packet, gso_size):
+    """The length of the longest packet that leaves, with headers."""
+    header = (packet[0] & 15) * 4
+    if not gso_size:
+        return len(packet)
+    transport = 8
+    if packet[9] == TCP:
+        transport = (packet[header + 12] >> 4) * 4 if len(packet) > header + 13 else 60
+    return min(header + transport + gso_size, len(packet))
+
+
+def egress_well_formed(packet, gso_size):
     src, dst = address(packet, 12), address(packet, 16)
     if src in NETWORK and src not in SUBNET:
         return drop("spoofed_source")
-    peer = route(dst)
-    if dst in SUBNET or peer is None:
+    hop = route(dst)
+    if dst in SUBNET or hop is None:
         return drop("no_route")
     if packet[8] <= 1:
         return drop("ttl_expired")
+    if hop.get("ifindex") == 0:
+        return drop("peer_unreachable")
     if len(packet) + 28 > 0xFFFF:
         return drop("too_long")
+    if longest_segment(packet, gso_size) > hop.get("mtu", 0xFFFF):
+        return drop("mtu_exceeded") if u16(packet, 6) & DF else {"verdict": "fragment"}
+    peer = ipaddress.IPv4Address(hop["peer"])
     inner = rewrite(packet, tos=packet[1])
     udp = struct.pack("!HHHH", source_port(packet), CONFIG["port"], 8 + len(inner), 0)
     outer = struct.pack(
@@ -130,6 +191,10 @@ def ingress(frame):
     # The merged payload of receive offload begins with a whole inner packet and goes on after it.
     if slow == drop("trailing_bytes"):
         return punt("outer_gro"), slow, tun
+    if slow == drop("ttl_expired") and may_answer(datagram[8:]):
+        return punt("rejected"), slow, tun
+    if slow["verdict"] == "decap" and route(address(datagram[8:], 12)).get("slow_path"):
+        return punt("slow_peer"), slow, tun
     return slow, slow, tun
 
 
@@ -191,7 +256,7 @@ def decap(payload, outer_src, outer_tos):
         return drop("spoofed_source")
     if route(src) is None:
         return drop("unknown_source")
-    if route(src) != outer_src:
+    if ipaddress.IPv4Address(route(src)["peer"]) != outer_src:
         return drop("spoofed_source")
     if dst not in SUBNET:
         return drop("not_for_us")
@@ -267,9 +332,9 @@ def rotate_left(value, bits):
 
 
 def route(destination):
-    """The peer of the longest prefix that holds `destination`."""
-    held = [(subnet.prefixlen, peer) for subnet, peer in ROUTE_TABLE if destination in subnet]
-    return max(held)[1] if held else None
+    """The route with the longest prefix that holds `destination`."""
+    held = [(subnet.prefixlen, hop) for subnet, hop in ROUTE_TABLE if destination in subnet]
+    return max(held, key=lambda entry: entry[0])[1] if held else None
 
 
 def address(data, at):

@@ -66,7 +66,7 @@ impl RouteLines {
                 continue;
             }
             lines.push(match change {
-                RouteChange::Set(route) => format!("route {} via {}", route.subnet, route.peer),
+                RouteChange::Set(route) => format!("route {} via {}", route.subnet, route.via),
                 RouteChange::Remove(subnet) => format!("route {subnet} removed"),
             });
         }

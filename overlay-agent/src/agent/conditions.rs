@@ -40,6 +40,8 @@ pub(super) enum Condition {
     SubnetFile,
     /// The kernel's route map.
     Routes,
+    /// The kernel's routes to peers.
+    Paths,
     /// Firewall rules and the blackhole route.
     Firewall,
     /// Rules that keep containers from sending what peers take for packets of this host.

@@ -1,8 +1,13 @@
 //! Forwarding: routes from records, and the datapath that follows them.
 
-use std::time::Duration;
+use std::{net::Ipv4Addr, time::Duration};
 
 use anyhow::Result;
+use overlay_ebpf::{
+    abi::{MAX_UNDERLAYS, NextHop},
+    rejection::Rejection,
+    wire::{Bytes as _, Ipv4},
+};
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, sleep_until},
@@ -15,14 +20,16 @@ use super::{
     conditions::{Condition, Conditions},
     host_state::HostState,
     log_window::LogWindow,
+    next_hops::NextHopTable,
 };
 use crate::{
     datapath::{Choice, Datapath, Desired, UnderlayDevice},
     device::{DeviceAlias, DeviceSpec},
+    icmp::{Problem, Report},
     lease::Lease,
     netlink::Netlink,
     report,
-    route::{LocalNode, Routes},
+    route::{LocalNode, RouteChange, Routes},
     route_table::{Outcome, OwnRecord, OwnSubnet, Rival, RouteTable},
     store::Event,
     underlay::{Iface, Underlay},
@@ -41,14 +48,16 @@ pub(super) struct Forwarding {
     pub(super) datapath: Datapath,
     failures: mpsc::Receiver<String>,
     pub(super) spec: DeviceSpec,
+    /// The device with this host's address. Others come with the paths of peers.
     underlay: UnderlayDevice,
+    netlink: Netlink,
+    pub(super) next_hops: NextHopTable,
     options: Options,
     /// Whether a snapshot of the records was seen: from then on, no route is missing.
     has_snapshot: bool,
     /// Whether the last reconciliation succeeded, and nothing has failed since.
     up: bool,
     retry: Retry,
-    netlink: Netlink,
     /// This host when the last attempt failed.
     failed_on: Option<HostState>,
     repair_log: LogWindow,
@@ -58,6 +67,7 @@ pub(super) struct Forwarding {
 
 impl Forwarding {
     /// Prepares forwarding without changing the host. `mtu` is that of the overlay device.
+    /// Fails when the kernel refuses a netlink socket.
     pub(super) fn new(
         options: &Options,
         netlink: &Netlink,
@@ -65,31 +75,33 @@ impl Forwarding {
         underlay: &Underlay,
         port: u16,
         mtu: u32,
-    ) -> Self {
+    ) -> Result<Self> {
         let (sender, failures) = mpsc::channel(2);
-        let alias = DeviceAlias { network: local.network, port, underlay: underlay.link.name.clone() };
-        Self {
+        let alias = DeviceAlias { network: local.network, port, underlays: vec![underlay.link.name.clone()] };
+        Ok(Self {
             table: RouteTable::new(local, options.peers.clone()),
             routes: watch::Sender::new(options.peers.clone()),
             datapath: Datapath::new(netlink.clone(), sender),
             failures,
             spec: DeviceSpec { name: options.device.clone(), alias, subnet: local.subnet, mtu },
             underlay: UnderlayDevice { link: underlay.link.clone(), local_ip: underlay.local_ip },
+            netlink: netlink.clone(),
+            next_hops: NextHopTable::new(underlay.local_ip, port)?,
             options: options.clone(),
             has_snapshot: false,
             up: false,
             retry: Retry::default(),
-            netlink: netlink.clone(),
             failed_on: None,
             repair_log: LogWindow::default(),
             change_log: ChangeLog::default(),
             conditions: Conditions::default(),
-        }
+        })
     }
 
     /// Makes the datapath for the first time.
     /// Fails when a step fails; see [`Datapath::reconcile`].
     pub(super) async fn start(&mut self) -> Result<()> {
+        self.next_hops.listen();
         self.reconcile().await?;
         self.up = true;
         self.retry.succeeded(Instant::now());
@@ -98,12 +110,16 @@ impl Forwarding {
 
     /// Reconciles the datapath with the options, the underlay and the route table.
     async fn reconcile(&mut self) -> Result<()> {
+        self.follow_paths().await;
+        let underlays = self.underlays();
+        self.spec.alias.underlays = underlays.iter().map(|device| device.link.name.clone()).collect();
         let desired = Desired {
             device: &self.spec,
-            underlays: std::slice::from_ref(&self.underlay),
+            underlays: &underlays,
+            policy: self.options.policy,
             request: self.options.datapath,
             tc_attach: self.options.tc_attach,
-            routes: self.table.routes(),
+            routes: self.next_hops.hops(),
             log: self.options.datapath_log,
         };
         let report = self.datapath.reconcile(&desired).await?;
@@ -123,6 +139,64 @@ impl Forwarding {
         });
         self.conditions.update(Condition::Capabilities, slow);
         Ok(())
+    }
+
+    /// The devices that carry outer packets, that with this host's address first.
+    fn underlays(&self) -> Vec<UnderlayDevice> {
+        let first = self.underlay.clone();
+        let others = self.next_hops.devices().filter(|link| link.index != first.link.index);
+        let others: Vec<_> = others
+            .map(|link| UnderlayDevice { link: link.clone(), local_ip: first.local_ip })
+            .take(MAX_UNDERLAYS as usize - 1)
+            .collect();
+        std::iter::once(first).chain(others).collect()
+    }
+
+    /// Asks the kernel for the paths to all peers when they may have changed. What differs reaches the datapath with the
+    /// reconciliation that follows.
+    async fn follow_paths(&mut self) {
+        let now = Instant::now().into_std();
+        if self.next_hops.needs_refresh(now) {
+            let refreshed = self.next_hops.refresh(&self.netlink, self.table.routes(), now).await;
+            self.set_paths_unknown(refreshed.err());
+        } else {
+            self.next_hops.expire(self.table.routes(), now);
+        }
+    }
+
+    fn set_paths_unknown(&mut self, why: Option<anyhow::Error>) {
+        let why = why.map(|error| format!("the paths to peers are not known, retrying: {error:#}"));
+        self.conditions.update(Condition::Paths, why);
+    }
+
+    /// Does what [`Self::due`] has returned.
+    pub(super) async fn on_due(&mut self, due: Due) {
+        match due {
+            Due::Reconcile => self.try_reconcile().await,
+            Due::Report(report) => self.on_icmp(report),
+        }
+    }
+
+    /// ICMP says something about an outer packet.
+    fn on_icmp(&mut self, report: Report) {
+        if report.source != self.underlay.local_ip || report.port != self.spec.alias.port {
+            return;
+        }
+        match report.problem {
+            Problem::TooLong(mtu) => {
+                let now = Instant::now().into_std();
+                let changes = self.next_hops.too_long(report.peer, mtu, self.table.routes(), now);
+                self.apply_next_hops(&changes);
+            }
+            Problem::Unreachable(inner) => {
+                let Some(header) = inner.view::<Ipv4>(0) else { return };
+                let [source, destination] = [header.source(), header.destination()].map(Ipv4Addr::from);
+                let is_ours = self.spec.subnet.prefix().contains(&source);
+                if is_ours && self.next_hops.peer_of(destination) == Some(report.peer) {
+                    self.datapath.answer(&inner, Rejection::PeerUnreachable);
+                }
+            }
+        }
     }
 
     /// Reconciles, and schedules another attempt when it fails.
@@ -147,9 +221,10 @@ impl Forwarding {
         }
     }
 
-    /// The kernel reports changes to this host. An attempt that failed is repeated at once if they are new to it: what it made
+    /// This host's routes, rules, devices or addresses have changed. An attempt that failed is repeated at once if they are new to it: what it made
     /// and removed itself are not.
     pub(super) async fn on_host_change(&mut self) {
+        self.next_hops.set_stale();
         if self.retry.is_after_failure() && HostState::read(&self.netlink).await.ok() != self.failed_on {
             self.try_reconcile().await;
         } else {
@@ -172,40 +247,38 @@ impl Forwarding {
         }
     }
 
-    /// Returns when [`Self::try_reconcile`] is due: a part of the datapath failed, or an earlier attempt.
-    pub(super) async fn due(&mut self) {
+    /// Returns when there is something to do: a part of the datapath failed, or an earlier attempt, or ICMP reports something.
+    pub(super) async fn due(&mut self) -> Due {
         let retry_at = self.retry.at;
-        let retry = async {
-            match retry_at {
-                Some(at) => sleep_until(at).await,
-                None => std::future::pending().await,
-            }
-        };
+        let refresh_at = self.next_hops.refresh_at().map(Instant::from_std);
         tokio::select! {
-            () = retry => {}
+            () = sleep_until_some(retry_at) => Due::Reconcile,
+            () = sleep_until_some(refresh_at), if retry_at.is_none() => Due::Reconcile,
+            report = self.next_hops.next_report() => Due::Report(report),
             Some(failure) = self.failures.recv() => {
                 error!("the datapath failed, setting it up again: {failure}");
                 self.up = false;
                 if let Some(at) = self.retry.lost(Instant::now()) {
                     sleep_until(at).await;
                 }
+                Due::Reconcile
             }
         }
     }
 
     /// Follows the records.
-    pub(super) fn on_records(&mut self, event: Event<Lease>) {
+    pub(super) async fn on_records(&mut self, event: Event<Lease>) {
         match event {
             Event::Snapshot(records) => {
                 self.conditions.clear(Condition::Store);
                 self.has_snapshot = true;
                 let outcome = self.table.replace(records);
-                self.apply(&outcome);
+                self.apply(&outcome).await;
                 self.check_own_subnet();
             }
             Event::Changes(changes) => {
                 let outcome = self.table.apply(changes);
-                self.apply(&outcome);
+                self.apply(&outcome).await;
                 self.check_own_subnet();
             }
             Event::Lost(why) => {
@@ -221,7 +294,7 @@ impl Forwarding {
         let moved = self.spec.subnet != local.subnet;
         self.spec.subnet = local.subnet;
         let outcome = self.table.set_local(local);
-        self.apply(&outcome);
+        self.apply(&outcome).await;
         // A record that was written just now may still be on its way here: the next event shows it.
         self.conditions.clear(Condition::OwnRecord);
         if moved {
@@ -232,7 +305,8 @@ impl Forwarding {
     /// The underlay has another address, MTU or device.
     pub(super) async fn set_underlay(&mut self, underlay: &Underlay, mtu: u32) {
         self.underlay = UnderlayDevice { link: underlay.link.clone(), local_ip: underlay.local_ip };
-        self.spec.alias.underlay.clone_from(&underlay.link.name);
+        self.next_hops.set_local_ip(underlay.local_ip);
+        self.next_hops.set_stale();
         self.spec.mtu = mtu;
         self.conditions.update(Condition::UnderlayName, self.misnamed());
         self.try_reconcile().await;
@@ -260,7 +334,7 @@ impl Forwarding {
         self.routes.subscribe()
     }
 
-    fn apply(&mut self, outcome: &Outcome) {
+    async fn apply(&mut self, outcome: &Outcome) {
         self.change_log.log(outcome, Instant::now());
         if !outcome.changes.is_empty() {
             // One step per change: a copy of a large table for each record that flaps would cost more than the table.
@@ -268,7 +342,20 @@ impl Forwarding {
                 outcome.changes.iter().for_each(|change| change.make_in(routes));
             });
         }
-        let applied = self.datapath.apply_routes(&outcome.changes, self.table.routes());
+        let devices = self.underlays().len();
+        let (changes, known) = self.next_hops.apply(&outcome.changes, Instant::now().into_std());
+        self.apply_next_hops(&changes);
+        if known.is_err() {
+            self.set_paths_unknown(known.err());
+        }
+        // A peer behind another device: packets arrive there, too.
+        if self.up && self.underlays().len() != devices {
+            self.try_reconcile().await;
+        }
+    }
+
+    fn apply_next_hops(&mut self, changes: &[RouteChange<NextHop>]) {
+        let applied = self.datapath.apply_routes(changes, self.next_hops.hops());
         self.set_routes_behind(applied.err().map(|error| format!("{error:#}")));
     }
 
@@ -346,9 +433,29 @@ impl Forwarding {
         Some(report::Device { name: self.spec.name.clone(), ifindex, mtu: self.spec.mtu })
     }
 
+    /// The devices that carry outer packets, but that with this host's address.
+    pub(super) fn other_underlays(&self) -> Vec<report::Device> {
+        self.underlays().iter().skip(1).map(|device| report::Device::from(&device.link)).collect()
+    }
+
     /// The rungs of egress and ingress; `None` while the datapath is down.
     pub(super) fn rungs(&self) -> Option<(Choice, Choice)> {
         self.up.then(|| (self.datapath.egress().clone(), self.datapath.ingress().clone()))
+    }
+}
+
+/// What forwarding has to do next.
+pub(super) enum Due {
+    /// To reconcile.
+    Reconcile,
+    /// To act on what ICMP says about an outer packet.
+    Report(Report),
+}
+
+async fn sleep_until_some(at: Option<Instant>) {
+    match at {
+        Some(at) => sleep_until(at).await,
+        None => std::future::pending().await,
     }
 }
 

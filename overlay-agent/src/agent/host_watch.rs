@@ -19,8 +19,13 @@ const PAUSE: Duration = Duration::from_millis(400);
 /// Pause before another attempt to subscribe.
 const RETRY: Duration = Duration::from_secs(1);
 
-const GROUPS: [MulticastGroup; 4] =
-    [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv4Route, MulticastGroup::Ipv4Rule];
+const GROUPS: [MulticastGroup; 5] = [
+    MulticastGroup::Link,
+    MulticastGroup::Ipv4Ifaddr,
+    MulticastGroup::Ipv4Route,
+    MulticastGroup::Ipv4Rule,
+    MulticastGroup::Nexthop,
+];
 
 /// Sends a message after changes, in a task that ends when the receiver is dropped.
 /// Fails when the kernel refuses a socket.

@@ -14,6 +14,7 @@ mod host_state;
 mod host_watch;
 mod log_window;
 mod membership;
+mod next_hops;
 mod notifier;
 mod options;
 mod start;
@@ -167,7 +168,7 @@ impl Agent {
                     // The client may be gone.
                     let _ = answer.send(self.answer(query));
                 }
-                () = self.forwarding.due() => self.forwarding.try_reconcile().await,
+                due = self.forwarding.due() => self.forwarding.on_due(due).await,
                 Some(()) = self.host_changes.recv() => self.forwarding.on_host_change().await,
                 _ = silent_check.tick() => self.check_silent().await,
                 _ = check.tick() => self.check_periodically().await,
@@ -189,7 +190,7 @@ impl Agent {
 
     async fn on_news(&mut self, news: News) {
         match news {
-            News::Records(event) => self.forwarding.on_records(event),
+            News::Records(event) => self.forwarding.on_records(event).await,
             News::Config(config) => self.membership.on_config(config.as_deref()),
             News::Lease(event) => {
                 let Some(subnet) = self.membership.on_lease(event) else { return };

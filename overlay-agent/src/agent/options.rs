@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use ipnet::Ipv4Net;
 
 use crate::{
-    datapath::{Request, ebpf::TcAttach},
+    datapath::{Policy, Request, ebpf::TcAttach},
     route::{Routes, Subnet},
     store::etcd::{EtcdOptions, RENEW_MARGIN},
     underlay,
@@ -43,6 +43,8 @@ pub struct Options {
     pub datapath: Request,
     /// Log failures inside the eBPF programs.
     pub datapath_log: bool,
+    /// Choices that the packet core follows.
+    pub policy: Policy,
     /// How tc programs are attached.
     pub tc_attach: TcAttach,
     /// Path of `subnet.env`.

@@ -54,7 +54,7 @@ impl Prepared {
         let membership = network.join(&options, underlay.public_ip, notifier).await?;
         let local = membership.local();
         info!("{} is {} in {}, MTU {mtu}, port {port}", local.public_ip, local.subnet, local.network);
-        let forwarding = Forwarding::new(&options, netlink, local, &underlay, port, mtu);
+        let forwarding = Forwarding::new(&options, netlink, local, &underlay, port, mtu)?;
         let host = HostSetup::new(&options);
         Ok(Self { options, membership, forwarding, host, underlay })
     }
@@ -77,7 +77,7 @@ impl Prepared {
     async fn try_apply(&mut self, netlink: &Netlink) -> Result<()> {
         // The programs get their routes before they see a packet.
         if let Some(event) = self.membership.first_records().await {
-            self.forwarding.on_records(event);
+            self.forwarding.on_records(event).await;
         }
         self.forwarding.start().await?;
         let (port, routes) = (self.forwarding.spec.alias.port, self.forwarding.watch_routes());

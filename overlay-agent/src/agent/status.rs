@@ -9,7 +9,7 @@ use crate::{
     control::{Answer, Query},
     datapath::PathCounters,
     health::Health,
-    report::{self, CounterList, Device, Route, RouteList, Status},
+    report::{self, CounterList, Device, RouteList, Status},
 };
 
 /// Name of the store before it is opened.
@@ -40,13 +40,8 @@ impl Agent {
         match query {
             Query::Status => json(&self.status()),
             Query::Routes => {
-                let table = &self.forwarding.table;
-                let route =
-                    |(subnet, peer): (&_, &crate::route::Peer)| Route { subnet: *subnet, peer: peer.address };
-                json(&RouteList {
-                    routes: table.routes().iter().map(route).collect(),
-                    skipped: table.skipped(),
-                })
+                let (table, next_hops) = (&self.forwarding.table, &self.forwarding.next_hops);
+                json(&RouteList { routes: next_hops.report(), skipped: table.skipped() })
             }
             Query::Counters => {
                 let counters = self.forwarding.datapath.counters().map_err(|error| format!("{error:#}"))?;
@@ -83,6 +78,8 @@ impl Agent {
             port: Some(spec.alias.port),
             device: self.forwarding.device(),
             underlay: Some(Device::from(&self.underlay.link)),
+            other_underlays: self.forwarding.other_underlays(),
+            slow_routes: self.forwarding.next_hops.slow_routes(),
             egress,
             ingress,
             routes: self.forwarding.table.routes().len(),

@@ -52,7 +52,9 @@ pub(super) async fn down(QueryArgs { agent: args, output }: &QueryArgs) -> Resul
     }
     // The kernel removes tcx and XDP links with their agent, but not filters of a clsact qdisc, which older kernels need.
     if let Some(alias) = alias {
-        detach_filter(&alias.underlay, TcAttachType::Ingress, alias.port);
+        for underlay in &alias.underlays {
+            detach_filter(underlay, TcAttachType::Ingress, alias.port);
+        }
     }
     if control::remove(&socket)? {
         removed.push(format!("the socket {}", socket.display()));

@@ -78,15 +78,22 @@ pub(super) fn status(status: &Status) -> String {
     // A part that is missing, because the agent starts or lost it, has no line.
     let subnet = status.subnet.zip(status.network).map(|(subnet, network)| format!("{subnet} of {network}"));
     let address = status.public_ip.zip(status.port).map(|(address, port)| format!("{address} port {port}"));
+    let other_underlays: Vec<_> = status.other_underlays.iter().map(device).collect();
+    let other_underlays = Some(other_underlays.join(", ")).filter(|names| !names.is_empty());
+    let routes = match status.slow_routes {
+        0 => status.routes.to_string(),
+        slow => format!("{}, {slow} on the slow path (`overlay-agent routes` says why)", status.routes),
+    };
     for (name, value) in [
         ("state", Some([std::slice::from_ref(&status.state), &status.problems].concat().join("; "))),
         ("subnet", subnet),
         ("public address", address),
         ("overlay device", status.device.as_ref().map(device)),
         ("underlay device", status.underlay.as_ref().map(device)),
+        ("other underlay devices", other_underlays),
         ("egress", status.egress.as_ref().map(rung)),
         ("ingress", status.ingress.as_ref().map(rung)),
-        ("routes", Some(status.routes.to_string())),
+        ("routes", Some(routes)),
         ("store", Some(store)),
         ("packets dropped", Some(status.drops.to_string())),
         ("agent", Some(format!("{} (process {})", status.version, status.pid))),
@@ -100,9 +107,15 @@ pub(super) fn status(status: &Status) -> String {
 
 pub(super) fn routes(list: &RouteList) -> String {
     let mut table = table();
-    table.set_header(["SUBNET", "PEER"]);
+    table.set_header(["SUBNET", "PEER", "DEVICE", "MTU", "SLOW PATH BECAUSE"]);
     for route in &list.routes {
-        table.add_row([route.subnet.to_string(), route.peer.to_string()]);
+        table.add_row([
+            route.subnet.to_string(),
+            route.peer.to_string(),
+            route.device.clone().unwrap_or_else(|| "unreachable".to_owned()),
+            route.mtu.map_or_else(String::new, |mtu| mtu.to_string()),
+            route.slow_path.clone().unwrap_or_default(),
+        ]);
     }
     let mut text = table.to_string();
     if !list.skipped.is_empty() {

@@ -7,12 +7,13 @@ use clap::{
     Args,
     builder::{OsStringValueParser, TypedValueParser as _},
 };
+use overlay_ebpf::abi::{SourceCheck, TosRule};
 use tracing_subscriber::EnvFilter;
 
 use super::{AgentArgs, host_args::HostArgs, store_args::StoreArgs, underlay_args::UnderlayArgs};
 use crate::{
     agent::{self, Options, StoreOption},
-    datapath::{Request, ebpf::TcAttach},
+    datapath::{Policy, Request, ebpf::TcAttach},
     route::{Peer, Routes, Subnet, SubnetError},
 };
 
@@ -27,8 +28,9 @@ pub(super) struct RunArgs {
     /// Subnet of this host [default: the one it holds, else a free one]
     #[arg(long, env = "OVERLAY_AGENT_SUBNET", value_name = "CIDR")]
     subnet: Option<Subnet>,
-    /// Static peer, in addition to those in the store; may be repeated
-    #[arg(long = "peer", value_name = "SUBNET=ADDRESS", value_parser = parse_peer)]
+    /// Static peer, in addition to those in the store; may be repeated. With `,no-offload`, its host runs flanneld or another
+    /// program that cannot take super-packets and unfinished checksums
+    #[arg(long = "peer", value_name = "SUBNET=ADDRESS[,no-offload]", value_parser = parse_peer)]
     peers: Vec<(Subnet, Peer)>,
     /// UDP port of all hosts [default: from the config, else 8285]
     #[arg(long, env = "OVERLAY_AGENT_PORT", value_parser = clap::value_parser!(u16).range(1..))]
@@ -39,6 +41,12 @@ pub(super) struct RunArgs {
     /// Attachment of tc programs
     #[arg(long, env = "OVERLAY_AGENT_TC_ATTACH", value_enum, default_value_t)]
     tc_attach: TcAttach,
+    /// DSCP of outer packets: that of the inner packet, or always this number. ECN is always copied
+    #[arg(long, env = "OVERLAY_AGENT_DSCP", value_name = "copy|0..63", default_value = "copy", value_parser = parse_dscp)]
+    dscp: TosRule,
+    /// Which inner sources a packet from a peer may have
+    #[arg(long, env = "OVERLAY_AGENT_SOURCE_CHECK", value_enum, default_value_t)]
+    source_check: SourceCheckArg,
     /// Log failures inside the eBPF programs (rate-limited)
     #[arg(long, env = "OVERLAY_AGENT_DATAPATH_LOG", value_parser = clap::builder::FalseyValueParser::new())]
     datapath_log: bool,
@@ -63,6 +71,28 @@ pub(super) struct RunArgs {
     underlay: UnderlayArgs,
     #[command(flatten)]
     host: HostArgs,
+}
+
+/// Value of `--source-check`.
+#[derive(Clone, Copy, Debug, Default, clap::ValueEnum)]
+enum SourceCheckArg {
+    /// Those of the subnet that the sending host holds
+    #[default]
+    Strict,
+    /// Those of any peer's subnet: for hosts whose packets come from another address than their record says, such as behind NAT
+    Loose,
+    /// All but those of this host's subnet, as with flanneld
+    Off,
+}
+
+impl From<SourceCheckArg> for SourceCheck {
+    fn from(arg: SourceCheckArg) -> Self {
+        match arg {
+            SourceCheckArg::Strict => Self::Strict,
+            SourceCheckArg::Loose => Self::Loose,
+            SourceCheckArg::Off => Self::Off,
+        }
+    }
 }
 
 /// Value of `--subnet-file`.
@@ -135,6 +165,7 @@ impl RunArgs {
             port: self.port,
             datapath: self.datapath,
             tc_attach: self.tc_attach,
+            policy: Policy { tos: self.dscp, source_check: self.source_check.into() },
             datapath_log: self.datapath_log,
             subnet_file,
             run_dir: self.agent.run_dir,
@@ -144,10 +175,27 @@ impl RunArgs {
 }
 
 fn parse_peer(text: &str) -> Result<(Subnet, Peer), String> {
-    let example = || "expected SUBNET=ADDRESS, for example 10.244.2.0/24=192.168.77.2".to_owned();
-    let (subnet, address) = text.split_once('=').ok_or_else(example)?;
+    let example = || {
+        "expected SUBNET=ADDRESS or SUBNET=ADDRESS,no-offload, for example 10.244.2.0/24=192.168.77.2"
+            .to_owned()
+    };
+    let (subnet, peer) = text.split_once('=').ok_or_else(example)?;
+    let (address, takes_unfinished) = match peer.split_once(',') {
+        None => (peer, true),
+        Some((address, "no-offload")) => (address, false),
+        Some(_) => return Err(example()),
+    };
     let address: Ipv4Addr = address.parse().map_err(|_| example())?;
-    Ok((subnet.parse().map_err(|error: SubnetError| error.to_string())?, address.into()))
+    let subnet = subnet.parse().map_err(|error: SubnetError| error.to_string())?;
+    Ok((subnet, Peer { address, takes_unfinished }))
+}
+
+fn parse_dscp(text: &str) -> Result<TosRule, String> {
+    match (text, text.parse()) {
+        ("copy", _) => Ok(TosRule::COPY),
+        (_, Ok(dscp @ 0..=63)) => Ok(TosRule::fixed(dscp)),
+        _ => Err("expected copy, or a number from 0 to 63 (RFC 2474)".to_owned()),
+    }
 }
 
 #[cfg(test)]
@@ -290,8 +338,25 @@ mod tests {
     fn invalid_networks_and_peers_are_refused_with_an_example() {
         assert!(parse_peer("10.244.1.5/24=192.168.77.2").unwrap_err().contains("10.244.1.0/24"));
         assert!(parse_peer("10.244.1.0=192.168.77.2").unwrap_err().contains("such as"));
-        let peer = parse_peer("10.244.2.0/24=192.168.77.2").unwrap();
-        assert_eq!(peer, ("10.244.2.0/24".parse().unwrap(), Ipv4Addr::new(192, 168, 77, 2).into()));
+        for (text, takes_unfinished) in
+            [("10.244.2.0/24=192.168.77.2", true), ("10.244.2.0/24=192.168.77.2,no-offload", false)]
+        {
+            let peer = Peer { address: Ipv4Addr::new(192, 168, 77, 2), takes_unfinished };
+            assert_eq!(parse_peer(text).unwrap(), ("10.244.2.0/24".parse().unwrap(), peer));
+        }
+        assert!(parse_peer("10.244.2.0/24=192.168.77.2,fast").unwrap_err().contains("no-offload"));
         assert!(parse_peer("10.244.2.0/24").unwrap_err().contains("SUBNET=ADDRESS"));
+    }
+
+    #[test]
+    fn policy_for_packets_is_read() {
+        let policy = |flags: &str| options(&format!("x run {flags}")).map(|options| options.policy);
+        assert_eq!(policy("--device x").unwrap(), policy("--dscp copy --source-check strict").unwrap());
+        let set = policy("--dscp 46 --source-check loose").unwrap();
+        assert_eq!((set.tos, set.source_check), (TosRule::fixed(46), SourceCheck::Loose));
+        assert_eq!(policy("--source-check off").unwrap().source_check, SourceCheck::Off);
+        for bad in ["64", "-1", "EF", ""] {
+            assert!(policy(&format!("--dscp={bad}")).unwrap_err().contains("0 to 63"), "{bad}");
+        }
     }
 }

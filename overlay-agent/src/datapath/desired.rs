@@ -2,14 +2,14 @@
 
 use anyhow::{Context as _, Result};
 use clap::ValueEnum as _;
-use overlay_ebpf::abi::{Config, Counters};
+use overlay_ebpf::abi::{Config, Counters, SourceCheck, TosRule};
 use serde::{Deserialize, Serialize};
 
 use super::{ebpf::TcAttach, plan::Plan};
 use crate::{
     device::DeviceSpec,
     netlink::Link,
-    route::{Routes, abi_prefix},
+    route::{NextHops, abi_prefix},
 };
 
 /// What `--datapath` asks for.
@@ -64,20 +64,31 @@ pub struct UnderlayDevice {
     pub local_ip: std::net::Ipv4Addr,
 }
 
+/// Choices of the operator that the packet core follows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Policy {
+    /// How the outer TOS follows from the inner one.
+    pub tos: TosRule,
+    /// Which sources of inner packets are accepted.
+    pub source_check: SourceCheck,
+}
+
 /// What a datapath should be.
 #[derive(Clone, Copy, Debug)]
 pub struct Desired<'a> {
     /// The overlay device, with network, port and subnet.
     pub device: &'a DeviceSpec,
-    /// The devices on which outer packets arrive, at least one. They leave through the first, and the eBPF programs know only
-    /// its address: packets to another one take the slow path.
+    /// The devices on which outer packets arrive and through which they leave, at least one. All have the first one's address as
+    /// far as the overlay is concerned.
     pub underlays: &'a [UnderlayDevice],
+    /// How the packet core decides where operators may choose.
+    pub policy: Policy,
     /// Which rung.
     pub request: Request,
     /// How tc programs are attached.
     pub tc_attach: TcAttach,
     /// Where packets go.
-    pub routes: &'a Routes,
+    pub routes: &'a NextHops,
     /// Whether the eBPF programs log failures.
     pub log: bool,
 }
@@ -89,7 +100,7 @@ impl Desired<'_> {
         let (network, subnet) = (self.device.alias.network, self.device.subnet.prefix());
         let local_ip = first.local_ip.octets();
         let config = Config::new(local_ip, abi_prefix(network), abi_prefix(subnet), self.device.alias.port);
-        Ok(config.with_devices(first.link.index, overlay_ifindex))
+        Ok(config.with_policy(self.policy.tos, self.policy.source_check).with_device(overlay_ifindex))
     }
 
     pub(super) fn plan(&self, overlay_ifindex: u32) -> Plan {

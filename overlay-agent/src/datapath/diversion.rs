@@ -12,12 +12,12 @@ use crate::{
 
 /// What takes packets for peers, as sentences with the remedy. `routes` are the kernel's, `index` is the overlay device's.
 /// Fails when the kernel cannot be asked.
-pub(super) async fn find(
+pub(super) async fn find<V>(
     netlink: &Netlink,
     routes: &[Route],
     index: u32,
     spec: &DeviceSpec,
-    peers: &Routes,
+    peers: &Routes<V>,
 ) -> Result<Vec<String>> {
     let name = |index| device_name(index).unwrap_or_else(|_| format!("device {index}"));
     let diverted = by_routes(routes, index, spec, peers).map(|(route, subnet)| {
@@ -48,11 +48,11 @@ fn by_rule(from: Ipv4Addr, to: Ipv4Addr, fate: &str, spec: &DeviceSpec) -> Strin
 }
 
 /// The routes inside the network, through other devices, that take packets for peers, each with the subnet of one such peer.
-fn by_routes<'a>(
+fn by_routes<'a, V>(
     routes: &'a [Route],
     index: u32,
     spec: &DeviceSpec,
-    peers: &Routes,
+    peers: &Routes<V>,
 ) -> impl Iterator<Item = (&'a Route, Subnet)> {
     let network = spec.alias.network;
     let is_inside =
@@ -77,7 +77,7 @@ mod tests {
         let alias = DeviceAlias {
             network: "10.244.0.0/16".parse().unwrap(),
             port: 8285,
-            underlay: "eth0".to_owned(),
+            underlays: vec!["eth0".to_owned()],
         };
         let subnet = "10.244.1.0/24".parse().unwrap();
         let spec = DeviceSpec { name: "ovl0".to_owned(), alias, subnet, mtu: 1472 };

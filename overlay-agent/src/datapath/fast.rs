@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
-use overlay_ebpf::abi::{Config, Counters};
+use overlay_ebpf::abi::{Config, Counters, NextHop};
 use tracing::{debug, info, warn};
 
 use super::{
@@ -18,7 +18,7 @@ use super::{
 use crate::{
     capabilities,
     netlink::{Netlink, device_name},
-    route::{RouteChange, Routes},
+    route::{NextHops, RouteChange},
 };
 
 /// The route map is read back at most in this share of the time: 1 in 1000.
@@ -70,7 +70,7 @@ impl FastPath {
         &mut self,
         plan: Plan,
         config: &Config,
-        routes: &Routes,
+        routes: &NextHops,
         report: &mut Report,
     ) -> Result<()> {
         let request = plan.request;
@@ -89,7 +89,7 @@ impl FastPath {
         &mut self,
         plan: Plan,
         config: &Config,
-        routes: &Routes,
+        routes: &NextHops,
         report: &mut Report,
     ) -> Result<()> {
         if self.plan.as_ref() != Some(&plan) {
@@ -125,7 +125,8 @@ impl FastPath {
                 }
                 Some(Step::Attach(target)) => match self.attach(target).await {
                     Ok(()) => report.made.push(format!("{} attached", target.hook.program)),
-                    Err(error) if plan.request == Request::Auto => {
+                    // Other underlay devices than the first come with routes: none of them ends an explicit request.
+                    Err(error) if plan.request == Request::Auto || !plan.is_essential(target) => {
                         debug!("{} is not attached: {error:#}", target.hook.program);
                         self.refusals.targets.push((target, format!("{error:#}")));
                     }
@@ -150,7 +151,7 @@ impl FastPath {
 
     /// Loads and tests the tc programs, unless they are loaded.
     fn load(&mut self, plan: &Plan) -> Result<()> {
-        if let Some(underlay) = plan.underlays.iter().find(|underlay| !underlay.ethernet) {
+        if let Some(underlay) = plan.underlays.first().filter(|underlay| !underlay.ethernet) {
             bail!("the underlay {} is no Ethernet device", underlay.name);
         }
         if self.set.is_some() {
@@ -171,7 +172,7 @@ impl FastPath {
         &mut self,
         plan: &Plan,
         config: &Config,
-        routes: &Routes,
+        routes: &NextHops,
         report: &mut Report,
     ) -> Result<()> {
         let Some(set) = &mut self.set else { return Ok(()) };
@@ -237,7 +238,7 @@ impl FastPath {
     }
 
     /// Makes `changes` in the kernel's map, or, after an error, all that differs from `routes`.
-    pub(super) fn apply_routes(&mut self, changes: &[RouteChange], routes: &Routes) -> Result<()> {
+    pub(super) fn apply_routes(&mut self, changes: &[RouteChange<NextHop>], routes: &NextHops) -> Result<()> {
         let Some(set) = &mut self.set else { return Ok(()) };
         let done = match self.behind {
             true => set.set_routes(routes),

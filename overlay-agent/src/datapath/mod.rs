@@ -8,19 +8,21 @@ mod fast;
 mod plan;
 pub mod tun;
 
-pub use desired::{Choice, Desired, PathCounters, Report, Request, Rung, UnderlayDevice};
+pub use desired::{Choice, Desired, PathCounters, Policy, Report, Request, Rung, UnderlayDevice};
 
 use std::{net::SocketAddrV4, sync::Arc};
 
 use anyhow::{Context as _, Result};
+use overlay_ebpf::{abi::NextHop, rejection::Rejection};
 use tokio::sync::mpsc;
 use tun::{Endpoint, Settings, SlowCounters, Socket, TunRung};
 
 use crate::{
     capabilities::Missing,
     device::{self, DeviceSpec, OverlayDevice},
+    icmp::Answers,
     netlink::{Netlink, Route},
-    route::{RouteChange, Routes},
+    route::{NextHops, RouteChange},
 };
 use fast::FastPath;
 
@@ -34,6 +36,7 @@ pub struct Datapath {
     slow: Option<TunRung>,
     sockets: Vec<Arc<Socket>>,
     counters: Arc<SlowCounters>,
+    answers: Arc<Answers>,
     /// What the last reconciliation made of the device.
     device: Option<DeviceSpec>,
 }
@@ -49,6 +52,7 @@ impl Datapath {
             slow: None,
             sockets: Vec::new(),
             counters: Arc::default(),
+            answers: Arc::new(Answers::open()),
             device: None,
         }
     }
@@ -65,10 +69,15 @@ impl Datapath {
         let ifindex = opened.as_ref().map(|device| device.index).or_else(|| self.overlay_ifindex());
         let ifindex = ifindex.context("the overlay device is not open")?;
         let config = desired.config(ifindex)?;
-        let settings = Settings { config, mtu: desired.device.mtu as usize, sockets: sockets.clone() };
+        let settings = Settings {
+            config,
+            own: desired.device.subnet.base(),
+            mtu: desired.device.mtu as usize,
+            sockets: sockets.clone(),
+        };
         if let Some(device) = opened {
-            let counters = Arc::clone(&self.counters);
-            self.slow = Some(TunRung::start(device, settings, desired.routes, counters, &self.failures)?);
+            let shared = (Arc::clone(&self.counters), Arc::clone(&self.answers));
+            self.slow = Some(TunRung::start(device, settings, desired.routes, shared, &self.failures)?);
         } else if let Some(rung) = &self.slow {
             rung.set_settings(settings);
             rung.set_routes(desired.routes);
@@ -131,11 +140,18 @@ impl Datapath {
 
     /// Makes `changes`, which lead to `routes`, in both paths. Fails when the kernel refuses an update of its map, or the map is
     /// full: the slow path has the routes then all the same, and the next call compares all routes.
-    pub fn apply_routes(&mut self, changes: &[RouteChange], routes: &Routes) -> Result<()> {
+    pub fn apply_routes(&mut self, changes: &[RouteChange<NextHop>], routes: &NextHops) -> Result<()> {
         if let Some(rung) = &self.slow {
             rung.apply_routes(changes);
         }
         self.fast.apply_routes(changes, routes)
+    }
+
+    /// Tells the sender of an inner packet, of which `packet` shows the first bytes, why it did not arrive.
+    pub(crate) fn answer(&self, packet: &[u8], rejection: Rejection) {
+        if let Some(device) = &self.device {
+            self.answers.send(packet, device.subnet.base(), rejection);
+        }
     }
 
     /// Whether the programs that were attached still are, as far as the kernel tells. [`Datapath::reconcile`] repairs others.

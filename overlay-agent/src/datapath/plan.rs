@@ -47,6 +47,11 @@ impl Plan {
         }
     }
 
+    /// Whether an explicit request fails without this target.
+    pub(super) fn is_essential(&self, target: Target) -> bool {
+        target.hook == EGRESS || self.underlays.first().is_some_and(|first| first.index == target.ifindex)
+    }
+
     /// The programs that should be attached, in the order of attaching: what XDP passes on needs the tc program behind it.
     pub(super) fn targets(&self, refusals: &Refusals) -> Vec<Target> {
         let mut targets = Vec::new();
@@ -83,6 +88,7 @@ impl Plan {
     fn ingress_of(&self, underlay: &Link, refusals: &Refusals) -> Choice {
         let [no_tc, no_xdp] = [INGRESS, XDP].map(|hook| refusals.why(self.target(hook, underlay.index)));
         let (rung, why) = match (no_tc, no_xdp, &underlay.kind) {
+            _ if !underlay.ethernet => (Rung::Tun, format!("{} is no Ethernet device", underlay.name)),
             (Some(why), ..) => (Rung::Tun, format!("no tc program on the underlay: {why}")),
             (None, Some(why), _) => (Rung::Tc, format!("no XDP: {why}")),
             (None, None, _) if self.wants_xdp(underlay) => {
@@ -103,6 +109,8 @@ impl Plan {
         let (rung, why) = match (self.request, &refusals.programs) {
             (Request::Tun, _) => (Rung::Tun, asked()),
             (_, Some(why)) => (Rung::Tun, format!("eBPF is not available: {why}")),
+            // Of an underlay device other than the first, programs may be refused all the same.
+            (Request::Xdp | Request::Tc, None) if rung == Rung::Tun => (rung, why),
             (Request::Xdp | Request::Tc, None) => (rung, asked()),
             (Request::Auto, None) => (rung, why),
         };
@@ -145,6 +153,8 @@ mod tests {
             mac: None,
             kind: kind.map(str::to_owned),
             alias: None,
+            lower: None,
+            controller: None,
         };
         let underlays = (1..).zip(kinds).map(underlay).collect();
         Plan { request, mode: TcMode::Tcx, underlays, overlay_ifindex: OVERLAY, log: false }

@@ -85,7 +85,7 @@ impl Candidate {
 
 /// Of two records for one subnet, only the older one counts.
 pub(super) fn check_holder(holder: Peer, peer: Peer, subnet: Subnet) -> Result<(), String> {
-    match holder == peer {
+    match holder.address == peer.address {
         true => Ok(()),
         false => Err(format!("{holder} holds {subnet} already")),
     }
@@ -120,5 +120,5 @@ pub(super) fn peer(
     if network.is_some_and(|network| network.contains(&public_ip)) {
         return Err(format!("PublicIP {public_ip} lies inside the overlay: packets to it would loop"));
     }
-    Ok(Some(public_ip.into()))
+    Ok(Some(Peer { address: public_ip, takes_unfinished: value.takes_unfinished }))
 }

@@ -25,7 +25,7 @@ pub(super) fn build<'a>(
         match route(local, record) {
             Ok(Some((subnet, peer))) => {
                 let holder = *routes.entry(subnet).or_insert(peer);
-                if holder != peer {
+                if holder.address != peer.address {
                     skipped.push(Skipped::new(&record.key, &format!("{holder} holds {subnet} already")));
                 }
             }
@@ -70,7 +70,7 @@ fn route(local: LocalNode, record: &LeaseRecord) -> Result<Option<(Subnet, Peer)
     } else if local.network.contains(&public_ip) {
         format!("PublicIP {public_ip} lies inside the overlay: packets to it would loop")
     } else {
-        return Ok(Some((subnet, public_ip.into())));
+        return Ok(Some((subnet, Peer { address: public_ip, takes_unfinished: value.takes_unfinished })));
     };
     Err((None, why))
 }

@@ -11,8 +11,8 @@ use crate::{
     store::Version,
 };
 
-const PEER: Peer = Peer { address: Ipv4Addr::new(192, 168, 77, 2) };
-const OTHER: Peer = Peer { address: Ipv4Addr::new(192, 168, 77, 3) };
+const PEER: Peer = Peer { address: Ipv4Addr::new(192, 168, 77, 2), takes_unfinished: true };
+const OTHER: Peer = Peer { address: Ipv4Addr::new(192, 168, 77, 3), takes_unfinished: true };
 
 fn net(text: &str) -> Subnet {
     text.parse().unwrap()

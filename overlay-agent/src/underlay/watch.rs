@@ -167,6 +167,8 @@ mod tests {
             mac: None,
             kind: None,
             alias: None,
+            lower: None,
+            controller: None,
         }
     }
 

@@ -11,7 +11,6 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use overlay_ebpf::{
-    abi::Config,
     egress,
     reason::{DropReason, PuntReason},
     verdict::{EgressVerdict, Encap, Outer},
@@ -23,7 +22,7 @@ use super::{
     log::log_failure,
     maps::{self, RouteMap},
     memory::{self, Packet},
-    punt,
+    punt, reject,
 };
 
 /// Grow the packet, keep its segments' size (the device's MTU leaves the room), and tell the kernel what the new bytes
@@ -31,8 +30,10 @@ use super::{
 const ENCAP_FLAGS: u64 =
     (BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP) as u64;
 
-/// Inner header and ports. More is pulled only for packets with IP options: pulling rearranges the buffer.
-const HEADERS: usize = Ipv4::LEN + 4;
+/// Of the transport header, what the core looks at: ports, TCP's data offset, the checksum.
+const TRANSPORT: usize = 18;
+/// Inner headers. More is pulled only for packets with IP options: pulling rearranges the buffer.
+const HEADERS: usize = Ipv4::LEN + TRANSPORT;
 
 /// `EALREADY`: the kernel allows one level of encapsulation per socket buffer.
 const EALREADY: i64 = 114;
@@ -48,19 +49,22 @@ pub(super) fn run<const LINK: usize>(ctx: &TcContext) -> i32 {
     if let Some(header) = Packet::of_skb(ctx).view::<Ipv4>(LINK)
         && header.header_len() > Ipv4::LEN
     {
-        memory::pull_headers(ctx, LINK + header.header_len() + 4);
+        memory::pull_headers(ctx, LINK + header.header_len() + TRANSPORT);
     }
     let len = ctx.len() as usize - LINK;
-    match egress::decide(&Packet::of_skb(ctx), LINK, len, config, &RouteMap) {
-        EgressVerdict::Encap(encap) => redirect::<LINK>(ctx, config, &encap, len),
+    match egress::decide(&Packet::of_skb(ctx), LINK, len, memory::gso_size(ctx), config, &RouteMap) {
+        EgressVerdict::Encap(encap) => redirect::<LINK>(ctx, &encap, len),
+        EgressVerdict::SlowEncap(reason, _) => punt(reason),
+        EgressVerdict::Fragment(_) => punt(PuntReason::PathMtu),
         EgressVerdict::TooLong => punt(PuntReason::TooLong),
+        EgressVerdict::Reject(rejection) => reject(rejection),
         EgressVerdict::Drop(reason) => discard(reason),
     }
 }
 
 /// Encapsulates the packet and hands it to the underlay, where the kernel resolves the neighbour as for any routed packet.
 #[inline(always)]
-fn redirect<const LINK: usize>(ctx: &TcContext, config: &Config, encap: &Encap, len: usize) -> i32 {
+fn redirect<const LINK: usize>(ctx: &TcContext, encap: &Encap, len: usize) -> i32 {
     match ctx.adjust_room(OVERHEAD as i32, BPF_ADJ_ROOM_MAC, ENCAP_FLAGS) {
         Ok(()) => {}
         Err(error) if error == -EALREADY => return punt(PuntReason::AlreadyEncapsulated),
@@ -86,7 +90,7 @@ fn redirect<const LINK: usize>(ctx: &TcContext, config: &Config, encap: &Encap, 
         counters.egress_bytes += len as u64;
     });
     // SAFETY: no parameters: the kernel looks up the next hop of the outer destination itself.
-    unsafe { bpf_redirect_neigh(config.underlay_ifindex, core::ptr::null_mut(), 0, 0) as i32 }
+    unsafe { bpf_redirect_neigh(encap.next_hop.ifindex, core::ptr::null_mut(), 0, 0) as i32 }
 }
 
 /// Writes the new headers into the room that was made for them. `None` when it is not there.

@@ -20,7 +20,7 @@ use super::{
     log::log_failure,
     maps::{self, RouteMap},
     memory::{self, Packet},
-    punt,
+    punt, reject,
 };
 
 /// Ethernet, outer and inner headers. An outer header with options may reach further; the stack handles those anyway.
@@ -48,11 +48,12 @@ pub(super) fn run(ctx: &TcContext) -> i32 {
         IngressVerdict::Pass => TO_THE_SLOW_PATH,
         // The kernel still marks a segmented packet as tunnelled (before 7.x no helper clears that). TCP is segmented
         // correctly all the same; segmentation of UDP would take the inner UDP header for the tunnel's.
-        IngressVerdict::Decap(decap) if decap.protocol != PROTOCOL_TCP && is_segmented(ctx) => {
+        IngressVerdict::Decap(decap) if decap.protocol != PROTOCOL_TCP && memory::gso_size(ctx) != 0 => {
             punt(PuntReason::SegmentedDatagrams)
         }
         IngressVerdict::Decap(decap) => decapsulate(ctx, config, &decap),
         IngressVerdict::Punt(reason) => punt(reason),
+        IngressVerdict::Reject(rejection) => reject(rejection),
         IngressVerdict::Drop(reason) => discard(reason),
     }
 }
@@ -71,13 +72,6 @@ fn take_mark(ctx: &TcContext, own: Mark) -> bool {
 fn has_vlan_tag(ctx: &TcContext) -> bool {
     // SAFETY: the kernel hands the program a valid context.
     unsafe { (*ctx.skb.skb).vlan_present != 0 }
-}
-
-/// Whether the buffer stands for several packets that the sender or GRO left in one.
-#[inline(always)]
-fn is_segmented(ctx: &TcContext) -> bool {
-    // SAFETY: the kernel hands the program a valid context.
-    unsafe { (*ctx.skb.skb).gso_size != 0 }
 }
 
 #[inline(always)]

@@ -7,7 +7,7 @@ use aya_ebpf::{
     maps::{Array, HashMap, LpmTrie, PerCpuArray, lpm_trie::Key},
 };
 use overlay_ebpf::{
-    abi::{Config, Counters, MAX_ROUTES, MAX_UNDERLAYS, RouteValue, UnderlayValue},
+    abi::{Config, Counters, MAX_ROUTES, MAX_UNDERLAYS, NextHop, UnderlayValue},
     route::Routes,
 };
 
@@ -15,7 +15,7 @@ use overlay_ebpf::{
 static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
 
 #[map]
-static ROUTES: LpmTrie<[u8; 4], RouteValue> = LpmTrie::with_max_entries(MAX_ROUTES, 0);
+static ROUTES: LpmTrie<[u8; 4], NextHop> = LpmTrie::with_max_entries(MAX_ROUTES, 0);
 
 #[map]
 static UNDERLAYS: HashMap<u32, UnderlayValue> = HashMap::with_max_entries(MAX_UNDERLAYS, 0);
@@ -53,13 +53,38 @@ pub(super) fn is_line_due() -> bool {
     due
 }
 
+/// Rejected packets of one CPU that reach the slow path in a [`REJECTION_WINDOW`]: a flood of them must not crowd out the packets
+/// that the slow path carries, and their senders get few answers all the same.
+const REJECTIONS: u64 = 100;
+/// In nanoseconds.
+const REJECTION_WINDOW: u64 = 100_000_000;
+
+/// The start of each CPU's window in nanoseconds since boot, and its rejected packets since.
+#[map]
+static REJECTED: PerCpuArray<[u64; 2]> = PerCpuArray::with_max_entries(1, 0);
+
+/// Whether a rejected packet may be handed to the slow path, which then tells the sender.
+#[inline(always)]
+pub(super) fn is_rejection_due() -> bool {
+    let Some(window) = REJECTED.get_ptr_mut(0) else { return false };
+    // SAFETY: the entry is this CPU's, and networking programs run with bottom halves off: no other reference exists.
+    let [start, count] = unsafe { &mut *window };
+    // SAFETY: a helper without parameters.
+    let now = unsafe { bpf_ktime_get_ns() };
+    if now.wrapping_sub(*start) >= REJECTION_WINDOW {
+        (*start, *count) = (now, 0);
+    }
+    *count += 1;
+    *count <= REJECTIONS
+}
+
 /// The kernel's route map, for the packet core.
 pub(super) struct RouteMap;
 
 impl Routes for RouteMap {
     #[inline(always)]
-    fn peer_of(&self, address: [u8; 4]) -> Option<[u8; 4]> {
-        ROUTES.get(Key::new(32, address)).map(|route| route.peer)
+    fn next_hop(&self, address: [u8; 4]) -> Option<NextHop> {
+        ROUTES.get(Key::new(32, address)).copied()
     }
 }
 

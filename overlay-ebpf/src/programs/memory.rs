@@ -18,6 +18,13 @@ pub(super) fn pull_headers(ctx: &TcContext, headers: usize) {
     }
 }
 
+/// The payload in bytes of each of the packets that the sender or GRO left in one buffer; 0 when it is one packet.
+#[inline(always)]
+pub(super) fn gso_size(ctx: &TcContext) -> usize {
+    // SAFETY: the kernel hands the program a valid context.
+    unsafe { (*ctx.skb.skb).gso_size as usize }
+}
+
 /// The directly accessible bytes of one packet, valid until a helper changes it.
 pub(super) struct Packet {
     start: usize,

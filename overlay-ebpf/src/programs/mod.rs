@@ -15,6 +15,7 @@ use aya_ebpf::{
 };
 use overlay_ebpf::{
     reason::{DropReason, PuntReason},
+    rejection::Rejection,
     wire::Ethernet,
 };
 
@@ -50,6 +51,15 @@ const TO_THE_SLOW_PATH: i32 = TC_ACT_UNSPEC;
 fn punt(reason: PuntReason) -> i32 {
     maps::count(|counters| counters.punt(reason));
     TO_THE_SLOW_PATH
+}
+
+/// Hands a rejected packet to the slow path, which tells its sender; discards it when there are too many.
+#[inline(always)]
+fn reject(rejection: Rejection) -> i32 {
+    match maps::is_rejection_due() {
+        true => punt(PuntReason::Rejected),
+        false => discard(rejection.reason()),
+    }
 }
 
 #[inline(always)]

@@ -34,7 +34,7 @@ pub(super) fn run(ctx: &XdpContext) -> u32 {
         IngressVerdict::Pass => XDP_PASS,
         IngressVerdict::Decap(decap) => decapsulate(ctx, config, &decap),
         // Not counted: the tc program sees the same frame, comes to the same verdict and counts it.
-        IngressVerdict::Punt(_) => XDP_PASS,
+        IngressVerdict::Punt(_) | IngressVerdict::Reject(_) => XDP_PASS,
         IngressVerdict::Drop(reason) => discard(reason),
     }
 }

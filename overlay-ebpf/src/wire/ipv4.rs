@@ -4,6 +4,8 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::checksum;
 
+/// Protocol number of ICMP (RFC 792).
+pub const PROTOCOL_ICMP: u8 = 1;
 /// Protocol number of TCP (RFC 9293).
 pub const PROTOCOL_TCP: u8 = 6;
 /// Protocol number of UDP (RFC 768).
@@ -87,6 +89,8 @@ impl Ipv4 {
         total_len -> usize { u16::from_be_bytes(ip.total_length) as usize }
         /// Whether this packet is a piece of a larger one: MF set or offset not 0.
         is_fragment -> bool { u16::from_be_bytes(ip.flags_fragment) & (FLAG_MF | FRAGMENT_OFFSET) != 0 }
+        /// Whether routers must not fragment this packet.
+        dont_fragment -> bool { u16::from_be_bytes(ip.flags_fragment) & FLAG_DF != 0 }
         /// Whether this is a fragment other than the first: it has no transport header.
         is_later_fragment -> bool { u16::from_be_bytes(ip.flags_fragment) & FRAGMENT_OFFSET != 0 }
         /// Time to live, in hops.

@@ -9,13 +9,14 @@ use aya::{
 };
 use overlay_agent::{
     datapath::{
-        Datapath, Desired, Report, Request, Rung, UnderlayDevice,
+        Datapath, Desired, Policy, Report, Request, Rung, UnderlayDevice,
         ebpf::{OBJECT, TcAttach},
     },
     device::{DeviceAlias, DeviceSpec},
     netlink::Netlink,
-    route::{Peer, RouteChange, Routes},
+    route::{NextHops, RouteChange},
 };
+use overlay_ebpf::abi::NextHop;
 use overlay_tests::{
     netns::Netns,
     sandbox::Sandbox,
@@ -47,7 +48,7 @@ struct Host<'a> {
     local_ip: Ipv4Addr,
     request: Request,
     tc_attach: TcAttach,
-    routes: Routes,
+    routes: NextHops,
     log: bool,
 }
 
@@ -56,8 +57,8 @@ impl<'a> Host<'a> {
     fn new(side: &'a Side, peer: &Side, request: Request) -> Result<Self> {
         let netlink = Netlink::connect()?;
         let (sender, failures) = mpsc::channel(2);
-        let alias =
-            DeviceAlias { network: "10.244.0.0/16".parse()?, port: 8285, underlay: UPLINK.to_owned() };
+        let underlays = vec![UPLINK.to_owned()];
+        let alias = DeviceAlias { network: "10.244.0.0/16".parse()?, port: 8285, underlays };
         Ok(Self {
             netns: &side.host,
             datapath: Datapath::new(netlink.clone(), sender),
@@ -67,7 +68,7 @@ impl<'a> Host<'a> {
             local_ip: side.underlay,
             request,
             tc_attach: TcAttach::Auto,
-            routes: Routes::from([(peer.subnet.parse()?, Peer::from(peer.underlay))]),
+            routes: NextHops::from([(peer.subnet.parse()?, next_hop(peer.underlay)?)]),
             log: false,
         })
     }
@@ -77,6 +78,7 @@ impl<'a> Host<'a> {
         let desired = Desired {
             device: &self.spec,
             underlays: &[UnderlayDevice { link, local_ip: self.local_ip }],
+            policy: Policy::default(),
             request: self.request,
             tc_attach: self.tc_attach,
             routes: &self.routes,
@@ -113,6 +115,12 @@ impl<'a> Host<'a> {
     fn rungs(&self) -> [Rung; 2] {
         [self.datapath.egress().rung, self.datapath.ingress().rung]
     }
+}
+
+/// The way to a peer on the underlay device of this namespace.
+fn next_hop(peer: Ipv4Addr) -> Result<NextHop> {
+    let ifindex = nix::net::if_::if_nametoindex(UPLINK)?;
+    Ok(NextHop { peer: peer.octets(), ifindex, mtu: 1472, flags: 0 })
 }
 
 fn hook(device: &str, direction: TcAttachType) -> Result<(u64, Vec<u32>)> {
@@ -220,13 +228,14 @@ fn repairs(sandbox: &Arc<Sandbox>) -> Result<()> {
             host.repairs(repaired).await.with_context(|| change.to_owned())?;
         }
 
-        let mut routes: LpmTrie<_, [u8; 4], [u8; 4]> = LpmTrie::try_from(Map::LpmTrie(map("ROUTES")?))?;
+        let mut routes: LpmTrie<_, [u8; 4], [u8; 12]> = LpmTrie::try_from(Map::LpmTrie(map("ROUTES")?))?;
         routes.remove(&Key::new(24, [10, 244, 2, 0]))?;
-        routes.insert(&Key::new(24, [10, 244, 3, 0]), [192, 168, 77, 3], 0)?;
+        routes.insert(&Key::new(24, [10, 244, 3, 0]), [3; 12], 0)?;
         // Reading back is limited to a share of the time.
         tokio::time::sleep(std::time::Duration::from_millis(500)).await;
         host.repairs(&["2 routes in the kernel's map"]).await?;
-        ensure!(routes.get(&Key::new(24, [10, 244, 2, 0]), 0)? == b.underlay.octets(), "not repaired");
+        let repaired = routes.get(&Key::new(24, [10, 244, 2, 0]), 0)?;
+        ensure!(repaired[..4] == b.underlay.octets(), "not repaired: {repaired:?}");
 
         // A removal of what is gone already is no error.
         routes.remove(&Key::new(24, [10, 244, 2, 0]))?;

@@ -5,14 +5,15 @@ use std::net::Ipv4Addr;
 use ipnet::Ipv4Net;
 use overlay_agent::{
     datapath::ebpf::OverlaySet,
-    route::{Peer, RouteChange, Routes, Subnet},
+    route::{NextHops, RouteChange, Subnet},
 };
-use overlay_ebpf::abi::MAX_ROUTES;
+use overlay_ebpf::abi::{MAX_ROUTES, NextHop};
 
 use crate::rungs::object;
 
-const PEER: Peer = Peer { address: Ipv4Addr::new(192, 168, 77, 2) };
-const OTHER: Peer = Peer { address: Ipv4Addr::new(192, 168, 77, 3) };
+const PEER: NextHop = NextHop { peer: [192, 168, 77, 2], ifindex: 2, mtu: 1472, flags: 0 };
+const OTHER: NextHop =
+    NextHop { peer: [192, 168, 77, 3], ifindex: 3, mtu: 1372, flags: NextHop::FINISHED_ONLY };
 
 fn subnet(number: u32) -> Subnet {
     let base = Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 0, 0, 0)) + (number << 2));
@@ -22,7 +23,7 @@ fn subnet(number: u32) -> Subnet {
 #[test]
 fn a_full_route_map_says_so_and_still_follows_what_it_holds() {
     let mut programs = OverlaySet::load(&object(), false).unwrap();
-    let mut routes: Routes = (0..MAX_ROUTES).map(|number| (subnet(number), PEER)).collect();
+    let mut routes: NextHops = (0..MAX_ROUTES).map(|number| (subnet(number), PEER)).collect();
     programs.set_routes(&routes).unwrap();
 
     let too_many = [RouteChange::set(subnet(MAX_ROUTES), PEER), RouteChange::Remove(subnet(MAX_ROUTES + 1))];

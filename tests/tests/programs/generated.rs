@@ -35,7 +35,7 @@ struct Comparison {
 impl Comparison {
     fn compare(&mut self, who: &str, packet: &[u8], decided: &Verdict, core: &Verdict) {
         self.compared += 1;
-        if decided != core {
+        if !rungs::is_same(decided, core) {
             self.mismatches
                 .push(format!("{who} decides {decided:?}, the core {core:?}, about {packet:02x?}"));
         }
@@ -55,7 +55,11 @@ impl Comparison {
 fn as_xdp_shows_it(verdict: &Verdict) -> &Verdict {
     match verdict {
         Verdict::Punt { .. } => &Verdict::Pass,
-        Verdict::Pass | Verdict::Encap { .. } | Verdict::Decap { .. } | Verdict::Drop { .. } => verdict,
+        Verdict::Pass
+        | Verdict::Encap { .. }
+        | Verdict::Decap { .. }
+        | Verdict::Fragment
+        | Verdict::Drop { .. } => verdict,
     }
 }
 
@@ -86,17 +90,17 @@ fn egress() -> Comparison {
         let is_mutated = rng.random_bool(0.3);
         let packet =
             if is_mutated { generator::mutated(&mut rng, &file, 24) } else { generator::egress(&mut rng) };
-        let core = rungs::core_egress(&packet, &config, &routes);
+        let gso_size = generator::gso_size(&mut rng);
+        let core = rungs::core_egress(&packet, gso_size, &config, &routes);
         comparison.packets += 1;
         comparison.carried += usize::from(matches!(core, Verdict::Encap { .. }));
-        if let Some(decided) = kernel.verdict(&packet) {
+        if let Some(decided) = kernel.verdict(&packet, gso_size) {
             comparison.compare("the tc program", &packet, &decided, &core);
         }
-        // What is too long for a program is punted, and dropped by the shell.
-        if !matches!(core, Verdict::Punt { .. }) {
-            let decided = rungs::tun_egress(&packet, &config, &routes, &core);
-            comparison.compare("the tun shell", &packet, &decided, &core);
-        }
+        // The device hands super-packets over in segments.
+        let core = rungs::core_egress_slow(&packet, &config, &routes);
+        let decided = rungs::tun_egress(&packet, &config, &routes, &core);
+        comparison.compare("the tun shell", &packet, &decided, &core);
     }
     comparison
 }
@@ -115,14 +119,20 @@ fn ingress() -> Comparison {
         let core = rungs::core_ingress(&frame, &config, &routes);
         comparison.packets += 1;
         comparison.carried += usize::from(matches!(core, Verdict::Decap { .. }));
-        if let Some(decided) = tc.verdict(&frame) {
+        if let Some(decided) = tc.verdict(&frame, 0) {
             comparison.compare("the tc program", &frame, &decided, &core);
         }
-        if let Some(decided) = xdp.verdict(&frame) {
+        if let Some(decided) = xdp.verdict(&frame, 0) {
             comparison.compare("the XDP program", &frame, &decided, as_xdp_shows_it(&core));
         }
         // What reaches the socket of the tun rung as a whole datagram.
-        if matches!(core, Verdict::Decap { .. } | Verdict::Drop { .. }) {
+        let reaches_socket = match &core {
+            Verdict::Decap { .. } | Verdict::Drop { .. } => true,
+            Verdict::Punt { reason } => ["rejected", "slow_peer"].contains(&reason.as_str()),
+            Verdict::Pass | Verdict::Encap { .. } | Verdict::Fragment => false,
+        };
+        if reaches_socket {
+            let core = rungs::core_ingress_slow(&frame, &config, &routes);
             let decided = rungs::tun_ingress(&frame, &config, &routes);
             comparison.compare("the tun shell", &frame, &decided, &core);
         }

@@ -9,7 +9,11 @@ const OUR_IP: [u8; 4] = [192, 168, 77, 1];
 const PORT: u16 = 8285;
 
 /// Addresses at the edges of what the vectors' configuration and routes distinguish.
-const INNER: [[u8; 4]; 20] = [
+const INNER: [[u8; 4]; 24] = [
+    [10, 244, 5, 1],
+    [10, 244, 6, 1],
+    [10, 244, 7, 1],
+    [10, 244, 8, 1],
     [10, 244, 1, 0],
     [10, 244, 1, 2],
     [10, 244, 1, 255],
@@ -31,7 +35,8 @@ const INNER: [[u8; 4]; 20] = [
     [224, 0, 0, 1],
     [192, 168, 77, 2],
 ];
-const OUTER: [[u8; 4]; 7] = [
+const OUTER: [[u8; 4]; 8] = [
+    [192, 168, 77, 7],
     [192, 168, 77, 2],
     [192, 168, 77, 3],
     [192, 168, 77, 4],
@@ -111,6 +116,19 @@ fn udp(rng: &mut StdRng, ends: [[u8; 4]; 2], ports: [u16; 2], payload: &[u8]) ->
     datagram
 }
 
+/// TCP with a data offset at a boundary, and a checksum that is random or unfinished.
+fn tcp(rng: &mut StdRng, ends: [[u8; 4]; 2]) -> Vec<u8> {
+    let mut segment: Vec<u8> = (0..20).map(|_| rng.random()).collect();
+    segment[12] = mostly(rng, 5, &[0, 4, 6, 15]) << 4;
+    segment.extend(bytes(rng));
+    if rng.random_bool(0.5) {
+        let len = segment.len() as u16;
+        let unfinished = sum(&[&ends[0][..], &ends[1], &[0, 6], &len.to_be_bytes()].concat());
+        segment[16..18].copy_from_slice(&unfinished.to_be_bytes());
+    }
+    segment
+}
+
 fn bytes(rng: &mut StdRng) -> Vec<u8> {
     let len = match rng.random_range(0..20) {
         0..4 => 0,
@@ -136,6 +154,7 @@ fn inner(rng: &mut StdRng, ends: [[u8; 4]; 2]) -> Vec<u8> {
             let payload = bytes(rng);
             udp(rng, ends, ports, &payload)
         }
+        (6, _) => tcp(rng, ends),
         _ => bytes(rng),
     };
     ipv4(rng, ends[0], ends[1], protocol, &payload)
@@ -151,6 +170,11 @@ fn cut_or_pad(rng: &mut StdRng, mut packet: Vec<u8>) -> Vec<u8> {
     packet
 }
 
+/// The payload of each segment in bytes: most packets are one.
+pub(crate) fn gso_size(rng: &mut StdRng) -> usize {
+    mostly(rng, 0, &[1, 536, 1348, 1360, 1361, 1372, 1400, 1448, 0xffff])
+}
+
 /// An inner packet as it is routed to the overlay device.
 pub(crate) fn egress(rng: &mut StdRng) -> Vec<u8> {
     let source = mostly(rng, [10, 244, 1, 2], &INNER);
@@ -161,7 +185,7 @@ pub(crate) fn egress(rng: &mut StdRng) -> Vec<u8> {
 
 /// A frame as it is received on the underlay.
 pub(crate) fn ingress(rng: &mut StdRng) -> Vec<u8> {
-    let peer = mostly(rng, OUTER[0], &OUTER);
+    let peer = mostly(rng, [192, 168, 77, 2], &OUTER);
     let source = mostly(rng, [10, 244, 2, 2], &INNER);
     let destination = mostly(rng, [10, 244, 1, 2], &INNER);
     let inner = inner(rng, [source, destination]);

@@ -8,7 +8,7 @@ use overlay_agent::{
         },
         tun::{Lookup, shell},
     },
-    route::Routes,
+    route::NextHops,
 };
 use overlay_ebpf::{
     abi::{Config, Counters},
@@ -16,7 +16,7 @@ use overlay_ebpf::{
     hop::Rewrite,
     ingress,
     reason::{DropReason, PuntReason},
-    verdict::{EgressVerdict, IngressVerdict},
+    verdict::{EgressVerdict, IngressVerdict, InnerVerdict},
     wire::{Ethernet, Ipv4},
 };
 
@@ -44,14 +44,56 @@ fn rewritten(packet: &[u8], rewrite: Rewrite) -> Vec<u8> {
     packet
 }
 
-pub(crate) fn core_egress(packet: &[u8], config: &Config, routes: &Lookup) -> Verdict {
-    match egress::decide(packet, 0, packet.len(), config, routes) {
+pub(crate) fn core_egress(packet: &[u8], gso_size: usize, config: &Config, routes: &Lookup) -> Verdict {
+    match egress::decide(packet, 0, packet.len(), gso_size, config, routes) {
         EgressVerdict::Encap(encap) => Verdict::Encap {
             bytes: [bytemuck::bytes_of(&encap.outer), &rewritten(packet, encap.rewrite)].concat(),
         },
+        EgressVerdict::SlowEncap(reason, _) => Verdict::punted(reason),
+        EgressVerdict::Fragment(_) => Verdict::punted(PuntReason::PathMtu),
         EgressVerdict::TooLong => Verdict::punted(PuntReason::TooLong),
+        EgressVerdict::Reject(_) => Verdict::punted(PuntReason::Rejected),
         EgressVerdict::Drop(reason) => Verdict::dropped(reason),
     }
+}
+
+/// What the core wants the slow path to do with a packet that is no super-packet.
+pub(crate) fn core_egress_slow(packet: &[u8], config: &Config, routes: &Lookup) -> Verdict {
+    match egress::decide(packet, 0, packet.len(), 0, config, routes) {
+        EgressVerdict::Encap(encap) | EgressVerdict::SlowEncap(_, encap) => Verdict::Encap {
+            bytes: [bytemuck::bytes_of(&encap.outer), &rewritten(packet, encap.rewrite)].concat(),
+        },
+        EgressVerdict::Fragment(_) => Verdict::Fragment,
+        EgressVerdict::TooLong => Verdict::dropped(DropReason::TooLong),
+        EgressVerdict::Reject(rejection) => Verdict::dropped(rejection.reason()),
+        EgressVerdict::Drop(reason) => Verdict::dropped(reason),
+    }
+}
+
+/// What the core wants the slow path to do with a datagram that reaches its socket.
+pub(crate) fn core_ingress_slow(frame: &[u8], config: &Config, routes: &Lookup) -> Verdict {
+    let (payload, peer) = datagram(frame);
+    match ingress::decide_inner(&payload[..], 0, payload.len(), peer, frame[15], config, routes) {
+        InnerVerdict::Decap(decap) => Verdict::Decap { bytes: rewritten(&payload, decap.rewrite) },
+        InnerVerdict::TrailingBytes => Verdict::dropped(DropReason::TrailingBytes),
+        InnerVerdict::Reject(rejection) => Verdict::dropped(rejection.reason()),
+        InnerVerdict::Drop(reason) => Verdict::dropped(reason),
+    }
+}
+
+/// What a UDP socket makes of a frame: the payload and its sender.
+fn datagram(frame: &[u8]) -> (Vec<u8>, [u8; 4]) {
+    let end = 14 + usize::from(u16::from_be_bytes([frame[16], frame[17]]));
+    (frame[42..end].to_vec(), [frame[26], frame[27], frame[28], frame[29]])
+}
+
+/// Whether a program's verdict is the core's: of too many rejected packets, a program discards some instead of punting them.
+pub(crate) fn is_same(decided: &Verdict, core: &Verdict) -> bool {
+    let rejected =
+        [DropReason::TtlExpired, DropReason::NoRoute, DropReason::PeerUnreachable, DropReason::MtuExceeded];
+    decided == core
+        || (*core == Verdict::punted(PuntReason::Rejected)
+            && rejected.into_iter().any(|reason| *decided == Verdict::dropped(reason)))
 }
 
 pub(crate) fn core_ingress(frame: &[u8], config: &Config, routes: &Lookup) -> Verdict {
@@ -62,6 +104,7 @@ pub(crate) fn core_ingress(frame: &[u8], config: &Config, routes: &Lookup) -> Ve
             Verdict::Decap { bytes: rewritten(inner, decap.rewrite) }
         }
         IngressVerdict::Punt(reason) => Verdict::punted(reason),
+        IngressVerdict::Reject(_) => Verdict::punted(PuntReason::Rejected),
         IngressVerdict::Drop(reason) => Verdict::dropped(reason),
     }
 }
@@ -71,29 +114,29 @@ pub(crate) fn core_ingress(frame: &[u8], config: &Config, routes: &Lookup) -> Ve
 pub(crate) fn tun_egress(packet: &[u8], config: &Config, routes: &Lookup, expected: &Verdict) -> Verdict {
     let mut packet = packet.to_vec();
     match shell::egress(&mut packet, config, routes) {
+        Ok(to) if to.fragment => Verdict::Fragment,
         Ok(to) => {
             let mut outer = match expected {
                 Verdict::Encap { bytes } => bytes[..28].to_vec(),
-                Verdict::Pass | Verdict::Decap { .. } | Verdict::Punt { .. } | Verdict::Drop { .. } => {
-                    vec![0; 28]
-                }
+                Verdict::Pass
+                | Verdict::Decap { .. }
+                | Verdict::Fragment
+                | Verdict::Punt { .. }
+                | Verdict::Drop { .. } => vec![0; 28],
             };
             outer[1] = to.tos;
-            outer[16..20].copy_from_slice(&to.peer);
+            outer[16..20].copy_from_slice(&to.next_hop.peer);
             Verdict::Encap { bytes: [outer, packet].concat() }
         }
-        Err(reason) => Verdict::dropped(reason),
+        Err(refusal) => Verdict::dropped(refusal.reason()),
     }
 }
 
 pub(crate) fn tun_ingress(frame: &[u8], config: &Config, routes: &Lookup) -> Verdict {
-    // What a UDP socket makes of the frame.
-    let datagram_end = 14 + usize::from(u16::from_be_bytes([frame[16], frame[17]]));
-    let mut payload = frame[42..datagram_end].to_vec();
-    let peer = [frame[26], frame[27], frame[28], frame[29]];
+    let (mut payload, peer) = datagram(frame);
     match shell::ingress(&mut payload, peer, frame[15], config, routes) {
         Ok(()) => Verdict::Decap { bytes: payload },
-        Err(reason) => Verdict::dropped(reason),
+        Err(refusal) => Verdict::dropped(refusal.reason()),
     }
 }
 
@@ -127,7 +170,7 @@ pub(crate) struct Kernel {
 }
 
 impl Kernel {
-    pub(crate) fn load(hook: Hook, config: &Config, routes: &Routes) -> Self {
+    pub(crate) fn load(hook: Hook, config: &Config, routes: &NextHops) -> Self {
         let mut set = OverlaySet::load(&object(), false).expect("the maps load, as root");
         set.programs.load_program(hook).unwrap();
         set.set_config(config).unwrap();
@@ -139,12 +182,12 @@ impl Kernel {
     }
 
     /// What the loaded program does with a packet, or `None` when the kernel does not take such a packet for a test run.
-    pub(crate) fn verdict(&mut self, packet: &[u8]) -> Option<Verdict> {
+    pub(crate) fn verdict(&mut self, packet: &[u8], gso_size: usize) -> Option<Verdict> {
         let input = test_frame(self.hook, packet)?;
         let mut outcome = self
             .set
             .programs
-            .test_run(self.hook, &input)
+            .test_run(self.hook, &input, gso_size as u32)
             .unwrap_or_else(|error| panic!("{} bytes: {error:#}", input.len()));
         // The kernel returns XDP's metadata in front of the packet.
         let mark = self.set.config().unwrap().mark();
@@ -156,6 +199,10 @@ impl Kernel {
         let counters = self.set.counters().unwrap();
         let events = events(&self.counted, &counters);
         self.counted = counters;
+        // In a test run, the kernel knows the size of segments but not their kind, and encapsulates none.
+        if gso_size != 0 && events == [Event::Drop(DropReason::EncapFailed)] {
+            return None;
+        }
         let untouched = outcome.packet == input && !marked;
         let inner = || without_padding(&outcome.packet[Ethernet::LEN..]);
         let verdict = match (self.hook.kind, outcome.action, events.as_slice()) {

@@ -3,9 +3,9 @@
 use std::{net::Ipv4Addr, path::Path};
 
 use ipnet::Ipv4Net;
-use overlay_agent::route::{Routes, Subnet, abi_prefix};
+use overlay_agent::route::{NextHops, Subnet, abi_prefix};
 use overlay_ebpf::{
-    abi::Config,
+    abi::{Config, NextHop},
     reason::{DropReason, PuntReason},
 };
 use serde::Deserialize;
@@ -29,6 +29,23 @@ struct FileConfig {
 struct Route {
     subnet: Subnet,
     peer: Ipv4Addr,
+    #[serde(default = "loopback")]
+    ifindex: u32,
+    #[serde(default = "unlimited")]
+    mtu: u16,
+    #[serde(default)]
+    slow_path: bool,
+    #[serde(default)]
+    finished_only: bool,
+}
+
+/// The device of test runs.
+fn loopback() -> u32 {
+    1
+}
+
+fn unlimited() -> u16 {
+    u16::MAX
 }
 
 #[derive(Deserialize)]
@@ -36,6 +53,9 @@ pub(crate) struct Vector {
     pub(crate) name: String,
     #[serde(deserialize_with = "hex")]
     pub(crate) packet: Vec<u8>,
+    /// Payload in bytes of each of the segments that an egress packet stands for.
+    #[serde(default)]
+    pub(crate) gso_size: usize,
     pub(crate) fast: Verdict,
     pub(crate) slow: Verdict,
     pub(crate) tun: Disposer,
@@ -62,6 +82,8 @@ pub(crate) enum Verdict {
         #[serde(deserialize_with = "hex")]
         bytes: Vec<u8>,
     },
+    /// The slow path sends it in fragments.
+    Fragment,
     Punt {
         reason: String,
     },
@@ -90,11 +112,17 @@ impl File {
 
     pub(crate) fn config(&self) -> Config {
         let FileConfig { public_ip, network, subnet, port } = &self.config;
-        Config::new(public_ip.octets(), abi_prefix(*network), abi_prefix(*subnet), *port).with_devices(1, 1)
+        Config::new(public_ip.octets(), abi_prefix(*network), abi_prefix(*subnet), *port).with_device(1)
     }
 
-    pub(crate) fn routes(&self) -> Routes {
-        self.routes.iter().map(|route| (route.subnet, route.peer.into())).collect()
+    pub(crate) fn routes(&self) -> NextHops {
+        let next_hop = |route: &Route| {
+            let flag = |is_set, flag| if is_set { flag } else { 0 };
+            let flags =
+                flag(route.slow_path, NextHop::SLOW_PATH) | flag(route.finished_only, NextHop::FINISHED_ONLY);
+            NextHop { peer: route.peer.octets(), ifindex: route.ifindex, mtu: route.mtu, flags }
+        };
+        self.routes.iter().map(|route| (route.subnet, next_hop(route))).collect()
     }
 }
 

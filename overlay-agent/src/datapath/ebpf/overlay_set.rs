@@ -1,14 +1,14 @@
 //! The overlay's set of programs: hooks, and maps as typed values.
 
-use std::{collections::BTreeMap, io::ErrorKind};
+use std::{collections::BTreeMap, io::ErrorKind, net::Ipv4Addr};
 
 use anyhow::{Context as _, Result, bail};
 use aya::maps::{Array, HashMap, LpmTrie, MapData, MapError, PerCpuArray, lpm_trie::Key};
 use ipnet::Ipv4Net;
-use overlay_ebpf::abi::{Config, Counters, MAX_ROUTES, RouteValue, UnderlayValue};
+use overlay_ebpf::abi::{Config, Counters, MAX_ROUTES, NextHop, UnderlayValue};
 
 use super::{Hook, HookKind, ProgramSet};
-use crate::route::{Peer, Route, RouteChange, Routes, Subnet, diff};
+use crate::route::{NextHops, Route, RouteChange, Subnet, diff};
 
 /// tc egress of the overlay device.
 pub const EGRESS: Hook = Hook { program: "ovl_egress", kind: HookKind::TcEgress };
@@ -22,7 +22,7 @@ pub const XDP: Hook = Hook { program: "ovl_xdp", kind: HookKind::Xdp };
 // aya moves map values as plain bytes, so that the types need not implement its marker trait.
 type ConfigBytes = [u8; size_of::<Config>()];
 type CountersBytes = [u8; size_of::<Counters>()];
-type RouteBytes = [u8; size_of::<RouteValue>()];
+type NextHopBytes = [u8; size_of::<NextHop>()];
 type UnderlayBytes = [u8; size_of::<UnderlayValue>()];
 
 /// Hardware addresses of the underlay devices, by index.
@@ -33,11 +33,11 @@ pub struct OverlaySet {
     /// The programs.
     pub programs: ProgramSet,
     config: Array<MapData, ConfigBytes>,
-    route_map: LpmTrie<MapData, [u8; 4], RouteBytes>,
+    route_map: LpmTrie<MapData, [u8; 4], NextHopBytes>,
     underlay_map: HashMap<MapData, u32, UnderlayBytes>,
     counters: PerCpuArray<MapData, CountersBytes>,
     /// What was written to the route map.
-    routes: Routes,
+    routes: NextHops,
 }
 
 impl OverlaySet {
@@ -50,7 +50,7 @@ impl OverlaySet {
             underlay_map: programs.take_map("UNDERLAYS")?,
             counters: programs.take_map("COUNTERS")?,
             programs,
-            routes: Routes::new(),
+            routes: NextHops::new(),
         })
     }
 
@@ -88,13 +88,13 @@ impl OverlaySet {
     }
 
     /// Makes the route map hold exactly `desired`. Fails as [`OverlaySet::apply_routes`]; the next call continues from there.
-    pub fn set_routes(&mut self, desired: &Routes) -> Result<()> {
+    pub fn set_routes(&mut self, desired: &NextHops) -> Result<()> {
         self.apply_routes(&diff(&self.routes, desired))
     }
 
     /// Makes `changes` in the route map, in order. Fails at the first that the kernel refuses, or when there are more routes
     /// than the map holds: then those that fit are there.
-    pub fn apply_routes(&mut self, changes: &[RouteChange]) -> Result<()> {
+    pub fn apply_routes(&mut self, changes: &[RouteChange<NextHop>]) -> Result<()> {
         // Additions come first, so a full map takes some of them only after others have been removed.
         let mut waiting = Vec::new();
         for change in changes {
@@ -124,11 +124,11 @@ impl OverlaySet {
         self.routes.len() >= MAX_ROUTES as usize && !self.routes.contains_key(&subnet)
     }
 
-    fn set_route(&mut self, Route { subnet, peer }: Route) -> Result<()> {
+    fn set_route(&mut self, Route { subnet, via }: Route<NextHop>) -> Result<()> {
         self.route_map
-            .insert(&key(subnet), peer.address.octets(), 0)
-            .with_context(|| format!("write the route {subnet} via {peer}"))?;
-        self.routes.insert(subnet, peer);
+            .insert(&key(subnet), bytemuck::cast::<NextHop, NextHopBytes>(via), 0)
+            .with_context(|| format!("write the route {subnet} via {}", Ipv4Addr::from(via.peer)))?;
+        self.routes.insert(subnet, via);
         Ok(())
     }
 
@@ -146,12 +146,12 @@ impl OverlaySet {
     }
 
     /// The routes in the kernel's map.
-    pub fn routes(&self) -> Result<Routes> {
-        let mut routes = Routes::new();
+    pub fn routes(&self) -> Result<NextHops> {
+        let mut routes = NextHops::new();
         for entry in self.route_map.iter() {
-            let (key, peer) = entry.context("read the map ROUTES")?;
+            let (key, via) = entry.context("read the map ROUTES")?;
             let prefix = Ipv4Net::new(key.data().into(), u8::try_from(key.prefix_len())?)?;
-            routes.insert(Subnet::containing(prefix), Peer { address: peer.into() });
+            routes.insert(Subnet::containing(prefix), bytemuck::cast::<NextHopBytes, NextHop>(via));
         }
         Ok(routes)
     }

@@ -91,14 +91,16 @@ impl ProgramSet {
     }
 
     /// Runs a loaded program on a packet without sending anything (`BPF_PROG_TEST_RUN`). The kernel takes the first 14 bytes
-    /// for an Ethernet header.
-    pub fn test_run(&mut self, hook: Hook, packet: &[u8]) -> Result<Outcome> {
+    /// for an Ethernet header. For a tc program, `gso_size` is the payload in bytes of each of the packets that this one stands
+    /// for; 0 when it is one packet.
+    pub fn test_run(&mut self, hook: Hook, packet: &[u8], gso_size: u32) -> Result<Outcome> {
         // Room for headers that the program adds.
         let mut out = vec![0; packet.len() + 64];
+        let context = skb_context(gso_size);
         let options = TestRunOptions {
             data_in: Some(packet),
             data_out: Some(&mut out),
-            ctx_in: None,
+            ctx_in: (gso_size != 0).then_some(&context[..]),
             ctx_out: None,
             repeat: 1,
             attrs: TestRunAttrs::default(),
@@ -133,6 +135,16 @@ impl Drop for ProgramSet {
             task.abort();
         }
     }
+}
+
+/// `struct __sk_buff` (linux/bpf.h) with nothing but the size of segments.
+fn skb_context(gso_size: u32) -> [u8; 192] {
+    const GSO_SIZE: usize = 176;
+    let mut context = [0; 192];
+    if let Some(field) = context.get_mut(GSO_SIZE..GSO_SIZE + 4) {
+        field.copy_from_slice(&gso_size.to_ne_bytes());
+    }
+    context
 }
 
 /// Forwards the programs' lines to the `log` crate's logger, which tracing-subscriber bridges to tracing.

@@ -3,12 +3,12 @@
 
 use anyhow::{Result, bail};
 use overlay_ebpf::{
-    abi::{Config, Prefix},
+    abi::{Config, NextHop, Prefix},
     wire::{Ethernet, OVERHEAD},
 };
 
 use super::{Hook, HookKind, OverlaySet, overlay_set::EGRESS_ETHERNET};
-use crate::route::{Peer, Routes, Subnet, abi_prefix};
+use crate::route::{NextHops, Subnet, abi_prefix};
 
 /// `TC_ACT_REDIRECT` (linux/pkt_cls.h).
 pub const TC_ACT_REDIRECT: u32 = 7;
@@ -53,7 +53,7 @@ pub(crate) fn run(object: &[u8], ingress: Hook) -> Result<()> {
 }
 
 fn run_on(mut set: OverlaySet, hook: Hook, frame: &[u8], action: u32) -> Result<Vec<u8>> {
-    let outcome = set.programs.test_run(hook, frame)?;
+    let outcome = set.programs.test_run(hook, frame, 0)?;
     if outcome.action != action {
         bail!("self-test: {} returned {} instead of {action}", hook.program, outcome.action);
     }
@@ -66,9 +66,10 @@ fn load(object: &[u8], hook: Hook, own: Host, peer: Host) -> Result<OverlaySet> 
     set.programs.load_program(hook)?;
     let subnet = abi_prefix(own.1.parse::<Subnet>()?.prefix());
     let config = Config::new(own.0, Prefix::new([198, 18, 0, 0], 15), subnet, 8285);
-    set.set_config(&config.with_devices(TEST_IFINDEX, TEST_IFINDEX))?;
+    set.set_config(&config.with_device(TEST_IFINDEX))?;
     set.set_underlays(&[(TEST_IFINDEX, MAC)].into())?;
-    set.set_routes(&Routes::from([(peer.1.parse()?, Peer { address: peer.0.into() })]))?;
+    let next_hop = NextHop { peer: peer.0, ifindex: TEST_IFINDEX, mtu: 1472, flags: 0 };
+    set.set_routes(&NextHops::from([(peer.1.parse()?, next_hop)]))?;
     Ok(set)
 }
 

@@ -4,7 +4,7 @@ use std::{
     io::{ErrorKind, IoSliceMut},
     net::{Ipv4Addr, SocketAddrV4},
     os::fd::{AsFd as _, BorrowedFd},
-    sync::atomic::Ordering,
+    sync::{Arc, atomic::Ordering},
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -21,7 +21,7 @@ use nix::{
 use overlay_ebpf::reason::DropReason;
 use tun_rs::{IDEAL_BATCH_SIZE, VIRTIO_NET_HDR_LEN};
 
-use super::{Settings, Shared, Socket, partial, shell};
+use super::{Settings, Shared, Socket, fragment::fragments, partial, shell, shell::Refusal};
 
 /// Longest packet that IPv4 allows; eBPF peers on veth or virtio may send one.
 const LONGEST: usize = 65535;
@@ -54,9 +54,12 @@ pub(super) fn egress(shared: &Shared) -> Result<()> {
             };
             for (packet, size) in packets.iter_mut().zip(&sizes).take(count) {
                 let packet = packet.get_mut(..*size).unwrap_or_default();
-                match shell::egress(packet, &settings.config, &*shared.routes()) {
+                // The lock of the routes is released before the packet is sent.
+                let decided = shell::egress(packet, &settings.config, &*shared.routes());
+                match decided {
+                    Ok(to) if to.fragment => send_fragments(shared, &settings, packet, to),
                     Ok(to) => send(shared, &settings, packet, to),
-                    Err(reason) => shared.counters.dropped(reason),
+                    Err(refusal) => refuse(shared, &settings, packet, refusal),
                 }
             }
         }
@@ -64,11 +67,30 @@ pub(super) fn egress(shared: &Shared) -> Result<()> {
     Ok(())
 }
 
+/// Counts a discarded packet, and tells its sender when it should know.
+fn refuse(shared: &Shared, settings: &Settings, packet: &[u8], refusal: Refusal) {
+    shared.counters.dropped(refusal.reason());
+    match refusal {
+        Refusal::Drop(_) => {}
+        Refusal::Reject(rejection) => shared.answers.send(packet, settings.own, rejection),
+    }
+}
+
+fn send_fragments(shared: &Shared, settings: &Settings, packet: &[u8], to: shell::Destination) {
+    match fragments(packet, usize::from(to.next_hop.mtu)) {
+        Some(fragments) => fragments.iter().for_each(|fragment| send(shared, settings, fragment, to)),
+        None => shared.counters.dropped(DropReason::MtuExceeded),
+    }
+}
+
 fn send(shared: &Shared, settings: &Settings, packet: &[u8], to: shell::Destination) {
-    let Some(socket) = settings.sockets.first() else {
+    // The peer's device may be so new that it has no socket yet: the kernel refuses what the other one cannot reach.
+    let reaches = |socket: &&Arc<Socket>| socket.endpoint.ifindex == to.next_hop.ifindex;
+    let Some(socket) = settings.sockets.iter().find(reaches).or(settings.sockets.first()) else {
         return shared.counters.dropped(DropReason::SendFailed);
     };
-    let address = SockaddrIn::from(SocketAddrV4::new(Ipv4Addr::from(to.peer), settings.config.port));
+    let peer = Ipv4Addr::from(to.next_hop.peer);
+    let address = SockaddrIn::from(SocketAddrV4::new(peer, settings.config.port));
     let tos = [ControlMessage::Ipv4Tos(&to.tos)];
     // Most packets have TOS 0, which is the socket's.
     let control = if to.tos == 0 { &tos[..0] } else { &tos[..] };
@@ -139,8 +161,9 @@ fn receive(
             continue;
         };
         let from = u32::from(from.ip()).to_be_bytes();
-        if let Err(reason) = shell::ingress(payload, from, tos, &settings.config, &*shared.routes()) {
-            shared.counters.dropped(reason);
+        let decided = shell::ingress(payload, from, tos, &settings.config, &*shared.routes());
+        if let Err(refusal) = decided {
+            refuse(shared, settings, payload, refusal);
             continue;
         }
         header.copy_from_slice(bytemuck::bytes_of(&partial::header(payload, settings.mtu)));

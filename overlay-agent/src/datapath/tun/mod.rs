@@ -4,6 +4,7 @@
 //! replaced under them.
 
 mod counters;
+mod fragment;
 mod io;
 mod lookup;
 mod partial;
@@ -15,6 +16,7 @@ pub use lookup::Lookup;
 pub(crate) use socket::{Endpoint, Socket};
 
 use std::{
+    net::Ipv4Addr,
     sync::{
         Arc, PoisonError, RwLock, RwLockReadGuard,
         atomic::{AtomicBool, Ordering},
@@ -25,14 +27,15 @@ use std::{
 use anyhow::{Context as _, Result};
 use arc_swap::ArcSwap;
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use overlay_ebpf::abi::Config;
+use overlay_ebpf::abi::{Config, NextHop};
 use tokio::sync::mpsc;
 use tracing::error;
 use tun_rs::SyncDevice;
 
 use crate::{
     device::OverlayDevice,
-    route::{RouteChange, Routes},
+    icmp::Answers,
+    route::{NextHops, RouteChange},
 };
 
 /// The running threads of the tun rung.
@@ -47,9 +50,11 @@ pub(crate) struct TunRung {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Settings {
     pub(crate) config: Config,
+    /// This host's overlay address, the source of ICMP errors.
+    pub(crate) own: Ipv4Addr,
     /// Largest inner packet in bytes.
     pub(crate) mtu: usize,
-    /// One per underlay device; the first sends.
+    /// One per underlay device; packets leave by that of their peer's device.
     pub(crate) sockets: Vec<Arc<Socket>>,
 }
 
@@ -59,6 +64,7 @@ struct Shared {
     settings: ArcSwap<Settings>,
     routes: RwLock<Lookup>,
     counters: Arc<SlowCounters>,
+    answers: Arc<Answers>,
     stop: AtomicBool,
     /// Whether a thread has ended by itself.
     failed: AtomicBool,
@@ -78,8 +84,8 @@ impl TunRung {
     pub(crate) fn start(
         device: OverlayDevice,
         settings: Settings,
-        routes: &Routes,
-        counters: Arc<SlowCounters>,
+        routes: &NextHops,
+        (counters, answers): (Arc<SlowCounters>, Arc<Answers>),
         failures: &mpsc::Sender<String>,
     ) -> Result<Self> {
         device.fd.set_nonblocking(true).context("make the overlay device non-blocking")?;
@@ -91,6 +97,7 @@ impl TunRung {
             settings: ArcSwap::from_pointee(settings),
             routes: RwLock::new(Lookup::new(routes)),
             counters,
+            answers,
             stop: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             wakes: [wake()?, wake()?],
@@ -132,7 +139,7 @@ impl TunRung {
     }
 
     /// Replaces all routes at once if they differ.
-    pub(crate) fn set_routes(&self, routes: &Routes) {
+    pub(crate) fn set_routes(&self, routes: &NextHops) {
         // Compared and built without the write lock: that stops all packets.
         if self.shared.routes().routes != *routes {
             let lookup = Lookup::new(routes);
@@ -141,7 +148,7 @@ impl TunRung {
     }
 
     /// Makes some changes to the routes, all at once.
-    pub(crate) fn apply_routes(&self, changes: &[RouteChange]) {
+    pub(crate) fn apply_routes(&self, changes: &[RouteChange<NextHop>]) {
         self.shared.routes.write().unwrap_or_else(PoisonError::into_inner).apply(changes);
     }
 

@@ -8,11 +8,8 @@
 
 use bytemuck::{Pod, Zeroable};
 use overlay_ebpf::{
-    checksum,
-    wire::{
-        Bytes as _, Ipv4,
-        ipv4::{PROTOCOL_TCP, PROTOCOL_UDP},
-    },
+    unfinished,
+    wire::{Bytes as _, Ipv4, ipv4::PROTOCOL_TCP},
 };
 
 /// `flags`: the checksum is to be completed from `csum_start` on.
@@ -45,23 +42,12 @@ pub(super) fn header(packet: &[u8], mtu: usize) -> VirtioHeader {
 
 fn partial(packet: &[u8], mtu: usize) -> Option<VirtioHeader> {
     let ip: &Ipv4 = packet.view(0)?;
-    // Bytes from the start of the transport header. The kernel leaves no other protocol's checksum partial.
-    let checksum_offset = match ip.protocol() {
-        PROTOCOL_TCP => 16,
-        PROTOCOL_UDP => 6,
-        _ => return None,
-    };
-    if ip.is_fragment() {
+    if !unfinished::has_partial_checksum(packet, 0, ip) {
         return None;
     }
-    let transport = ip.header_len();
-    let transport_len = u16::try_from(ip.total_len().checked_sub(transport)?).ok()?;
-    let field = u16::from_be_bytes(*packet.view(transport + checksum_offset)?);
-    if field == 0
-        || field != checksum::pseudo_header(ip.source(), ip.destination(), ip.protocol(), transport_len)
-    {
-        return None;
-    }
+    let (transport, checksum_offset) = (ip.header_len(), unfinished::checksum_offset(ip.protocol())?);
+    // A header of which not all is there.
+    packet.view::<[u8; 2]>(transport + checksum_offset)?;
     let header = VirtioHeader {
         flags: NEEDS_CSUM,
         csum_start: transport as u16,

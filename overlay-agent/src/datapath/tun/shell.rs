@@ -1,36 +1,65 @@
-//! The tun rung without its I/O: applies the packet core's verdicts to packets in user space. An error is the reason to drop
-//! the packet.
+//! The tun rung without its I/O: applies the packet core's verdicts to packets in user space.
 
 use overlay_ebpf::{
-    abi::Config,
+    abi::{Config, NextHop},
     egress,
     hop::Rewrite,
     ingress,
     reason::DropReason,
+    rejection::Rejection,
     route::Routes,
-    verdict::{EgressVerdict, InnerVerdict},
+    verdict::{EgressVerdict, Encap, InnerVerdict},
     wire::Ipv4,
 };
 
 /// Where to send the inner packet that is now in the buffer, as the payload of a datagram.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Destination {
-    /// Underlay address of the peer.
-    pub peer: [u8; 4],
+    /// The way to the peer.
+    pub next_hop: NextHop,
     /// TOS of the outer header; the kernel sets the other fields.
     pub tos: u8,
+    /// Whether the packet is longer than the path carries: its fragments have to be sent.
+    pub fragment: bool,
 }
 
-/// Decides about an inner packet read from the overlay device, and rewrites it in place.
-pub fn egress(packet: &mut [u8], config: &Config, routes: &impl Routes) -> Result<Destination, DropReason> {
-    match egress::decide(packet, 0, packet.len(), config, routes) {
-        EgressVerdict::Encap(encap) => {
-            apply(packet, encap.rewrite)?;
-            Ok(Destination { peer: encap.peer, tos: encap.outer.ipv4.tos() })
+/// Why a packet is discarded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// Without telling the sender.
+    Drop(DropReason),
+    /// The sender is to be told; the packet is as it was.
+    Reject(Rejection),
+}
+
+impl Refusal {
+    /// The reason under which the packet is counted.
+    pub fn reason(self) -> DropReason {
+        match self {
+            Self::Drop(reason) => reason,
+            Self::Reject(rejection) => rejection.reason(),
         }
-        EgressVerdict::TooLong => Err(DropReason::TooLong),
-        EgressVerdict::Drop(reason) => Err(reason),
     }
+}
+
+impl From<DropReason> for Refusal {
+    fn from(reason: DropReason) -> Self {
+        Self::Drop(reason)
+    }
+}
+
+/// Decides about an inner packet read from the overlay device, which is no super-packet, and rewrites it in place.
+pub fn egress(packet: &mut [u8], config: &Config, routes: &impl Routes) -> Result<Destination, Refusal> {
+    let (encap, fragment) = match egress::decide(packet, 0, packet.len(), 0, config, routes) {
+        EgressVerdict::Encap(encap) | EgressVerdict::SlowEncap(_, encap) => (encap, false),
+        EgressVerdict::Fragment(encap) => (encap, true),
+        EgressVerdict::TooLong => return Err(DropReason::TooLong.into()),
+        EgressVerdict::Reject(rejection) => return Err(Refusal::Reject(rejection)),
+        EgressVerdict::Drop(reason) => return Err(reason.into()),
+    };
+    let Encap { outer, rewrite, next_hop } = encap;
+    apply(packet, rewrite)?;
+    Ok(Destination { next_hop, tos: outer.ipv4.tos(), fragment })
 }
 
 /// Decides about the payload of a datagram from `peer` with `tos` in its outer header, and rewrites it in place for the
@@ -41,11 +70,12 @@ pub fn ingress(
     tos: u8,
     config: &Config,
     routes: &impl Routes,
-) -> Result<(), DropReason> {
+) -> Result<(), Refusal> {
     match ingress::decide_inner(payload, 0, payload.len(), peer, tos, config, routes) {
-        InnerVerdict::Decap(decap) => apply(payload, decap.rewrite),
-        InnerVerdict::TrailingBytes => Err(DropReason::TrailingBytes),
-        InnerVerdict::Drop(reason) => Err(reason),
+        InnerVerdict::Decap(decap) => Ok(apply(payload, decap.rewrite)?),
+        InnerVerdict::TrailingBytes => Err(DropReason::TrailingBytes.into()),
+        InnerVerdict::Reject(rejection) => Err(Refusal::Reject(rejection)),
+        InnerVerdict::Drop(reason) => Err(reason.into()),
     }
 }
 

@@ -275,7 +275,7 @@ impl Keeper {
                 self.settled(now)
             }
             // Peers skip such a record, whatever holds it.
-            Ok(LeaseValue { public_ip: holder, backend_type: Some(backend) }) if *holder == public_ip => {
+            Ok(LeaseValue { public_ip: holder, backend_type: Some(backend), .. }) if *holder == public_ip => {
                 let why = format!("its record was overwritten with one of the \"{backend}\" backend");
                 self.restore(record.version, why, now)
             }

@@ -1,0 +1,240 @@
+//! The path to each peer: device, MTU, and whether programs may use it.
+//!
+//! The kernel's routes are asked for peer by peer, because rules, equal-cost routes and exceptions decide about single addresses.
+//! [`Paths`] knows the answers and what limits them, and makes a [`NextHop`] of a peer.
+
+mod learned;
+mod query;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::Ipv4Addr,
+    time::Instant,
+};
+
+use anyhow::Result;
+use overlay_ebpf::{abi::NextHop, wire::OVERHEAD};
+
+use crate::{netlink::Link, route::Peer};
+pub(crate) use learned::LOWEST;
+use learned::LearnedMtus;
+pub(crate) use query::{KernelRoute, RouteQuery};
+
+/// The paths to all peers, from one address of this host.
+#[derive(Debug)]
+pub(crate) struct Paths {
+    /// Source of outer packets.
+    pub(crate) local_ip: Ipv4Addr,
+    /// UDP port of the network.
+    port: u16,
+    query: RouteQuery,
+    kernel: BTreeMap<Ipv4Addr, KernelRoute>,
+    learned: LearnedMtus,
+    links: BTreeMap<u32, Link>,
+}
+
+impl Paths {
+    /// Paths to no peers yet. Fails when the kernel refuses a netlink socket.
+    pub(crate) fn new(local_ip: Ipv4Addr, port: u16) -> Result<Self> {
+        Ok(Self {
+            local_ip,
+            port,
+            query: RouteQuery::open()?,
+            kernel: BTreeMap::new(),
+            learned: LearnedMtus::default(),
+            links: BTreeMap::new(),
+        })
+    }
+
+    /// Asks the kernel about all of `peers` again, with the devices as they are now. Fails when the kernel does not answer; the
+    /// paths stay as they were.
+    pub(crate) fn refresh(&mut self, peers: &BTreeSet<Ipv4Addr>, links: Vec<Link>) -> Result<()> {
+        let peers: Vec<_> = peers.iter().copied().collect();
+        self.kernel = self.query.routes(self.local_ip, self.port, &peers)?;
+        self.links = links.into_iter().map(|link| (link.index, link)).collect();
+        Ok(())
+    }
+
+    /// Asks the kernel about new peers. Fails when it does not answer.
+    pub(crate) fn add(&mut self, peers: &BTreeSet<Ipv4Addr>) -> Result<()> {
+        let new: Vec<_> = peers.iter().copied().filter(|peer| !self.kernel.contains_key(peer)).collect();
+        self.kernel.append(&mut self.query.routes(self.local_ip, self.port, &new)?);
+        Ok(())
+    }
+
+    /// Notes that a packet of more than `mtu` bytes does not reach `peer`. `true` when that changes its path.
+    pub(crate) fn too_long(&mut self, peer: Ipv4Addr, mtu: u16, now: Instant) -> bool {
+        self.learned.report(peer, mtu, learned::lifetime(), now)
+    }
+
+    /// Forgets what has expired. `true` when that changes a path.
+    pub(crate) fn expire(&mut self, now: Instant) -> bool {
+        self.learned.expire(now)
+    }
+
+    /// The way to a peer.
+    pub(crate) fn next_hop(&self, peer: Peer, now: Instant) -> NextHop {
+        let learned = self.learned.mtu(peer.address, now);
+        next_hop(peer, self.kernel.get(&peer.address), &self.links, learned)
+    }
+
+    /// Why packets by this next hop take the slow path; `None` when they do not.
+    pub(crate) fn why_slow(&self, hop: &NextHop) -> Option<String> {
+        hop.has(NextHop::SLOW_PATH).then(|| match self.links.get(&hop.ifindex) {
+            Some(link) => format!("{} is no Ethernet device", link.name),
+            None => "the device of the path is new".to_owned(),
+        })
+    }
+
+    /// The devices of all paths.
+    pub(crate) fn devices(&self) -> BTreeSet<u32> {
+        self.kernel.values().map(|route| route.ifindex).collect()
+    }
+
+    /// Whether the kernel was asked about a peer and has a route to it.
+    pub(crate) fn has(&self, peer: Ipv4Addr) -> bool {
+        self.kernel.contains_key(&peer)
+    }
+
+    /// Whether a path has a device that was not there at the last refresh.
+    pub(crate) fn has_unknown_device(&self) -> bool {
+        self.kernel.values().any(|route| !self.links.contains_key(&route.ifindex))
+    }
+
+    /// A device as it was at the last refresh; `None` for overlay devices.
+    pub(crate) fn link(&self, index: u32) -> Option<&Link> {
+        self.links.get(&index).filter(|link| !crate::device::is_ours(link))
+    }
+}
+
+/// The way to a peer by the kernel's route, with the MTU that routers `learned` us, if any.
+fn next_hop(
+    peer: Peer,
+    route: Option<&KernelRoute>,
+    links: &BTreeMap<u32, Link>,
+    learned: Option<u16>,
+) -> NextHop {
+    let unreachable = NextHop { peer: peer.address.octets(), ifindex: 0, mtu: 0, flags: 0 };
+    let Some(route) = route else { return unreachable };
+    // A device that appeared after the last refresh is looked at soon; until then the kernel's socket is right.
+    let link = links.get(&route.ifindex);
+    // The overlay cannot carry its own packets.
+    if link.is_some_and(crate::device::is_ours) {
+        return unreachable;
+    }
+    let limits = [link.map(|link| link.mtu), route.mtu, learned.map(u32::from)];
+    let path_mtu = limits.into_iter().flatten().min().unwrap_or(u32::from(LOWEST)).max(u32::from(LOWEST));
+    let mtu = path_mtu.min(u32::from(u16::MAX)) as u16 - OVERHEAD as u16;
+    let mut flags = 0;
+    if !link.is_some_and(|link| link.ethernet) {
+        flags |= NextHop::SLOW_PATH;
+    }
+    if !peer.takes_unfinished && passes_unfinished(route.ifindex, links, 0) {
+        flags |= NextHop::FINISHED_ONLY;
+    }
+    NextHop { ifindex: route.ifindex, mtu, flags, ..unreachable }
+}
+
+/// Deepest stack of devices that is followed.
+const DEEPEST: u32 = 4;
+
+/// Whether a device may hand super-packets and unfinished checksums to its other end. The kernel finishes encapsulated packets for
+/// hardware and virtio devices, also below others.
+fn passes_unfinished(index: u32, links: &BTreeMap<u32, Link>, depth: u32) -> bool {
+    let Some(link) = links.get(&index) else { return true };
+    if depth > DEEPEST {
+        return true;
+    }
+    match link.kind.as_deref() {
+        None => false,
+        Some("vlan" | "macvlan" | "macvtap" | "ipvlan") => {
+            link.lower.is_none_or(|lower| passes_unfinished(lower, links, depth + 1))
+        }
+        Some("bridge" | "bond" | "team") => {
+            let mut ports = links.values().filter(|port| port.controller == Some(index)).peekable();
+            ports.peek().is_none() || ports.any(|port| passes_unfinished(port.index, links, depth + 1))
+        }
+        Some(_) => true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PEER: Peer = Peer { address: Ipv4Addr::new(192, 168, 77, 2), takes_unfinished: true };
+    const FLANNELD: Peer = Peer { takes_unfinished: false, ..PEER };
+
+    fn link(index: u32, kind: Option<&str>) -> Link {
+        Link {
+            name: format!("dev{index}"),
+            index,
+            mtu: 1500,
+            up: true,
+            carrier: true,
+            loopback: false,
+            ethernet: true,
+            mac: None,
+            kind: kind.map(str::to_owned),
+            alias: None,
+            lower: None,
+            controller: None,
+        }
+    }
+
+    fn links(all: impl IntoIterator<Item = Link>) -> BTreeMap<u32, Link> {
+        all.into_iter().map(|link| (link.index, link)).collect()
+    }
+
+    fn route(ifindex: u32, mtu: Option<u32>) -> KernelRoute {
+        KernelRoute { ifindex, mtu }
+    }
+
+    #[test]
+    fn the_lowest_of_device_route_and_report_is_the_path_mtu() {
+        let links = links([link(2, None)]);
+        let mtu = |route_mtu, learned| next_hop(PEER, Some(&route(2, route_mtu)), &links, learned).mtu + 28;
+        assert_eq!(mtu(None, None), 1500);
+        assert_eq!(mtu(Some(1450), None), 1450);
+        assert_eq!(mtu(Some(1450), Some(1400)), 1400);
+        assert_eq!(mtu(Some(9000), Some(1600)), 1500);
+        assert_eq!(mtu(Some(100), None), LOWEST);
+    }
+
+    #[test]
+    fn a_peer_without_a_usable_route_is_unreachable() {
+        let mut own = link(3, Some("tun"));
+        own.alias = Some("overlay-agent 10.244.0.0/16 8285 eth0".to_owned());
+        let links = links([link(2, None), own]);
+        let ifindex = |route: Option<KernelRoute>| next_hop(PEER, route.as_ref(), &links, None).ifindex;
+        assert_eq!(ifindex(None), 0);
+        assert_eq!(ifindex(Some(route(3, None))), 0, "a loop");
+        assert_eq!(ifindex(Some(route(2, None))), 2);
+    }
+
+    #[test]
+    fn peers_behind_a_device_without_ethernet_take_the_slow_path() {
+        let links = links([link(2, None), Link { ethernet: false, ..link(3, Some("wireguard")) }]);
+        let is_slow = |index| next_hop(PEER, Some(&route(index, None)), &links, None).has(NextHop::SLOW_PATH);
+        assert_eq!((is_slow(2), is_slow(3), is_slow(99)), (false, true, true));
+    }
+
+    #[test]
+    fn only_devices_that_finish_nothing_need_peers_that_do() {
+        let over = |kind, lower| Link { lower: Some(lower), ..link(10, Some(kind)) };
+        let port = |index, kind| Link { controller: Some(10), ..link(index, kind) };
+        let flag = |peer, all: Vec<Link>| {
+            next_hop(peer, Some(&route(10, None)), &links(all), None).has(NextHop::FINISHED_ONLY)
+        };
+        assert!(!flag(FLANNELD, vec![link(10, None)]), "hardware, virtio");
+        assert!(flag(FLANNELD, vec![link(10, Some("veth"))]));
+        assert!(!flag(PEER, vec![link(10, Some("veth"))]));
+        for (below, expected) in [(None, false), (Some("veth"), true)] {
+            assert_eq!(flag(FLANNELD, vec![over("vlan", 2), link(2, below)]), expected);
+            let bridge = vec![link(10, Some("bridge")), port(2, None), port(3, below)];
+            assert_eq!(flag(FLANNELD, bridge), expected);
+        }
+        assert!(flag(FLANNELD, vec![link(10, Some("bridge"))]), "no ports yet");
+        assert!(flag(FLANNELD, vec![over("vlan", 10)]), "a loop ends");
+    }
+}
