@@ -30,6 +30,7 @@ mod subnet_file;
 mod suite;
 mod traps;
 mod underlay;
+mod unrepairable;
 mod wait;
 mod xfrm;
 
@@ -64,6 +65,7 @@ fn main() -> ExitCode {
     subnet_file::register(&mut suite);
     underlay::register(&mut suite);
     xfrm::register(&mut suite);
+    unrepairable::register(&mut suite);
     datapath::register(&mut suite);
     firewall::register(&mut suite);
     guard::register(&mut suite);

@@ -3,7 +3,7 @@
 mod credentials;
 mod crowd;
 mod flanneld;
-mod health;
+pub(crate) mod health;
 mod networks;
 mod outage;
 mod own_record;
