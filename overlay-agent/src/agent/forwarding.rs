@@ -226,8 +226,8 @@ impl Forwarding {
         }
     }
 
-    /// This host's routes, rules, devices or addresses have changed. An attempt that failed is repeated at once if they are new to it: what it made
-    /// and removed itself are not.
+    /// This host's routes, rules, devices or addresses have changed. An attempt that failed is repeated at once if they are new to
+    /// it: what it made and removed itself are not.
     pub(super) async fn on_host_change(&mut self) {
         self.next_hops.set_stale();
         if self.retry.is_after_failure() && HostState::read(&self.netlink).await.ok() != self.failed_on {
