@@ -86,6 +86,13 @@ pub struct LinkDrops {
     pub sent: u64,
 }
 
+impl Link {
+    /// The device without what may change while programs are attached to it.
+    pub(crate) fn identity(&self) -> Self {
+        Self { mtu: 0, up: true, carrier: true, alias: None, lower: None, controller: None, ..self.clone() }
+    }
+}
+
 /// A route of the main table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Route {

@@ -71,7 +71,8 @@ pub struct Config {
     /// The overlay device.
     pub overlay_ifindex: u32,
     source_check: u8,
-    reserved: [u8; 3],
+    slow_ingress: u8,
+    reserved: [u8; 2],
 }
 
 /// The outer TOS: the inner one's bits that the mask keeps, and fixed ones. ECN is always copied (RFC 6040).
@@ -108,12 +109,33 @@ impl Config {
     /// The configuration of one host in one network.
     pub fn new(public_ip: [u8; 4], network: Prefix, subnet: Prefix, port: u16) -> Self {
         let tos = TosRule::COPY;
-        Self { public_ip, network, subnet, port, tos, overlay_ifindex: 0, source_check: 0, reserved: [0; 3] }
+        Self {
+            public_ip,
+            network,
+            subnet,
+            port,
+            tos,
+            overlay_ifindex: 0,
+            source_check: 0,
+            slow_ingress: 0,
+            reserved: [0; 2],
+        }
     }
 
     /// The same configuration with another rule for the outer TOS and another source check.
     pub fn with_policy(self, tos: TosRule, source_check: SourceCheck) -> Self {
         Self { tos, source_check: source_check as u8, ..self }
+    }
+
+    /// The same configuration with all arriving packets on the slow path, or not.
+    pub fn with_slow_ingress(self, slow_ingress: bool) -> Self {
+        Self { slow_ingress: slow_ingress as u8, ..self }
+    }
+
+    /// Whether all arriving packets take the slow path.
+    #[inline(always)]
+    pub fn is_ingress_slow(&self) -> bool {
+        self.slow_ingress != 0
     }
 
     /// How sources are checked; an unknown value is the strictest.
@@ -178,13 +200,23 @@ impl NextHop {
 pub struct UnderlayValue {
     /// Its hardware address.
     pub mac: [u8; 6],
-    reserved: [u8; 2],
+    is_first: u8,
+    reserved: u8,
 }
 
 impl UnderlayValue {
-    /// The value for a device with this hardware address.
-    pub fn new(mac: [u8; 6]) -> Self {
-        Self { mac, reserved: [0; 2] }
+    /// The value for a device with this hardware address, which is the first or another one.
+    pub fn new(mac: [u8; 6], is_first: bool) -> Self {
+        Self { mac, is_first: is_first as u8, reserved: 0 }
+    }
+
+    /// The value of [`Sender::device`](crate::source::Sender::device) for the device with this index.
+    #[inline(always)]
+    pub fn sender_device(&self, ifindex: u32) -> u32 {
+        match self.is_first {
+            0 => ifindex,
+            _ => 0,
+        }
     }
 }
 

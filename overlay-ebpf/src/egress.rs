@@ -12,7 +12,7 @@ use crate::{
     verdict::{EgressVerdict, Encap, Outer},
     wire::{
         Bytes, Ipv4, OVERHEAD, Udp,
-        ipv4::{FLAG_DF, PROTOCOL_UDP},
+        ipv4::{FLAG_DF, PROTOCOL_TCP, PROTOCOL_UDP},
     },
 };
 
@@ -70,6 +70,10 @@ pub fn decide<P: Bytes + ?Sized>(
         rewrite: Rewrite::next_hop(&header, header.tos()),
         next_hop,
     };
+    // Of other protocols, such as SCTP, the kernel does not say how long the segments are, and encapsulates none.
+    if gso_size != 0 && !matches!(header.protocol(), PROTOCOL_TCP | PROTOCOL_UDP) {
+        return EgressVerdict::SlowEncap(PuntReason::SegmentedDatagrams, encap);
+    }
     if unfinished::segment_len(packet, offset, &header, gso_size) > next_hop.mtu as usize {
         return match header.dont_fragment() {
             true => reject(Rejection::MtuExceeded(next_hop.mtu)),

@@ -5,14 +5,14 @@
 //! the outer headers, starts there.
 
 use crate::{
-    abi::{Config, NextHop},
+    abi::{Config, NextHop, UnderlayValue},
     checksum,
     hop::Rewrite,
     inner,
     reason::{DropReason, PuntReason},
     rejection::{Rejection, may_answer},
     route::Routes,
-    source,
+    source::{self, Sender},
     verdict::{Decap, IngressVerdict, InnerVerdict},
     wire::{
         Bytes, Ethernet, Ipv4, OVERHEAD, Udp,
@@ -24,17 +24,17 @@ use crate::{
 /// Where the inner packet starts in a frame whose outer header has no options: 42 bytes.
 pub const INNER_OFFSET: usize = Ethernet::LEN + OVERHEAD;
 
-/// Decides about an Ethernet frame of `len` bytes (of which `frame` need not show all, but headers). `own_mac` is the hardware
-/// address of the device that received it; `None` for a device that carries no outer packets.
+/// Decides about an Ethernet frame of `len` bytes (of which `frame` need not show all, but headers). `device` is the one that
+/// received it, and its index; `None` for a device that carries no outer packets.
 #[inline(always)]
 pub fn decide<P: Bytes + ?Sized>(
     frame: &P,
     len: usize,
-    own_mac: impl FnOnce() -> Option<[u8; 6]>,
+    device: impl FnOnce() -> Option<(UnderlayValue, u32)>,
     config: &Config,
     routes: &impl Routes,
 ) -> IngressVerdict {
-    let Some((ipv4, udp)) = ours(frame, own_mac, config) else { return IngressVerdict::Pass };
+    let Some((ipv4, udp, device)) = ours(frame, device, config) else { return IngressVerdict::Pass };
     if ipv4.header_len() > Ipv4::LEN {
         return IngressVerdict::Punt(PuntReason::OuterOptions);
     }
@@ -54,7 +54,8 @@ pub fn decide<P: Bytes + ?Sized>(
         return IngressVerdict::Punt(PuntReason::OuterChecksumPartial);
     }
     let payload = udp.length() - Udp::LEN;
-    match decide_inner(frame, INNER_OFFSET, payload, ipv4.source(), ipv4.tos(), config, routes) {
+    let sender = Sender { address: ipv4.source(), device };
+    match decide_inner(frame, INNER_OFFSET, payload, sender, ipv4.tos(), config, routes) {
         InnerVerdict::Decap(decap) if decap.is_slow => IngressVerdict::Punt(PuntReason::SlowPeer),
         InnerVerdict::Decap(decap) => IngressVerdict::Decap(decap),
         InnerVerdict::Reject(rejection) => IngressVerdict::Reject(rejection),
@@ -63,14 +64,14 @@ pub fn decide<P: Bytes + ?Sized>(
     }
 }
 
-/// Decides about the inner packet at `offset` in `packet`, the payload of a datagram from `peer` that is `payload` bytes
+/// Decides about the inner packet at `offset` in `packet`, the payload of a datagram from `sender` that is `payload` bytes
 /// long and with `outer_tos` in its outer header.
 #[inline(always)]
 pub fn decide_inner<P: Bytes + ?Sized>(
     packet: &P,
     offset: usize,
     payload: usize,
-    peer: [u8; 4],
+    sender: Sender,
     outer_tos: u8,
     config: &Config,
     routes: &impl Routes,
@@ -82,8 +83,8 @@ pub fn decide_inner<P: Bytes + ?Sized>(
     if header.total_len() < payload {
         return InnerVerdict::TrailingBytes;
     }
-    let way_back = match source::check_ingress(config, routes, header.source(), peer) {
-        Ok(way_back) => way_back,
+    let flags = match source::check_ingress(config, routes, header.source(), sender) {
+        Ok(flags) => flags,
         Err(reason) => return InnerVerdict::Drop(reason),
     };
     if !config.subnet.contains(header.destination()) {
@@ -102,18 +103,18 @@ pub fn decide_inner<P: Bytes + ?Sized>(
         rewrite: Rewrite::next_hop(&header, tos),
         inner_len: header.total_len(),
         protocol: header.protocol(),
-        is_slow: way_back.is_some_and(|way| way.has(NextHop::SLOW_PATH)),
+        is_slow: config.is_ingress_slow() || flags & NextHop::SLOW_PATH != 0,
     })
 }
 
 /// The outer headers of a frame that is addressed to this overlay: IPv4 to our public address, UDP to our port, and not a frame
-/// for another host that a promiscuous device shows us.
+/// for another host that a promiscuous device shows us. The third value is [`Sender::device`].
 #[inline(always)]
 fn ours<P: Bytes + ?Sized>(
     frame: &P,
-    own_mac: impl FnOnce() -> Option<[u8; 6]>,
+    device: impl FnOnce() -> Option<(UnderlayValue, u32)>,
     config: &Config,
-) -> Option<(Ipv4, Udp)> {
+) -> Option<(Ipv4, Udp, u32)> {
     let ethernet = *frame.view::<Ethernet>(0)?;
     if ethernet.ethertype() != ETHERTYPE_IPV4 {
         return None;
@@ -128,9 +129,12 @@ fn ours<P: Bytes + ?Sized>(
         return None;
     }
     let udp = *frame.view::<Udp>(Ethernet::LEN + ipv4.header_len())?;
-    // The address last: it is looked up, for packets of this overlay only.
-    let is_ours = udp.destination_port() == config.port && ethernet.is_for(own_mac()?);
-    is_ours.then_some((ipv4, udp))
+    if udp.destination_port() != config.port {
+        return None;
+    }
+    // Last: it is looked up, for packets of this overlay only.
+    let (underlay, ifindex) = device()?;
+    ethernet.is_for(underlay.mac).then_some((ipv4, udp, underlay.sender_device(ifindex)))
 }
 
 /// Whether the outer UDP checksum is the bare pseudo header's sum: the sender's kernel left it to offload hardware, and on veth
@@ -195,12 +199,13 @@ mod tests {
         let own = Prefix::new([10, 244, 1, 0], 24);
         let config = Config::new([192, 168, 77, 1], Prefix::new([10, 244, 0, 0], 16), own, 8285);
         let (peer, other) = ([192, 168, 77, 2], [192, 168, 77, 3]);
-        let decide = |third: u8, sender: [u8; 4], check: SourceCheck, flags: u16| {
+        let decide_on = |device: u32, third: u8, address: [u8; 4], check: SourceCheck, flags: u16| {
             let packet = [0x45, 0, 0, 20, 0, 0, 0, 0, 64, 1, 0, 0, 10, 244, third, 2, 10, 244, 1, 9];
             let routes = One(NextHop { peer, ifindex: 2, mtu: 1472, flags });
             let config = config.with_policy(TosRule::COPY, check);
-            decide_inner(&packet[..], 0, 20, sender, 0, &config, &routes)
+            decide_inner(&packet[..], 0, 20, Sender { address, device }, 0, &config, &routes)
         };
+        let decide = |third, address, check, flags| decide_on(0, third, address, check, flags);
         let (spoofed, unknown) =
             (InnerVerdict::Drop(DropReason::SpoofedSource), InnerVerdict::Drop(DropReason::UnknownSource));
         let accepted = |verdict| matches!(verdict, InnerVerdict::Decap(decap) if !decap.is_slow);
@@ -214,5 +219,8 @@ mod tests {
         assert_eq!(decide(2, other, Strict, 0), spoofed);
         assert_eq!((decide(3, peer, Strict, 0), decide(3, peer, Loose, 0)), (unknown, unknown));
         assert!(accepted(decide(2, other, Loose, 0)) && accepted(decide(3, other, Off, 0)));
+        // The peer is reached through the device 2.
+        assert!(accepted(decide_on(2, 2, peer, Strict, 0)) && accepted(decide_on(3, 2, peer, Loose, 0)));
+        assert_eq!(decide_on(3, 2, peer, Strict, 0), spoofed);
     }
 }

@@ -68,7 +68,7 @@ reasons! {
         OuterLength = "outer_length": "The outer lengths disagree: the kernel's stack trims or discards it.",
         OuterChecksumPartial = "outer_checksum_partial": "The outer checksum is still to be completed, so the kernel's state points at it.",
         OuterGro = "outer_gro": "Several datagrams were merged by the kernel's receive offload.",
-        SegmentedDatagrams = "segmented_datagrams": "The kernel left several UDP datagrams in one packet, which only its own decapsulation can cut.",
+        SegmentedDatagrams = "segmented_datagrams": "The kernel left several datagrams in one packet, of a kind that only its own segmentation can cut.",
         TooLong = "too_long": "The packet with its outer headers exceeds 65535 bytes: the slow path gets it in segments.",
         NoRoomForMark = "no_room_for_mark": "The driver leaves XDP no room to mark a packet: the tc program decapsulates it instead.",
         AlreadyEncapsulated = "already_encapsulated": "The packet is inside another tunnel's encapsulation.",

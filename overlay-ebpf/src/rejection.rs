@@ -20,6 +20,20 @@ pub enum Rejection {
 }
 
 impl Rejection {
+    /// Number of kinds.
+    pub const KINDS: u32 = 4;
+
+    /// The kind, less than [`Self::KINDS`].
+    #[inline(always)]
+    pub fn kind(self) -> u32 {
+        match self {
+            Self::TtlExpired => 0,
+            Self::NoRoute => 1,
+            Self::PeerUnreachable => 2,
+            Self::MtuExceeded(_) => 3,
+        }
+    }
+
     /// The reason under which the packet is counted.
     #[inline(always)]
     pub fn reason(self) -> DropReason {

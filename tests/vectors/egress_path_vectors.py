@@ -1,7 +1,7 @@
 """The egress vectors about the way to the peer: its MTU, its flags, and that there is none."""
 
 from egress_packets import POD_A, datagram, ping, segment
-from packets import DF, TCP, UDP, fold_sum, ipv4, pseudo_header
+from packets import DF, SCTP, TCP, UDP, fold_sum, ipv4, pseudo_header, sctp
 from vector import vector
 
 NARROW, UNREACHABLE, SLOW, FINISHED_ONLY = (f"10.244.{third}.2" for third in (5, 6, 7, 8))
@@ -62,6 +62,13 @@ def path_mtu():
         ),
     ]:
         yield vector(f"path_mtu_{name}", f"{why}.", packet, expect, gso_size=gso_size)
+    yield vector(
+        "super_packet_of_sctp_takes_the_slow_path",
+        "The kernel does not say how long its segments are.",
+        ipv4(POD_A, NARROW, SCTP, sctp(1, 2) + big, flags=DF),
+        "punt segmented_datagrams / encap 192.168.77.5",
+        gso_size=0xFFFF,
+    )
     yield vector(
         "path_mtu_comes_before_finishing",
         "The slow path does both.",

@@ -63,7 +63,7 @@ DROP_REASONS = {
     },
 }
 PUNT_REASONS = {
-    "egress": {"too_long", "rejected", "path_mtu", "unfinished", "slow_peer"},
+    "egress": {"segmented_datagrams", "too_long", "rejected", "path_mtu", "unfinished", "slow_peer"},
     "ingress": {
         "rejected",
         "slow_peer",
@@ -102,6 +102,8 @@ def egress(packet, gso_size=0):
 def fast_path(packet, slow, gso_size):
     """The verdict of a program where the slow path's is `slow`: the slow path answers, fragments and finishes."""
     reason = slow.get("reason")
+    if slow["verdict"] == "encap" and gso_size and packet[9] not in (TCP, UDP):
+        return punt("segmented_datagrams")
     if reason in ("no_route", "ttl_expired", "peer_unreachable", "mtu_exceeded") and may_answer(packet):
         return punt("rejected")
     if reason == "too_long":
@@ -162,7 +164,8 @@ def egress_well_formed(packet, gso_size):
         return drop("peer_unreachable")
     if len(packet) + 28 > 0xFFFF:
         return drop("too_long")
-    if longest_segment(packet, gso_size) > hop.get("mtu", 0xFFFF):
+    is_cut_later = gso_size and packet[9] not in (TCP, UDP)
+    if not is_cut_later and longest_segment(packet, gso_size) > hop.get("mtu", 0xFFFF):
         return drop("mtu_exceeded") if u16(packet, 6) & DF else {"verdict": "fragment"}
     peer = ipaddress.IPv4Address(hop["peer"])
     inner = rewrite(packet, tos=packet[1])

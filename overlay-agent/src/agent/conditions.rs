@@ -42,6 +42,8 @@ pub(super) enum Condition {
     Routes,
     /// The kernel's routes to peers.
     Paths,
+    /// Devices that carry outer packets, but the first.
+    OtherUnderlays,
     /// Firewall rules and the blackhole route.
     Firewall,
     /// Rules that keep containers from sending what peers take for packets of this host.

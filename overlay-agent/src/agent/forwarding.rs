@@ -2,9 +2,9 @@
 
 use std::{net::Ipv4Addr, time::Duration};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use overlay_ebpf::{
-    abi::{MAX_UNDERLAYS, NextHop},
+    abi::{MAX_UNDERLAYS, NextHop, SourceCheck},
     rejection::Rejection,
     wire::{Bytes as _, Ipv4},
 };
@@ -35,6 +35,8 @@ use crate::{
     underlay::{Iface, Underlay},
 };
 
+/// Index of the loopback device in every network namespace.
+const LOOPBACK: u32 = 1;
 /// Problems of one kind that are named one by one.
 const NAMED: usize = 5;
 /// Most lines about repairs in a window: another program may make the same change again and again.
@@ -103,6 +105,9 @@ impl Forwarding {
     pub(super) async fn start(&mut self) -> Result<()> {
         self.next_hops.follow().await?;
         self.reconcile().await?;
+        if let Some(why) = self.conditions.get(Condition::Paths) {
+            bail!("{why}");
+        }
         self.up = true;
         self.retry.succeeded(Instant::now());
         Ok(())
@@ -110,13 +115,24 @@ impl Forwarding {
 
     /// Reconciles the datapath with the options, the underlay and the route table.
     async fn reconcile(&mut self) -> Result<()> {
-        self.follow_paths().await;
+        let changes = self.follow_paths().await;
+        let reconciled = self.reconcile_datapath().await;
+        if reconciled.is_err() {
+            // What works goes on with the paths as they are now.
+            self.apply_next_hops(&changes);
+        }
+        reconciled
+    }
+
+    async fn reconcile_datapath(&mut self) -> Result<()> {
         let underlays = self.underlays();
         self.spec.alias.underlays = underlays.iter().map(|device| device.link.name.clone()).collect();
         let desired = Desired {
             device: &self.spec,
             underlays: &underlays,
             policy: self.options.policy,
+            slow_ingress: self.options.policy.source_check != SourceCheck::Strict
+                && self.next_hops.has_policies(),
             request: self.options.datapath,
             tc_attach: self.options.tc_attach,
             routes: self.next_hops.hops(),
@@ -133,6 +149,7 @@ impl Forwarding {
             }
         }
         self.conditions.update(Condition::Diversion, sentence(report.diverted.into_iter()));
+        self.conditions.update(Condition::OtherUnderlays, sentence(report.refused.into_iter()));
         self.set_routes_behind(report.routes_behind);
         let slow = self.datapath.missing_capabilities().map(|missing| {
             format!("every packet takes the slow path, on the tun rung: {missing}, or choose --datapath tun")
@@ -152,16 +169,19 @@ impl Forwarding {
         std::iter::once(first).chain(others).collect()
     }
 
-    /// Asks the kernel for the paths to all peers when they may have changed. What differs reaches the datapath with the
-    /// reconciliation that follows.
-    async fn follow_paths(&mut self) {
+    /// Asks the kernel for the paths to all peers when they may have changed, and returns the next hops that differ.
+    async fn follow_paths(&mut self) -> Vec<RouteChange<NextHop>> {
         let now = Instant::now().into_std();
-        if self.next_hops.needs_refresh(now) {
-            let refreshed = self.next_hops.refresh(&self.netlink, self.table.routes(), now).await;
-            self.set_paths_unknown(refreshed.err());
-        } else {
-            self.next_hops.expire(self.table.routes(), now);
+        if !self.next_hops.needs_refresh(now) {
+            return self.next_hops.expire(self.table.routes(), now);
         }
+        let refreshed = self.next_hops.refresh(&self.netlink, self.table.routes(), now).await;
+        let (changes, failed) = match refreshed {
+            Ok(changes) => (changes, None),
+            Err(error) => (Vec::new(), Some(error)),
+        };
+        self.set_paths_unknown(failed);
+        changes
     }
 
     fn set_paths_unknown(&mut self, why: Option<anyhow::Error>) {
@@ -178,6 +198,8 @@ impl Forwarding {
                 let now = Instant::now().into_std();
                 let changes = self.next_hops.set_policies(policies, self.table.routes(), now);
                 self.apply_next_hops(&changes);
+                // The configuration of the programs may depend on whether there are any.
+                self.try_reconcile().await;
             }
         }
     }
@@ -187,7 +209,11 @@ impl Forwarding {
         if report.source != self.underlay.local_ip || report.port != self.spec.alias.port {
             return;
         }
+        // From a device on which peers' packets arrive, or from this host: containers can forge such messages, too.
+        let is_underlay = self.underlays().iter().any(|underlay| underlay.link.index == report.ifindex);
         match report.problem {
+            Problem::TooLong(_) if !is_underlay => {}
+            Problem::Unreachable(_) if !is_underlay && report.ifindex != LOOPBACK => {}
             Problem::TooLong(mtu) => {
                 let now = Instant::now().into_std();
                 let changes = self.next_hops.too_long(report.peer, mtu, self.table.routes(), now);
@@ -314,7 +340,6 @@ impl Forwarding {
     pub(super) async fn set_underlay(&mut self, underlay: &Underlay, mtu: u32) {
         self.underlay = UnderlayDevice { link: underlay.link.clone(), local_ip: underlay.local_ip };
         self.next_hops.set_local_ip(underlay.local_ip);
-        self.next_hops.set_stale();
         self.spec.mtu = mtu;
         self.conditions.update(Condition::UnderlayName, self.misnamed());
         self.try_reconcile().await;
@@ -423,6 +448,7 @@ impl Forwarding {
             Condition::Underlay,
             Condition::Diversion,
             Condition::Routes,
+            Condition::Paths,
             Condition::OwnRecord,
             Condition::Diverted,
         ];

@@ -270,9 +270,14 @@ impl Membership {
         self.check_address();
     }
 
+    /// Whether it matters for [`Self::on_ingress`] how many packets arrive.
+    pub(super) fn counts_ingress(&self) -> bool {
+        matches!(self.lease, OwnLease::Fixed) && self.recorded_ip != self.local.public_ip
+    }
+
     /// `packets` have arrived from peers so far. Without a store, that more arrive shows that peers know our new address.
     pub(super) fn on_ingress(&mut self, packets: u64) {
-        if !matches!(self.lease, OwnLease::Fixed) || self.recorded_ip == self.local.public_ip {
+        if !self.counts_ingress() {
             return;
         }
         if self.arrived.is_some_and(|before| packets > before) {

@@ -257,7 +257,9 @@ impl Agent {
     }
 
     async fn count_ingress(&mut self) {
-        if let Ok(PathCounters { fast, slow, .. }) = self.forwarding.datapath.counters().await {
+        if self.membership.counts_ingress()
+            && let Ok(PathCounters { fast, slow, .. }) = self.forwarding.datapath.counters().await
+        {
             self.membership.on_ingress(fast.ingress_packets + slow.ingress_packets);
         }
     }

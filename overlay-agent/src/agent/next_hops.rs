@@ -25,6 +25,8 @@ use crate::{
 /// Time after which the kernel is asked about all peers again although nothing was seen to change: its cached path MTUs expire
 /// silently.
 const REFRESH_INTERVAL: Duration = Duration::from_secs(60);
+/// Pause after the kernel did not answer.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 /// Share of the time that may be spent on asking: 1 in 10.
 const REFRESH_SHARE: u32 = 10;
 
@@ -180,14 +182,18 @@ impl NextHopTable {
         now: Instant,
     ) -> Result<Vec<RouteChange<NextHop>>> {
         let peers: BTreeSet<_> = routes.values().map(|peer| peer.address).collect();
-        // Changes that come after this are seen later.
-        self.stale = false;
-        let links = netlink.links().await?;
-        let refreshed = self.paths.refresh(&peers, links);
-        self.stale = refreshed.is_err();
-        let spent = now.elapsed();
-        self.refresh = Some((now + spent * REFRESH_SHARE, now + REFRESH_INTERVAL));
-        refreshed?;
+        let asked = match netlink.links().await {
+            Ok(links) => self.paths.refresh(&peers, links),
+            Err(error) => Err(error),
+        };
+        // The main loop waits here: what changes meanwhile is reported to it afterwards.
+        self.stale = asked.is_err();
+        let pause = match asked.is_err() {
+            true => RETRY_INTERVAL,
+            false => now.elapsed() * REFRESH_SHARE,
+        };
+        self.refresh = Some((now + pause, now + REFRESH_INTERVAL));
+        asked?;
         self.paths.expire(now);
         Ok(self.recompute(routes, now))
     }
@@ -211,7 +217,11 @@ impl NextHopTable {
         if !self.paths.has(peer) || !self.paths.too_long(peer, mtu, now) {
             return Vec::new();
         }
-        let changes = self.recompute(routes, now);
+        let own = routes.iter().filter(|(_, holder)| holder.address == peer);
+        let hops = own.map(|(subnet, holder)| (*subnet, self.paths.next_hop(*holder, now)));
+        let changed = hops.filter(|(subnet, hop)| self.hops.get(subnet) != Some(hop));
+        let changes: Vec<_> = changed.map(|(subnet, hop)| RouteChange::set(subnet, hop)).collect();
+        changes.iter().for_each(|change| change.make_in(&mut self.hops));
         if !changes.is_empty() {
             info!("a router reports that the path to {peer} carries {mtu} bytes");
         }
@@ -224,6 +234,11 @@ impl NextHopTable {
         let changes = diff(&self.hops, &desired);
         self.hops = desired;
         changes
+    }
+
+    /// Whether the host has IPsec policies that may concern outer packets.
+    pub(super) fn has_policies(&self) -> bool {
+        !self.paths.policies.is_empty()
     }
 
     /// The peer to which packets for an overlay address go.

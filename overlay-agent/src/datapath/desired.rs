@@ -83,6 +83,8 @@ pub struct Desired<'a> {
     pub underlays: &'a [UnderlayDevice],
     /// How the packet core decides where operators may choose.
     pub policy: Policy,
+    /// Whether all arriving packets take the slow path: IPsec policies may cover senders that no route names.
+    pub slow_ingress: bool,
     /// Which rung.
     pub request: Request,
     /// How tc programs are attached.
@@ -100,14 +102,17 @@ impl Desired<'_> {
         let (network, subnet) = (self.device.alias.network, self.device.subnet.prefix());
         let local_ip = first.local_ip.octets();
         let config = Config::new(local_ip, abi_prefix(network), abi_prefix(subnet), self.device.alias.port);
-        Ok(config.with_policy(self.policy.tos, self.policy.source_check).with_device(overlay_ifindex))
+        Ok(config
+            .with_policy(self.policy.tos, self.policy.source_check)
+            .with_slow_ingress(self.slow_ingress)
+            .with_device(overlay_ifindex))
     }
 
     pub(super) fn plan(&self, overlay_ifindex: u32) -> Plan {
         Plan {
             request: self.request,
             mode: self.tc_attach.mode(self.device.alias.port),
-            underlays: self.underlays.iter().map(|underlay| underlay.link.clone()).collect(),
+            underlays: self.underlays.iter().map(|underlay| underlay.link.identity()).collect(),
             overlay_ifindex,
             log: self.log,
         }
@@ -121,6 +126,8 @@ pub struct Report {
     pub made: Vec<String>,
     /// What others had changed and is as desired again, such as "route of ovl0".
     pub repaired: Vec<String>,
+    /// Why packets of peers behind other underlay devices than the first do not reach the slow path.
+    pub refused: Vec<String>,
     /// Why the kernel's map lacks routes that the slow path has. [`super::Datapath::apply_routes`] and the next
     /// reconciliation try again.
     pub routes_behind: Option<String>,

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
-use overlay_ebpf::abi::{Config, Counters, NextHop};
+use overlay_ebpf::abi::{Config, Counters, NextHop, UnderlayValue};
 use tracing::{debug, info, warn};
 
 use super::{
@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     capabilities,
-    netlink::{Netlink, device_name},
+    netlink::{Link, Netlink, device_name},
     route::{NextHops, RouteChange},
 };
 
@@ -176,7 +176,10 @@ impl FastPath {
         report: &mut Report,
     ) -> Result<()> {
         let Some(set) = &mut self.set else { return Ok(()) };
-        set.set_underlays(&plan.underlays.iter().filter_map(|link| Some((link.index, link.mac?))).collect())?;
+        let first = plan.underlays.first().map(|link| link.index);
+        let value =
+            |link: &Link| Some((link.index, UnderlayValue::new(link.mac?, first == Some(link.index))));
+        set.set_underlays(&plan.underlays.iter().filter_map(value).collect())?;
         if set.config()? != *config {
             set.set_config(config)?;
             let foreign = self.config == Some(*config);

@@ -17,6 +17,7 @@ use std::{net::SocketAddrV4, sync::Arc};
 use anyhow::{Context as _, Result};
 use overlay_ebpf::{abi::NextHop, rejection::Rejection};
 use tokio::sync::mpsc;
+use tracing::debug;
 use tun::{Endpoint, Settings, SlowCounters, Socket, TunRung};
 
 use crate::{
@@ -92,8 +93,11 @@ impl Datapath {
         // Replaced sockets are closed with the settings that had them.
         self.sockets = sockets;
         self.fast.reconcile(desired.plan(ifindex), &config, desired.routes, &mut report).await?;
+        let found =
+            diversion::find(&self.netlink, &others_routes, ifindex, desired.device, desired.routes).await;
+        // The next check is not far.
         report.diverted =
-            diversion::find(&self.netlink, &others_routes, ifindex, desired.device, desired.routes).await?;
+            found.inspect_err(|error| debug!("look for other routes: {error:#}")).unwrap_or_default();
         Ok(report)
     }
 
@@ -107,7 +111,15 @@ impl Datapath {
             sockets.push(match present {
                 Some(socket) => Arc::clone(socket),
                 None => {
-                    let socket = Socket::bind(endpoint, Arc::clone(&self.socket_losses))?;
+                    let socket = match Socket::bind(endpoint, Arc::clone(&self.socket_losses)) {
+                        Ok(socket) => socket,
+                        // Other devices than the first come and go with routes.
+                        Err(error) if !sockets.is_empty() => {
+                            report.refused.push(format!("{error:#}"));
+                            continue;
+                        }
+                        Err(error) => return Err(error),
+                    };
                     report.made.push(format!("UDP socket {address} on {}", link.name));
                     Arc::new(socket)
                 }

@@ -22,6 +22,8 @@ const PLATEAUS: [u16; 9] = [32000, 17914, 8166, 4352, 2002, 1492, 1006, 508, 296
 /// What an error says about an outer packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Report {
+    /// The device on which the message arrived.
+    pub(crate) ifindex: u32,
     /// Source of the outer packet.
     pub(crate) source: Ipv4Addr,
     /// Destination of the outer packet: a peer, perhaps.
@@ -41,8 +43,8 @@ pub(crate) enum Problem {
 }
 
 impl Report {
-    /// Reads an ICMP message with its IP header. `None` for all but errors about packets such as this agent and its programs send.
-    pub(crate) fn parse(message: &[u8]) -> Option<Self> {
+    /// Reads an ICMP message, with its IP header, that arrived on a device. `None` for all but errors about packets such as this agent and its programs send.
+    pub(crate) fn parse(message: &[u8], ifindex: u32) -> Option<Self> {
         let header = message.view::<Ipv4>(0)?;
         let icmp = message.get(header.header_len()..header.total_len().min(message.len()))?;
         let [kind, code] = *icmp.view::<[u8; 2]>(0)?;
@@ -69,6 +71,7 @@ impl Report {
             _ => Problem::Unreachable(quote.get(OVERHEAD..)?.to_vec()),
         };
         Some(Self {
+            ifindex,
             source: outer.source().into(),
             peer: outer.destination().into(),
             port: udp.destination_port(),
@@ -118,28 +121,28 @@ mod tests {
     fn changed(index: usize, value: u8) -> Option<Report> {
         let mut icmp = message(4, 1400, 1500)[20..].to_vec();
         icmp[index] = value;
-        Report::parse(&with_checksum(icmp))
+        Report::parse(&with_checksum(icmp), 2)
     }
 
     #[test]
     fn fragmentation_needed_names_the_peer_and_the_mtu() {
-        let report = Report::parse(&message(4, 1400, 1500)).unwrap();
+        let report = Report::parse(&message(4, 1400, 1500), 2).unwrap();
         assert_eq!((report.peer, report.port), (Ipv4Addr::new(192, 168, 77, 2), 8285));
         assert_eq!(report.problem, Problem::TooLong(1400));
         // An old router, which names none.
-        assert_eq!(Report::parse(&message(4, 0, 1500)).unwrap().problem, Problem::TooLong(1492));
+        assert_eq!(Report::parse(&message(4, 0, 1500), 2).unwrap().problem, Problem::TooLong(1492));
     }
 
     #[test]
     fn an_unreachable_peer_comes_with_the_inner_packet() {
-        let report = Report::parse(&message(1, 0, 1500)).unwrap();
+        let report = Report::parse(&message(1, 0, 1500), 2).unwrap();
         assert_eq!(report.problem, Problem::Unreachable(vec![0x45, 0, 0, 0, 1, 2, 3, 4]));
     }
 
     #[test]
     fn what_cannot_be_true_is_ignored() {
         assert!(changed(8, 0x45).is_some());
-        assert_eq!(Report::parse(&message(4, 1500, 1500)), None, "it would have fitted");
+        assert_eq!(Report::parse(&message(4, 1500, 1500), 2), None, "it would have fitted");
         for (index, value, why) in [
             (0, 11, "Time Exceeded"),
             (8, 0x46, "options"),
@@ -154,9 +157,9 @@ mod tests {
         let whole = message(4, 1400, 1500);
         let mut corrupt = whole.clone();
         corrupt[60] ^= 1;
-        assert_eq!(Report::parse(&corrupt), None, "the checksum is wrong");
+        assert_eq!(Report::parse(&corrupt, 2), None, "the checksum is wrong");
         for length in 0..whole.len() {
-            let _ = Report::parse(&whole[..length]);
+            let _ = Report::parse(&whole[..length], 2);
         }
     }
 }

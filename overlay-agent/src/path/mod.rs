@@ -23,7 +23,11 @@ use crate::{
 };
 pub(crate) use learned::LOWEST;
 use learned::LearnedMtus;
-pub(crate) use query::{KernelRoute, RouteQuery};
+use query::{Answer, KernelRoute, RouteQuery};
+
+/// Most bytes that ESP adds to a packet (RFC 4303): an IP header in tunnel mode, 8 of header, 16 of initialization vector, up to 17
+/// of padding and trailer, up to 32 of integrity check.
+const ESP_OVERHEAD: u16 = 20 + 8 + 16 + 17 + 32;
 
 /// The paths to all peers, from one address of this host.
 #[derive(Debug)]
@@ -57,8 +61,9 @@ impl Paths {
     /// Asks the kernel about all of `peers` again, with the devices as they are now. Fails when the kernel does not answer; the
     /// paths stay as they were.
     pub(crate) fn refresh(&mut self, peers: &BTreeSet<Ipv4Addr>, links: Vec<Link>) -> Result<()> {
-        let peers: Vec<_> = peers.iter().copied().collect();
-        self.kernel = self.query.routes(self.local_ip, self.port, &peers)?;
+        let all: Vec<_> = peers.iter().copied().collect();
+        self.ask(&all)?;
+        self.kernel.retain(|peer, _| peers.contains(peer));
         self.links = links.into_iter().map(|link| (link.index, link)).collect();
         Ok(())
     }
@@ -66,7 +71,22 @@ impl Paths {
     /// Asks the kernel about new peers. Fails when it does not answer.
     pub(crate) fn add(&mut self, peers: &BTreeSet<Ipv4Addr>) -> Result<()> {
         let new: Vec<_> = peers.iter().copied().filter(|peer| !self.kernel.contains_key(peer)).collect();
-        self.kernel.append(&mut self.query.routes(self.local_ip, self.port, &new)?);
+        self.ask(&new)
+    }
+
+    /// What is known about a peer stays while the kernel says nothing, and about all of them while this host has lost its address:
+    /// then it refuses every question.
+    fn ask(&mut self, peers: &[Ipv4Addr]) -> Result<()> {
+        let answers = self.query.ask(self.local_ip, self.port, peers)?;
+        let is_addressless = answers.values().all(|answer| *answer == Answer::Invalid);
+        for (peer, answer) in answers {
+            match answer {
+                Answer::Route(route) => drop(self.kernel.insert(peer, route)),
+                Answer::Invalid if is_addressless => {}
+                Answer::NoRoute | Answer::Invalid => drop(self.kernel.remove(&peer)),
+                Answer::Unknown => {}
+            }
+        }
         Ok(())
     }
 
@@ -86,6 +106,8 @@ impl Paths {
         let mut hop = next_hop(peer, self.kernel.get(&peer.address), &self.links, learned);
         if self.policy(&hop).is_some() {
             hop.flags |= NextHop::SLOW_PATH;
+            // Encrypted packets are longer.
+            hop.mtu = hop.mtu.saturating_sub(ESP_OVERHEAD).max(LOWEST - OVERHEAD as u16);
         }
         hop
     }
@@ -142,7 +164,8 @@ fn next_hop(
         return unreachable;
     }
     let limits = [link.map(|link| link.mtu), route.mtu, learned.map(u32::from)];
-    let path_mtu = limits.into_iter().flatten().min().unwrap_or(u32::from(LOWEST)).max(u32::from(LOWEST));
+    // Of a device that is not known yet, the socket refuses what does not fit.
+    let path_mtu = limits.into_iter().flatten().min().unwrap_or(u32::from(u16::MAX)).max(u32::from(LOWEST));
     let mtu = path_mtu.min(u32::from(u16::MAX)) as u16 - OVERHEAD as u16;
     let mut flags = 0;
     if !link.is_some_and(|link| link.ethernet) {

@@ -6,7 +6,8 @@
 
 use std::{collections::BTreeMap, net::Ipv4Addr};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
+use nix::libc;
 use rtnetlink::{
     RouteMessageBuilder,
     packet_core::{NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
@@ -33,7 +34,20 @@ pub(crate) struct KernelRoute {
     pub(super) mtu: Option<u32>,
 }
 
-/// A netlink socket for questions about routes. It answers in microseconds, so it is read without a task of its own.
+/// What the kernel says about a peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Answer {
+    /// It has a route.
+    Route(KernelRoute),
+    /// It has none, or one that refuses.
+    NoRoute,
+    /// It has a blackhole route, or no device has the source address.
+    Invalid,
+    /// It says nothing, for lack of memory.
+    Unknown,
+}
+
+/// A netlink socket for questions about routes. The kernel answers while it takes them, so nothing is waited for.
 #[derive(Debug)]
 pub(crate) struct RouteQuery {
     socket: Socket,
@@ -43,64 +57,87 @@ pub(crate) struct RouteQuery {
 impl RouteQuery {
     /// Opens the socket. Fails when the kernel refuses one.
     pub(crate) fn open() -> Result<Self> {
-        let mut socket = Socket::new(NETLINK_ROUTE).context("open a netlink socket")?;
-        socket.bind_auto().context("bind a netlink socket")?;
-        socket.connect(&SocketAddr::new(0, 0)).context("connect a netlink socket")?;
-        Ok(Self { socket, sequence: 0 })
+        Ok(Self { socket: open()?, sequence: 0 })
     }
 
-    /// The routes that UDP datagrams from `source` and `port` to that port of each of `peers` take: those without a route are left
-    /// out. Rules, equal-cost routes and cached path MTUs count. Fails when the kernel does not answer.
-    pub(crate) fn routes(
+    /// What the kernel says about UDP datagrams from `source` and `port` to that port of each of `peers`. Rules, equal-cost routes
+    /// and cached path MTUs count. Fails when the kernel does not take the questions, or drops answers.
+    pub(crate) fn ask(
         &mut self,
         source: Ipv4Addr,
         port: u16,
         peers: &[Ipv4Addr],
-    ) -> Result<BTreeMap<Ipv4Addr, KernelRoute>> {
-        let mut routes = BTreeMap::new();
+    ) -> Result<BTreeMap<Ipv4Addr, Answer>> {
+        let mut answers: BTreeMap<_, _> = peers.iter().map(|peer| (*peer, Answer::Unknown)).collect();
         for batch in peers.chunks(BATCH) {
-            let first = self.sequence.wrapping_add(1);
-            let mut requests = Vec::new();
-            for peer in batch {
-                self.sequence = self.sequence.wrapping_add(1);
-                let mut message =
-                    NetlinkMessage::from(RouteNetlinkMessage::GetRoute(request(source, port, *peer)));
-                message.header.flags = NLM_F_REQUEST;
-                message.header.sequence_number = self.sequence;
-                message.finalize();
-                let start = requests.len();
-                requests.resize(start + message.buffer_len(), 0);
-                message.serialize(requests.get_mut(start..).unwrap_or_default());
+            let asked = self.ask_batch(source, port, batch, &mut answers);
+            if asked.is_err() {
+                // Answers that were not read must not be taken for those to the next questions.
+                self.socket = open()?;
             }
-            self.socket.send(&requests, 0).context("ask for routes")?;
-            let mut waiting = batch.len();
-            while waiting > 0 {
-                let (sequence, route) = self.answer()?;
-                let position = sequence.wrapping_sub(first) as usize;
-                // An answer to a question that failed earlier.
-                let Some(peer) = batch.get(position) else { continue };
-                waiting -= 1;
-                if let Some(route) = route {
-                    routes.insert(*peer, route);
-                }
-            }
+            asked?;
         }
-        Ok(routes)
+        Ok(answers)
     }
 
-    fn answer(&self) -> Result<(u32, Option<KernelRoute>)> {
+    fn ask_batch(
+        &mut self,
+        source: Ipv4Addr,
+        port: u16,
+        batch: &[Ipv4Addr],
+        answers: &mut BTreeMap<Ipv4Addr, Answer>,
+    ) -> Result<()> {
+        let first = self.sequence.wrapping_add(1);
+        let mut requests = Vec::new();
+        for peer in batch {
+            self.sequence = self.sequence.wrapping_add(1);
+            let mut message =
+                NetlinkMessage::from(RouteNetlinkMessage::GetRoute(request(source, port, *peer)));
+            message.header.flags = NLM_F_REQUEST;
+            message.header.sequence_number = self.sequence;
+            message.finalize();
+            let start = requests.len();
+            requests.resize(start + message.buffer_len(), 0);
+            message.serialize(requests.get_mut(start..).unwrap_or_default());
+        }
+        self.socket.send(&requests, 0).context("ask for routes")?;
+        for _ in batch {
+            let (sequence, answer) = self.read()?;
+            let position = sequence.wrapping_sub(first) as usize;
+            let peer = batch
+                .get(position)
+                .context("the kernel answers a question about routes that was not asked")?;
+            answers.insert(*peer, answer);
+        }
+        Ok(())
+    }
+
+    fn read(&self) -> Result<(u32, Answer)> {
         let mut buffer = Vec::with_capacity(LONGEST);
-        self.socket.recv(&mut buffer, 0).context("read the kernel's routes")?;
+        // An answer that is not there was dropped.
+        self.socket.recv(&mut buffer, libc::MSG_DONTWAIT).context("read the kernel's routes")?;
         let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&buffer)
             .context("read the kernel's routes")?;
-        let route = match &message.payload {
-            NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(route)) => kernel_route(route),
-            // There is no route, or one that refuses.
-            NetlinkPayload::Error(_) => None,
-            _ => bail!("the kernel answers a question about routes with {:?}", message.payload),
+        let answer = match &message.payload {
+            NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(route)) => {
+                kernel_route(route).map_or(Answer::NoRoute, Answer::Route)
+            }
+            NetlinkPayload::Error(error) => match error.to_io().raw_os_error() {
+                Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EACCES) => Answer::NoRoute,
+                Some(libc::EINVAL) => Answer::Invalid,
+                _ => Answer::Unknown,
+            },
+            _ => Answer::Unknown,
         };
-        Ok((message.header.sequence_number, route))
+        Ok((message.header.sequence_number, answer))
     }
+}
+
+fn open() -> Result<Socket> {
+    let mut socket = Socket::new(NETLINK_ROUTE).context("open a netlink socket")?;
+    socket.bind_auto().context("bind a netlink socket")?;
+    socket.connect(&SocketAddr::new(0, 0)).context("connect a netlink socket")?;
+    Ok(socket)
 }
 
 fn request(source: Ipv4Addr, port: u16, peer: Ipv4Addr) -> RouteMessage {

@@ -17,7 +17,7 @@ use super::{
     kernel::{Changes, Kernel, subscribe},
 };
 
-/// Delay before listing: a daemon adds several policies at once.
+/// Pause after a listing: a daemon adds several policies at once.
 const SETTLE_TIME: Duration = Duration::from_millis(100);
 /// Interval of listings without a message.
 const RESYNC_INTERVAL: Duration = Duration::from_secs(30);
@@ -47,7 +47,6 @@ async fn follow(mut subscription: Subscription, sender: watch::Sender<Arc<Polici
             change = next(&mut subscription) => change.is_none(),
             () = sender.closed() => return,
         };
-        sleep(SETTLE_TIME).await;
         match refreshed(&mut subscription, failed).await {
             Ok(policies) => {
                 sender.send_if_modified(|current| {
@@ -57,6 +56,8 @@ async fn follow(mut subscription: Subscription, sender: watch::Sender<Arc<Polici
                     }
                     differs
                 });
+                // The first of several policies counts at once, the others together.
+                sleep(SETTLE_TIME).await;
             }
             Err(error) => {
                 warn!("{error:#}");

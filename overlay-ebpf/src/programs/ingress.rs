@@ -12,7 +12,7 @@ use overlay_ebpf::{
     ingress::{self, INNER_OFFSET},
     reason::{DropReason, PuntReason},
     verdict::{Decap, IngressVerdict},
-    wire::{Ethernet, Ipv4, OVERHEAD, ipv4::PROTOCOL_TCP},
+    wire::{Bytes as _, Ethernet, Ipv4, OVERHEAD, ipv4::PROTOCOL_TCP},
 };
 
 use super::{
@@ -23,8 +23,10 @@ use super::{
     punt, reject,
 };
 
-/// Ethernet, outer and inner headers. An outer header with options may reach further; the stack handles those anyway.
-const HEADERS: usize = INNER_OFFSET + Ipv4::LEN;
+/// Ethernet, outer and inner headers, and the type of an ICMP message. An outer header with options may reach further; the stack
+/// handles those anyway.
+const HEADERS: usize = INNER_OFFSET + Ipv4::LEN + ICMP_TYPE;
+const ICMP_TYPE: usize = 2;
 
 /// Runs on a frame with its Ethernet header, after GRO: it may be a super-packet.
 #[inline(always)]
@@ -42,9 +44,14 @@ pub(super) fn run(ctx: &TcContext) -> i32 {
         (false, false) => {}
     }
     memory::pull_headers(ctx, HEADERS);
+    if let Some(header) = Packet::of_skb(ctx).view::<Ipv4>(INNER_OFFSET)
+        && header.header_len() > Ipv4::LEN
+    {
+        memory::pull_headers(ctx, INNER_OFFSET + header.header_len() + ICMP_TYPE);
+    }
     // SAFETY: the kernel hands the program a valid context.
-    let own_mac = || maps::own_mac(unsafe { (*ctx.skb.skb).ifindex });
-    match ingress::decide(&Packet::of_skb(ctx), ctx.len() as usize, own_mac, config, &RouteMap) {
+    let device = || maps::underlay(unsafe { (*ctx.skb.skb).ifindex });
+    match ingress::decide(&Packet::of_skb(ctx), ctx.len() as usize, device, config, &RouteMap) {
         IngressVerdict::Pass => TO_THE_SLOW_PATH,
         // The kernel still marks a segmented packet as tunnelled (before 7.x no helper clears that). TCP is segmented
         // correctly all the same; segmentation of UDP would take the inner UDP header for the tunnel's.

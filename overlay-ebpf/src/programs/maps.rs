@@ -8,6 +8,7 @@ use aya_ebpf::{
 };
 use overlay_ebpf::{
     abi::{Config, Counters, MAX_ROUTES, MAX_UNDERLAYS, NextHop, UnderlayValue},
+    rejection::Rejection,
     route::Routes,
 };
 
@@ -53,20 +54,20 @@ pub(super) fn is_line_due() -> bool {
     due
 }
 
-/// Rejected packets of one CPU that reach the slow path in a [`REJECTION_WINDOW`]: a flood of them must not crowd out the packets
-/// that the slow path carries, and their senders get few answers all the same.
+/// Rejected packets of one kind that reach the slow path from one CPU in a [`REJECTION_WINDOW`]: a flood of them must not crowd out
+/// the packets that the slow path carries, and their senders get few answers all the same.
 const REJECTIONS: u64 = 100;
 /// In nanoseconds.
 const REJECTION_WINDOW: u64 = 100_000_000;
 
-/// The start of each CPU's window in nanoseconds since boot, and its rejected packets since.
+/// By kind, the start of each CPU's window in nanoseconds since boot, and its rejected packets since.
 #[map]
-static REJECTED: PerCpuArray<[u64; 2]> = PerCpuArray::with_max_entries(1, 0);
+static REJECTED: PerCpuArray<[u64; 2]> = PerCpuArray::with_max_entries(Rejection::KINDS, 0);
 
 /// Whether a rejected packet may be handed to the slow path, which then tells the sender.
 #[inline(always)]
-pub(super) fn is_rejection_due() -> bool {
-    let Some(window) = REJECTED.get_ptr_mut(0) else { return false };
+pub(super) fn is_rejection_due(rejection: Rejection) -> bool {
+    let Some(window) = REJECTED.get_ptr_mut(rejection.kind()) else { return false };
     // SAFETY: the entry is this CPU's, and networking programs run with bottom halves off: no other reference exists.
     let [start, count] = unsafe { &mut *window };
     // SAFETY: a helper without parameters.
@@ -94,12 +95,12 @@ pub(super) fn config() -> Option<&'static Config> {
     CONFIG.get(0)
 }
 
-/// The hardware address of a device that carries outer packets.
+/// A device that carries outer packets, with its index.
 #[inline(always)]
-pub(super) fn own_mac(ifindex: u32) -> Option<[u8; 6]> {
+pub(super) fn underlay(ifindex: u32) -> Option<(UnderlayValue, u32)> {
     let underlay = UNDERLAYS.get_ptr(ifindex)?;
     // SAFETY: the kernel replaces entries and writes into none that a program may see.
-    Some(unsafe { (*underlay).mac })
+    Some((unsafe { *underlay }, ifindex))
 }
 
 #[inline(always)]

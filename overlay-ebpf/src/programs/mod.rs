@@ -56,7 +56,7 @@ fn punt(reason: PuntReason) -> i32 {
 /// Hands a rejected packet to the slow path, which tells its sender; discards it when there are too many.
 #[inline(always)]
 fn reject(rejection: Rejection) -> i32 {
-    match maps::is_rejection_due() {
+    match maps::is_rejection_due(rejection) {
         true => punt(PuntReason::Rejected),
         false => discard(rejection.reason()),
     }

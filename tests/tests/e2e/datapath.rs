@@ -84,6 +84,7 @@ impl<'a> Host<'a> {
             device: &self.spec,
             underlays: &[UnderlayDevice { link, local_ip: self.local_ip }],
             policy: Policy::default(),
+            slow_ingress: false,
             request: self.request,
             tc_attach: self.tc_attach,
             routes: &self.routes,

@@ -11,11 +11,12 @@ use overlay_agent::{
     route::NextHops,
 };
 use overlay_ebpf::{
-    abi::{Config, Counters},
+    abi::{Config, Counters, UnderlayValue},
     egress,
     hop::Rewrite,
     ingress,
     reason::{DropReason, PuntReason},
+    source::Sender,
     verdict::{EgressVerdict, IngressVerdict, InnerVerdict},
     wire::{Ethernet, Ipv4},
 };
@@ -72,8 +73,8 @@ pub(crate) fn core_egress_slow(packet: &[u8], config: &Config, routes: &Lookup) 
 
 /// What the core wants the slow path to do with a datagram that reaches its socket.
 pub(crate) fn core_ingress_slow(frame: &[u8], config: &Config, routes: &Lookup) -> Verdict {
-    let (payload, peer) = datagram(frame);
-    match ingress::decide_inner(&payload[..], 0, payload.len(), peer, frame[15], config, routes) {
+    let (payload, sender) = datagram(frame);
+    match ingress::decide_inner(&payload[..], 0, payload.len(), sender, frame[15], config, routes) {
         InnerVerdict::Decap(decap) => Verdict::Decap { bytes: rewritten(&payload, decap.rewrite) },
         InnerVerdict::TrailingBytes => Verdict::dropped(DropReason::TrailingBytes),
         InnerVerdict::Reject(rejection) => Verdict::dropped(rejection.reason()),
@@ -82,9 +83,10 @@ pub(crate) fn core_ingress_slow(frame: &[u8], config: &Config, routes: &Lookup) 
 }
 
 /// What a UDP socket makes of a frame: the payload and its sender.
-fn datagram(frame: &[u8]) -> (Vec<u8>, [u8; 4]) {
+fn datagram(frame: &[u8]) -> (Vec<u8>, Sender) {
     let end = 14 + usize::from(u16::from_be_bytes([frame[16], frame[17]]));
-    (frame[42..end].to_vec(), [frame[26], frame[27], frame[28], frame[29]])
+    let address = [frame[26], frame[27], frame[28], frame[29]];
+    (frame[42..end].to_vec(), Sender { address, device: 0 })
 }
 
 /// Whether a program's verdict is the core's: of too many rejected packets, a program discards some instead of punting them.
@@ -97,7 +99,13 @@ pub(crate) fn is_same(decided: &Verdict, core: &Verdict) -> bool {
 }
 
 pub(crate) fn core_ingress(frame: &[u8], config: &Config, routes: &Lookup) -> Verdict {
-    match ingress::decide(frame, frame.len(), || Some(MAC), config, routes) {
+    match ingress::decide(
+        frame,
+        frame.len(),
+        || Some((UnderlayValue::new(MAC, true), TEST_IFINDEX)),
+        config,
+        routes,
+    ) {
         IngressVerdict::Pass => Verdict::Pass,
         IngressVerdict::Decap(decap) => {
             let inner = &frame[ingress::INNER_OFFSET..ingress::INNER_OFFSET + decap.inner_len];
@@ -133,8 +141,8 @@ pub(crate) fn tun_egress(packet: &[u8], config: &Config, routes: &Lookup, expect
 }
 
 pub(crate) fn tun_ingress(frame: &[u8], config: &Config, routes: &Lookup) -> Verdict {
-    let (mut payload, peer) = datagram(frame);
-    match shell::ingress(&mut payload, peer, frame[15], config, routes) {
+    let (mut payload, sender) = datagram(frame);
+    match shell::ingress(&mut payload, sender, frame[15], config, routes) {
         Ok(()) => Verdict::Decap { bytes: payload },
         Err(refusal) => Verdict::dropped(refusal.reason()),
     }
@@ -175,7 +183,7 @@ impl Kernel {
         set.programs.load_program(hook).unwrap();
         set.set_config(config).unwrap();
         assert_eq!(&set.config().unwrap(), config);
-        set.set_underlays(&[(TEST_IFINDEX, MAC)].into()).unwrap();
+        set.set_underlays(&[(TEST_IFINDEX, UnderlayValue::new(MAC, true))].into()).unwrap();
         set.set_routes(routes).unwrap();
         assert_eq!(&set.routes().unwrap(), routes);
         Self { hook, set, counted: Counters::ZERO }

@@ -25,8 +25,8 @@ type CountersBytes = [u8; size_of::<Counters>()];
 type NextHopBytes = [u8; size_of::<NextHop>()];
 type UnderlayBytes = [u8; size_of::<UnderlayValue>()];
 
-/// Hardware addresses of the underlay devices, by index.
-pub type Underlays = BTreeMap<u32, [u8; 6]>;
+/// The underlay devices, by index.
+pub type Underlays = BTreeMap<u32, UnderlayValue>;
 
 /// The loaded programs and their maps.
 pub struct OverlaySet {
@@ -68,8 +68,8 @@ impl OverlaySet {
     /// Makes the map of underlay devices hold exactly `desired`.
     pub fn set_underlays(&mut self, desired: &Underlays) -> Result<()> {
         let present = self.underlays()?;
-        for (index, mac) in desired.iter().filter(|(index, mac)| present.get(*index) != Some(mac)) {
-            let value = bytemuck::cast::<UnderlayValue, UnderlayBytes>(UnderlayValue::new(*mac));
+        for (index, value) in desired.iter().filter(|(index, value)| present.get(*index) != Some(value)) {
+            let value = bytemuck::cast::<UnderlayValue, UnderlayBytes>(*value);
             self.underlay_map.insert(index, value, 0).context("write the map UNDERLAYS")?;
         }
         for index in present.keys().filter(|index| !desired.contains_key(index)) {
@@ -82,7 +82,7 @@ impl OverlaySet {
     pub fn underlays(&self) -> Result<Underlays> {
         let entries = self.underlay_map.iter().map(|entry| {
             let (index, value) = entry.context("read the map UNDERLAYS")?;
-            Ok((index, bytemuck::cast::<UnderlayBytes, UnderlayValue>(value).mac))
+            Ok((index, bytemuck::cast::<UnderlayBytes, UnderlayValue>(value)))
         });
         entries.collect()
     }

@@ -3,7 +3,7 @@
 
 use anyhow::{Result, bail};
 use overlay_ebpf::{
-    abi::{Config, NextHop, Prefix},
+    abi::{Config, NextHop, Prefix, UnderlayValue},
     wire::{Ethernet, OVERHEAD},
 };
 
@@ -67,7 +67,7 @@ fn load(object: &[u8], hook: Hook, own: Host, peer: Host) -> Result<OverlaySet> 
     let subnet = abi_prefix(own.1.parse::<Subnet>()?.prefix());
     let config = Config::new(own.0, Prefix::new([198, 18, 0, 0], 15), subnet, 8285);
     set.set_config(&config.with_device(TEST_IFINDEX))?;
-    set.set_underlays(&[(TEST_IFINDEX, MAC)].into())?;
+    set.set_underlays(&[(TEST_IFINDEX, UnderlayValue::new(MAC, true))].into())?;
     let next_hop = NextHop { peer: peer.0, ifindex: TEST_IFINDEX, mtu: 1472, flags: 0 };
     set.set_routes(&NextHops::from([(peer.1.parse()?, next_hop)]))?;
     Ok(set)

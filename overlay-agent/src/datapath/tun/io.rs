@@ -18,7 +18,7 @@ use nix::{
         socket::{ControlMessage, ControlMessageOwned, MsgFlags, SockaddrIn, recvmsg, sendmsg},
     },
 };
-use overlay_ebpf::reason::DropReason;
+use overlay_ebpf::{reason::DropReason, source::Sender};
 use tun_rs::{IDEAL_BATCH_SIZE, VIRTIO_NET_HDR_LEN};
 
 use super::{Settings, Shared, Socket, fragment::fragments, partial, shell, shell::Refusal};
@@ -87,9 +87,9 @@ fn send_fragments(shared: &Shared, settings: &Settings, packet: &[u8], to: shell
 }
 
 fn send(shared: &Shared, settings: &Settings, packet: &[u8], to: shell::Destination) {
-    // The peer's device may be so new that it has no socket yet: the kernel refuses what the other one cannot reach.
+    // A device so new that it has no socket yet: no other device may send in its place.
     let reaches = |socket: &&Arc<Socket>| socket.endpoint.ifindex == to.next_hop.ifindex;
-    let Some(socket) = settings.sockets.iter().find(reaches).or(settings.sockets.first()) else {
+    let Some(socket) = settings.sockets.iter().find(reaches) else {
         return shared.counters.dropped(DropReason::SendFailed);
     };
     let peer = Ipv4Addr::from(to.next_hop.peer);
@@ -143,6 +143,9 @@ fn receive(
     buffer: &mut [u8],
     control: &mut [u8],
 ) -> Result<bool> {
+    let ifindex = socket.endpoint.ifindex;
+    let is_first = settings.sockets.first().is_some_and(|first| first.endpoint.ifindex == ifindex);
+    let device = if is_first { 0 } else { ifindex };
     for _ in 0..BUDGET {
         let Some((header, payload)) = buffer.split_at_mut_checked(VIRTIO_NET_HDR_LEN) else {
             bail!("the receive buffer is too short");
@@ -172,8 +175,9 @@ fn receive(
         };
         let payload = payload.get_mut(..len).unwrap_or_default();
         // No peer has the address of a datagram without one.
-        let from = from.map_or([0; 4], |from| u32::from(from.ip()).to_be_bytes());
-        let decided = shell::ingress(payload, from, tos, &settings.config, &*shared.routes());
+        let address = from.map_or([0; 4], |from| u32::from(from.ip()).to_be_bytes());
+        let sender = Sender { address, device };
+        let decided = shell::ingress(payload, sender, tos, &settings.config, &*shared.routes());
         if let Err(refusal) = decided {
             refuse(shared, settings, payload, refusal);
             continue;

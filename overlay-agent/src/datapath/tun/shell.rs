@@ -8,6 +8,7 @@ use overlay_ebpf::{
     reason::DropReason,
     rejection::Rejection,
     route::Routes,
+    source::Sender,
     verdict::{EgressVerdict, Encap, InnerVerdict},
     wire::Ipv4,
 };
@@ -62,16 +63,16 @@ pub fn egress(packet: &mut [u8], config: &Config, routes: &impl Routes) -> Resul
     Ok(Destination { next_hop, tos: outer.ipv4.tos(), fragment })
 }
 
-/// Decides about the payload of a datagram from `peer` with `tos` in its outer header, and rewrites it in place for the
+/// Decides about the payload of a datagram from `sender` with `tos` in its outer header, and rewrites it in place for the
 /// overlay device.
 pub fn ingress(
     payload: &mut [u8],
-    peer: [u8; 4],
+    sender: Sender,
     tos: u8,
     config: &Config,
     routes: &impl Routes,
 ) -> Result<(), Refusal> {
-    match ingress::decide_inner(payload, 0, payload.len(), peer, tos, config, routes) {
+    match ingress::decide_inner(payload, 0, payload.len(), sender, tos, config, routes) {
         InnerVerdict::Decap(decap) => Ok(apply(payload, decap.rewrite)?),
         InnerVerdict::TrailingBytes => Err(DropReason::TrailingBytes.into()),
         InnerVerdict::Reject(rejection) => Err(Refusal::Reject(rejection)),

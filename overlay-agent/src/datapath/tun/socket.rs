@@ -103,7 +103,7 @@ impl Socket {
             .context("enlarge the socket's receive buffer")?;
         setsockopt(&fd, sockopt::SndBufForce, &SOCKET_BUFFER).context("enlarge the socket's send buffer")?;
         // DF on every outer packet. Unlike IP_PMTUDISC_DO this does not believe ICMP about the path: ports and addresses are
-        // known, so any host could shrink it (the eBPF rungs do not listen to it either).
+        // known, so any host could shrink it. The agent checks such messages, and says how long inner packets may be.
         rustix::net::sockopt::set_ip_mtu_discover(&fd, Ipv4PathMtuDiscovery::PROBE)
             .context("set DF on datagrams")?;
         let inode = fstat(&fd).context("identify the UDP socket")?.st_ino;

@@ -73,7 +73,9 @@ fn config(network: &str) -> String {
 /// The record that an agent writes: as flannel's udp backend, with a note of what its host takes.
 fn value(public_ip: impl Into<Ipv4Addr>) -> String {
     let public_ip = public_ip.into();
-    format!(r#"{{"PublicIP":"{public_ip}","PublicIPv6":null,"BackendData":{{"TakesUnfinishedPackets":true}}}}"#)
+    format!(
+        r#"{{"PublicIP":"{public_ip}","PublicIPv6":null,"BackendData":{{"TakesUnfinishedPackets":true}}}}"#
+    )
 }
 
 /// An underlay address that no host has by default.
