@@ -107,6 +107,11 @@ fn paused_agent_yields(sandbox: &Arc<Sandbox>) -> Result<()> {
     a.resume()?;
 
     wait_for_log(a.site(), &format!("no longer {old}"))?;
+    // Containers of the old subnet would keep its packets here: the agent says so until they are gone.
+    wait_until("the containers' device is reported", || {
+        Ok(a.status()?.problems.iter().any(|problem| problem.contains("leave through veth0")))
+    })?;
+    host.tool("ip address flush dev veth0")?;
     wait_until("the agent runs with another subnet", || {
         Ok(a.status().is_ok_and(|status| status.subnet != old && status.state == "running"))
     })?;
