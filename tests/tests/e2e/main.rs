@@ -22,6 +22,7 @@ mod matrix;
 mod node;
 mod other_underlay;
 mod path_mtu;
+mod policy;
 mod privileges;
 mod refusals;
 mod repair;
@@ -61,6 +62,7 @@ fn main() -> ExitCode {
     refusals::register(&mut suite);
     node::register(&mut suite);
     repair::register(&mut suite);
+    policy::register(&mut suite);
     privileges::register(&mut suite);
     subnet_file::register(&mut suite);
     underlay::register(&mut suite);

@@ -1,6 +1,6 @@
 //! A router between the hosts carries less than they do: the path's MTU is learned, followed and forgotten.
 
-use std::sync::Arc;
+use std::{panic::resume_unwind, sync::Arc, thread, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use overlay_tests::{
@@ -20,6 +20,8 @@ use crate::{
 };
 
 const TCP_BYTES: u64 = 8 << 20;
+/// For a transfer during which the path changes.
+const LONG_TCP_BYTES: u64 = 64 << 20;
 /// Seconds for which the hosts remember a path MTU, instead of the usual ten minutes.
 const REMEMBERED: u32 = 6;
 
@@ -74,17 +76,30 @@ fn narrow_router(sandbox: &Arc<Sandbox>, rung: Rung, underlay: Underlay) -> Resu
     for side in [a, b] {
         side.pod.tool("sysctl -q -w net.ipv4.ip_no_pmtu_disc=0")?;
     }
-    // TCP with DF: an even narrower path, which containers learn from the agents.
-    for side in [a, b] {
-        router.limit(side, 1200)?;
-    }
+    // TCP with DF: the path becomes even narrower under traffic, and containers learn it from the agents.
     both_ways("with DF")?;
+    thread::scope(|scope| {
+        let narrows = scope.spawn(|| {
+            thread::sleep(Duration::from_millis(50));
+            [a, b].into_iter().try_for_each(|side| router.limit(side, 1200))
+        });
+        tcp::transfer(from, to, LONG_TCP_BYTES, transfer_limit(LONG_TCP_BYTES))
+            .with_context(|| diagnosis(&pair, "narrower under traffic"))?;
+        narrows.join().unwrap_or_else(|panic| resume_unwind(panic))
+    })?;
+    both_ways("with DF on the narrower path")?;
     // Not B: the container behind A already asks for short segments.
     ensure!(has_mtu(&pair.a, 1172)?, "{:?}", pair.a.routes()?);
-    // A wider path: the agents forget.
-    for side in [a, b] {
-        router.limit(side, 1500)?;
-    }
+    // A wider path, again under traffic: the agents forget.
+    thread::scope(|scope| {
+        let widens = scope.spawn(|| {
+            thread::sleep(Duration::from_millis(50));
+            [a, b].into_iter().try_for_each(|side| router.limit(side, 1500))
+        });
+        tcp::transfer(from, to, LONG_TCP_BYTES, transfer_limit(LONG_TCP_BYTES))
+            .with_context(|| diagnosis(&pair, "wider under traffic"))?;
+        widens.join().unwrap_or_else(|panic| resume_unwind(panic))
+    })?;
     wait_until("both agents have the MTU of the device", || {
         Ok(has_mtu(&pair.a, OVERLAY_MTU)? && has_mtu(&pair.b, OVERLAY_MTU)?)
     })?;
