@@ -13,6 +13,8 @@ use crate::{
 
 /// Begins the alias of every device that an agent made, so that no agent changes any other device.
 const ALIAS: &str = "overlay-agent";
+/// Longest alias in bytes: `IFALIASZ` (linux/if.h) less the terminating zero.
+const LONGEST_ALIAS: usize = 255;
 const TUN_NODE: &str = "/dev/net/tun";
 
 /// The alias of an overlay device: shows that an agent made it, and what `down` must know when that agent is gone.
@@ -28,7 +30,18 @@ pub struct DeviceAlias {
 
 impl std::fmt::Display for DeviceAlias {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{ALIAS} {} {} {}", self.network, self.port, self.underlays.join(","))
+        let mut alias = format!("{ALIAS} {} {} ", self.network, self.port);
+        for (index, name) in self.underlays.iter().enumerate() {
+            // The kernel refuses a longer one. Only clsact filters on devices that are left out would stay behind.
+            if alias.len() + name.len() + 1 > LONGEST_ALIAS {
+                break;
+            }
+            if index > 0 {
+                alias.push(',');
+            }
+            alias.push_str(name);
+        }
+        f.write_str(&alias)
     }
 }
 
@@ -260,6 +273,10 @@ mod tests {
         let underlays = vec!["eth0".to_owned(), "eth1".to_owned()];
         let alias = DeviceAlias { network, port: 8285, underlays };
         assert_eq!(DeviceAlias::parse(&alias.to_string()), Some(alias));
+        let underlays: Vec<_> = (0..64).map(|number| format!("some-device-{number:02}")).collect();
+        let long = DeviceAlias { network, port: 65535, underlays: underlays.clone() }.to_string();
+        assert!(long.len() <= LONGEST_ALIAS, "{long}");
+        assert_eq!(DeviceAlias::parse(&long).unwrap().underlays, underlays[..14]);
         assert_eq!(DeviceAlias::parse("my own tunnel"), None);
         assert_eq!(DeviceAlias::parse("overlay-agent"), None);
     }

@@ -31,15 +31,16 @@ const RESYNC_INTERVAL: Duration = Duration::from_secs(30);
 pub enum UnderlayChange {
     /// Its address or something about its device is another: created again, renamed, set down, without carrier, another MTU.
     Changed(Underlay),
-    /// The device is gone or has no usable address, with the reason, once for each reason. [`UnderlayChange::Changed`] follows when it is back, even
-    /// if it is the same as before.
+    /// The device is gone or has no usable address, with the reason, once for each reason. [`UnderlayChange::Changed`] follows when
+    /// it is back, even if it is the same as before.
     Lost(String),
 }
 
 /// Watches `current`, which `selector` selected, in a task that ends when the receiver is dropped.
 ///
 /// An address that the operator named is never replaced by another, but may move to another device. Otherwise the device stays
-/// the same, also under another name, and its initial address is used whenever the device holds it. Fails when the kernel refuses a socket.
+/// the same, also under another name, and its initial address is used whenever the device holds it. Fails when the kernel
+/// refuses a socket.
 pub fn watch(current: Underlay, selector: &Selector) -> Result<mpsc::Receiver<UnderlayChange>> {
     let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr];
     let (mut netlink, mut messages) = subscribe(&groups)?;
