@@ -24,6 +24,9 @@ const HANG: u32 = 10;
 /// Last lines of the fuzzer's output that are kept: a failure with its stack, or the statistics.
 const LINES: usize = 1000;
 
+/// Lines of the fuzzer's that say nothing about a failure.
+const NOISE: [&str; 4] = ["INFO: ", "NOTE: ", "WARNING: Failed to find function", "stat::"];
+
 /// Look for packets, messages and records that are answered wrongly, guided by coverage
 ///
 /// Builds the checks of tests/fuzz with coverage counters and gives them inputs made from the golden packets and from what earlier
@@ -111,7 +114,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     }
     let program = build()?;
     let seconds = ((options.minutes * 60.0 / targets.len() as f64) as u64).max(1);
-    step::headline(format_args!("fuzz: {seconds} s for each of {} targets", targets.len()));
+    step::headline(format_args!("fuzz: {} targets, {seconds} s each", targets.len()));
     let mut runs = 0;
     let mut failures = Vec::new();
     for target in targets {
@@ -122,10 +125,15 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     for (target, file) in &failures {
         println!("failed: {}: replay it with `cargo xtask fuzz --replay {}`", target.name(), file.display());
     }
-    let count = failures.len();
-    println!("fuzz: {runs} runs, {count} {}", if count == 1 { "failure" } else { "failures" });
+    Ok(summary(runs, failures.len()))
+}
+
+/// Prints the last line and returns the exit code.
+fn summary(runs: u64, failures: usize) -> ExitCode {
+    let counted = |count: u64, noun: &str| format!("{count} {noun}{}", if count == 1 { "" } else { "s" });
+    println!("fuzz: {}, {}", counted(runs, "run"), counted(failures as u64, "failure"));
     step::flush();
-    Ok(if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    if failures == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 /// What the fuzzing of one target found.
@@ -184,9 +192,9 @@ fn fuzz(program: &Path, target: Target, seconds: u64) -> Result<Outcome> {
     let failure = ended.lines.iter().find_map(|line| line.split_once("Test unit written to "));
     let failure = failure.map(|(_, path)| PathBuf::from(path));
     if failure.is_some() || !ended.status.success() {
-        let is_said =
-            |line: &&String| !is_progress(line) && !line.starts_with("INFO: ") && !line.starts_with("stat::");
-        for line in ended.lines.iter().filter(is_said) {
+        let is_about_failure =
+            |line: &&String| !is_progress(line) && !NOISE.iter().any(|start| line.starts_with(start));
+        for line in ended.lines.iter().filter(is_about_failure) {
             println!("  | {line}");
         }
     }
@@ -224,9 +232,7 @@ fn replay(program: &Path, target: Target, file: &Path) -> Result<ExitCode> {
     let status = child.wait().context("cannot wait for the fuzzing program")?;
     drop(attended);
     crate::interrupt::check()?;
-    let failures = u8::from(!status.success());
-    println!("fuzz: 1 runs, {failures} {}", if failures == 1 { "failure" } else { "failures" });
-    Ok(if failures == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(summary(1, usize::from(!status.success())))
 }
 
 /// The target whose inputs are in the file's directory.
