@@ -99,6 +99,7 @@ impl NetworkConfig {
     /// Parses flannel's record. As in Go, keys match case-insensitively, the last of several wins, and unknown keys are ignored.
     pub fn parse(json: &str) -> Result<Self, ConfigError> {
         let record: Record = serde_json::from_str(json)
+            .map_err(|error| printable(&error.to_string(), LONGEST_REASON))
             .map_err(|error| ConfigError(format!("the network config is not a JSON object: {error}")))?;
         match record.text("EnableIPv4") {
             None | Some("true") => {}

@@ -7,7 +7,7 @@ use ipnet::{Ipv4Net, Ipv6Net};
 use serde::Deserialize;
 
 use crate::{
-    printable::{LONGEST_NAME, printable},
+    printable::{LONGEST_NAME, LONGEST_REASON, printable},
     record,
     route::Subnet,
     store::{Kind, Lifetime, Record, RecordError},
@@ -80,6 +80,8 @@ impl Kind for Lease {
     fn parse_value(json: &[u8]) -> Result<LeaseValue, RecordError> {
         let record: record::Record = serde_json::from_slice(json).map_err(|error| {
             let value = printable(&String::from_utf8_lossy(json), LONGEST_NAME);
+            // It may quote the whole value.
+            let error = printable(&error.to_string(), LONGEST_REASON);
             RecordError(format!("the value `{value}` is not a JSON object: {error}").into())
         })?;
         let public_ip = record.get("PublicIP").filter(|address| is_host(*address)).ok_or_else(|| {

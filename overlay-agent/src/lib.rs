@@ -12,7 +12,7 @@ pub mod datapath;
 pub mod device;
 pub mod firewall;
 pub mod health;
-mod icmp;
+pub mod icmp;
 pub mod lease;
 pub mod netlink;
 mod path;

@@ -43,6 +43,24 @@ pub(crate) fn stream(command: &mut Command) -> Result<()> {
 /// Runs a long command and condenses its output to one progress line with `label`. On failure, prints the last lines of its
 /// output.
 pub(crate) fn condense(label: &str, command: &mut Command) -> Result<()> {
+    let ended = watch(label, command, TAIL)?;
+    if !ended.status.success() {
+        for text in ended.lines {
+            eprintln!("  | {text}");
+        }
+    }
+    succeeded(&display(command), ended.status)
+}
+
+/// How a command ended.
+pub(crate) struct Ended {
+    pub(crate) status: ExitStatus,
+    /// The last lines of its output.
+    pub(crate) lines: VecDeque<String>,
+}
+
+/// As [`condense`], but a failure of the command is no error, and the last `count` lines are returned.
+pub(crate) fn watch(label: &str, command: &mut Command, count: usize) -> Result<Ended> {
     let name = display(command);
     let start = Instant::now();
     let mut line = ProgressLine::new(label);
@@ -57,7 +75,7 @@ pub(crate) fn condense(label: &str, command: &mut Command) -> Result<()> {
     loop {
         match lines.recv_timeout(Duration::from_secs(1)) {
             Ok(text) => {
-                if tail.len() == TAIL {
+                if tail.len() == count {
                     tail.pop_front();
                 }
                 tail.push_back(text);
@@ -71,12 +89,7 @@ pub(crate) fn condense(label: &str, command: &mut Command) -> Result<()> {
     drop(attended);
     line.clear();
     interrupt::check()?;
-    if !status.success() {
-        for text in tail {
-            eprintln!("  | {text}");
-        }
-    }
-    succeeded(&name, status)
+    Ok(Ended { status, lines: tail })
 }
 
 /// Runs a short command and returns its standard output.

@@ -13,7 +13,7 @@ const ICMP_HEADER: usize = 8;
 
 /// The message, from its ICMP header on, that tells the sender of `packet` why it is rejected; `None` when the sender must not be
 /// told. It quotes as much of the packet as is usual.
-pub(super) fn error_message(packet: &[u8], rejection: Rejection) -> Option<Vec<u8>> {
+pub fn error_message(packet: &[u8], rejection: Rejection) -> Option<Vec<u8>> {
     let header = packet.view::<Ipv4>(0)?;
     if !may_answer(packet, 0, header) {
         return None;

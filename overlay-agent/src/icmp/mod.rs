@@ -8,5 +8,6 @@ mod limiter;
 mod report;
 mod socket;
 
-pub(crate) use report::{Problem, Report};
+pub use error_message::error_message;
+pub use report::{Problem, Report};
 pub(crate) use socket::{Answers, listen};

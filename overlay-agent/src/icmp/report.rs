@@ -21,21 +21,22 @@ const PLATEAUS: [u16; 9] = [32000, 17914, 8166, 4352, 2002, 1492, 1006, 508, 296
 
 /// What an error says about an outer packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Report {
+pub struct Report {
     /// The device on which the message arrived.
-    pub(crate) ifindex: u32,
+    pub ifindex: u32,
     /// Source of the outer packet.
-    pub(crate) source: Ipv4Addr,
+    pub source: Ipv4Addr,
     /// Destination of the outer packet: a peer, perhaps.
-    pub(crate) peer: Ipv4Addr,
+    pub peer: Ipv4Addr,
     /// Its UDP destination port.
-    pub(crate) port: u16,
-    pub(crate) problem: Problem,
+    pub port: u16,
+    /// Why it did not arrive.
+    pub problem: Problem,
 }
 
 /// Why an outer packet did not arrive.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Problem {
+pub enum Problem {
     /// It was longer than this number of bytes, which is what the path carries.
     TooLong(u16),
     /// The peer cannot be reached. What the error quotes of the inner packet.
@@ -43,8 +44,9 @@ pub(crate) enum Problem {
 }
 
 impl Report {
-    /// Reads an ICMP message, with its IP header, that arrived on a device. `None` for all but errors about packets such as this agent and its programs send.
-    pub(crate) fn parse(message: &[u8], ifindex: u32) -> Option<Self> {
+    /// Reads an ICMP message, with its IP header, that arrived on a device. `None` for all but errors about packets such as this
+    /// agent and its programs send.
+    pub fn parse(message: &[u8], ifindex: u32) -> Option<Self> {
         let header = message.view::<Ipv4>(0)?;
         let icmp = message.get(header.header_len()..header.total_len().min(message.len()))?;
         let [kind, code] = *icmp.view::<[u8; 2]>(0)?;

@@ -140,6 +140,8 @@ struct Facts {
     installed: BTreeSet<String>,
     /// A C compiler with the headers of the C library, which links Rust programs.
     cc: bool,
+    /// A C++ compiler, which builds libFuzzer for `cargo xtask fuzz`.
+    cxx: bool,
     /// Whether the contents of [`PROTOC`] are installed.
     protoc: bool,
     compiler: Option<Compiler>,
@@ -170,10 +172,11 @@ impl Facts {
         let compiler = compiler::choose(compiler::nightly(), compiler::debian(), linkable);
         let linker = compiler.as_ref().and_then(|compiler| linker::find(compiler.llvm()));
         let cc = has_program("cc") && std::path::Path::new("/usr/include/stdio.h").exists();
+        let cxx = has_program("c++");
         // On other systems than Debian, the .proto files are part of the compiler's package.
         let descriptions = std::path::Path::new("/usr/include/google/protobuf/descriptor.proto");
         let protoc = has_program("protoc") && (descriptions.exists() || !apt::is_here());
-        Ok(Self { scope, installed, cc, protoc, compiler, linker })
+        Ok(Self { scope, installed, cc, cxx, protoc, compiler, linker })
     }
 
     fn print(&self) {
@@ -181,6 +184,7 @@ impl Facts {
             println!("{}  {name:<14} {what}", if there { "ok     " } else { "missing" });
         };
         line(self.cc, "C compiler", "links Rust programs");
+        line(self.cxx, "C++ compiler", "builds the fuzzer");
         line(self.protoc, "protoc", "compiles etcd's protocol for its client");
         match &self.compiler {
             Some(compiler) => line(true, "BPF compiler", &compiler.to_string()),
@@ -200,7 +204,7 @@ impl Facts {
 /// The Debian packages that have to be installed, given what the machine has.
 fn missing_packages(facts: &Facts) -> Vec<String> {
     let mut wanted: Vec<String> = Vec::new();
-    if !facts.cc {
+    if !facts.cc || (facts.scope == Scope::Everything && !facts.cxx) {
         wanted.push("build-essential".to_owned());
     }
     if !facts.protoc {
@@ -228,7 +232,9 @@ fn manual(packages: &[String]) -> String {
     }
     let contents = packages.iter().map(|name| match TOOLS.iter().find(|tool| tool.name == name) {
         Some(tool) => format!("the program `{}`", tool.program),
-        None if name == "build-essential" => "a C compiler with the headers of the C library".to_owned(),
+        None if name == "build-essential" => {
+            "compilers for C and C++ with the headers of the C library".to_owned()
+        }
         None if PROTOC.contains(&name.as_str()) => {
             "the program `protoc` with its own .proto files".to_owned()
         }
@@ -258,6 +264,7 @@ mod tests {
             scope,
             installed: installed.iter().map(|&name| name.to_owned()).collect(),
             cc: true,
+            cxx: true,
             protoc: true,
             compiler: Some(Compiler::Debian { release: "1.96.0".to_owned(), llvm: 22 }),
             linker: Some(PathBuf::from("/tools/bpf-linker")),
@@ -284,6 +291,15 @@ mod tests {
         facts.protoc = false;
         assert_eq!(missing_packages(&facts), ["protobuf-compiler", "libprotobuf-dev"]);
         assert!(still_missing(&missing_packages(&facts)).contains("protobuf-compiler"));
+    }
+
+    #[test]
+    fn the_fuzzer_needs_a_c_plus_plus_compiler_and_the_build_none() {
+        let mut facts = machine(Scope::Everything, &all_tools());
+        facts.cxx = false;
+        assert_eq!(missing_packages(&facts), ["build-essential"]);
+        facts.scope = Scope::Build;
+        assert_eq!(missing_packages(&facts), [""; 0]);
     }
 
     #[test]

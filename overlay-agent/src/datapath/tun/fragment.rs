@@ -13,7 +13,7 @@ const COPIED: u8 = 0x80;
 
 /// The fragments of `packet`, none longer than `mtu` bytes; `None` when there are none: the packet is malformed, must not be
 /// fragmented, or `mtu` leaves no room.
-pub(super) fn fragments(packet: &[u8], mtu: usize) -> Option<Vec<Vec<u8>>> {
+pub fn fragments(packet: &[u8], mtu: usize) -> Option<Vec<Vec<u8>>> {
     let header = packet.view::<Ipv4>(0)?;
     let (first, payload) = packet.split_at_checked(header.header_len())?;
     let [high, low] = *packet.view::<[u8; 2]>(6)?;

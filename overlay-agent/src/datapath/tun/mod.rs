@@ -4,10 +4,10 @@
 //! replaced under them.
 
 mod counters;
-mod fragment;
+pub mod fragment;
 mod io;
 mod lookup;
-mod partial;
+pub mod partial;
 pub mod shell;
 mod socket;
 

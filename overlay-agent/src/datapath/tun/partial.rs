@@ -19,13 +19,15 @@ const GSO_TCPV4: u8 = 1;
 /// `gso_type`, in addition: the first segment carries CWR.
 const GSO_ECN: u8 = 0x80;
 
+/// Length of a TCP header without options, in bytes.
+const TCP_HEADER: usize = 20;
 /// TCP's congestion-window-reduced flag (RFC 3168 section 6.1.2), in the flags byte. Only the first segment keeps it.
 const TCP_CWR: u8 = 0x80;
 
 /// `struct virtio_net_hdr` of a tun device: byte order of the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
-pub(super) struct VirtioHeader {
+pub struct VirtioHeader {
     flags: u8,
     gso_type: u8,
     hdr_len: u16,
@@ -36,7 +38,7 @@ pub(super) struct VirtioHeader {
 
 /// The virtio header with which to write a valid inner packet to a device of `mtu` bytes: empty, or asking the kernel to
 /// complete the checksum, and to treat a TCP packet longer than the MTU as the super-packet it is.
-pub(super) fn header(packet: &[u8], mtu: usize) -> VirtioHeader {
+pub fn header(packet: &[u8], mtu: usize) -> VirtioHeader {
     partial(packet, mtu).unwrap_or_default()
 }
 
@@ -58,7 +60,9 @@ fn partial(packet: &[u8], mtu: usize) -> Option<VirtioHeader> {
         return Some(header);
     }
     let [data_offset, flags]: [u8; 2] = *packet.view(transport + 12)?;
-    let headers = transport + usize::from(data_offset >> 4) * 4;
+    // A shorter header is none: the kernel would discard each of the segments, or trust it.
+    let tcp_header = usize::from(data_offset >> 4) * 4;
+    let headers = transport + (tcp_header >= TCP_HEADER).then_some(tcp_header)?;
     let ecn = if flags & TCP_CWR != 0 { GSO_ECN } else { 0 };
     Some(VirtioHeader {
         gso_type: GSO_TCPV4 | ecn,
@@ -111,7 +115,9 @@ mod tests {
         };
         let [finished, fragment, icmp] = [(36, 0x55), (6, 0x60), (9, 7)].map(|(i, value)| changed(i, value));
         let short = &partial_tcp(100, 0x10)[..36];
-        for packet in [&finished[..], &fragment, &icmp, short, &[]] {
+        let mut bad_offset = partial_tcp(60_000, 0x10);
+        bad_offset[32] = 0x40;
+        for packet in [&finished[..], &fragment, &icmp, short, &bad_offset, &[]] {
             assert_eq!(header(packet, 1472).flags, 0);
         }
     }
