@@ -98,6 +98,8 @@ pub(super) fn run(options: &Options) -> Result<ExitCode> {
     host.tool("ip link set behind up")?;
     host.tool(&format!("ip address add 192.168.77.1/24 dev {UPLINK}"))?;
     host.tool(&format!("ip link set {UPLINK} up"))?;
+    host.tool("ip route add default via 192.168.77.254")?;
+    host.tool("sysctl -q -w net.ipv4.ip_forward=1")?;
     let site = Site::new(&sandbox, &host, "agent")?;
     let mut etcd = Etcd::prepare(&sandbox, &host, Ipv4Addr::LOCALHOST)?;
     etcd.restart()?;

@@ -18,8 +18,11 @@ const PAUSE: Duration = Duration::from_micros(200);
 /// Limit for each wait.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
+/// The agent's value of a route: it begins with the peer's address.
+type NextHop = [u8; 12];
+
 /// The kernel's map of routes.
-pub(super) struct RouteMap(LpmTrie<MapData, [u8; 4], [u8; 4]>);
+pub(super) struct RouteMap(LpmTrie<MapData, [u8; 4], NextHop>);
 
 impl RouteMap {
     /// The route map of the process `pid` that has a route for `subnet`; `None` while there is none. Other agents may run on
@@ -49,7 +52,7 @@ impl RouteMap {
     /// The peer that exactly `subnet` is routed to.
     pub(super) fn get(&self, subnet: Ipv4Addr) -> Result<Option<Ipv4Addr>> {
         match self.0.get(&Key::new(LENGTH, subnet.octets()), 0) {
-            Ok(peer) => Ok(Some(peer.into())),
+            Ok([a, b, c, d, ..]) => Ok(Some(Ipv4Addr::new(a, b, c, d))),
             Err(MapError::KeyNotFound) => Ok(None),
             Err(error) => Err(error).context("read the agent's route map"),
         }
