@@ -33,9 +33,11 @@ pub(crate) fn run() -> Result<ExitCode> {
 
 type Check = (&'static str, fn() -> Result<()>);
 
-const CHECKS: [Check; 4] = [
+const CHECKS: [Check; 5] = [
     ("format", || cargo(&["fmt", "--all", "--", "--check"])),
     ("clippy", || cargo(&["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"])),
+    // Demo and benchmarks are built alone, without the features of crates that only the tests need.
+    ("demo and benchmarks", || cargo(&["check", "--package", "overlay-tests", "--bins"])),
     ("docs", || cargo(&["doc", "--workspace", "--no-deps"])),
     ("tidy", tidy::check),
 ];
