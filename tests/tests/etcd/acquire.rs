@@ -35,7 +35,7 @@ async fn forty_hosts_that_start_at_once_get_forty_subnets() {
 }
 
 #[tokio::test]
-async fn a_record_is_flannels_byte_for_byte_and_lives_for_24_hours() {
+async fn a_record_is_flannels_with_a_note_and_lives_for_24_hours() {
     let mut network = Network::start().await;
     let held = network.acquire(7).await;
     assert!(held.created);

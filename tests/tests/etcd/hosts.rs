@@ -128,9 +128,11 @@ pub(crate) fn ip(host: u8) -> Ipv4Addr {
     Ipv4Addr::new(192, 168, 77, host)
 }
 
-/// What flannel's udp backend writes, byte for byte.
+/// What an agent writes: as flannel's udp backend, with a note of what its host takes.
 pub(crate) fn value(host: u8) -> String {
-    format!(r#"{{"PublicIP":"192.168.77.{host}","PublicIPv6":null}}"#)
+    format!(
+        r#"{{"PublicIP":"192.168.77.{host}","PublicIPv6":null,"BackendData":{{"TakesUnfinishedPackets":true}}}}"#
+    )
 }
 
 pub(crate) fn subnet_key(key: &str) -> String {
