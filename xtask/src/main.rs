@@ -3,6 +3,7 @@
 mod build;
 mod ci;
 mod interrupt;
+mod mutants;
 mod program;
 mod scan;
 mod setup;
@@ -35,6 +36,7 @@ enum Command {
     #[command(disable_help_flag = true)]
     Bench(program::Options),
     Test(test::Options),
+    Mutants(mutants::Options),
     /// Check conventions of this repository that the compiler does not check
     Tidy,
     /// Run all checks and tests that a change has to pass: format, clippy, docs, tidy, tests
@@ -60,6 +62,7 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Demo(options) => program::run("demo", &options),
         Command::Bench(options) => program::run("bench", &options),
         Command::Test(options) => test::run(&options),
+        Command::Mutants(options) => mutants::run(&options),
         Command::Tidy => tidy::run(),
         Command::Ci => ci::run(),
     }

@@ -17,7 +17,7 @@ use overlay_ebpf::{
     ingress,
     reason::{DropReason, PuntReason},
     verdict::{EgressVerdict, IngressVerdict, InnerVerdict},
-    wire::{Ethernet, Ipv4},
+    wire::{Ethernet, Ipv4, OVERHEAD},
 };
 
 use crate::vectors::Verdict;
@@ -198,6 +198,7 @@ impl Kernel {
         }
         let counters = self.set.counters().unwrap();
         let events = events(&self.counted, &counters);
+        let bytes = carried_bytes(&counters) - carried_bytes(&self.counted);
         self.counted = counters;
         // In a test run, the kernel knows the size of segments but not their kind, and encapsulates none.
         if gso_size != 0 && events == [Event::Drop(DropReason::EncapFailed)] {
@@ -227,6 +228,18 @@ impl Kernel {
                 if marked { ", marked" } else { "" }
             ),
         };
+        let (carried, link) = match &verdict {
+            Verdict::Encap { bytes } => (bytes.len() - OVERHEAD, None),
+            Verdict::Decap { bytes } => (bytes.len(), Some(&input[..Ethernet::LEN])),
+            Verdict::Pass | Verdict::Fragment | Verdict::Punt { .. } | Verdict::Drop { .. } => (0, None),
+        };
+        assert_eq!(
+            bytes, carried as u64,
+            "{:?} counts other bytes than those of the inner packet",
+            self.hook
+        );
+        let has_link_header = link.is_none_or(|link| outcome.packet.starts_with(link));
+        assert!(has_link_header, "{:?} does not keep the link-layer header", self.hook);
         Some(verdict)
     }
 }
@@ -242,6 +255,10 @@ enum Event {
     Carried,
     Punt(PuntReason),
     Drop(DropReason),
+}
+
+fn carried_bytes(counters: &Counters) -> u64 {
+    counters.egress_bytes + counters.ingress_bytes
 }
 
 /// What was counted between two readings.
