@@ -191,7 +191,7 @@ pub(super) const CHANGES: &[Change] = &[
         from: "match (is_decapped, has_vlan_tag(ctx)) {",
         to: "match (is_decapped, false) {",
         wrong: "Frames of a VLAN are taken for the device's own.",
-        tests: &[Tests::EndToEnd("addressing::")],
+        tests: &[Tests::EndToEnd("addressing::frames_for_another_device_are_not_carried_on_tc")],
         reason: None,
     },
     Change {
@@ -200,7 +200,7 @@ pub(super) const CHANGES: &[Change] = &[
         from: "(true, true) => return discard(DropReason::VlanTagged)",
         to: "(true, true) => return deliver(config)",
         wrong: "Frames of a VLAN that XDP had decapsulated are delivered.",
-        tests: &[Tests::EndToEnd("addressing::")],
+        tests: &[Tests::EndToEnd("addressing::frames_for_another_device_are_not_carried_on_xdp")],
         reason: None,
     },
     Change {
