@@ -7,7 +7,7 @@ use ipnet::Ipv4Net;
 use tun_rs::{DeviceBuilder, Layer, SyncDevice};
 
 use crate::{
-    netlink::{Link, Netlink},
+    netlink::{Link, Netlink, Route},
     route::Subnet,
 };
 
@@ -134,7 +134,7 @@ impl OverlayDevice {
             // The overlay carries no IPv6; without this the kernel sends router solicitations into the device for ever.
             // Fails where the kernel has no IPv6, and then there is nothing to forbid.
             let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", spec.name), "1");
-            reconcile(netlink, &link, spec).await?;
+            reconcile(netlink, &link, std::slice::from_ref(&link), spec).await?;
             // Last: until here the kernel removes the device when its descriptor is closed, also when the agent is killed.
             fd.persist().context("make the device persistent")?;
             anyhow::Ok(link.index)
@@ -144,13 +144,31 @@ impl OverlayDevice {
     }
 }
 
-/// Sets the attributes of the device `link` that are not as `spec` says, and returns their names.
+/// The overlay device with this index, which has this name now; `None` when it is gone or in another network namespace. A
+/// descriptor knows the name of its device, whatever other programs call it.
+pub(crate) fn find<'a>(links: &'a [Link], index: u32, name: &str) -> Option<&'a Link> {
+    links.iter().find(|link| link.index == index && link.name == name && link.kind.as_deref() == Some("tun"))
+}
+
+/// Sets the attributes of the device `link`, one of `links`, that are not as `spec` says, and returns their names and the
+/// kernel's routes as they were. Fails when another device has the name, or the kernel refuses.
 pub(crate) async fn reconcile(
     netlink: &Netlink,
     link: &Link,
+    links: &[Link],
     spec: &DeviceSpec,
-) -> Result<Vec<&'static str>> {
+) -> Result<(Vec<&'static str>, Vec<Route>)> {
     let (index, network, mut set) = (link.index, spec.alias.network, Vec::new());
+    let mut up = link.up;
+    if link.name != spec.name {
+        if let Some(other) = links.iter().find(|other| other.name == spec.name) {
+            bail!("it was renamed to {}, and {}", link.name, foreign(other, !holders(&spec.name).is_empty()));
+        }
+        if netlink.rename(index, &spec.name).await? {
+            up = false;
+        }
+        set.push("name");
+    }
     let alias = spec.alias.to_string();
     if link.alias.as_ref() != Some(&alias) {
         netlink.set_alias(index, &alias).await?;
@@ -164,12 +182,14 @@ pub(crate) async fn reconcile(
         netlink.add_address(index, wanted).await?;
         set.push("address");
     }
-    if !link.up || link.mtu != spec.mtu {
+    if !up || link.mtu != spec.mtu {
         netlink.set_up(index, spec.mtu).await?;
         set.push("state and MTU");
     }
-    let routed = |route: &crate::netlink::Route| route.destination == network && route.index == index;
-    if !netlink.routes().await?.iter().any(routed) {
+    let routes = netlink.routes().await?;
+    if !is_routed(&routes, network, index) {
+        // One that the kernel does not take would be in the way of the other.
+        netlink.remove_routes(network, index).await?;
         set.push("route");
     }
     // Before the old address is removed: the kernel removes the route that has it as its source.
@@ -179,7 +199,14 @@ pub(crate) async fn reconcile(
     if other_addresses {
         netlink.remove_other_addresses(index, wanted).await?;
     }
-    Ok(set)
+    Ok((set, routes))
+}
+
+/// Whether the kernel takes the route of `network` through the device `index`: of several, that of the lowest metric, and the
+/// first of those. An operator's own metric would let any later route win.
+fn is_routed(routes: &[Route], network: Ipv4Net, index: u32) -> bool {
+    let taken = routes.iter().filter(|route| route.destination == network).min_by_key(|route| route.metric);
+    taken.is_some_and(|route| route.index == index && route.metric == 0)
 }
 
 /// Removes the device if an agent made it; its addresses, routes and programs go with it. `false` when there is none.
@@ -238,12 +265,31 @@ mod tests {
     }
 
     #[test]
+    fn of_several_routes_the_kernel_takes_the_first_of_the_lowest_metric() {
+        let network = "10.244.0.0/16".parse().unwrap();
+        let route = |index, metric| Route { destination: network, index, metric };
+        let wider = Route { destination: "10.0.0.0/8".parse().unwrap(), index: 3, metric: 0 };
+        for (routes, expected) in [
+            (&[][..], false),
+            (&[wider.clone(), route(7, 0)], true),
+            (&[route(7, 0), route(3, 0)], true),
+            (&[route(3, 0), route(7, 0)], false),
+            (&[route(3, 50), route(7, 0)], true),
+            (&[route(7, 50)], false),
+        ] {
+            assert_eq!(is_routed(routes, network, 7), expected, "{routes:?}");
+        }
+    }
+
+    #[test]
     fn only_an_unused_tun_device_may_be_suggested_for_removal() {
         let link = |kind: &str, ethernet| Link {
             name: "dev7".to_owned(),
             index: 7,
             mtu: 1500,
             up: true,
+            carrier: true,
+            loopback: false,
             ethernet,
             mac: None,
             kind: Some(kind.to_owned()),

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use anyhow::{Context as _, Result, ensure};
 use futures_util::{Stream, StreamExt as _, TryStreamExt as _};
 use ipnet::Ipv4Net;
-use nix::libc::{EACCES, EHOSTUNREACH, EINVAL, ENETUNREACH, ENODEV, ESRCH};
+use nix::libc::{EACCES, EBUSY, EHOSTUNREACH, EINVAL, ENETUNREACH, ENODEV, ESRCH};
 use rtnetlink::{
     Handle, LinkUnspec, MulticastGroup, RouteMessageBuilder,
     packet_route::{
@@ -59,6 +59,10 @@ pub struct Link {
     pub mtu: u32,
     /// Whether it is administratively up.
     pub up: bool,
+    /// Whether the other end of the link is there.
+    pub carrier: bool,
+    /// Whether it is a loopback device.
+    pub loopback: bool,
     /// Whether frames have an Ethernet header.
     pub ethernet: bool,
     /// Its hardware address, if that is one of Ethernet.
@@ -166,7 +170,20 @@ impl Netlink {
 
     /// The kernel's route to an address; `None` when it has none.
     pub async fn route_to(&self, address: Ipv4Addr) -> Result<Option<Hop>> {
-        let request = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(address, 32).build();
+        self.look_up(address, RouteMessageBuilder::<Ipv4Addr>::new()).await
+    }
+
+    /// The kernel's route to an address for packets from `source`, an address of this host; `None` when it has none.
+    pub async fn route_between(&self, source: Ipv4Addr, address: Ipv4Addr) -> Result<Option<Hop>> {
+        self.look_up(address, RouteMessageBuilder::<Ipv4Addr>::new().source_prefix(source, 32)).await
+    }
+
+    async fn look_up(
+        &self,
+        address: Ipv4Addr,
+        request: RouteMessageBuilder<Ipv4Addr>,
+    ) -> Result<Option<Hop>> {
+        let request = request.destination_prefix(address, 32).build();
         let message = match self.handle.route().get(request).execute().try_next().await {
             Err(error) if is_no_route(&error) => None,
             message => message.with_context(|| format!("look up the route to {address}"))?,
@@ -218,6 +235,20 @@ impl Netlink {
         self.handle.link().change(message).execute().await.context("set the device's alias")
     }
 
+    /// Renames a device. Returns whether that set it down: kernels before 6.2 rename no device that is up.
+    pub async fn rename(&self, index: u32, name: &str) -> Result<bool> {
+        let named = || LinkUnspec::new_with_index(index).name(name);
+        let what = || format!("rename the device to {name}");
+        match self.handle.link().change(named().build()).execute().await {
+            Err(error) if errno(&error) == Some(EBUSY) => {}
+            renamed => return renamed.map(|()| false).with_context(what),
+        }
+        let down = LinkUnspec::new_with_index(index).down().build();
+        self.handle.link().change(down).execute().await.with_context(what)?;
+        self.handle.link().change(named().build()).execute().await.with_context(what)?;
+        Ok(true)
+    }
+
     /// Sets a device's MTU and sets the device up.
     pub async fn set_up(&self, index: u32, mtu: u32) -> Result<()> {
         let message = LinkUnspec::new_with_index(index).mtu(mtu).up().build();
@@ -252,6 +283,17 @@ impl Netlink {
         let route = route_to_net(network).output_interface(index).pref_source(source).scope(RouteScope::Link);
         let request = self.handle.route().add(route.build()).replace();
         request.execute().await.with_context(|| format!("route {network} through the device"))
+    }
+
+    /// Removes the routes of a network through a device.
+    pub async fn remove_routes(&self, network: Ipv4Net, index: u32) -> Result<()> {
+        for message in self.route_messages().await? {
+            let is_main = message.header.table == RouteHeader::RT_TABLE_MAIN;
+            if is_main && destination(&message) == Some(network) && device(&message) == Some(index) {
+                self.handle.route().del(message).execute().await.context("remove a route of the device")?;
+            }
+        }
+        Ok(())
     }
 
     /// Adds a blackhole route with the lowest preference. It belongs to no device and stays until
@@ -320,6 +362,8 @@ fn link(message: &LinkMessage) -> Option<Link> {
         index: header.index,
         mtu: attribute!(attributes, LinkAttribute::Mtu(mtu) => *mtu).unwrap_or(0),
         up: header.flags.contains(LinkFlags::Up),
+        carrier: header.flags.contains(LinkFlags::LowerUp),
+        loopback: header.flags.contains(LinkFlags::Loopback),
         ethernet: header.link_layer_type == LinkLayerType::Ether,
         mac: attribute!(attributes, LinkAttribute::Address(address) => address.as_slice().try_into().ok())
             .flatten(),

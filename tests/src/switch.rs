@@ -50,6 +50,7 @@ impl Host {
         let underlay = Ipv4Addr::new(192, 168, 77, number);
         hub.tool(&format!("ip link add port{number} type veth peer name {UPLINK} netns {}", netns.name()))?;
         hub.tool(&format!("ip link set port{number} master switch mtu {UNDERLAY_MTU} up"))?;
+        netns.tool("sysctl -q -w net.ipv4.ip_forward=1")?;
         netns.tool(&format!("ip address add {underlay}/24 dev {UPLINK}"))?;
         netns.tool(&format!("ip link set {UPLINK} mtu {UNDERLAY_MTU} up"))?;
         Ok(Self { netns, underlay })

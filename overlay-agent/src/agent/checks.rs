@@ -42,6 +42,21 @@ pub(super) fn inner_mtu(link: &Link) -> Result<u32> {
     }
 }
 
+/// Why no packet leaves or arrives through the device, with the remedy.
+pub(super) fn dead_link(link: &Link) -> Option<String> {
+    let name = &link.name;
+    match (link.up, link.carrier) {
+        (true, true) => None,
+        (false, _) => Some(format!(
+            "the underlay device {name} is down: peers are out of reach until it is up (ip link set {name} up)"
+        )),
+        (true, false) => Some(format!(
+            "the underlay device {name} has no carrier: peers are out of reach until its cable, or the other end of its link, is \
+             back"
+        )),
+    }
+}
+
 /// Refuses an underlay address inside the overlay.
 pub(super) fn check_underlay(network: Ipv4Net, underlay: &Underlay) -> Result<()> {
     let public_ip = underlay.public_ip;

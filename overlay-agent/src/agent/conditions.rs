@@ -24,6 +24,12 @@ pub(super) enum Condition {
     Config,
     /// The device that carries outer packets.
     Underlay,
+    /// The name of that device.
+    UnderlayName,
+    /// Routes and rules that keep packets for peers away from the overlay device.
+    Diversion,
+    /// The kernel's switches for forwarding.
+    Forwarding,
     /// The overlay device, the slow path and the programs.
     Datapath,
     /// The capabilities that the eBPF rungs need.

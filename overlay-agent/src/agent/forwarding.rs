@@ -18,6 +18,8 @@ use super::{
     Options, StoreOption,
     change_log::ChangeLog,
     conditions::{Condition, Conditions},
+    host_state::HostState,
+    log_window::LogWindow,
     next_hops::{Happening, NextHopTable},
 };
 use crate::{
@@ -30,11 +32,13 @@ use crate::{
     route::{LocalNode, RouteChange, Routes},
     route_table::{Outcome, OwnRecord, OwnSubnet, Rival, RouteTable},
     store::Event,
-    underlay::Underlay,
+    underlay::{Iface, Underlay},
 };
 
 /// Problems of one kind that are named one by one.
 const NAMED: usize = 5;
+/// Most lines about repairs in a window: another program may make the same change again and again.
+const REPAIRS: usize = 20;
 
 /// Route table and datapath.
 pub(super) struct Forwarding {
@@ -54,6 +58,9 @@ pub(super) struct Forwarding {
     /// Whether the last reconciliation succeeded, and nothing has failed since.
     up: bool,
     retry: Retry,
+    /// This host when the last attempt failed.
+    failed_on: Option<HostState>,
+    repair_log: LogWindow,
     change_log: ChangeLog,
     pub(super) conditions: Conditions,
 }
@@ -84,6 +91,8 @@ impl Forwarding {
             has_snapshot: false,
             up: false,
             retry: Retry::default(),
+            failed_on: None,
+            repair_log: LogWindow::default(),
             change_log: ChangeLog::default(),
             conditions: Conditions::default(),
         })
@@ -118,8 +127,12 @@ impl Forwarding {
             info!("set up: {step}");
         }
         if !report.repaired.is_empty() {
-            warn!("another program changed this host; repaired: {}", report.repaired.join(", "));
+            self.repair_log.renew(Instant::now());
+            if self.repair_log.take_line(REPAIRS) {
+                warn!("another program changed this host; repaired: {}", report.repaired.join(", "));
+            }
         }
+        self.conditions.update(Condition::Diversion, sentence(report.diverted.into_iter()));
         self.set_routes_behind(report.routes_behind);
         let slow = self.datapath.missing_capabilities().map(|missing| {
             format!("every packet takes the slow path, on the tun rung: {missing}, or choose --datapath tun")
@@ -154,12 +167,6 @@ impl Forwarding {
     fn set_paths_unknown(&mut self, why: Option<anyhow::Error>) {
         let why = why.map(|error| format!("the paths to peers are not known, retrying: {error:#}"));
         self.conditions.update(Condition::Paths, why);
-    }
-
-    /// This host's routes, rules, devices or addresses have changed.
-    pub(super) async fn on_host_change(&mut self) {
-        self.next_hops.set_stale();
-        self.check().await;
     }
 
     /// Does what [`Self::due`] has returned.
@@ -214,7 +221,19 @@ impl Forwarding {
                 let why = format!("cannot set up the datapath, retrying: {error:#}");
                 self.conditions.set(Condition::Datapath, why);
                 self.retry.failed(now);
+                self.failed_on = HostState::read(&self.netlink).await.ok();
             }
+        }
+    }
+
+    /// This host's routes, rules, devices or addresses have changed. An attempt that failed is repeated at once if they are new to
+    /// it: what it made and removed itself are not.
+    pub(super) async fn on_host_change(&mut self) {
+        self.next_hops.set_stale();
+        if self.retry.is_after_failure() && HostState::read(&self.netlink).await.ok() != self.failed_on {
+            self.try_reconcile().await;
+        } else {
+            self.check().await;
         }
     }
 
@@ -295,8 +314,27 @@ impl Forwarding {
     pub(super) async fn set_underlay(&mut self, underlay: &Underlay, mtu: u32) {
         self.underlay = UnderlayDevice { link: underlay.link.clone(), local_ip: underlay.local_ip };
         self.next_hops.set_local_ip(underlay.local_ip);
+        self.next_hops.set_stale();
         self.spec.mtu = mtu;
+        self.conditions.update(Condition::UnderlayName, self.misnamed());
         self.try_reconcile().await;
+    }
+
+    /// What the operator should know about another name of the underlay device.
+    fn misnamed(&self) -> Option<String> {
+        let (now, ifaces) = (&self.underlay.link.name, &self.options.underlay.ifaces);
+        let names: Vec<_> = ifaces
+            .iter()
+            .filter_map(|iface| match iface {
+                Iface::Name(name) => Some(name),
+                Iface::Address(_) => None,
+            })
+            .collect();
+        let named = names.first().filter(|_| !names.contains(&now) && names.len() == ifaces.len())?;
+        Some(format!(
+            "the underlay device is named {now} now: the agent follows it, and its next start finds no --iface {named}; rename \
+             it back, or start with --iface {now}"
+        ))
     }
 
     /// Follows the routes.
@@ -383,6 +421,7 @@ impl Forwarding {
         let grave = [
             Condition::Datapath,
             Condition::Underlay,
+            Condition::Diversion,
             Condition::Routes,
             Condition::OwnRecord,
             Condition::Diverted,
@@ -443,6 +482,8 @@ struct Retry {
     at: Option<Instant>,
     up_since: Option<Instant>,
     failures: u32,
+    /// Whether the last attempt failed.
+    failed: bool,
 }
 
 impl Retry {
@@ -452,15 +493,21 @@ impl Retry {
     const STABLE: Duration = Duration::from_secs(10);
 
     fn succeeded(&mut self, now: Instant) {
-        self.at = None;
+        (self.at, self.failed) = (None, false);
         self.up_since.get_or_insert(now);
     }
 
     /// An attempt failed.
     fn failed(&mut self, now: Instant) {
-        self.up_since = None;
-        self.failures = self.failures.saturating_add(1);
+        let was_stable = self.up_since.take().is_some_and(|since| now.duration_since(since) > Self::STABLE);
+        self.failures = if was_stable { 1 } else { self.failures.saturating_add(1) };
+        self.failed = true;
         self.at = Some(now + self.pause());
+    }
+
+    /// Whether it waits after an attempt that failed. A datapath that is lost again and again waits, whatever happens.
+    fn is_after_failure(&self) -> bool {
+        self.at.is_some() && self.failed
     }
 
     /// A working datapath was lost. Returns when to make it again, `None` for at once.
@@ -498,5 +545,14 @@ mod tests {
         assert_eq!(retry.lost(now + 11 * second), None);
         retry.failed(now);
         assert_eq!(retry.at, Some(now + second), "never at once after an attempt that failed");
+        assert!(retry.is_after_failure());
+        retry.succeeded(now);
+        assert!(!retry.is_after_failure());
+        assert!(retry.lost(now + second).is_some() && !retry.is_after_failure(), "a loss is no attempt");
+        retry.failed(now + second);
+        assert_eq!(retry.at, Some(now + 4 * second + second), "failures add up");
+        retry.succeeded(now);
+        retry.failed(now + 11 * second);
+        assert_eq!(retry.at, Some(now + 12 * second), "until it ran for long");
     }
 }

@@ -1,4 +1,4 @@
-//! Notices that another program has changed devices, addresses or routes of this host.
+//! Notices that another program has changed devices, addresses, routes or rules of this host.
 //!
 //! A message only triggers a check of the whole state, so lost and repeated messages do no harm: the periodic check follows.
 

@@ -82,8 +82,10 @@ pub(super) struct Membership {
     /// `None` without a store.
     config: Option<ConfigWatch>,
     local: LocalNode,
-    /// Our address in the store.
+    /// Our address in the store, or, without one, the address that peers know.
     recorded_ip: Ipv4Addr,
+    /// Packets that had arrived when our address had just changed.
+    arrived: Option<u64>,
     state: LeaseState,
     /// With less than this left, an unconfirmed lease is a danger.
     margin: Duration,
@@ -155,6 +157,7 @@ impl Network {
             config,
             local: LocalNode { network, subnet, public_ip },
             recorded_ip: public_ip,
+            arrived: None,
             state: LeaseState::Held,
             margin: options.lease_margin(),
             lease_log: LogWindow::default(),
@@ -260,26 +263,36 @@ impl Membership {
 
     /// This host has another public address: our record follows.
     pub(super) fn set_public_ip(&mut self, public_ip: Ipv4Addr) {
-        let LocalNode { subnet, public_ip: before, .. } = self.local;
-        self.local.public_ip = public_ip;
-        match &self.lease {
-            OwnLease::Kept(keeper) => keeper.set_address(public_ip),
-            OwnLease::Fixed => {
-                warn!("peers know this host by {before}: give them another --peer {subnet}={public_ip}");
-                self.recorded_ip = public_ip;
-            }
-            OwnLease::Held(_) => {}
+        (self.local.public_ip, self.arrived) = (public_ip, None);
+        if let OwnLease::Kept(keeper) = &self.lease {
+            keeper.set_address(public_ip);
         }
         self.check_address();
     }
 
+    /// `packets` have arrived from peers so far. Without a store, that more arrive shows that peers know our new address.
+    pub(super) fn on_ingress(&mut self, packets: u64) {
+        if !matches!(self.lease, OwnLease::Fixed) || self.recorded_ip == self.local.public_ip {
+            return;
+        }
+        if self.arrived.is_some_and(|before| packets > before) {
+            self.recorded_ip = self.local.public_ip;
+            self.check_address();
+        }
+        self.arrived = Some(packets);
+    }
+
     /// Peers send to the address in our record, and accept packets from no other.
     fn check_address(&mut self) {
-        let (public_ip, recorded) = (self.local.public_ip, self.recorded_ip);
-        let why = (public_ip != recorded).then(|| {
-            format!(
+        let (LocalNode { public_ip, subnet, .. }, recorded) = (self.local, self.recorded_ip);
+        let why = (public_ip != recorded).then(|| match self.lease {
+            OwnLease::Fixed => format!(
+                "our address is {public_ip}, and peers know this host by {recorded}: they are out of reach until they are given \
+                 --peer {subnet}={public_ip}"
+            ),
+            OwnLease::Held(_) | OwnLease::Kept(_) => format!(
                 "our address is {public_ip}, and the store still says {recorded}: peers are out of reach until it follows"
-            )
+            ),
         });
         self.conditions.update(Condition::Address, why);
     }
@@ -372,6 +385,7 @@ mod tests {
             config: None,
             local: LocalNode { network: "10.244.0.0/16".parse().unwrap(), subnet, public_ip: OLD },
             recorded_ip: OLD,
+            arrived: None,
             state: LeaseState::Held,
             margin: Duration::from_secs(60),
             lease_log: LogWindow::default(),
@@ -418,9 +432,26 @@ mod tests {
         assert!(membership.health(Instant::now()).unwrap_err().contains("192.168.77.5"));
         membership.on_lease(LeaseEvent::Readdressed { public_ip: OLD });
         assert_eq!(membership.health(Instant::now()), Ok(()));
-        // Without a store, an operator updates the peers.
+    }
+
+    #[test]
+    fn without_a_store_another_address_is_unhealthy_until_peers_send_to_it() {
+        let mut membership = membership();
+        membership.on_ingress(7);
         membership.set_public_ip(NEW);
+        let why = membership.health(Instant::now()).unwrap_err();
+        assert!(why.contains("--peer 10.244.1.0/24=192.168.77.9"), "{why}");
+        // Those before the first look may have been for the old address.
+        for arrived in [9, 9] {
+            membership.on_ingress(arrived);
+            assert!(membership.health(Instant::now()).is_err());
+        }
+        membership.on_ingress(10);
         assert_eq!((membership.local().public_ip, membership.health(Instant::now())), (NEW, Ok(())));
+        membership.set_public_ip(OLD);
+        assert!(membership.health(Instant::now()).is_err());
+        membership.set_public_ip(NEW);
+        assert_eq!(membership.health(Instant::now()), Ok(()), "the address that peers know is back");
     }
 
     #[tokio::test]

@@ -10,6 +10,7 @@ mod conditions;
 mod config_watch;
 mod forwarding;
 mod host;
+mod host_state;
 mod host_watch;
 mod log_window;
 mod membership;
@@ -18,6 +19,7 @@ mod notifier;
 mod options;
 mod start;
 mod status;
+mod sysctl;
 
 use std::{pin::pin, time::Duration};
 
@@ -27,18 +29,19 @@ use tokio::{
     sync::mpsc,
     time::{Instant, MissedTickBehavior, interval_at},
 };
-use tracing::{info, warn};
+use tracing::info;
 
 pub use options::{HostOptions, Options, StoreOption};
 
 use crate::{
     capabilities,
     control::{self, Control, QueryRequest},
-    datapath::Request,
+    datapath::{PathCounters, Request},
     netlink::Netlink,
+    route::LocalNode,
     underlay::{self, Underlay, UnderlayChange},
 };
-use checks::{check_underlay, inner_mtu};
+use checks::{check_underlay, dead_link, inner_mtu};
 use conditions::Condition;
 use forwarding::Forwarding;
 use host::HostSetup;
@@ -48,8 +51,8 @@ use start::Prepared;
 
 /// Interval of checks of the host's state.
 const CHECK_INTERVAL: Duration = Duration::from_secs(5);
-/// Interval of checks of the attached programs: the kernel does not report that a program was detached.
-const PROGRAM_CHECK_INTERVAL: Duration = Duration::from_secs(1);
+/// Interval of checks of what changes without a message of the kernel: attached programs, and switches.
+const SILENT_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Runs until SIGTERM or SIGINT, then removes what it made. The lease stays for the next start.
 /// Fails when the agent cannot start: the host is then as it was before.
@@ -83,7 +86,6 @@ pub async fn run(options: Options) -> Result<()> {
     let underlay_changes = underlay::watch(underlay.clone(), &options.underlay)?;
     let host_changes = host_watch::watch()?;
     membership.keep_lease();
-    warn_about_forwarding();
     let mut agent = Agent {
         netlink,
         membership,
@@ -96,6 +98,8 @@ pub async fn run(options: Options) -> Result<()> {
         underlay,
         running: false,
     };
+    agent.check_link();
+    agent.check_silent().await;
     agent.run_until(&mut stop).await;
     agent.stop().await
 }
@@ -147,7 +151,7 @@ struct Agent {
 
 impl Agent {
     async fn run_until(&mut self, stop: &mut StopSignals) {
-        let [mut check, mut program_check] = [CHECK_INTERVAL, PROGRAM_CHECK_INTERVAL].map(|period| {
+        let [mut check, mut silent_check] = [CHECK_INTERVAL, SILENT_CHECK_INTERVAL].map(|period| {
             let mut interval = interval_at(Instant::now() + period, period);
             interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
             interval
@@ -166,7 +170,7 @@ impl Agent {
                 }
                 due = self.forwarding.due() => self.forwarding.on_due(due).await,
                 Some(()) = self.host_changes.recv() => self.forwarding.on_host_change().await,
-                _ = program_check.tick() => self.forwarding.check_programs().await,
+                _ = silent_check.tick() => self.check_silent().await,
                 _ = check.tick() => self.check_periodically().await,
                 () = self.notifier.watchdog() => self.notifier.ping_watchdog(),
             }
@@ -213,14 +217,16 @@ impl Agent {
                 return self.forwarding.conditions.set(Condition::Underlay, format!("{error:#}"));
             }
         };
-        self.forwarding.conditions.clear(Condition::Underlay);
         let (before, link) = (std::mem::replace(&mut self.underlay, underlay.clone()), &underlay.link);
         if underlay.local_ip != before.local_ip {
             info!("the address of {} was {} and is {}", link.name, before.local_ip, underlay.local_ip);
         }
         if link.index != before.link.index {
             info!("the device {} was created again", link.name);
+        } else if link.name != before.link.name {
+            info!("the device {} is named {} now", before.link.name, link.name);
         }
+        self.check_link();
         let resized = mtu != self.forwarding.spec.mtu;
         if resized {
             info!("the MTU of {} is {}: that of the overlay is {mtu} now", link.name, link.mtu);
@@ -228,10 +234,31 @@ impl Agent {
         self.forwarding.set_underlay(&underlay, mtu).await;
         if underlay.public_ip != self.membership.local().public_ip {
             self.membership.set_public_ip(underlay.public_ip);
+            // Packets to the old address do not count any more.
+            self.count_ingress().await;
             self.forwarding.set_local(self.membership.local()).await;
         }
         if resized && self.running {
             self.write_subnet_file();
+        }
+    }
+
+    fn check_link(&mut self) {
+        self.forwarding.conditions.update(Condition::Underlay, dead_link(&self.underlay.link));
+    }
+
+    /// Checks what changes without a message of the kernel.
+    async fn check_silent(&mut self) {
+        self.forwarding.check_programs().await;
+        let LocalNode { subnet, .. } = self.membership.local();
+        let problem = sysctl::forwarding_problem(&self.netlink, &self.forwarding.spec.name, subnet).await;
+        self.host.conditions.update(Condition::Forwarding, problem);
+        self.count_ingress().await;
+    }
+
+    async fn count_ingress(&mut self) {
+        if let Ok(PathCounters { fast, slow, .. }) = self.forwarding.datapath.counters().await {
+            self.membership.on_ingress(fast.ingress_packets + slow.ingress_packets);
         }
     }
 
@@ -256,14 +283,5 @@ impl Agent {
         let removed = start::remove(&mut self.forwarding, &mut self.host, &self.netlink).await;
         self.membership.leave().await;
         removed
-    }
-}
-
-fn warn_about_forwarding() {
-    let forwarding = std::fs::read_to_string("/proc/sys/net/ipv4/ip_forward").unwrap_or_default();
-    if forwarding.trim() == "0" {
-        warn!(
-            "net.ipv4.ip_forward is 0: this host's own packets cross the overlay, those of its containers do not (sysctl -w net.ipv4.ip_forward=1)"
-        );
     }
 }

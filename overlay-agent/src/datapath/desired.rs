@@ -124,6 +124,8 @@ pub struct Report {
     /// Why the kernel's map lacks routes that the slow path has. [`super::Datapath::apply_routes`] and the next
     /// reconciliation try again.
     pub routes_behind: Option<String>,
+    /// What of other programs keeps packets for peers away from the overlay device, with the remedy.
+    pub diverted: Vec<String>,
 }
 
 impl Report {

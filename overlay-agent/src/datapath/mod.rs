@@ -2,6 +2,7 @@
 //! says, and makes the steps that differ.
 
 mod desired;
+mod diversion;
 pub mod ebpf;
 mod fast;
 mod losses;
@@ -22,7 +23,7 @@ use crate::{
     capabilities::Missing,
     device::{self, DeviceSpec, OverlayDevice},
     icmp::Answers,
-    netlink::Netlink,
+    netlink::{Netlink, Route},
     route::{NextHops, RouteChange},
 };
 use fast::FastPath;
@@ -71,7 +72,7 @@ impl Datapath {
     pub async fn reconcile(&mut self, desired: &Desired<'_>) -> Result<Report> {
         let mut report = Report::default();
         let sockets = self.bind_sockets(desired, &mut report)?;
-        let opened = self.reconcile_device(desired.device, &mut report).await?;
+        let (opened, others_routes) = self.reconcile_device(desired.device, &mut report).await?;
         let ifindex = opened.as_ref().map(|device| device.index).or_else(|| self.overlay_ifindex());
         let ifindex = ifindex.context("the overlay device is not open")?;
         let config = desired.config(ifindex)?;
@@ -91,6 +92,8 @@ impl Datapath {
         // Replaced sockets are closed with the settings that had them.
         self.sockets = sockets;
         self.fast.reconcile(desired.plan(ifindex), &config, desired.routes, &mut report).await?;
+        report.diverted =
+            diversion::find(&self.netlink, &others_routes, ifindex, desired.device, desired.routes).await?;
         Ok(report)
     }
 
@@ -113,17 +116,17 @@ impl Datapath {
         Ok(sockets)
     }
 
-    /// Opens the overlay device if it is missing, else repairs its attributes.
+    /// Opens the overlay device if it is missing, else repairs its attributes. Returns it if it was opened, and the kernel's
+    /// routes as they were.
     async fn reconcile_device(
         &mut self,
         spec: &DeviceSpec,
         report: &mut Report,
-    ) -> Result<Option<OverlayDevice>> {
-        let link = match self.slow.as_ref().filter(|rung| rung.is_alive()) {
-            Some(rung) => self.netlink.link(&spec.name).await?.filter(|link| link.index == rung.ifindex),
-            None => None,
-        };
-        let Some(link) = link else {
+    ) -> Result<(Option<OverlayDevice>, Vec<Route>)> {
+        let links = self.netlink.links().await?;
+        let rung = self.slow.as_ref().filter(|rung| rung.is_alive());
+        let open = rung.and_then(|rung| Some((rung.ifindex, rung.device_name()?)));
+        let Some(link) = open.and_then(|(index, name)| device::find(&links, index, &name)) else {
             // Ends what is left of it: the name is free only when its descriptor is closed.
             self.slow = None;
             device::preflight(&self.netlink, &spec.name, spec.alias.network).await?;
@@ -133,16 +136,16 @@ impl Datapath {
             }
             let lost = self.device.replace(spec.clone()).is_some_and(|before| before.name == spec.name);
             report.add(lost, format!("device {}", spec.name));
-            return Ok(Some(device));
+            return Ok((Some(device), self.netlink.routes().await?));
         };
-        let set = device::reconcile(&self.netlink, &link, spec)
+        let (set, routes) = device::reconcile(&self.netlink, link, &links, spec)
             .await
             .with_context(|| format!("set up the overlay device {}", spec.name))?;
         let same = self.device.replace(spec.clone()).as_ref() == Some(spec);
         for attribute in set {
             report.add(same, format!("{attribute} of {}", spec.name));
         }
-        Ok(None)
+        Ok((None, routes))
     }
 
     /// Makes `changes`, which lead to `routes`, in both paths. Fails when the kernel refuses an update of its map, or the map is

@@ -147,6 +147,8 @@ mod tests {
             index,
             mtu: 1500,
             up: true,
+            carrier: true,
+            loopback: false,
             ethernet: true,
             mac: None,
             kind: kind.map(str::to_owned),

@@ -1,4 +1,8 @@
 //! Asks the kernel for its routes to many addresses at once.
+#![allow(
+    clippy::wildcard_enum_match_arm,
+    reason = "the kernel adds messages and attributes; only a few are read"
+)]
 
 use std::{collections::BTreeMap, net::Ipv4Addr};
 
@@ -93,7 +97,7 @@ impl RouteQuery {
             NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(route)) => kernel_route(route),
             // There is no route, or one that refuses.
             NetlinkPayload::Error(_) => None,
-            other => bail!("the kernel answers a question about routes with {other:?}"),
+            _ => bail!("the kernel answers a question about routes with {:?}", message.payload),
         };
         Ok((message.header.sequence_number, route))
     }

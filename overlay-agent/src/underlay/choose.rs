@@ -70,9 +70,17 @@ pub(super) fn best_address(addresses: &[(u32, Ipv4Net)], index: u32) -> Option<I
 }
 
 impl HostView {
-    /// Devices that can be an underlay: all but overlay devices.
+    /// Devices that can be an underlay: all but overlay devices and the loopback device, whose packets never leave the host.
     fn candidates(&self) -> impl Iterator<Item = &Link> {
-        self.links.iter().filter(|link| !device::is_ours(link))
+        self.links.iter().filter(|link| !device::is_ours(link) && !link.loopback)
+    }
+
+    /// Whether the operator names the loopback device.
+    fn is_loopback(&self, iface: &Iface) -> bool {
+        self.links.iter().filter(|link| link.loopback).any(|link| match iface {
+            Iface::Name(name) => link.name == *name,
+            Iface::Address(address) => self.of_link(link).any(|own| own == *address),
+        })
     }
 
     fn by_index(&self, index: u32) -> Option<&Link> {
@@ -97,6 +105,11 @@ impl HostView {
 
     fn named(&self, iface: &Iface) -> Found {
         let refused = |why| format!("--iface {iface}: {why}");
+        if self.is_loopback(iface) {
+            return Err(refused(
+                "packets on the loopback device never leave this host, so name the device that leads to the other hosts",
+            ));
+        }
         match iface {
             Iface::Address(address) => {
                 self.holding(*address).ok_or_else(|| refused("no device holds that address"))
@@ -127,7 +140,7 @@ impl HostView {
     /// Not for an address of this host: its route uses the loopback device.
     fn reaching(&self, address: Ipv4Addr) -> Found {
         let found = self.reached.and_then(|hop| {
-            let link = self.by_index(hop.index).filter(|link| link.name != "lo")?;
+            let link = self.by_index(hop.index)?;
             hop.source.map(|source| (link.clone(), source)).or_else(|| self.with_address(link))
         });
         found.ok_or_else(|| {
@@ -160,6 +173,8 @@ mod tests {
             index,
             mtu: 1500,
             up: true,
+            carrier: true,
+            loopback: name == "lo",
             ethernet: true,
             mac: None,
             kind: None,
@@ -229,6 +244,27 @@ mod tests {
         assert_eq!(found(&selector(&[], &["^nosuch", "eth[12]"]), &host), "eth1 192.168.7.1 192.168.7.1");
         assert!(choose(&selector(&[], &["^ovl"]), &host).is_err());
         assert!(choose(&selector(&[], &["^lo$", r"^127\."]), &host).is_err());
+    }
+
+    #[test]
+    fn the_loopback_device_is_refused_with_the_reason_whatever_address_it_holds() {
+        let mut host = host();
+        host.addresses.push((1, "10.3.3.3/32".parse().unwrap()));
+        for iface in ["lo", "10.3.3.3", "127.0.0.1"] {
+            let text = refusal(&selector(&[iface], &[]), &host);
+            assert!(
+                text.contains("packets on the loopback device never leave") && text.contains("eth0"),
+                "{text}"
+            );
+        }
+        for patterns in [&["^lo$"][..], &[r"^10\.3\."]] {
+            assert!(choose(&selector(&[], patterns), &host).is_err(), "{patterns:?}");
+        }
+        let public_ip = Some(Ipv4Addr::new(10, 3, 3, 3));
+        assert!(choose(&Selector { public_ip, ..Selector::default() }, &host).is_err());
+        // A router has its address on the loopback device, and sends through another one.
+        let router = Selector { public_ip, ..selector(&["eth0"], &[]) };
+        assert_eq!(found(&router, &host), "eth0 10.0.0.1 10.3.3.3");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Reports changes of the underlay's address and MTU, and the loss of its device.
+//! Reports changes of the underlay's device and address, and their loss.
 //!
 //! Netlink messages only trigger a new listing of the host's state, so lost and repeated messages do no harm, and changes from
 //! before the subscription are found by the first listing.
@@ -29,9 +29,9 @@ const RESYNC_INTERVAL: Duration = Duration::from_secs(30);
 /// A change of the underlay.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum UnderlayChange {
-    /// It has another address or MTU, or its device was recreated.
+    /// Its address or something about its device is another: created again, renamed, set down, without carrier, another MTU.
     Changed(Underlay),
-    /// The device is gone or has no usable address, with the reason. [`UnderlayChange::Changed`] follows when it is back, even
+    /// The device is gone or has no usable address, with the reason, once for each reason. [`UnderlayChange::Changed`] follows when it is back, even
     /// if it is the same as before.
     Lost(String),
 }
@@ -39,7 +39,7 @@ pub enum UnderlayChange {
 /// Watches `current`, which `selector` selected, in a task that ends when the receiver is dropped.
 ///
 /// An address that the operator named is never replaced by another, but may move to another device. Otherwise the device stays
-/// the same, and its initial address is used whenever the device holds it. Fails when the kernel refuses a socket.
+/// the same, also under another name, and its initial address is used whenever the device holds it. Fails when the kernel refuses a socket.
 pub fn watch(current: Underlay, selector: &Selector) -> Result<mpsc::Receiver<UnderlayChange>> {
     let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr];
     let (mut netlink, mut messages) = subscribe(&groups)?;
@@ -79,8 +79,11 @@ pub fn watch(current: Underlay, selector: &Selector) -> Result<mpsc::Receiver<Un
 struct State {
     /// The selected address.
     initial: Ipv4Addr,
+    /// The name of the selected device.
+    name: String,
     last: Underlay,
-    lost: bool,
+    /// Why there is none.
+    lost: Option<String>,
     /// The public address that the operator configured; without it, the device's address is public.
     public_ip: Option<Ipv4Addr>,
     /// Whether the operator named the address.
@@ -92,25 +95,22 @@ impl State {
         let initial = current.local_ip;
         let pinned =
             selector.public_ip == Some(initial) || selector.ifaces.contains(&Iface::Address(initial));
-        Self { initial, last: current, lost: false, public_ip: selector.public_ip, pinned }
+        let name = current.link.name.clone();
+        Self { initial, name, last: current, lost: None, public_ip: selector.public_ip, pinned }
     }
 
     async fn refresh(&mut self, netlink: &Netlink) -> Result<Option<UnderlayChange>> {
         let (links, addresses) = (netlink.links().await?, netlink.addresses().await?);
         let (link, local_ip) = match self.find(&links, &addresses) {
             Ok(found) => found,
-            // The loss is reported once.
             Err(why) => {
-                let is_new = !std::mem::replace(&mut self.lost, true);
+                let is_new = self.lost.replace(why.clone()).as_ref() != Some(&why);
                 return Ok(is_new.then_some(UnderlayChange::Lost(why)));
             }
         };
         let now = Underlay { link, local_ip, public_ip: self.public_ip.unwrap_or(local_ip) };
-        let same = !self.lost
-            && now.local_ip == self.last.local_ip
-            && now.link.index == self.last.link.index
-            && now.link.mtu == self.last.link.mtu;
-        (self.last, self.lost) = (now, false);
+        let same = self.lost.is_none() && now == self.last;
+        (self.last, self.lost) = (now, None);
         Ok((!same).then(|| UnderlayChange::Changed(self.last.clone())))
     }
 
@@ -121,13 +121,21 @@ impl State {
         };
         if self.pinned {
             let address = self.initial;
-            let holder = links.iter().find(|link| !device::is_ours(link) && holds(link, address));
+            let can_hold = |link: &&Link| !device::is_ours(link) && !link.loopback;
+            let holder = links.iter().filter(can_hold).find(|link| holds(link, address));
             let holder = holder.ok_or_else(|| format!("no device holds the address {address} any more"))?;
             return Ok((holder.clone(), address));
         }
-        let name = &self.last.link.name;
-        let link = links.iter().find(|link| link.name == *name);
-        let link = link.ok_or_else(|| format!("the device {name} is gone"))?;
+        let is_renamed = |link: &&Link| {
+            link.index == self.last.link.index && link.mac.is_some() && link.mac == self.last.link.mac
+        };
+        // Its name first: a bridge may take name and address of a card, which gets another name.
+        let named = links.iter().find(|link| link.name == self.name);
+        let link = named
+            .or_else(|| links.iter().find(is_renamed))
+            .or_else(|| links.iter().find(|link| link.name == self.last.link.name));
+        let link = link.ok_or_else(|| format!("the device {} is gone", self.last.link.name))?;
+        let name = &link.name;
         let kept = [self.initial, self.last.local_ip].into_iter().find(|address| holds(link, *address));
         let Some(address) = kept.or_else(|| best_address(addresses, link.index)) else {
             return Err(format!("the device {name} has no IPv4 address"));
@@ -153,6 +161,8 @@ mod tests {
             index,
             mtu: 1500,
             up: true,
+            carrier: true,
+            loopback: false,
             ethernet: true,
             mac: None,
             kind: None,
@@ -167,7 +177,11 @@ mod tests {
         let held = eth0.iter().map(|address| (1, address)).chain(eth1.iter().map(|address| (2, address)));
         let addresses: Vec<_> =
             held.map(|(index, address)| (index, format!("{address}/24").parse().unwrap())).collect();
-        match state.find(&[link(1, "eth0"), link(2, "eth1")], &addresses) {
+        describe(state.find(&[link(1, "eth0"), link(2, "eth1")], &addresses))
+    }
+
+    fn describe(found: Result<(Link, Ipv4Addr), String>) -> String {
+        match found {
             Ok((link, address)) => format!("{} {address}", link.name),
             Err(why) => why,
         }
@@ -188,6 +202,24 @@ mod tests {
         assert_eq!(found(&state, &["10.0.0.6", "10.0.0.1"], &[]), "eth0 10.0.0.1");
         assert!(found(&state, &[], &["10.0.0.1"]).contains("no IPv4 address"));
         assert!(found(&state, &["169.254.3.4"], &[]).contains("no peer can reach"));
+    }
+
+    #[test]
+    fn a_renamed_device_is_followed_until_another_one_takes_its_name() {
+        let mut state = state(&Selector::default());
+        state.last.link.mac = Some([2, 0, 0, 0, 0, 1]);
+        let card = |name| Link { mac: state.last.link.mac, ..link(1, name) };
+        let addresses = |index| [(index, "10.0.0.1/24".parse().unwrap())];
+        assert_eq!(describe(state.find(&[card("nic7")], &addresses(1))), "nic7 10.0.0.1");
+        assert_eq!(describe(state.find(&[card("nic7"), link(2, "eth0")], &addresses(2))), "eth0 10.0.0.1");
+        // Another device with the index of one that is gone is not it.
+        assert_eq!(describe(state.find(&[link(1, "nic7")], &addresses(1))), "the device eth0 is gone");
+        state.last.link = card("nic7");
+        // Created again, under its new name or its old one.
+        for name in ["nic7", "eth0"] {
+            assert_eq!(describe(state.find(&[link(5, name)], &addresses(5))), format!("{name} 10.0.0.1"));
+        }
+        assert_eq!(describe(state.find(&[], &addresses(5))), "the device nic7 is gone");
     }
 
     #[test]

@@ -87,7 +87,7 @@ fn key(subnet: Ipv4Addr) -> String {
 }
 
 fn value(public_ip: Ipv4Addr) -> String {
-    format!(r#"{{"PublicIP":"{public_ip}","PublicIPv6":null}}"#)
+    format!(r#"{{"PublicIP":"{public_ip}","PublicIPv6":null,"BackendData":{{"TakesUnfinishedPackets":true}}}}"#)
 }
 
 #[cfg(test)]

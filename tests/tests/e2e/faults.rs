@@ -115,7 +115,8 @@ fn ends_under_load(sandbox: &Arc<Sandbox>) -> Result<()> {
     })
 }
 
-fn clsact_filters(sandbox: &Arc<Sandbox>) -> Result<()> {
+/// Agents that attach with clsact.
+pub(crate) fn clsact_pair(sandbox: &Arc<Sandbox>) -> Result<Pair> {
     let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
     let store = Store::create(sandbox)?;
     let start = |side: &overlay_tests::topology::Side| -> Result<_> {
@@ -124,8 +125,13 @@ fn clsact_filters(sandbox: &Arc<Sandbox>) -> Result<()> {
         Site::new(sandbox, &side.host, &format!("agent-{}", side.name))?.start(&arguments)
     };
     let (a, b) = (start(&topology.a)?, start(&topology.b)?);
-    let pair = Pair { a, b, store: store.clone(), topology };
+    let pair = Pair { a, b, store, topology };
     pair.wait_for_peers()?;
+    Ok(pair)
+}
+
+fn clsact_filters(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let pair = clsact_pair(sandbox)?;
     recovers(&pair, Duration::ZERO)?;
     let filters = |side: &overlay_tests::topology::Side| side.host.tool("tc filter show dev eth0 ingress");
     ensure!(filters(&pair.topology.a)?.contains("ovl_ingress"), "the program is no filter of eth0");

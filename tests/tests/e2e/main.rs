@@ -31,6 +31,7 @@ mod subnet_file;
 mod suite;
 mod traps;
 mod underlay;
+mod unrepairable;
 mod wait;
 mod xfrm;
 
@@ -66,6 +67,7 @@ fn main() -> ExitCode {
     subnet_file::register(&mut suite);
     underlay::register(&mut suite);
     xfrm::register(&mut suite);
+    unrepairable::register(&mut suite);
     datapath::register(&mut suite);
     firewall::register(&mut suite);
     guard::register(&mut suite);

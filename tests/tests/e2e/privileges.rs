@@ -241,12 +241,11 @@ fn repairs(sandbox: &Arc<Sandbox>) -> Result<()> {
     let repaired = format!("repaired: program ovl_ingress on {UPLINK}");
     let repairs = || pair.a.site().log().matches(&repaired).count();
 
-    let ingress = tcx_link(&pair.a, "(ingress)")?;
-    bpf(&format!("my $link = call(30, pack('L', {0})); call(34, pack('L', $link));", ingress.id))?;
+    detach(&pair.a, "(ingress)")?;
     wait_until("a detached program is attached again", || Ok(repairs() == 1))?;
     traffic_is_right(&pair)?;
 
-    let (ingress, egress) = (tcx_link(&pair.a, "(ingress)")?, tcx_link(&pair.a, "(egress)")?);
+    let (ingress, egress) = (held_link(&pair.a, "(ingress)")?, held_link(&pair.a, "(egress)")?);
     bpf(&format!(
         "my $link = call(30, pack('L', {})); my $program = call(13, pack('L', {})); \
          call(29, pack('LLLL', $link, $program, 0, 0));",
@@ -256,24 +255,30 @@ fn repairs(sandbox: &Arc<Sandbox>) -> Result<()> {
     traffic_is_right(&pair)
 }
 
-/// A tcx link that an agent holds.
-struct TcxLink {
+/// Detaches the program of the link that an agent holds and whose description contains `words`.
+pub(crate) fn detach(agent: &Agent, words: &str) -> Result<()> {
+    let HeldLink { id, .. } = held_link(agent, words)?;
+    bpf(&format!("my $link = call(30, pack('L', {id})); call(34, pack('L', $link));"))
+}
+
+/// A link that an agent holds.
+struct HeldLink {
     id: u32,
     program: u32,
 }
 
-fn tcx_link(agent: &Agent, direction: &str) -> Result<TcxLink> {
+fn held_link(agent: &Agent, words: &str) -> Result<HeldLink> {
     let directory = format!("/proc/{}/fdinfo", agent.pid());
     let entries = fs::read_dir(&directory).with_context(|| format!("list {directory}"))?;
     for text in entries.flatten().filter_map(|entry| fs::read_to_string(entry.path()).ok()) {
         let number = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
-        if text.contains(direction)
+        if text.contains(words)
             && let (Some(id), Some(program)) = (number("link_id:"), number("prog_id:"))
         {
-            return Ok(TcxLink { id, program });
+            return Ok(HeldLink { id, program });
         }
     }
-    bail!("{directory} has no {direction}")
+    bail!("{directory} has no {words}")
 }
 
 /// Runs Perl code in which `call(COMMAND, ATTRIBUTES)` is bpf(2), for what neither `ip` nor `tc` does to links: commands 13, 29,

@@ -30,6 +30,12 @@ pub(crate) fn register(suite: &mut Suite) {
     suite.add("refusals::unknown_interface", tun, |sandbox| {
         Fixture::build(sandbox)?.refuses_arguments(&["--iface", "nosuch0"], "nosuch0")
     });
+    suite.add("refusals::loopback_interface", tun, |sandbox| {
+        let fixture = Fixture::build(sandbox)?;
+        fixture.topology.a.host.tool("ip address add 192.168.99.1/32 dev lo")?;
+        fixture.refuses_arguments(&["--iface", "lo"], "the loopback device never leave this host")?;
+        fixture.refuses_arguments(&["--iface", "192.168.99.1"], "the loopback device never leave this host")
+    });
     suite.add("refusals::subnet_outside_the_network", tun, |sandbox| {
         Fixture::build(sandbox)?.refuses_arguments(&["--subnet", "10.99.1.0/24"], "10.99.1.0/24")
     });

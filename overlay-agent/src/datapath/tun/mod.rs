@@ -125,6 +125,11 @@ impl TunRung {
         !self.shared.failed.load(Ordering::Acquire)
     }
 
+    /// The present name of the device; `None` when it was removed.
+    pub(crate) fn device_name(&self) -> Option<String> {
+        self.shared.device.name().ok()
+    }
+
     /// Replaces the settings if they differ.
     pub(crate) fn set_settings(&self, settings: Settings) {
         if **self.shared.settings.load() != settings {

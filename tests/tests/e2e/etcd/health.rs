@@ -20,7 +20,7 @@ use overlay_tests::{
 use super::{Fixture, arguments, config, key, server::Server, value};
 use crate::{machine::Need, matrix::needs, suite::Suite, wait::wait_until};
 
-pub(super) const HEALTHZ: u16 = 8471;
+pub(crate) const HEALTHZ: u16 = 8471;
 
 pub(crate) fn register(suite: &mut Suite) {
     suite.add("etcd::health_endpoints_follow_the_agents_state", &[Need::Tun], health);
@@ -29,7 +29,7 @@ pub(crate) fn register(suite: &mut Suite) {
 }
 
 /// Status code and body of an answer over HTTP.
-pub(super) fn get(netns: &Netns, path: &str) -> Result<(u16, String)> {
+pub(crate) fn get(netns: &Netns, path: &str) -> Result<(u16, String)> {
     netns.run(|| {
         let mut stream = TcpStream::connect(SocketAddr::from((Ipv4Addr::LOCALHOST, HEALTHZ)))?;
         stream.set_read_timeout(Some(Duration::from_secs(5)))?;

@@ -3,7 +3,7 @@
 mod credentials;
 mod crowd;
 mod flanneld;
-mod health;
+pub(crate) mod health;
 mod networks;
 mod outage;
 mod own_record;
@@ -70,9 +70,10 @@ fn config(network: &str) -> String {
     format!(r#"{{"Network":"{network}","Backend":{{"Type":"udp"}}}}"#)
 }
 
-/// The record that flannel's udp backend writes, byte for byte.
+/// The record that an agent writes: as flannel's udp backend, with a note of what its host takes.
 fn value(public_ip: impl Into<Ipv4Addr>) -> String {
-    format!(r#"{{"PublicIP":"{}","PublicIPv6":null}}"#, public_ip.into())
+    let public_ip = public_ip.into();
+    format!(r#"{{"PublicIP":"{public_ip}","PublicIPv6":null,"BackendData":{{"TakesUnfinishedPackets":true}}}}"#)
 }
 
 /// An underlay address that no host has by default.

@@ -32,7 +32,7 @@ fn hosts_survive_outage(sandbox: &Arc<Sandbox>) -> Result<()> {
     let record = server.record(&key(topology.b.subnet))?.map(|record| record.value);
     ensure!(
         record.as_deref() == Some(&value(topology.b.underlay)),
-        "B's record is not what flannel writes: {record:?}"
+        "B's record is not what an agent writes: {record:?}"
     );
 
     // During the outage, no packet and no route is lost, and status reports it.
