@@ -31,8 +31,12 @@ const DATAGRAMS: u64 = 5000;
 /// Longest frame that the underlay's MTU lets through.
 const LONGEST_FRAME: usize = 1514;
 /// The peers of the golden vectors beside host B, in the order of their subnets' names.
-const OTHER_PEERS: [(&str, &str); 3] = [
+const OTHER_PEERS: [(&str, &str); 7] = [
     ("10.244.3.0-24", "192.168.77.3"),
+    ("10.244.5.0-24", "192.168.77.5"),
+    ("10.244.6.0-24", "192.168.77.6"),
+    ("10.244.7.0-24", "192.168.77.7"),
+    ("10.244.8.0-24", "192.168.77.8"),
     ("10.244.128.0-17", "192.168.77.9"),
     ("10.244.200.0-24", "192.168.77.4"),
 ];

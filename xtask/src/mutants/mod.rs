@@ -82,18 +82,23 @@ fn prove(trial: &Trial, changes: &[&Change]) -> Result<()> {
     let mut named: Vec<Tests> = changes.iter().flat_map(|change| change.tests).copied().collect();
     named.sort_unstable();
     named.dedup();
+    let mut failed = 0;
     for tests in named {
         let begun = Instant::now();
-        match trial.run_tests(tests)? {
-            Outcome::Survived => println!("passed: {tests} ({})", elapsed(begun)),
-            Outcome::Caught(failures) => {
-                bail!("{tests}: fails without a change: {failures}; see {}", trial.log().display())
-            }
-            Outcome::DoesNotBuild => {
-                bail!("{tests}: does not build without a change; see {}", trial.log().display())
-            }
-        }
+        let verdict = match trial.run_tests(tests)? {
+            Outcome::Survived => "passed".to_owned(),
+            Outcome::Caught(failures) => format!("FAILED ({failures})"),
+            Outcome::DoesNotBuild => "FAILED (does not build)".to_owned(),
+        };
+        println!("{verdict}: {tests} ({})", elapsed(begun));
         step::flush();
+        if !verdict.starts_with("passed") {
+            failed += 1;
+            trial.show_log();
+        }
+    }
+    if failed > 0 {
+        bail!("{failed} of these tests fail without a change: nothing was changed");
     }
     Ok(())
 }

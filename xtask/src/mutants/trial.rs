@@ -22,6 +22,10 @@ const LIMIT: Duration = Duration::from_secs(240);
 /// Time in which end-to-end tests remove what they made, before they are killed.
 const CLEAN_UP: Duration = Duration::from_secs(20);
 
+/// Of the log of a failure, the last lines, and their first characters.
+const SHOWN: usize = 20;
+const WIDTH: usize = 400;
+
 /// A place to try changes.
 pub(super) struct Trial {
     pub(super) tree: Tree,
@@ -76,6 +80,16 @@ impl Trial {
     /// The output of the last build and of the tests behind it.
     pub(super) fn log(&self) -> PathBuf {
         self.directory.join("output.log")
+    }
+
+    /// Prints the end of the log.
+    pub(super) fn show_log(&self) {
+        let text = fs::read(self.log()).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let lines: Vec<_> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+        for line in lines.iter().skip(lines.len().saturating_sub(SHOWN)) {
+            println!("  | {}", line.chars().take(WIDTH).collect::<String>());
+        }
     }
 
     /// Makes a change, runs its tests until one notices, and takes the change back.
@@ -159,6 +173,10 @@ impl Trial {
     fn build_agent(&self, object: &Path) -> Result<Option<PathBuf>> {
         let mut cargo = self.cargo("agent");
         cargo.args(["build", "--package", "overlay-agent", "--message-format=json-render-diagnostics"]);
+        // They read every byte of a packet. Unoptimised, the tun rung is slower than the tests want.
+        for package in ["tun-rs", "overlay-ebpf"] {
+            cargo.args(["--config", &format!("profile.dev.package.{package}.opt-level=3")]);
+        }
         cargo.env(OBJECT_VARIABLE, object);
         self.build(cargo, "overlay-agent")
     }
