@@ -33,6 +33,8 @@ pub(super) struct Trial {
     toolchain: Toolchain,
     /// The end-to-end tests as the unchanged tree has them: of a change, only the agent is built.
     end_to_end: Option<PathBuf>,
+    /// Held, because two runs would change the same copy.
+    _lock: File,
 }
 
 /// What became of a change.
@@ -65,7 +67,13 @@ impl Trial {
         let directory = workspace::target_dir()?.join("mutants");
         let tree = directory.join("tree");
         fs::create_dir_all(&tree).with_context(|| format!("cannot make {}", tree.display()))?;
-        let mut trial = Self { tree: Tree::copy_to(tree)?, directory, toolchain, end_to_end: None };
+        let lock = directory.join("lock");
+        let lock = File::create(&lock).with_context(|| format!("cannot write {}", lock.display()))?;
+        if lock.try_lock().is_err() {
+            bail!("another `cargo xtask mutants` uses {}", directory.display());
+        }
+        let mut trial =
+            Self { tree: Tree::copy_to(tree)?, directory, toolchain, end_to_end: None, _lock: lock };
         let is_end_to_end = |tests: &Tests| matches!(tests, Tests::EndToEnd(_));
         if changes.iter().any(|change| change.tests.iter().any(is_end_to_end)) {
             let built = trial.build_tests("e2e", &["--workspace", "--test", "e2e"])?;

@@ -326,7 +326,7 @@ pub(super) const CHANGES: &[Change] = &[
         from: "unsafe { bpf_xdp_get_buff_len(ctx.ctx) } as usize;",
         to: "unsafe { bpf_xdp_get_buff_len(ctx.ctx) as usize }.min(ctx.data_end() - ctx.data());",
         wrong: "Frames of several buffers take the slow path.",
-        tests: &[Tests::EndToEnd("matrix::xdp_xdp_virtual")],
+        tests: &[Tests::Programs("golden::kernel_xdp")],
         reason: None,
     },
     Change {
