@@ -6,7 +6,10 @@ use std::{
 };
 
 use overlay_agent::datapath::ebpf::overlay_set::{EGRESS_ETHERNET, INGRESS};
-use overlay_ebpf::reason::{DropReason, PuntReason};
+use overlay_ebpf::{
+    abi::NextHop,
+    reason::{DropReason, PuntReason},
+};
 use rustix::thread::{CpuSet, sched_getcpu, sched_setaffinity};
 
 use crate::{
@@ -36,6 +39,23 @@ fn segmented_datagrams_are_left_to_the_slow_path() {
         assert!(verdict.is_none_or(|verdict| verdict == segmented), "{name}");
     }
     assert!(datagrams > 5, "{datagrams} vectors are datagrams");
+}
+
+#[test]
+fn subnets_of_30_bits_are_found() {
+    let file = File::read("egress.json");
+    let next_hop = |last| NextHop { peer: [192, 168, 77, last], ifindex: 1, mtu: 1472, flags: 0 };
+    let routes = [("10.244.9.0/24", 2), ("10.244.9.4/30", 3), ("10.244.9.8/30", 4)];
+    let routes = routes.map(|(subnet, last)| (subnet.parse().unwrap(), next_hop(last))).into();
+    let mut kernel = Kernel::load(EGRESS_ETHERNET, &file.config(), &routes);
+    for (address, peer) in [(3, 2), (4, 3), (7, 3), (8, 4), (11, 4), (12, 2)] {
+        let packet = [0x45, 0, 0, 20, 0, 0, 0, 0, 64, 47, 0, 0, 10, 244, 1, 2, 10, 244, 9, address];
+        let verdict = kernel.verdict(&packet, 0);
+        let outer_destination = [192, 168, 77, peer];
+        let is_right =
+            matches!(&verdict, Some(Verdict::Encap { bytes }) if bytes[16..20] == outer_destination);
+        assert!(is_right, "10.244.9.{address}: {verdict:?}");
+    }
 }
 
 #[test]

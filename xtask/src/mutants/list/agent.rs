@@ -91,8 +91,8 @@ pub(super) const CHANGES: &[Change] = &[
         file: IO,
         from: "Ok(to) if to.fragment => send_fragments(",
         to: "Ok(to) if to.fragment && packet.is_empty() => send_fragments(",
-        wrong: "Long packets are refused by the kernel.",
-        tests: &[Tests::EndToEnd("icmp::path_mtu_is_reported_on_tun")],
+        wrong: "A narrow router drops long packets.",
+        tests: &[Tests::EndToEnd("path_mtu::a_narrow_router_is_followed_on_tun_virtual")],
         reason: None,
     },
     Change {

@@ -371,7 +371,7 @@ pub(super) const CHANGES: &[Change] = &[
         from: "maps::own_mac(ctx.ingress_ifindex() as u32)",
         to: "maps::own_mac(1)",
         wrong: "XDP looks up the address of the first device of the host.",
-        tests: &[Tests::EndToEnd("matrix::xdp_xdp_virtual")],
+        tests: &[Tests::EndToEnd("addressing::frames_for_another_device_are_not_carried_on_xdp")],
         reason: None,
     },
     Change {
@@ -398,7 +398,7 @@ pub(super) const CHANGES: &[Change] = &[
         from: "Key::new(32, address)",
         to: "Key::new(24, address)",
         wrong: "Subnets of more than 24 bits are not found.",
-        tests: &[Tests::Programs("golden::kernel_egress")],
+        tests: &[Tests::Programs("shells::subnets_of_30_bits")],
         reason: None,
     },
     Change {
