@@ -293,6 +293,19 @@ mod tests {
     }
 
     #[test]
+    fn a_mark_names_the_version_and_the_network() {
+        let mark = Config::default().with_device(0x0102_0304).mark();
+        assert_eq!(bytemuck::bytes_of(&mark), [b'o', b'v', 0, ABI_VERSION as u8, 1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn an_unknown_source_check_is_the_strictest() {
+        let check = |source_check| Config { source_check, ..Config::default() }.source_check();
+        assert_eq!([0, 1, 2].map(check), [SourceCheck::Strict, SourceCheck::Loose, SourceCheck::Off]);
+        assert_eq!([3, 0x80, 0xff].map(check), [SourceCheck::Strict; 3]);
+    }
+
+    #[test]
     fn counters_of_cpus_add_up() {
         let mut sum = Counters::ZERO;
         let mut cpu = Counters::ZERO;

@@ -176,6 +176,14 @@ mod tests {
     }
 
     #[test]
+    fn a_super_packet_beyond_64_kib_is_too_long_and_says_no_length() {
+        let packet = tcp(0, FLAG_DF);
+        let decide = |len| decide(&packet[..], 0, len, 1400, &config(), &greedy(1472, 0));
+        assert_eq!(decide(65_536), EgressVerdict::TooLong);
+        assert_eq!(decide(65_535), EgressVerdict::Drop(DropReason::BadTotalLength));
+    }
+
+    #[test]
     fn a_peer_without_a_way_is_unreachable() {
         let mut path = greedy(1472, 0);
         path.0.ifindex = 0;

@@ -102,6 +102,10 @@ mod tests {
         let mut short = tcp(40, 0);
         short[3] = 30;
         assert!(!is_partial(&short[..30]), "a packet too short for a checksum has none");
+        // One of 16 bytes behind its header, and what would be the sum for that length behind it.
+        let mut short = tcp(40, 0x18ec + 6 + 16);
+        short[3] = 36;
+        assert!(!is_partial(&short), "what follows a packet is not its checksum");
     }
 
     #[test]

@@ -161,7 +161,7 @@ fn check_rung(agent: &Agent, rung: Rung) -> Result<()> {
 /// Checks the counters of an agent after traffic with a peer: nothing lost, and eBPF carried what it should.
 ///
 /// On a veth underlay the datagrams of a tun peer's socket arrive with their outer checksum unfinished, and up to 64 of a
-/// UDP sender arrive in one packet. The fast path must punt both.
+/// UDP sender arrive in one packet. The fast path must punt both, and on egress what is too long with its outer headers.
 ///
 /// # Errors
 ///
@@ -173,8 +173,9 @@ pub fn check_counters(counters: &Counters, rung: Rung, peer: Rung, role: &str) -
     let punted = |reason| counters.punts.get(reason).copied().unwrap_or_default();
     let unfinished = if peer.is_fast() { 0 } else { punted("outer_checksum_partial") };
     let not_for_fast = unfinished + punted("segmented_datagrams") * MOST_SEGMENTS;
+    let too_long = punted("too_long") * MOST_SEGMENTS;
     for (direction, fast, slow, not_for_fast) in [
-        ("egress", traffic.egress_fast_packets, traffic.egress_slow_packets, 0),
+        ("egress", traffic.egress_fast_packets, traffic.egress_slow_packets, too_long),
         ("ingress", traffic.ingress_fast_packets, traffic.ingress_slow_packets, not_for_fast),
     ] {
         ensure!(fast + slow > 0, "agent {role} ({}) counted no {direction} packet", rung.name());

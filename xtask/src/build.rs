@@ -1,7 +1,7 @@
 //! `cargo xtask build`: builds the eBPF programs and the release binary of the agent that contains them.
 
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -59,13 +59,18 @@ fn build_ebpf(toolchain: &Toolchain) -> Result<PathBuf> {
     step::headline(format_args!("build: eBPF programs ({})", toolchain.compiler));
     // A separate directory: another compiler with other flags would invalidate the main one each time.
     let target = workspace::target_dir()?.join("bpf");
-    let mut cargo = toolchain.compiler.cargo(&toolchain.linker)?;
-    cargo.args(["build", "--release", "--package", "overlay-ebpf", "--bin", "overlay-ebpf"]);
-    cargo.args(["--target", "bpfel-unknown-none", "-Zbuild-std=core", "--target-dir"]).arg(&target);
+    let (mut cargo, object) = ebpf_build(toolchain, &target)?;
     step::stream(&mut cargo)?;
-    let object = target.join("bpfel-unknown-none/release/overlay-ebpf");
     report(&object, start)?;
     Ok(object)
+}
+
+/// The command that builds the eBPF programs in the directory `target`, and the path of the object that it makes.
+pub(crate) fn ebpf_build(toolchain: &Toolchain, target: &Path) -> Result<(Command, PathBuf)> {
+    let mut cargo = toolchain.compiler.cargo(&toolchain.linker)?;
+    cargo.args(["build", "--release", "--package", "overlay-ebpf", "--bin", "overlay-ebpf"]);
+    cargo.args(["--target", "bpfel-unknown-none", "-Zbuild-std=core", "--target-dir"]).arg(target);
+    Ok((cargo, target.join("bpfel-unknown-none/release/overlay-ebpf")))
 }
 
 fn report(path: &Path, start: Instant) -> Result<()> {

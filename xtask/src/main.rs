@@ -4,6 +4,7 @@ mod build;
 mod ci;
 mod fuzz;
 mod interrupt;
+mod mutants;
 mod program;
 mod scan;
 mod setup;
@@ -37,6 +38,7 @@ enum Command {
     Bench(program::Options),
     Test(test::Options),
     Fuzz(fuzz::Options),
+    Mutants(mutants::Options),
     /// Check conventions of this repository that the compiler does not check
     Tidy,
     /// Run all checks and tests that a change has to pass: format, clippy, docs, tidy, tests
@@ -63,6 +65,7 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Bench(options) => program::run("bench", &options),
         Command::Test(options) => test::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
+        Command::Mutants(options) => mutants::run(&options),
         Command::Tidy => tidy::run(),
         Command::Ci => ci::run(),
     }

@@ -62,8 +62,17 @@ pub fn oversize(from: Endpoint<'_>, to: Endpoint<'_>) -> Result<usize> {
 pub fn segmented(from: Endpoint<'_>, to: Endpoint<'_>, mtu: usize) -> Result<usize> {
     let full = mtu.saturating_sub(HEADERS);
     // Size of each segment, how many, and how much shorter the last one is.
-    let bursts =
-        [(full, 2, 0), (full, 40, 1), (1000, 60, 999), (100, 64, 50), (full, 45, full / 2), (24, 64, 0)];
+    let most = LARGEST.div_ceil(full.max(1));
+    let bursts = [
+        (full, 2, 0),
+        (full, 40, 1),
+        (1000, 60, 999),
+        (100, 64, 50),
+        (full, 45, full / 2),
+        (24, 64, 0),
+        // As many bytes as IPv4 allows: with outer headers, they exceed it.
+        (full, most, most * full - LARGEST),
+    ];
     with_echo(from, to, |socket| {
         let mut sent = 0;
         for (segment, count, shorter) in bursts {

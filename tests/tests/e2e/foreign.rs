@@ -18,13 +18,37 @@ const TAG: [u8; 40] = [
     0, 0, 0x95, 0, 0, 0, 0, 0, 0, 0,
 ];
 
+/// Drops packets with metadata in front of them that is not zero: with `r1` for the `__sk_buff`, whose `data` is at 76 and whose
+/// `data_meta` is at 140 (linux/bpf.h).
+const DROP_MARKED: [u8; 80] = [
+    0x61, 0x12, 140, 0, 0, 0, 0, 0, // r2 = data_meta
+    0x61, 0x13, 76, 0, 0, 0, 0, 0, // r3 = data
+    0xb7, 0, 0, 0, 0, 0, 0, 0, // r0 = TC_ACT_OK
+    0xbf, 0x24, 0, 0, 0, 0, 0, 0, // r4 = r2
+    0x07, 4, 0, 0, 8, 0, 0, 0, // r4 += 8
+    0x2d, 0x34, 3, 0, 0, 0, 0, 0, // if r4 > r3: to the end
+    0x79, 0x25, 0, 0, 0, 0, 0, 0, // r5 = the metadata
+    0x15, 5, 1, 0, 0, 0, 0, 0, // if r5 == 0: to the end
+    0xb7, 0, 0, 0, 2, 0, 0, 0, // r0 = TC_ACT_SHOT
+    0x95, 0, 0, 0, 0, 0, 0, 0, // exit
+];
+
+/// Makes `host` drop packets that arrive on `device` with a mark of XDP.
+pub(crate) fn drop_marked(host: &Netns, device: &str, directory: &Path) -> Result<()> {
+    filter(host, device, "ingress", &DROP_MARKED, &directory.join("marked.o"))
+}
+
 /// Makes `host` send every packet on the underlay with a VLAN tag. [`untag`] ends that.
 pub(crate) fn tag(host: &Netns, directory: &Path) -> Result<()> {
-    let path = directory.join("tag.o");
-    fs::write(&path, object_file("tc", &TAG)?).with_context(|| format!("write {}", path.display()))?;
-    host.tool(&format!("tc qdisc add dev {UPLINK} clsact"))?;
+    filter(host, UPLINK, "egress", &TAG, &directory.join("tag.o"))
+}
+
+/// Attaches a tc program to a device, by way of the object file `path`.
+fn filter(host: &Netns, device: &str, direction: &str, program: &[u8], path: &Path) -> Result<()> {
+    fs::write(path, object_file("tc", program)?).with_context(|| format!("write {}", path.display()))?;
+    host.tool(&format!("tc qdisc add dev {device} clsact"))?;
     host.tool(&format!(
-        "tc filter add dev {UPLINK} egress bpf direct-action object-file {} section tc",
+        "tc filter add dev {device} {direction} bpf direct-action object-file {} section tc",
         path.display()
     ))?;
     Ok(())

@@ -134,7 +134,8 @@ fn too_long(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
     ensure!(ping(from.netns, "-M do -s 1244", to.address)?.contains("1 received"), "1272 bytes do not pass");
     let shown = ping(from.netns, "-M do -s 1245", to.address)?;
     ensure!(is_answered(&shown, OWN, "Frag needed and DF set (mtu = 1272)"), "{shown}");
-    // Without DF, the packet is fragmented.
+    // Without DF, the packet is fragmented: by the agent, for the container does not know of the MTU.
+    from.netns.tool("ip route flush cache")?;
     let shown = ping(from.netns, "-M dont -s 1400", to.address)?;
     ensure!(shown.contains("1 received"), "{shown}; {}", diagnosis(&pair, "fragments"));
     host.tool("ip route delete 192.168.77.2/32")?;

@@ -26,6 +26,7 @@ mod policy;
 mod privileges;
 mod refusals;
 mod repair;
+mod shells;
 mod snapshot;
 mod subnet_file;
 mod suite;
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
     addressing::register(&mut suite);
     matrix::register(&mut suite);
     traps::register(&mut suite);
+    shells::register(&mut suite);
     checksums::register(&mut suite);
     losses::register(&mut suite);
     lifecycle::register(&mut suite);

@@ -16,4 +16,5 @@ mod generator;
 mod golden;
 mod log;
 mod rungs;
+mod shells;
 mod vectors;

@@ -18,7 +18,7 @@ use overlay_ebpf::{
     reason::{DropReason, PuntReason},
     source::Sender,
     verdict::{EgressVerdict, IngressVerdict, InnerVerdict},
-    wire::{Ethernet, Ipv4},
+    wire::{Ethernet, Ipv4, OVERHEAD},
 };
 
 use crate::vectors::Verdict;
@@ -28,8 +28,10 @@ const TC_ACT_UNSPEC: u32 = u32::MAX;
 const TC_ACT_SHOT: u32 = 2;
 const XDP_DROP: u32 = 1;
 
-/// What `BPF_PROG_TEST_RUN` takes at most: a page less the kernel's own part of it.
+/// What `BPF_PROG_TEST_RUN` takes at most for tc programs: a page less the kernel's own part of it. XDP programs get longer frames
+/// in several buffers, as from a driver.
 const LONGEST_TEST_RUN: usize = 3500;
+const LONGEST_XDP_TEST_RUN: usize = 65_549;
 
 /// The device of test runs, the loopback device, and the hardware address of this host in the vectors.
 const TEST_IFINDEX: u32 = 1;
@@ -160,7 +162,11 @@ pub(crate) fn test_frame(hook: Hook, packet: &[u8]) -> Option<Vec<u8>> {
         (HookKind::TcEgress | HookKind::TcIngress, Some([0x86, 0xdd])) => 14 + 40,
         _ => 14,
     };
-    (shortest..=LONGEST_TEST_RUN).contains(&frame.len()).then_some(frame)
+    let longest = match hook.kind {
+        HookKind::TcEgress | HookKind::TcIngress => LONGEST_TEST_RUN,
+        HookKind::Xdp => LONGEST_XDP_TEST_RUN,
+    };
+    (shortest..=longest).contains(&frame.len()).then_some(frame)
 }
 
 /// The compiled programs.
@@ -206,6 +212,7 @@ impl Kernel {
         }
         let counters = self.set.counters().unwrap();
         let events = events(&self.counted, &counters);
+        let bytes = carried_bytes(&counters) - carried_bytes(&self.counted);
         self.counted = counters;
         // In a test run, the kernel knows the size of segments but not their kind, and encapsulates none.
         if gso_size != 0 && events == [Event::Drop(DropReason::EncapFailed)] {
@@ -235,6 +242,18 @@ impl Kernel {
                 if marked { ", marked" } else { "" }
             ),
         };
+        let (carried, link) = match &verdict {
+            Verdict::Encap { bytes } => (bytes.len() - OVERHEAD, None),
+            Verdict::Decap { bytes } => (bytes.len(), Some(&input[..Ethernet::LEN])),
+            Verdict::Pass | Verdict::Fragment | Verdict::Punt { .. } | Verdict::Drop { .. } => (0, None),
+        };
+        assert_eq!(
+            bytes, carried as u64,
+            "{:?} counts other bytes than those of the inner packet",
+            self.hook
+        );
+        let has_link_header = link.is_none_or(|link| outcome.packet.starts_with(link));
+        assert!(has_link_header, "{:?} does not keep the link-layer header", self.hook);
         Some(verdict)
     }
 }
@@ -250,6 +269,10 @@ enum Event {
     Carried,
     Punt(PuntReason),
     Drop(DropReason),
+}
+
+fn carried_bytes(counters: &Counters) -> u64 {
+    counters.egress_bytes + counters.ingress_bytes
 }
 
 /// What was counted between two readings.

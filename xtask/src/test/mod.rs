@@ -1,7 +1,7 @@
 //! `cargo xtask test`: runs all tests and prints a summary; its last line is the counts.
 
 mod part;
-mod tally;
+pub(crate) mod tally;
 
 use std::process::ExitCode;
 use std::time::Instant;

@@ -2,14 +2,14 @@
 
 /// Results of a test run.
 #[derive(Debug, Default, PartialEq)]
-pub(super) struct Tally {
+pub(crate) struct Tally {
     passed: u64,
     failed: u64,
     skipped: u64,
     /// Number of result lines: one per test program.
     results: usize,
     /// The names of the failed tests.
-    pub(super) failures: Vec<String>,
+    pub(crate) failures: Vec<String>,
 }
 
 impl Tally {
@@ -19,7 +19,7 @@ impl Tally {
     }
 
     /// Counts the standard output of test programs.
-    pub(super) fn parse(output: &Lines) -> Self {
+    pub(crate) fn parse(output: &Lines) -> Self {
         let mut tally = Self::default();
         // Of two `failures:` lines before the result line, the second precedes the names, the first the tests' output.
         let mut names: Option<Vec<String>> = None;
@@ -93,7 +93,7 @@ impl Tally {
     }
 
     /// Whether tests ran and none failed.
-    pub(super) fn is_success(&self) -> bool {
+    pub(crate) fn is_success(&self) -> bool {
         self.failed == 0 && self.passed > 0
     }
 }
@@ -106,13 +106,13 @@ pub(super) fn started_programs(errors: &Lines) -> usize {
 
 /// Collected output, read by line.
 #[derive(Default)]
-pub(super) struct Lines {
+pub(crate) struct Lines {
     bytes: Vec<u8>,
 }
 
 impl Lines {
     /// Adds output.
-    pub(super) fn push(&mut self, bytes: &[u8]) {
+    pub(crate) fn push(&mut self, bytes: &[u8]) {
         self.bytes.extend_from_slice(bytes);
     }
 

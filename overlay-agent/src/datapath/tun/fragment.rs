@@ -32,11 +32,9 @@ pub fn fragments(packet: &[u8], mtu: usize) -> Option<Vec<Vec<u8>>> {
         let length = if is_last { rest.len() } else { room & !7 };
         let (part, behind) = rest.split_at_checked(length).filter(|(part, _)| !part.is_empty())?;
         let more = if is_last { word & ipv4::FLAG_MF } else { ipv4::FLAG_MF };
-        // Behind the last place that the field can name, the packet was malformed.
-        if offset > ipv4::FRAGMENT_OFFSET {
-            return None;
-        }
-        fragments.push(fragment(header, part, more | offset)?);
+        // Beyond 64 KiB, it would be taken for the start of the packet.
+        let place = Some(offset).filter(|offset| *offset <= ipv4::FRAGMENT_OFFSET)?;
+        fragments.push(fragment(header, part, more | place)?);
         offset = offset.checked_add((length / 8) as u16)?;
         rest = behind;
     }
@@ -149,6 +147,8 @@ mod tests {
         assert_eq!(fragments(&packet(2000, 0, &[148, 0, 0, 0]), 1020), None, "an option without length");
         assert_eq!(fragments(&packet(2000, 0, &[148, 9, 0, 0]), 1020), None, "an option that is too long");
         assert_eq!(fragments(&[0x45; 10], 1020), None);
-        assert_eq!(fragments(&packet(2000, 0x1fff, &[]), 1020), None, "it would end behind 64 KiB");
+        let last = ipv4::FRAGMENT_OFFSET;
+        assert!(fragments(&packet(900, last, &[]), 1020).is_some(), "it fits, for the receiver to refuse");
+        assert_eq!(fragments(&packet(2000, last, &[]), 1020), None, "it ends beyond 64 KiB");
     }
 }

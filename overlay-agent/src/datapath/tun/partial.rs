@@ -96,6 +96,7 @@ mod tests {
         const ACK: u8 = 0x10;
         let cases = [
             ("short", 100, ACK, (0, 0, 0)),
+            ("as long as the MTU", 1472, ACK, (0, 0, 0)),
             ("super-packet", 60_000, ACK, (GSO_TCPV4, 52, 1420)),
             ("CWR", 60_000, ACK | TCP_CWR, (GSO_TCPV4 | GSO_ECN, 52, 1420)),
         ];

@@ -1,0 +1,13 @@
+//! The changes that tests must notice, by the part of the code that they are made in.
+
+mod agent;
+mod decisions;
+mod fields;
+mod shells;
+
+use super::change::Change;
+
+/// Every change.
+pub(super) fn all() -> impl Iterator<Item = &'static Change> {
+    [shells::CHANGES, decisions::CHANGES, fields::CHANGES, agent::CHANGES].into_iter().flatten()
+}
