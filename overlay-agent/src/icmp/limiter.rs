@@ -97,6 +97,8 @@ mod tests {
         let sent =
             (0..100_000).filter(|number| limiter.may_send(forged(*number), DropReason::NoRoute, now)).count();
         assert_eq!((sent, limiter.buckets.len()), (REMEMBERED, REMEMBERED));
-        assert!(limiter.may_send(POD, DropReason::NoRoute, now + 2 * INTERVAL));
+        let other = Ipv4Addr::new(10, 250, 0, 1);
+        assert!(!limiter.may_send(other, DropReason::NoRoute, now));
+        assert!(limiter.may_send(other, DropReason::NoRoute, now + 2 * INTERVAL));
     }
 }

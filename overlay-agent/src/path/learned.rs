@@ -86,6 +86,7 @@ mod tests {
         let at = |count| start + count * INTERVAL;
         assert!(learned.report(PEER, 1400, TEN_MINUTES, at(0)));
         assert!(!learned.report(PEER, 1450, TEN_MINUTES, at(1)));
+        assert_eq!(learned.mtu(PEER, at(1)), Some(1400));
         assert!(learned.report(PEER, 68, TEN_MINUTES, at(2)));
         assert_eq!(learned.mtu(PEER, at(2)), Some(LOWEST));
         assert!(!learned.report(PEER, 0, TEN_MINUTES, at(3)), "it is there already");
