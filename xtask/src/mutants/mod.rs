@@ -145,6 +145,8 @@ impl Tally {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
 
     fn change(reason: Option<&'static str>) -> Change {
@@ -166,6 +168,18 @@ mod tests {
             let mut tally = Tally::default();
             tally.add(change, &outcome);
             assert_eq!(tally.missed.is_empty() && tally.errors.is_empty(), is_good, "{outcome:?}");
+        }
+    }
+
+    /// Code that moves on takes its changes along.
+    #[test]
+    fn every_change_fits_the_code_and_has_a_name_of_its_own() {
+        let root = workspace::root().unwrap();
+        let mut names = HashSet::new();
+        for change in list::all() {
+            let text = std::fs::read_to_string(root.join(change.file)).unwrap();
+            assert_eq!(text.matches(change.from).count(), 1, "{}: `{}`", change.name, change.from);
+            assert!(names.insert(change.name) && change.from != change.to, "{}", change.name);
         }
     }
 

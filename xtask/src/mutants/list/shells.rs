@@ -278,8 +278,8 @@ pub(super) const CHANGES: &[Change] = &[
     Change {
         name: "shell-ingress-wrong-underlay",
         file: INGRESS,
-        from: "maps::own_mac(unsafe { (*ctx.skb.skb).ifindex })",
-        to: "maps::own_mac(unsafe { (*ctx.skb.skb).ifindex } + 1)",
+        from: "maps::underlay(unsafe { (*ctx.skb.skb).ifindex })",
+        to: "maps::underlay(unsafe { (*ctx.skb.skb).ifindex } + 1)",
         wrong: "The program does not find the address of its device, and passes everything on.",
         tests: &[Tests::Programs("golden::kernel_ingress")],
         reason: None,
@@ -287,8 +287,8 @@ pub(super) const CHANGES: &[Change] = &[
     Change {
         name: "shell-ingress-underlay-of-any-device",
         file: INGRESS,
-        from: "maps::own_mac(unsafe { (*ctx.skb.skb).ifindex })",
-        to: "{\n        let _ = unsafe { (*ctx.skb.skb).ifindex };\n        maps::own_mac(1)\n    }",
+        from: "maps::underlay(unsafe { (*ctx.skb.skb).ifindex })",
+        to: "{\n        let _ = unsafe { (*ctx.skb.skb).ifindex };\n        maps::underlay(1)\n    }",
         wrong: "The program looks up the address of the first device of the host.",
         tests: &[Tests::EndToEnd("matrix::tc_tc_virtual")],
         reason: None,
@@ -368,8 +368,8 @@ pub(super) const CHANGES: &[Change] = &[
     Change {
         name: "shell-xdp-underlay-of-any-device",
         file: XDP,
-        from: "maps::own_mac(ctx.ingress_ifindex() as u32)",
-        to: "maps::own_mac(1)",
+        from: "maps::underlay(ctx.ingress_ifindex() as u32)",
+        to: "maps::underlay(1)",
         wrong: "XDP looks up the address of the first device of the host.",
         tests: &[Tests::EndToEnd("addressing::frames_for_another_device_are_not_carried_on_xdp")],
         reason: None,
