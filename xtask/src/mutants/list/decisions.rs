@@ -383,7 +383,7 @@ pub(super) const CHANGES: &[Change] = &[
         name: "core-source-ingress-own-subnet",
         file: SOURCE,
         from: "    if config.subnet.contains(source) {\n",
-        to: "    if config.subnet.contains(source) && config.subnet.contains(peer) {\n",
+        to: "    if config.subnet.contains(source) && config.subnet.contains(sender.address) {\n",
         wrong: "A peer sends with addresses of this host.",
         tests: &[Tests::Core, Tests::Vectors],
         reason: None,
