@@ -301,18 +301,9 @@ mod tests {
     #[test]
     fn only_an_unused_tun_device_may_be_suggested_for_removal() {
         let link = |kind: &str, ethernet| Link {
-            name: "dev7".to_owned(),
-            index: 7,
-            mtu: 1500,
-            up: true,
-            carrier: true,
-            loopback: false,
             ethernet,
-            mac: None,
             kind: Some(kind.to_owned()),
-            alias: None,
-            lower: None,
-            controller: None,
+            ..Link::ethernet(7, "dev7")
         };
         assert!(foreign(&link("tun", false), false).contains("ip link delete dev7"));
         // A physical device has no kind; a tap device is of kind tun and carries Ethernet.

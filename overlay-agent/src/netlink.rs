@@ -93,6 +93,27 @@ impl Link {
     }
 }
 
+#[cfg(test)]
+impl Link {
+    /// An Ethernet device of hardware, up and with a carrier, for tests.
+    pub(crate) fn ethernet(index: u32, name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            index,
+            mtu: 1500,
+            up: true,
+            carrier: true,
+            loopback: false,
+            ethernet: true,
+            mac: None,
+            kind: None,
+            alias: None,
+            lower: None,
+            controller: None,
+        }
+    }
+}
+
 /// A route of the main table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Route {

@@ -223,7 +223,7 @@ impl Forwarding {
                 let Some(header) = inner.view::<Ipv4>(0) else { return };
                 let [source, destination] = [header.source(), header.destination()].map(Ipv4Addr::from);
                 let is_ours = self.spec.subnet.prefix().contains(&source);
-                if is_ours && self.next_hops.peer_of(destination) == Some(report.peer) {
+                if is_ours && self.datapath.peer_of(destination) == Some(report.peer) {
                     self.datapath.answer(&inner, Rejection::PeerUnreachable);
                 }
             }

@@ -241,16 +241,9 @@ impl NextHopTable {
         !self.paths.policies.is_empty()
     }
 
-    /// The peer to which packets for an overlay address go.
-    pub(super) fn peer_of(&self, address: Ipv4Addr) -> Option<Ipv4Addr> {
-        let holders = self.hops.iter().filter(|(subnet, _)| subnet.prefix().contains(&address));
-        let hop = holders.max_by_key(|(subnet, _)| subnet.prefix().prefix_len());
-        hop.map(|(_, hop)| hop.peer.into())
-    }
-
     /// The devices through which peers are reached.
     pub(super) fn devices(&self) -> impl Iterator<Item = &Link> {
-        self.paths.devices().into_iter().filter_map(|index| self.paths.link(index))
+        self.paths.devices().iter().filter_map(|index| self.paths.link(*index))
     }
 
     /// The routes, for `overlay-agent routes`.

@@ -12,7 +12,10 @@ pub mod tun;
 pub use desired::{Choice, Desired, PathCounters, Policy, Report, Request, Rung, UnderlayDevice};
 pub use losses::KernelDrops;
 
-use std::{net::SocketAddrV4, sync::Arc};
+use std::{
+    net::{Ipv4Addr, SocketAddrV4},
+    sync::Arc,
+};
 
 use anyhow::{Context as _, Result};
 use overlay_ebpf::{abi::NextHop, rejection::Rejection};
@@ -167,6 +170,11 @@ impl Datapath {
             rung.apply_routes(changes);
         }
         self.fast.apply_routes(changes, routes)
+    }
+
+    /// The peer to which the slow path sends packets for an overlay address.
+    pub(crate) fn peer_of(&self, address: Ipv4Addr) -> Option<Ipv4Addr> {
+        Some(self.slow.as_ref()?.next_hop(address)?.peer.into())
     }
 
     /// Tells the sender of an inner packet, of which `packet` shows the first bytes, why it did not arrive.

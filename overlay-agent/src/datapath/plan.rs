@@ -143,18 +143,8 @@ mod tests {
 
     fn plan(request: Request, kinds: &[Option<&str>]) -> Plan {
         let underlay = |(index, kind): (u32, &Option<&str>)| Link {
-            name: format!("eth{index}"),
-            index,
-            mtu: 1500,
-            up: true,
-            carrier: true,
-            loopback: false,
-            ethernet: true,
-            mac: None,
             kind: kind.map(str::to_owned),
-            alias: None,
-            lower: None,
-            controller: None,
+            ..Link::ethernet(index, &format!("eth{index}"))
         };
         let underlays = (1..).zip(kinds).map(underlay).collect();
         Plan { request, mode: TcMode::Tcx, underlays, overlay_ifindex: OVERLAY, log: false }

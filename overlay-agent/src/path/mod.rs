@@ -38,6 +38,8 @@ pub(crate) struct Paths {
     port: u16,
     query: RouteQuery,
     kernel: BTreeMap<Ipv4Addr, KernelRoute>,
+    /// The devices in `kernel`, which are asked for at each change of a record.
+    devices: BTreeSet<u32>,
     learned: LearnedMtus,
     links: BTreeMap<u32, Link>,
     /// What the host wants to be done with packets to and from peers.
@@ -52,6 +54,7 @@ impl Paths {
             port,
             query: RouteQuery::open()?,
             kernel: BTreeMap::new(),
+            devices: BTreeSet::new(),
             learned: LearnedMtus::default(),
             links: BTreeMap::new(),
             policies: Arc::default(),
@@ -64,6 +67,7 @@ impl Paths {
         let all: Vec<_> = peers.iter().copied().collect();
         self.ask(&all)?;
         self.kernel.retain(|peer, _| peers.contains(peer));
+        self.devices = self.kernel.values().map(|route| route.ifindex).collect();
         self.links = links.into_iter().map(|link| (link.index, link)).collect();
         Ok(())
     }
@@ -81,7 +85,10 @@ impl Paths {
         let is_addressless = answers.values().all(|answer| *answer == Answer::Invalid);
         for (peer, answer) in answers {
             match answer {
-                Answer::Route(route) => drop(self.kernel.insert(peer, route)),
+                Answer::Route(route) => {
+                    self.kernel.insert(peer, route);
+                    self.devices.insert(route.ifindex);
+                }
                 Answer::Invalid if is_addressless => {}
                 Answer::NoRoute | Answer::Invalid => drop(self.kernel.remove(&peer)),
                 Answer::Unknown => {}
@@ -128,8 +135,8 @@ impl Paths {
     }
 
     /// The devices of all paths.
-    pub(crate) fn devices(&self) -> BTreeSet<u32> {
-        self.kernel.values().map(|route| route.ifindex).collect()
+    pub(crate) fn devices(&self) -> &BTreeSet<u32> {
+        &self.devices
     }
 
     /// Whether the kernel was asked about a peer and has a route to it.
@@ -139,7 +146,7 @@ impl Paths {
 
     /// Whether a path has a device that was not there at the last refresh.
     pub(crate) fn has_unknown_device(&self) -> bool {
-        self.kernel.values().any(|route| !self.links.contains_key(&route.ifindex))
+        self.devices.iter().any(|index| !self.links.contains_key(index))
     }
 
     /// A device as it was at the last refresh; `None` for overlay devices.
@@ -208,20 +215,7 @@ mod tests {
     const FLANNELD: Peer = Peer { takes_unfinished: false, ..PEER };
 
     fn link(index: u32, kind: Option<&str>) -> Link {
-        Link {
-            name: format!("dev{index}"),
-            index,
-            mtu: 1500,
-            up: true,
-            carrier: true,
-            loopback: false,
-            ethernet: true,
-            mac: None,
-            kind: kind.map(str::to_owned),
-            alias: None,
-            lower: None,
-            controller: None,
-        }
+        Link { kind: kind.map(str::to_owned), ..Link::ethernet(index, &format!("dev{index}")) }
     }
 
     fn links(all: impl IntoIterator<Item = Link>) -> BTreeMap<u32, Link> {

@@ -168,20 +168,7 @@ mod tests {
     use super::*;
 
     fn link(index: u32, name: &str) -> Link {
-        Link {
-            name: name.to_owned(),
-            index,
-            mtu: 1500,
-            up: true,
-            carrier: true,
-            loopback: name == "lo",
-            ethernet: true,
-            mac: None,
-            kind: None,
-            alias: None,
-            lower: None,
-            controller: None,
-        }
+        Link { loopback: name == "lo", ..Link::ethernet(index, name) }
     }
 
     /// lo, eth0 with two addresses, eth1 with a link-local one first, eth2 without addresses, and an overlay device.

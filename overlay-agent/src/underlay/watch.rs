@@ -156,29 +156,12 @@ impl State {
 mod tests {
     use super::*;
 
-    fn link(index: u32, name: &str) -> Link {
-        Link {
-            name: name.to_owned(),
-            index,
-            mtu: 1500,
-            up: true,
-            carrier: true,
-            loopback: false,
-            ethernet: true,
-            mac: None,
-            kind: None,
-            alias: None,
-            lower: None,
-            controller: None,
-        }
-    }
-
     /// The result, such as `eth0 10.0.0.1`, when eth0 and eth1 have these addresses.
     fn found(state: &State, eth0: &[&str], eth1: &[&str]) -> String {
         let held = eth0.iter().map(|address| (1, address)).chain(eth1.iter().map(|address| (2, address)));
         let addresses: Vec<_> =
             held.map(|(index, address)| (index, format!("{address}/24").parse().unwrap())).collect();
-        describe(state.find(&[link(1, "eth0"), link(2, "eth1")], &addresses))
+        describe(state.find(&[Link::ethernet(1, "eth0"), Link::ethernet(2, "eth1")], &addresses))
     }
 
     fn describe(found: Result<(Link, Ipv4Addr), String>) -> String {
@@ -190,7 +173,7 @@ mod tests {
 
     fn state(selector: &Selector) -> State {
         let home = Ipv4Addr::new(10, 0, 0, 1);
-        State::new(Underlay { link: link(1, "eth0"), local_ip: home, public_ip: home }, selector)
+        State::new(Underlay { link: Link::ethernet(1, "eth0"), local_ip: home, public_ip: home }, selector)
     }
 
     #[test]
@@ -209,16 +192,25 @@ mod tests {
     fn a_renamed_device_is_followed_until_another_one_takes_its_name() {
         let mut state = state(&Selector::default());
         state.last.link.mac = Some([2, 0, 0, 0, 0, 1]);
-        let card = |name| Link { mac: state.last.link.mac, ..link(1, name) };
+        let card = |name| Link { mac: state.last.link.mac, ..Link::ethernet(1, name) };
         let addresses = |index| [(index, "10.0.0.1/24".parse().unwrap())];
         assert_eq!(describe(state.find(&[card("nic7")], &addresses(1))), "nic7 10.0.0.1");
-        assert_eq!(describe(state.find(&[card("nic7"), link(2, "eth0")], &addresses(2))), "eth0 10.0.0.1");
+        assert_eq!(
+            describe(state.find(&[card("nic7"), Link::ethernet(2, "eth0")], &addresses(2))),
+            "eth0 10.0.0.1"
+        );
         // Another device with the index of one that is gone is not it.
-        assert_eq!(describe(state.find(&[link(1, "nic7")], &addresses(1))), "the device eth0 is gone");
+        assert_eq!(
+            describe(state.find(&[Link::ethernet(1, "nic7")], &addresses(1))),
+            "the device eth0 is gone"
+        );
         state.last.link = card("nic7");
         // Created again, under its new name or its old one.
         for name in ["nic7", "eth0"] {
-            assert_eq!(describe(state.find(&[link(5, name)], &addresses(5))), format!("{name} 10.0.0.1"));
+            assert_eq!(
+                describe(state.find(&[Link::ethernet(5, name)], &addresses(5))),
+                format!("{name} 10.0.0.1")
+            );
         }
         assert_eq!(describe(state.find(&[], &addresses(5))), "the device nic7 is gone");
     }

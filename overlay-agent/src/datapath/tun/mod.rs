@@ -27,7 +27,10 @@ use std::{
 use anyhow::{Context as _, Result};
 use arc_swap::ArcSwap;
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use overlay_ebpf::abi::{Config, NextHop};
+use overlay_ebpf::{
+    abi::{Config, NextHop},
+    route::Routes as _,
+};
 use tokio::sync::mpsc;
 use tracing::error;
 use tun_rs::SyncDevice;
@@ -145,6 +148,11 @@ impl TunRung {
             let lookup = Lookup::new(routes);
             *self.shared.routes.write().unwrap_or_else(PoisonError::into_inner) = lookup;
         }
+    }
+
+    /// The way to the peer that holds an overlay address.
+    pub(crate) fn next_hop(&self, address: Ipv4Addr) -> Option<NextHop> {
+        self.shared.routes().next_hop(address.octets())
     }
 
     /// Makes some changes to the routes, all at once.
