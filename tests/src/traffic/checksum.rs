@@ -54,7 +54,7 @@ fn word(bytes: &[u8], at: usize) -> Result<u16> {
 }
 
 /// The ones' complement sum of parts of which only the last may have an odd length.
-fn sum<const PARTS: usize>(parts: [&[u8]; PARTS]) -> u16 {
+pub fn sum<const PARTS: usize>(parts: [&[u8]; PARTS]) -> u16 {
     let mut sum = 0u32;
     for pair in parts.iter().flat_map(|part| part.chunks(2)) {
         sum += match pair {

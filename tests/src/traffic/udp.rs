@@ -18,7 +18,10 @@ use nix::sys::socket::{
 
 use crate::{
     topology::Endpoint,
-    traffic::payload::{answer, answered_index, datagram},
+    traffic::{
+        checksum::sum,
+        payload::{answer, answered_index, datagram},
+    },
 };
 
 /// Bytes of each socket's receive buffer.
@@ -80,6 +83,31 @@ pub fn segmented(from: Endpoint<'_>, to: Endpoint<'_>, mtu: usize) -> Result<usi
                 .with_context(|| format!("{count} datagrams of {segment} bytes in one send"))?;
         }
         Ok(sent)
+    })
+}
+
+/// Sends a datagram whose checksum is computed to zero, which must be sent as all ones (RFC 768), and checks the answer.
+///
+/// # Errors
+///
+/// As [`every_size`].
+pub fn zero_sum(from: Endpoint<'_>, to: Endpoint<'_>) -> Result<()> {
+    with_echo(from, to, |socket| {
+        let mut bytes = datagram(0, 64);
+        let local = socket.local_addr().context("read the port of the UDP socket")?.port();
+        let peer = socket.peer_addr().context("read the port of the peer")?.port();
+        let length = u16::try_from(bytes.len() + 8).context("a long datagram")?;
+        let header = [17, length, local, peer, length].map(u16::to_be_bytes).concat();
+        let Some(free) = bytes.first_chunk_mut() else { bail!("an empty datagram") };
+        *free = [0; 2];
+        let parts = [&from.address.octets()[..], &to.address.octets(), &header, &bytes];
+        let rest = (!sum(parts)).to_be_bytes();
+        if let Some(free) = bytes.first_chunk_mut() {
+            *free = rest;
+        }
+        socket.send(&bytes).context("send a datagram with a checksum of zero")?;
+        let expected = BTreeMap::from([(0, answer(&bytes))]);
+        receive_all(socket, expected, |_| Some(0), "number")
     })
 }
 

@@ -13,7 +13,7 @@ use overlay_tests::{
         checksum::Verified,
         ping::ping,
         tcp,
-        udp::{every_size, segmented},
+        udp::{every_size, segmented, zero_sum},
     },
 };
 use serde_json::Value;
@@ -70,6 +70,7 @@ fn exchange(pair: &Pair, direction: Direction) -> Result<()> {
         ensure!(ping(from.netns, to.address, 3)?.received > 0, "no echo request was answered");
     }
     every_size(a, b, OVERLAY_MTU)?;
+    zero_sum(a, b)?;
     for (capture, container) in captures.into_iter().zip(["A", "B"]) {
         let seen = capture.finish()?;
         seen.is_clean(&EXPECTED).with_context(|| format!("captured at container {container}"))?;

@@ -57,6 +57,7 @@ pub(super) fn egress(shared: &Shared) -> Result<()> {
             };
             for (packet, size) in packets.iter_mut().zip(&sizes).take(count) {
                 let packet = packet.get_mut(..*size).unwrap_or_default();
+                partial::keep_udp_checksum(&raw, packet);
                 // The lock of the routes is released before the packet is sent.
                 let decided = shell::egress(packet, &settings.config, &*shared.routes());
                 match decided {

@@ -9,7 +9,10 @@
 use bytemuck::{Pod, Zeroable};
 use overlay_ebpf::{
     unfinished,
-    wire::{Bytes as _, Ipv4, ipv4::PROTOCOL_TCP},
+    wire::{
+        Bytes as _, Ipv4,
+        ipv4::{PROTOCOL_TCP, PROTOCOL_UDP},
+    },
 };
 
 /// `flags`: the checksum is to be completed from `csum_start` on.
@@ -73,6 +76,21 @@ fn partial(packet: &[u8], mtu: usize) -> Option<VirtioHeader> {
     })
 }
 
+/// Changes a UDP checksum that was completed to zero to all ones, which is the same sum: RFC 768 gives zero the meaning "no
+/// checksum". `raw` is what the device delivered, with its virtio header; `packet` is one of the packets that it stands for, whose
+/// checksum was completed if the header asked for that. A sender's own zero stays.
+pub fn keep_udp_checksum(raw: &[u8], packet: &mut [u8]) {
+    if raw.first().is_none_or(|flags| flags & NEEDS_CSUM == 0) {
+        return;
+    }
+    let Some(ip) = packet.view::<Ipv4>(0).filter(|ip| ip.protocol() == PROTOCOL_UDP) else { return };
+    let Some(offset) = unfinished::checksum_offset(PROTOCOL_UDP) else { return };
+    let start = ip.header_len() + offset;
+    if let Some(checksum @ [0, 0]) = packet.get_mut(start..start + 2) {
+        checksum.fill(0xff);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -121,5 +139,34 @@ mod tests {
         for packet in [&finished[..], &fragment, &icmp, short, &bad_offset, &[]] {
             assert_eq!(header(packet, 1472).flags, 0);
         }
+    }
+
+    #[test]
+    fn only_a_completed_udp_checksum_of_zero_becomes_all_ones() {
+        let with = |protocol, checksum: u8| {
+            let mut packet = partial_tcp(100, 0);
+            packet[9] = protocol;
+            packet[26..28].fill(checksum);
+            packet[36..38].fill(checksum);
+            packet
+        };
+        let cases = [
+            ("completed to zero", NEEDS_CSUM, PROTOCOL_UDP, 0, true),
+            ("the sender's zero", 0, PROTOCOL_UDP, 0, false),
+            ("another sum", NEEDS_CSUM, PROTOCOL_UDP, 1, false),
+            ("TCP", NEEDS_CSUM, PROTOCOL_TCP, 0, false),
+        ];
+        for (name, flags, protocol, checksum, is_changed) in cases {
+            let raw = bytemuck::bytes_of(&VirtioHeader { flags, ..VirtioHeader::default() }).to_vec();
+            let mut packet = with(protocol, checksum);
+            let mut expected = packet.clone();
+            if is_changed {
+                expected[26..28].fill(0xff);
+            }
+            keep_udp_checksum(&raw, &mut packet);
+            assert_eq!(packet, expected, "{name}");
+        }
+        keep_udp_checksum(&[NEEDS_CSUM], &mut with(PROTOCOL_UDP, 0)[..27]);
+        keep_udp_checksum(&[], &mut []);
     }
 }
