@@ -220,6 +220,25 @@ impl UnderlayValue {
     }
 }
 
+/// A container of this host, by its address: the entries of the map `ENDPOINTS`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Endpoint {
+    /// The host's device that leads to it and to nothing else: its veth, also where that is the port of a bridge.
+    pub ifindex: u32,
+    /// Its hardware address.
+    pub mac: [u8; 6],
+    /// The hardware address of its gateway: of the bridge or of the veth.
+    pub gateway_mac: [u8; 6],
+    /// [`Endpoint::PEER`].
+    pub flags: u32,
+}
+
+impl Endpoint {
+    /// The device is one end of a veth pair whose other end is in another network namespace: packets are handed to that end.
+    pub const PEER: u32 = 1;
+}
+
 /// Counters of one CPU: the one entry of the per-CPU map `COUNTERS`. Packets are counted as the kernel hands them over:
 /// a super-packet of many segments (GSO, GRO) counts once. Bytes are those of the inner packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
