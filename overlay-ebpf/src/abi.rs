@@ -14,6 +14,9 @@ pub const MAX_ROUTES: u32 = 65536;
 /// XDP, changes: agents and programs of different versions must not share maps. It is part of the path of pinned objects.
 pub const ABI_VERSION: u16 = 3;
 
+/// Most containers of this host that the programs know.
+pub const MAX_ENDPOINTS: u32 = 16384;
+
 /// Most devices that carry outer packets.
 pub const MAX_UNDERLAYS: u32 = 64;
 
@@ -252,6 +255,10 @@ pub struct Counters {
     pub ingress_packets: u64,
     /// Their bytes.
     pub ingress_bytes: u64,
+    /// Of the encapsulated packets, those that came straight from a container.
+    pub egress_bypass_packets: u64,
+    /// Of the decapsulated packets, those that went straight to a container.
+    pub ingress_bypass_packets: u64,
     /// Packets handed to the slow path, by [`PuntReason::index`].
     pub punts: [u64; PuntReason::COUNT],
     /// Packets discarded, by [`DropReason::index`].
@@ -265,6 +272,8 @@ impl Counters {
         egress_bytes: 0,
         ingress_packets: 0,
         ingress_bytes: 0,
+        egress_bypass_packets: 0,
+        ingress_bypass_packets: 0,
         punts: [0; PuntReason::COUNT],
         drops: [0; DropReason::COUNT],
     };
@@ -292,6 +301,8 @@ impl Counters {
         sum(&mut self.egress_bytes, other.egress_bytes);
         sum(&mut self.ingress_packets, other.ingress_packets);
         sum(&mut self.ingress_bytes, other.ingress_bytes);
+        sum(&mut self.egress_bypass_packets, other.egress_bypass_packets);
+        sum(&mut self.ingress_bypass_packets, other.ingress_bypass_packets);
         self.punts.iter_mut().zip(other.punts).for_each(|(into, from)| sum(into, from));
         self.drops.iter_mut().zip(other.drops).for_each(|(into, from)| sum(into, from));
     }

@@ -6,7 +6,7 @@
 //!
 //! Reading order: [`checksum`], [`wire`] (typed header views), [`reason`] (why a packet is dropped or punted), [`abi`] (types in
 //! shared maps), [`route`] (the lookup trait), [`source`] (source validation), [`entropy`] (the outer source port), [`inner`],
-//! [`hop`], [`unfinished`] (what the kernel left for hardware), [`rejection`] (what senders are told by ICMP), [`verdict`], [`egress`], [`ingress`].
+//! [`hop`], [`bypass`] (what skips the host's stack), [`unfinished`] (what the kernel left for hardware), [`rejection`] (what senders are told by ICMP), [`verdict`], [`egress`], [`ingress`].
 //!
 //! # Panics
 //!
@@ -16,6 +16,7 @@
 #![forbid(unsafe_code)]
 
 pub mod abi;
+pub mod bypass;
 pub mod checksum;
 pub mod egress;
 pub mod entropy;

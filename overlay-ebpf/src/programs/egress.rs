@@ -12,6 +12,7 @@ use aya_ebpf::{
 };
 use overlay_ebpf::{
     egress,
+    hop::Rewrite,
     reason::{DropReason, PuntReason},
     verdict::{EgressVerdict, Encap, Outer},
     wire::{Bytes as _, Ethernet, Ipv4, OVERHEAD},
@@ -33,7 +34,7 @@ const ENCAP_FLAGS: u64 =
 /// Of the transport header, what the core looks at: ports, TCP's data offset, the checksum.
 const TRANSPORT: usize = 18;
 /// Inner headers. More is pulled only for packets with IP options: pulling rearranges the buffer.
-const HEADERS: usize = Ipv4::LEN + TRANSPORT;
+pub(super) const HEADERS: usize = Ipv4::LEN + TRANSPORT;
 
 /// `EALREADY`: the kernel allows one level of encapsulation per socket buffer.
 const EALREADY: i64 = 114;
@@ -53,7 +54,7 @@ pub(super) fn run<const LINK: usize>(ctx: &TcContext) -> i32 {
     }
     let len = ctx.len() as usize - LINK;
     match egress::decide(&Packet::of_skb(ctx), LINK, len, memory::gso_size(ctx), config, &RouteMap) {
-        EgressVerdict::Encap(encap) => redirect::<LINK>(ctx, &encap, len),
+        EgressVerdict::Encap(encap) => redirect::<LINK>(ctx, &encap, len, false),
         EgressVerdict::SlowEncap(reason, _) => punt(reason),
         EgressVerdict::Fragment(_) => punt(PuntReason::PathMtu),
         EgressVerdict::TooLong => punt(PuntReason::TooLong),
@@ -62,9 +63,10 @@ pub(super) fn run<const LINK: usize>(ctx: &TcContext) -> i32 {
     }
 }
 
-/// Encapsulates the packet and hands it to the underlay, where the kernel resolves the neighbour as for any routed packet.
+/// Encapsulates the packet and hands it to the underlay, where the kernel resolves the neighbour as for any routed packet. With
+/// `bypass`, it comes from a container, and this is its hop through the host's stack, too.
 #[inline(always)]
-fn redirect<const LINK: usize>(ctx: &TcContext, encap: &Encap, len: usize) -> i32 {
+pub(super) fn redirect<const LINK: usize>(ctx: &TcContext, encap: &Encap, len: usize, bypass: bool) -> i32 {
     match ctx.adjust_room(OVERHEAD as i32, BPF_ADJ_ROOM_MAC, ENCAP_FLAGS) {
         Ok(()) => {}
         Err(error) if error == -EALREADY => return punt(PuntReason::AlreadyEncapsulated),
@@ -81,13 +83,16 @@ fn redirect<const LINK: usize>(ctx: &TcContext, encap: &Encap, len: usize) -> i3
             return discard(DropReason::EncapFailed);
         }
     }
-    if write_headers(ctx, encap).is_none() {
+    if write_headers(ctx, encap, bypass).is_none() {
         log_failure!(ctx, "egress: the packet has no room for the headers that were added");
         return discard(DropReason::EncapFailed);
     }
     maps::count(|counters| {
         counters.egress_packets += 1;
         counters.egress_bytes += len as u64;
+        if bypass {
+            counters.egress_bypass_packets += 1;
+        }
     });
     // SAFETY: no parameters: the kernel looks up the next hop of the outer destination itself.
     unsafe { bpf_redirect_neigh(encap.next_hop.ifindex, core::ptr::null_mut(), 0, 0) as i32 }
@@ -95,9 +100,13 @@ fn redirect<const LINK: usize>(ctx: &TcContext, encap: &Encap, len: usize) -> i3
 
 /// Writes the new headers into the room that was made for them. `None` when it is not there.
 #[inline(always)]
-fn write_headers(ctx: &TcContext, encap: &Encap) -> Option<()> {
+fn write_headers(ctx: &TcContext, encap: &Encap, bypass: bool) -> Option<()> {
     let mut packet = Packet::of_skb(ctx);
-    encap.rewrite.apply(packet.view_mut::<Ipv4>(Ethernet::LEN + OVERHEAD)?);
+    let inner = packet.view_mut::<Ipv4>(Ethernet::LEN + OVERHEAD)?;
+    encap.rewrite.apply(inner);
+    if bypass {
+        Rewrite::next_hop(inner, inner.tos()).apply(inner);
+    }
     *packet.view_mut::<Outer>(Ethernet::LEN)? = encap.outer;
     *packet.view_mut::<Ethernet>(0)? = Ethernet::UNRESOLVED_IPV4;
     Some(())

@@ -3,12 +3,14 @@
 
 use aya_ebpf::{
     bindings::{BPF_F_ADJ_ROOM_FIXED_GSO, BPF_F_INGRESS, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC},
-    helpers::bpf_redirect,
+    helpers::{bpf_redirect, bpf_redirect_peer},
     programs::TcContext,
 };
 use bytemuck::Zeroable as _;
 use overlay_ebpf::{
-    abi::{Config, Mark},
+    abi::{Config, Endpoint, Mark},
+    bypass::{self, Bypass},
+    hop::Rewrite,
     ingress::{self, INNER_OFFSET},
     reason::{DropReason, PuntReason},
     verdict::{Decap, IngressVerdict},
@@ -37,7 +39,7 @@ pub(super) fn run(ctx: &TcContext) -> i32 {
     };
     let is_decapped = take_mark(ctx, config.mark());
     match (is_decapped, has_vlan_tag(ctx)) {
-        (true, false) => return deliver(config),
+        (true, false) => return deliver_decapped(ctx, config),
         // A frame of another network, which may use our address; its outer headers are gone.
         (true, true) => return discard(DropReason::VlanTagged),
         (false, true) => return TO_THE_SLOW_PATH,
@@ -97,7 +99,42 @@ fn decapsulate(ctx: &TcContext, config: &Config, decap: &Decap) -> i32 {
     };
     decap.rewrite.apply(inner);
     maps::count_ingress(decap.inner_len);
-    deliver(config)
+    match hand_over(&mut packet) {
+        Some(action) => action,
+        None => deliver(config),
+    }
+}
+
+/// Delivers a packet that XDP decapsulated.
+#[inline(always)]
+fn deliver_decapped(ctx: &TcContext, config: &Config) -> i32 {
+    match maps::bypasses(Bypass::Off) {
+        true => deliver(config),
+        false => {
+            memory::pull_headers(ctx, Ethernet::LEN + Ipv4::LEN);
+            hand_over(&mut Packet::of_skb(ctx)).unwrap_or_else(|| deliver(config))
+        }
+    }
+}
+
+/// Hands a decapsulated packet to the container that it is for, past the host's stack, if that is possible: this is then its hop
+/// through the stack, too.
+#[inline(always)]
+fn hand_over(packet: &mut Packet) -> Option<i32> {
+    if maps::bypasses(Bypass::Off) {
+        return None;
+    }
+    let inner = packet.view_mut::<Ipv4>(Ethernet::LEN)?;
+    let endpoint = bypass::enters_container(inner, inner.ttl(), &maps::EndpointMap)?;
+    Rewrite::next_hop(inner, inner.tos()).apply(inner);
+    *packet.view_mut::<Ethernet>(0)? = Ethernet::ipv4(endpoint.mac, endpoint.gateway_mac);
+    maps::count(|counters| counters.ingress_bypass_packets += 1);
+    // SAFETY: helpers without pointers.
+    let action = match endpoint.flags & Endpoint::PEER {
+        0 => unsafe { bpf_redirect(endpoint.ifindex, 0) },
+        _ => unsafe { bpf_redirect_peer(endpoint.ifindex, 0) },
+    };
+    Some(action as i32)
 }
 
 /// Delivers the packet through the ingress of the overlay device, like one that the agent writes there.

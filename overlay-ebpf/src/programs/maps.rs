@@ -2,12 +2,14 @@
 #![allow(unsafe_code, reason = "map entries are shared with other CPUs and with the agent")]
 
 use aya_ebpf::{
+    bindings::BPF_F_NO_PREALLOC,
     helpers::bpf_ktime_get_ns,
     macros::map,
     maps::{Array, HashMap, LpmTrie, PerCpuArray, lpm_trie::Key},
 };
 use overlay_ebpf::{
-    abi::{Config, Counters, MAX_ROUTES, MAX_UNDERLAYS, NextHop, UnderlayValue},
+    abi::{Config, Counters, Endpoint, MAX_ENDPOINTS, MAX_ROUTES, MAX_UNDERLAYS, NextHop, UnderlayValue},
+    bypass::{Bypass, Endpoints},
     rejection::Rejection,
     route::Routes,
 };
@@ -21,6 +23,10 @@ static ROUTES: LpmTrie<[u8; 4], NextHop> = LpmTrie::with_max_entries(MAX_ROUTES,
 #[map]
 static UNDERLAYS: HashMap<u32, UnderlayValue> = HashMap::with_max_entries(MAX_UNDERLAYS, 0);
 
+/// Not preallocated: a program may still read an entry that was removed, and must not find another container's in it.
+#[map]
+static ENDPOINTS: HashMap<[u8; 4], Endpoint> = HashMap::with_max_entries(MAX_ENDPOINTS, BPF_F_NO_PREALLOC);
+
 #[map]
 static COUNTERS: PerCpuArray<Counters> = PerCpuArray::with_max_entries(1, 0);
 
@@ -31,6 +37,17 @@ static LAST_LINE: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 /// Whether failures are logged. Set by the loader, constant for the verifier, which removes the logging code if it is 0.
 #[unsafe(no_mangle)]
 static LOG_FAILURES: u32 = 0;
+
+/// The [`Bypass`]. Set by the loader, constant for the verifier, which removes the code of the others.
+#[unsafe(no_mangle)]
+static BYPASS: u32 = Bypass::Off as u32;
+
+/// Whether this is the loader's choice.
+#[inline(always)]
+pub(super) fn bypasses(which: Bypass) -> bool {
+    // SAFETY: a static; volatile because the loader writes it where the compiler cannot see.
+    unsafe { core::ptr::read_volatile(&raw const BYPASS) == which as u32 }
+}
 
 /// Shortest time between two lines of one CPU, in nanoseconds.
 const LINE_INTERVAL: u64 = 100_000_000;
@@ -86,6 +103,18 @@ impl Routes for RouteMap {
     #[inline(always)]
     fn next_hop(&self, address: [u8; 4]) -> Option<NextHop> {
         ROUTES.get(Key::new(32, address)).copied()
+    }
+}
+
+/// The kernel's map of containers, for the packet core.
+pub(super) struct EndpointMap;
+
+impl Endpoints for EndpointMap {
+    #[inline(always)]
+    fn endpoint(&self, address: [u8; 4]) -> Option<Endpoint> {
+        let endpoint = ENDPOINTS.get_ptr(address)?;
+        // SAFETY: the kernel replaces entries and writes into none that a program may see.
+        Some(unsafe { *endpoint })
     }
 }
 

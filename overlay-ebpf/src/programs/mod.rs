@@ -2,6 +2,7 @@
 #![allow(unsafe_code, reason = "the kernel finds programs, maps and licence by exported symbols")]
 
 mod egress;
+mod from_local;
 mod ingress;
 mod log;
 mod maps;
@@ -35,6 +36,12 @@ fn ovl_egress_ethernet(ctx: TcContext) -> i32 {
 #[classifier]
 fn ovl_ingress(ctx: TcContext) -> i32 {
     ingress::run(&ctx)
+}
+
+/// tcx or clsact ingress of a device that leads to a container: encapsulates at once what the host's stack need not see.
+#[classifier]
+fn ovl_from_local(ctx: TcContext) -> i32 {
+    from_local::run(&ctx)
 }
 
 /// Native XDP of the underlay: decapsulates packets before the kernel allocates a socket buffer.

@@ -26,6 +26,28 @@ impl Ethernet {
         [a, b, c, d, e, f] == own || a & 1 == 1
     }
 
+    /// A header with these addresses that announces IPv4.
+    #[inline(always)]
+    pub fn ipv4(destination: [u8; 6], source: [u8; 6]) -> Self {
+        let [a, b, c, d, e, f] = destination;
+        let [g, h, i, j, k, l] = source;
+        Self([a, b, c, d, e, f, g, h, i, j, k, l, 0x08, 0x00])
+    }
+
+    /// Whether the destination is exactly this address.
+    #[inline(always)]
+    pub fn is_to(&self, address: [u8; 6]) -> bool {
+        let [a, b, c, d, e, f, ..] = self.0;
+        [a, b, c, d, e, f] == address
+    }
+
+    /// Whether the source is this address.
+    #[inline(always)]
+    pub fn is_from(&self, address: [u8; 6]) -> bool {
+        let [_, _, _, _, _, _, a, b, c, d, e, f, _, _] = self.0;
+        [a, b, c, d, e, f] == address
+    }
+
     /// EtherType, host byte order.
     #[inline(always)]
     pub fn ethertype(&self) -> u16 {
