@@ -17,6 +17,7 @@ mod membership;
 mod next_hops;
 mod notifier;
 mod options;
+mod retry;
 mod start;
 mod status;
 mod sysctl;
