@@ -37,6 +37,9 @@ pub(crate) struct Status {
     pub(crate) egress: Option<Choice>,
     /// Rung of outer packets that arrive.
     pub(crate) ingress: Option<Choice>,
+    /// What skips the host's stack.
+    #[serde(default)]
+    pub(crate) bypass: Option<Bypass>,
     /// Number of routes to peers.
     pub(crate) routes: usize,
     pub(crate) store: Store,
@@ -54,6 +57,21 @@ impl Status {
             ..Self::default()
         }
     }
+}
+
+/// The bypass of the host's stack.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Bypass {
+    /// `off`, `flows` or `all`, as it is, which may be less than was asked for.
+    pub(crate) mode: String,
+    /// Why it is that one.
+    pub(crate) why: String,
+    /// Devices of containers with programs.
+    pub(crate) devices: usize,
+    /// Containers that the programs know.
+    pub(crate) containers: usize,
+    /// What is left to the host's stack, and why.
+    pub(crate) skipped: Vec<String>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -118,6 +136,8 @@ impl From<PathCounters> for CounterList {
             ("egress_fast_bytes", fast.egress_bytes),
             ("ingress_fast_packets", fast.ingress_packets),
             ("ingress_fast_bytes", fast.ingress_bytes),
+            ("egress_bypass_packets", fast.egress_bypass_packets),
+            ("ingress_bypass_packets", fast.ingress_bypass_packets),
             ("egress_slow_packets", slow.egress_packets),
             ("egress_slow_bytes", slow.egress_bytes),
             ("ingress_slow_packets", slow.ingress_packets),

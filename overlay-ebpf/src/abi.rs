@@ -17,6 +17,12 @@ pub const ABI_VERSION: u16 = 3;
 /// Most containers of this host that the programs know.
 pub const MAX_ENDPOINTS: u32 = 16384;
 
+/// Most flows that the programs remember, each direction of a connection being one.
+pub const MAX_FLOWS: u32 = 65536;
+
+/// Size in bytes of the ring buffer for questions to the agent.
+pub const QUESTION_BYTES: u32 = 65536;
+
 /// Most devices that carry outer packets.
 pub const MAX_UNDERLAYS: u32 = 64;
 

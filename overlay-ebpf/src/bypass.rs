@@ -50,10 +50,10 @@ pub fn leaves_container(
 }
 
 /// The container to which a decapsulated packet with the inner `header` can be handed at once, `None` when the stack has to
-/// forward it. `ttl` is its TTL behind the overlay.
+/// forward it.
 #[inline(always)]
-pub fn enters_container(header: &Ipv4, ttl: u8, endpoints: &impl Endpoints) -> Option<Endpoint> {
-    if header.header_len() != Ipv4::LEN || ttl <= 1 {
+pub fn enters_container(header: &Ipv4, endpoints: &impl Endpoints) -> Option<Endpoint> {
+    if header.header_len() != Ipv4::LEN || header.ttl() <= 1 {
         return None;
     }
     endpoints.endpoint(header.destination())

@@ -6,7 +6,7 @@
 //!
 //! Reading order: [`checksum`], [`wire`] (typed header views), [`reason`] (why a packet is dropped or punted), [`abi`] (types in
 //! shared maps), [`route`] (the lookup trait), [`source`] (source validation), [`entropy`] (the outer source port), [`inner`],
-//! [`hop`], [`bypass`] (what skips the host's stack), [`unfinished`] (what the kernel left for hardware), [`rejection`] (what senders are told by ICMP), [`verdict`], [`egress`], [`ingress`].
+//! [`hop`], [`bypass`] (what skips the host's stack), [`flow`], [`unfinished`] (what the kernel left for hardware), [`rejection`] (what senders are told by ICMP), [`verdict`], [`egress`], [`ingress`].
 //!
 //! # Panics
 //!
@@ -20,6 +20,7 @@ pub mod bypass;
 pub mod checksum;
 pub mod egress;
 pub mod entropy;
+pub mod flow;
 pub mod hop;
 pub mod ingress;
 pub mod inner;

@@ -44,6 +44,8 @@ pub(super) enum Condition {
     Paths,
     /// Devices that carry outer packets, but the first.
     OtherUnderlays,
+    /// Containers whose packets take the host's stack although they should bypass it.
+    Bypass,
     /// Firewall rules and the blackhole route.
     Firewall,
     /// Rules that keep containers from sending what peers take for packets of this host.

@@ -24,6 +24,7 @@ use super::{
     retry::Retry,
 };
 use crate::{
+    containers::Containers,
     datapath::{Choice, Datapath, Desired, UnderlayDevice},
     device::{DeviceAlias, DeviceSpec},
     icmp::{Problem, Report},
@@ -53,9 +54,11 @@ pub(super) struct Forwarding {
     pub(super) spec: DeviceSpec,
     /// The device with this host's address. Others come with the paths of peers.
     underlay: UnderlayDevice,
-    netlink: Netlink,
+    pub(super) netlink: Netlink,
     pub(super) next_hops: NextHopTable,
-    options: Options,
+    pub(super) options: Options,
+    /// For the bypass.
+    pub(super) containers: Containers,
     /// Whether a snapshot of the records was seen: from then on, no route is missing.
     has_snapshot: bool,
     /// Whether the last reconciliation succeeded, and nothing has failed since.
@@ -91,6 +94,7 @@ impl Forwarding {
             netlink: netlink.clone(),
             next_hops: NextHopTable::new(underlay.local_ip, port)?,
             options: options.clone(),
+            containers: Containers::default(),
             has_snapshot: false,
             up: false,
             retry: Retry::default(),
@@ -126,6 +130,9 @@ impl Forwarding {
     }
 
     async fn reconcile_datapath(&mut self) -> Result<()> {
+        if let Err(error) = self.find_containers().await {
+            debug!("look for containers: {error:#}");
+        }
         let underlays = self.underlays();
         self.spec.alias.underlays = underlays.iter().map(|device| device.link.name.clone()).collect();
         let desired = Desired {
@@ -136,6 +143,8 @@ impl Forwarding {
                 && self.next_hops.has_policies(),
             request: self.options.datapath,
             tc_attach: self.options.tc_attach,
+            bypass: self.options.bypass.into(),
+            containers: &self.containers,
             routes: self.next_hops.hops(),
             log: self.options.datapath_log,
         };
@@ -152,6 +161,7 @@ impl Forwarding {
         self.conditions.update(Condition::Diversion, sentence(report.diverted.into_iter()));
         self.conditions.update(Condition::OtherUnderlays, sentence(report.refused.into_iter()));
         self.set_routes_behind(report.routes_behind);
+        self.conditions.update(Condition::Bypass, sentence(report.no_bypass.into_iter()));
         let slow = self.datapath.missing_capabilities().map(|missing| {
             format!("every packet takes the slow path, on the tun rung: {missing}, or choose --datapath tun")
         });
@@ -160,7 +170,7 @@ impl Forwarding {
     }
 
     /// The devices that carry outer packets, that with this host's address first.
-    fn underlays(&self) -> Vec<UnderlayDevice> {
+    pub(super) fn underlays(&self) -> Vec<UnderlayDevice> {
         let first = self.underlay.clone();
         let others = self.next_hops.devices().filter(|link| link.index != first.link.index);
         let others: Vec<_> = others
@@ -495,7 +505,7 @@ async fn sleep_until_some(at: Option<Instant>) {
 }
 
 /// The first problems of one kind, and the number of the others.
-fn sentence(problems: impl Iterator<Item = String>) -> Option<String> {
+pub(super) fn sentence(problems: impl Iterator<Item = String>) -> Option<String> {
     let all: Vec<_> = problems.collect();
     let (shown, rest) = all.split_at(all.len().min(NAMED));
     let more = (!rest.is_empty()).then(|| format!("and {} more", rest.len()));

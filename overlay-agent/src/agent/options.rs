@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use ipnet::Ipv4Net;
 
 use crate::{
-    datapath::{Policy, Request, ebpf::TcAttach},
+    datapath::{BypassRequest, Policy, Request, ebpf::TcAttach},
     route::{Routes, Subnet},
     store::etcd::{EtcdOptions, RENEW_MARGIN},
     underlay,
@@ -45,6 +45,10 @@ pub struct Options {
     pub datapath_log: bool,
     /// Choices that the packet core follows.
     pub policy: Policy,
+    /// Which packets skip the host's stack.
+    pub bypass: BypassRequest,
+    /// Names of the devices that lead to containers, where not those that the subnet's routes and addresses show.
+    pub container_ifaces: Vec<String>,
     /// How tc programs are attached.
     pub tc_attach: TcAttach,
     /// Path of `subnet.env`.

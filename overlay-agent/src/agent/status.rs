@@ -83,6 +83,7 @@ impl Agent {
             slow_routes: self.forwarding.next_hops.slow_routes(),
             egress,
             ingress,
+            bypass: self.running.then(|| self.forwarding.bypass()),
             routes: self.forwarding.table.routes().len(),
             store: report::Store {
                 name: self.membership.store_name(),

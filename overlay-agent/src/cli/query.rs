@@ -14,7 +14,7 @@ use super::{Output, QueryArgs};
 use crate::{
     control::{self, Query, Responses},
     datapath::KernelDrops,
-    report::{CounterList, RouteList, Status},
+    report::{self, Bypass, CounterList, RouteList, Status},
 };
 
 /// Prints the answer to a query, as JSON or by `text`.
@@ -94,6 +94,7 @@ pub(super) fn status(status: &Status) -> String {
         ("other underlay devices", other_underlays),
         ("egress", status.egress.as_ref().map(rung)),
         ("ingress", status.ingress.as_ref().map(rung)),
+        ("bypass", status.bypass.as_ref().map(bypass)),
         ("routes", Some(routes)),
         ("store", Some(store)),
         ("packets dropped", Some(status.drops.to_string())),
@@ -104,6 +105,16 @@ pub(super) fn status(status: &Status) -> String {
         }
     }
     table.to_string()
+}
+
+fn bypass(bypass: &report::Bypass) -> String {
+    let Bypass { mode, why, devices, containers, skipped } = bypass;
+    let size = match mode.as_str() {
+        "off" => String::new(),
+        _ => format!(", {containers} containers behind {devices} devices"),
+    };
+    let skipped: String = skipped.iter().map(|why| format!("; {why}")).collect();
+    format!("{mode} ({why}){size}{skipped}")
 }
 
 pub(super) fn routes(list: &RouteList) -> String {

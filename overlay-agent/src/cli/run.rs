@@ -13,7 +13,7 @@ use tracing_subscriber::EnvFilter;
 use super::{AgentArgs, host_args::HostArgs, store_args::StoreArgs, underlay_args::UnderlayArgs};
 use crate::{
     agent::{self, Options, StoreOption},
-    datapath::{Policy, Request, ebpf::TcAttach},
+    datapath::{BypassRequest, Policy, Request, ebpf::TcAttach},
     route::{Peer, Routes, Subnet, SubnetError},
 };
 
@@ -38,6 +38,13 @@ pub(super) struct RunArgs {
     /// Datapath of both directions
     #[arg(long, env = "OVERLAY_AGENT_DATAPATH", value_enum, default_value_t)]
     datapath: Request,
+    /// Which packets between containers and peers skip the host's stack, on the eBPF rungs
+    #[arg(long, env = "OVERLAY_AGENT_BYPASS", value_enum, default_value_t)]
+    bypass: BypassRequest,
+    /// Device that leads to containers, for --bypass: a bridge, or a veth; may be repeated, and end with `*` [default: those of
+    /// the subnet's gateway address and of routes inside the subnet]
+    #[arg(long = "container-iface", value_name = "NAME")]
+    container_ifaces: Vec<String>,
     /// Attachment of tc programs
     #[arg(long, env = "OVERLAY_AGENT_TC_ATTACH", value_enum, default_value_t)]
     tc_attach: TcAttach,
@@ -164,6 +171,8 @@ impl RunArgs {
             device: self.agent.device,
             port: self.port,
             datapath: self.datapath,
+            bypass: self.bypass,
+            container_ifaces: self.container_ifaces,
             tc_attach: self.tc_attach,
             policy: Policy { tos: self.dscp, source_check: self.source_check.into() },
             datapath_log: self.datapath_log,

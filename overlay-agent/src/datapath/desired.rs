@@ -2,11 +2,15 @@
 
 use anyhow::{Context as _, Result};
 use clap::ValueEnum as _;
-use overlay_ebpf::abi::{Config, Counters, SourceCheck, TosRule};
+use overlay_ebpf::{
+    abi::{Config, Counters, SourceCheck, TosRule},
+    bypass::Bypass,
+};
 use serde::{Deserialize, Serialize};
 
 use super::{KernelDrops, ebpf::TcAttach, plan::Plan};
 use crate::{
+    containers::Containers,
     device::DeviceSpec,
     netlink::Link,
     route::{NextHops, abi_prefix},
@@ -73,6 +77,29 @@ pub struct Policy {
     pub source_check: SourceCheck,
 }
 
+/// What `--bypass` asks for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum BypassRequest {
+    /// Every packet takes the host's stack
+    #[default]
+    Off,
+    /// Packets of flows that the host's stack lets through unchanged skip it; one packet of each flow and second checks that it still
+    /// does
+    Flows,
+    /// All packets between containers and peers skip the host's stack: its firewall, NAT and connection tracking
+    All,
+}
+
+impl From<BypassRequest> for Bypass {
+    fn from(request: BypassRequest) -> Self {
+        match request {
+            BypassRequest::Off => Self::Off,
+            BypassRequest::Flows => Self::Flows,
+            BypassRequest::All => Self::All,
+        }
+    }
+}
+
 /// What a datapath should be.
 #[derive(Clone, Copy, Debug)]
 pub struct Desired<'a> {
@@ -89,6 +116,10 @@ pub struct Desired<'a> {
     pub request: Request,
     /// How tc programs are attached.
     pub tc_attach: TcAttach,
+    /// Which packets skip the host's stack.
+    pub bypass: Bypass,
+    /// The containers of this host, for the bypass.
+    pub containers: &'a Containers,
     /// Where packets go.
     pub routes: &'a NextHops,
     /// Whether the eBPF programs log failures.
@@ -114,6 +145,7 @@ impl Desired<'_> {
             mode: self.tc_attach.mode(self.device.alias.port),
             underlays: self.underlays.iter().map(|underlay| underlay.link.identity()).collect(),
             overlay_ifindex,
+            bypass: self.bypass,
             log: self.log,
         }
     }
@@ -131,6 +163,8 @@ pub struct Report {
     /// Why the kernel's map lacks routes that the slow path has. [`super::Datapath::apply_routes`] and the next
     /// reconciliation try again.
     pub routes_behind: Option<String>,
+    /// Why packets of a container take the host's stack although they should bypass it.
+    pub no_bypass: Vec<String>,
     /// What of other programs keeps packets for peers away from the overlay device, with the remedy.
     pub diverted: Vec<String>,
 }

@@ -13,10 +13,12 @@ use super::{
         overlay_set::{EGRESS, INGRESS, XDP},
         self_test,
     },
+    local::LocalPrograms,
     plan::{Plan, Refusals, Step, next_step},
 };
 use crate::{
     capabilities,
+    containers::Containers,
     netlink::{Link, Netlink, device_name},
     route::{NextHops, RouteChange},
 };
@@ -31,6 +33,8 @@ pub(super) struct FastPath {
     netlink: Netlink,
     /// XDP first: dropped from the front.
     attachments: Vec<Attachment>,
+    /// On the devices of containers.
+    local: LocalPrograms,
     set: Option<OverlaySet>,
     /// The configuration that was written.
     config: Option<Config>,
@@ -53,6 +57,7 @@ impl FastPath {
             ingress: choice,
             netlink,
             attachments: Vec::new(),
+            local: LocalPrograms::default(),
             set: None,
             config: None,
             plan: None,
@@ -95,7 +100,8 @@ impl FastPath {
         if self.plan.as_ref() != Some(&plan) {
             (self.refusals, self.missing) = (Refusals::default(), None);
             // A constant of the programs: others are needed.
-            if self.plan.as_ref().is_some_and(|before| before.log != plan.log) {
+            let constants = |plan: &Plan| (plan.log, plan.bypass);
+            if self.plan.as_ref().is_some_and(|before| constants(before) != constants(&plan)) {
                 self.unload();
             }
             self.plan = Some(plan.clone());
@@ -159,7 +165,7 @@ impl FastPath {
         }
         let object = object()?;
         capabilities::check(capabilities::EBPF)?;
-        let mut set = OverlaySet::load(object, plan.log)?;
+        let mut set = OverlaySet::load(object, plan.bypass, plan.log)?;
         for hook in [EGRESS, INGRESS] {
             set.programs.load_program(hook)?;
         }
@@ -224,7 +230,24 @@ impl FastPath {
                 return false;
             }
         }
-        true
+        self.local.is_attached(&self.netlink, set).await
+    }
+
+    /// Makes the map of containers and the programs on their devices what `containers` says. Fails when the kernel refuses an update
+    /// of the map.
+    pub(super) async fn set_containers(
+        &mut self,
+        containers: &Containers,
+        report: &mut Report,
+    ) -> Result<()> {
+        let (Some(set), Some(plan)) = (&mut self.set, &self.plan) else { return Ok(()) };
+        let targets = plan.local_targets(containers, &self.refusals);
+        self.local.reconcile(&self.netlink, set, containers, &targets, report).await
+    }
+
+    /// The bypass as it is.
+    pub(super) fn bypass(&self) -> &LocalPrograms {
+        &self.local
     }
 
     async fn attach(&mut self, target: Target) -> Result<()> {
@@ -266,6 +289,7 @@ impl FastPath {
 
     /// Detaches all programs, XDP first, and closes their maps.
     pub(super) fn unload(&mut self) {
+        self.local.detach();
         self.attachments.clear();
         match self.counters() {
             Ok(counters) => self.counted = counters,

@@ -5,11 +5,14 @@ mod desired;
 mod diversion;
 pub mod ebpf;
 mod fast;
+mod local;
 mod losses;
 mod plan;
 pub mod tun;
 
-pub use desired::{Choice, Desired, PathCounters, Policy, Report, Request, Rung, UnderlayDevice};
+pub use desired::{
+    BypassRequest, Choice, Desired, PathCounters, Policy, Report, Request, Rung, UnderlayDevice,
+};
 pub use losses::KernelDrops;
 
 use std::{
@@ -25,6 +28,7 @@ use tun::{Endpoint, Settings, SlowCounters, Socket, TunRung};
 
 use crate::{
     capabilities::Missing,
+    containers::Containers,
     device::{self, DeviceSpec, OverlayDevice},
     icmp::Answers,
     netlink::{Netlink, Route},
@@ -96,6 +100,7 @@ impl Datapath {
         // Replaced sockets are closed with the settings that had them.
         self.sockets = sockets;
         self.fast.reconcile(desired.plan(ifindex), &config, desired.routes, &mut report).await?;
+        self.fast.set_containers(desired.containers, &mut report).await?;
         let found =
             diversion::find(&self.netlink, &others_routes, ifindex, desired.device, desired.routes).await;
         // The next check is not far.
@@ -170,6 +175,18 @@ impl Datapath {
             rung.apply_routes(changes);
         }
         self.fast.apply_routes(changes, routes)
+    }
+
+    /// Makes the bypass what `containers` says. Fails when the kernel refuses an update of its map.
+    pub(crate) async fn set_containers(&mut self, containers: &Containers) -> Result<Report> {
+        let mut report = Report::default();
+        self.fast.set_containers(containers, &mut report).await?;
+        Ok(report)
+    }
+
+    /// How many devices and containers the bypass has.
+    pub(crate) fn bypassed(&self) -> (usize, usize) {
+        self.fast.bypass().size()
     }
 
     /// The peer to which the slow path sends packets for an overlay address.

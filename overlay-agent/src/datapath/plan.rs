@@ -1,13 +1,15 @@
 //! Which programs should be attached where, and the steps from what is attached to that. Pure.
 
+use overlay_ebpf::bypass::Bypass;
+
 use super::{
     Choice, Request, Rung,
     ebpf::{
         Hook, Target, TcMode,
-        overlay_set::{EGRESS, INGRESS, XDP},
+        overlay_set::{EGRESS, FROM_LOCAL, INGRESS, XDP},
     },
 };
-use crate::netlink::Link;
+use crate::{containers::Containers, netlink::Link};
 
 /// What the programs that should be attached depend on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,6 +18,7 @@ pub(super) struct Plan {
     pub(super) mode: TcMode,
     pub(super) underlays: Vec<Link>,
     pub(super) overlay_ifindex: u32,
+    pub(super) bypass: Bypass,
     pub(super) log: bool,
 }
 
@@ -67,6 +70,14 @@ impl Plan {
             targets.push(self.target(EGRESS, self.overlay_ifindex));
         }
         targets
+    }
+
+    /// The programs on devices of containers that should be attached for the bypass.
+    pub(super) fn local_targets(&self, containers: &Containers, refusals: &Refusals) -> Vec<Target> {
+        if self.bypass == Bypass::Off || self.egress(refusals).rung == Rung::Tun {
+            return Vec::new();
+        }
+        containers.arrivals.keys().map(|index| self.target(FROM_LOCAL, *index)).collect()
     }
 
     /// How inner packets leave.
@@ -147,7 +158,14 @@ mod tests {
             ..Link::ethernet(index, &format!("eth{index}"))
         };
         let underlays = (1..).zip(kinds).map(underlay).collect();
-        Plan { request, mode: TcMode::Tcx, underlays, overlay_ifindex: OVERLAY, log: false }
+        Plan {
+            request,
+            mode: TcMode::Tcx,
+            underlays,
+            overlay_ifindex: OVERLAY,
+            bypass: Bypass::Off,
+            log: false,
+        }
     }
 
     fn target(hook: Hook, ifindex: u32) -> Target {

@@ -11,6 +11,7 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use overlay_ebpf::{
+    bypass::Bypass,
     egress,
     hop::Rewrite,
     reason::{DropReason, PuntReason},
@@ -19,7 +20,7 @@ use overlay_ebpf::{
 };
 
 use super::{
-    TO_THE_SLOW_PATH, discard,
+    TO_THE_SLOW_PATH, discard, flows,
     log::log_failure,
     maps::{self, RouteMap},
     memory::{self, Packet},
@@ -54,12 +55,31 @@ pub(super) fn run<const LINK: usize>(ctx: &TcContext) -> i32 {
     }
     let len = ctx.len() as usize - LINK;
     match egress::decide(&Packet::of_skb(ctx), LINK, len, memory::gso_size(ctx), config, &RouteMap) {
-        EgressVerdict::Encap(encap) => redirect::<LINK>(ctx, &encap, len, false),
+        EgressVerdict::Encap(encap) => {
+            if maps::bypasses(Bypass::Flows) {
+                confirm::<LINK>(ctx);
+            }
+            redirect::<LINK>(ctx, &encap, len, false)
+        }
         EgressVerdict::SlowEncap(reason, _) => punt(reason),
         EgressVerdict::Fragment(_) => punt(PuntReason::PathMtu),
         EgressVerdict::TooLong => punt(PuntReason::TooLong),
         EgressVerdict::Reject(rejection) => reject(rejection),
         EgressVerdict::Drop(reason) => discard(reason),
+    }
+}
+
+/// The host's stack has forwarded this packet: its flow may bypass it, if it arrived as it leaves.
+#[inline(always)]
+fn confirm<const LINK: usize>(ctx: &TcContext) {
+    // SAFETY: the kernel hands the program a valid context.
+    let from = unsafe { (*ctx.skb.skb).ingress_ifindex };
+    let packet = Packet::of_skb(ctx);
+    // 0: it comes from this host.
+    if from != 0
+        && let Some(header) = packet.view::<Ipv4>(LINK)
+    {
+        flows::confirm(ctx, &packet, LINK, header);
     }
 }
 

@@ -3,14 +3,14 @@
 
 use aya_ebpf::programs::TcContext;
 use overlay_ebpf::{
-    bypass,
+    bypass::{self, Bypass},
     egress::decide,
     verdict::EgressVerdict,
     wire::{Bytes as _, Ethernet, Ipv4},
 };
 
 use super::{
-    TO_THE_SLOW_PATH, egress,
+    TO_THE_SLOW_PATH, egress, flows,
     maps::{self, EndpointMap, RouteMap},
     memory::{self, Packet},
 };
@@ -25,12 +25,16 @@ pub(super) fn run(ctx: &TcContext) -> i32 {
     let Some(config) = maps::config() else { return TO_THE_STACK };
     memory::pull_headers(ctx, Ethernet::LEN + egress::HEADERS);
     let packet = Packet::of_skb(ctx);
-    let (Some(ethernet), Some(header)) = (packet.view::<Ethernet>(0), packet.view::<Ipv4>(Ethernet::LEN)) else {
+    let (Some(ethernet), Some(header)) = (packet.view::<Ethernet>(0), packet.view::<Ipv4>(Ethernet::LEN))
+    else {
         return TO_THE_STACK;
     };
     // SAFETY: the kernel hands the program a valid context.
     let (ifindex, vlan) = unsafe { ((*ctx.skb.skb).ifindex, (*ctx.skb.skb).vlan_present) };
     if vlan != 0 || !bypass::leaves_container(ethernet, header, ifindex, config, &EndpointMap) {
+        return TO_THE_STACK;
+    }
+    if maps::bypasses(Bypass::Flows) && !flows::may_bypass(&packet, Ethernet::LEN, header) {
         return TO_THE_STACK;
     }
     let len = ctx.len() as usize - Ethernet::LEN;

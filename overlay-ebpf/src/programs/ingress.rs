@@ -18,7 +18,7 @@ use overlay_ebpf::{
 };
 
 use super::{
-    TO_THE_SLOW_PATH, discard,
+    TO_THE_SLOW_PATH, discard, flows,
     log::log_failure,
     maps::{self, RouteMap},
     memory::{self, Packet},
@@ -111,7 +111,7 @@ fn deliver_decapped(ctx: &TcContext, config: &Config) -> i32 {
     match maps::bypasses(Bypass::Off) {
         true => deliver(config),
         false => {
-            memory::pull_headers(ctx, Ethernet::LEN + Ipv4::LEN);
+            memory::pull_headers(ctx, Ethernet::LEN + super::egress::HEADERS);
             hand_over(&mut Packet::of_skb(ctx)).unwrap_or_else(|| deliver(config))
         }
     }
@@ -124,8 +124,12 @@ fn hand_over(packet: &mut Packet) -> Option<i32> {
     if maps::bypasses(Bypass::Off) {
         return None;
     }
+    let inner = *packet.view::<Ipv4>(Ethernet::LEN)?;
+    let endpoint = bypass::enters_container(&inner, &maps::EndpointMap)?;
+    if maps::bypasses(Bypass::Flows) && !flows::may_bypass(packet, Ethernet::LEN, &inner) {
+        return None;
+    }
     let inner = packet.view_mut::<Ipv4>(Ethernet::LEN)?;
-    let endpoint = bypass::enters_container(inner, inner.ttl(), &maps::EndpointMap)?;
     Rewrite::next_hop(inner, inner.tos()).apply(inner);
     *packet.view_mut::<Ethernet>(0)? = Ethernet::ipv4(endpoint.mac, endpoint.gateway_mac);
     maps::count(|counters| counters.ingress_bypass_packets += 1);

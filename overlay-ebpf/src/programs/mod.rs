@@ -2,11 +2,13 @@
 #![allow(unsafe_code, reason = "the kernel finds programs, maps and licence by exported symbols")]
 
 mod egress;
+mod flows;
 mod from_local;
 mod ingress;
 mod log;
 mod maps;
 mod memory;
+mod to_local;
 mod xdp;
 
 use aya_ebpf::{
@@ -42,6 +44,12 @@ fn ovl_ingress(ctx: TcContext) -> i32 {
 #[classifier]
 fn ovl_from_local(ctx: TcContext) -> i32 {
     from_local::run(&ctx)
+}
+
+/// tcx or clsact egress of a device that leads to containers: observes which flows the host's stack lets through.
+#[classifier]
+fn ovl_to_local(ctx: TcContext) -> i32 {
+    to_local::run(&ctx)
 }
 
 /// Native XDP of the underlay: decapsulates packets before the kernel allocates a socket buffer.

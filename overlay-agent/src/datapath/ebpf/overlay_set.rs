@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, io::ErrorKind, net::Ipv4Addr};
 use anyhow::{Context as _, Result, bail};
 use aya::maps::{Array, HashMap, LpmTrie, MapData, MapError, PerCpuArray, lpm_trie::Key};
 use ipnet::Ipv4Net;
-use overlay_ebpf::abi::{Config, Counters, MAX_ROUTES, NextHop, UnderlayValue};
+use overlay_ebpf::{
+    abi::{Config, Counters, Endpoint, MAX_ENDPOINTS, MAX_ROUTES, NextHop, UnderlayValue},
+    bypass::Bypass,
+};
 
 use super::{Hook, HookKind, ProgramSet};
 use crate::route::{NextHops, Route, RouteChange, Subnet, diff};
@@ -16,6 +19,8 @@ pub const EGRESS: Hook = Hook { program: "ovl_egress", kind: HookKind::TcEgress 
 pub const EGRESS_ETHERNET: Hook = Hook { program: "ovl_egress_ethernet", kind: HookKind::TcEgress };
 /// tc ingress of an underlay device.
 pub const INGRESS: Hook = Hook { program: "ovl_ingress", kind: HookKind::TcIngress };
+/// tc ingress of a device that leads to a container.
+pub const FROM_LOCAL: Hook = Hook { program: "ovl_from_local", kind: HookKind::TcIngress };
 /// XDP of an underlay device; needs [`INGRESS`] behind it.
 pub const XDP: Hook = Hook { program: "ovl_xdp", kind: HookKind::Xdp };
 
@@ -23,10 +28,14 @@ pub const XDP: Hook = Hook { program: "ovl_xdp", kind: HookKind::Xdp };
 type ConfigBytes = [u8; size_of::<Config>()];
 type CountersBytes = [u8; size_of::<Counters>()];
 type NextHopBytes = [u8; size_of::<NextHop>()];
+type EndpointBytes = [u8; size_of::<Endpoint>()];
 type UnderlayBytes = [u8; size_of::<UnderlayValue>()];
 
 /// The underlay devices, by index.
 pub type Underlays = BTreeMap<u32, UnderlayValue>;
+
+/// The containers of this host, by address.
+pub type Endpoints = BTreeMap<Ipv4Addr, Endpoint>;
 
 /// The loaded programs and their maps.
 pub struct OverlaySet {
@@ -35,6 +44,7 @@ pub struct OverlaySet {
     config: Array<MapData, ConfigBytes>,
     route_map: LpmTrie<MapData, [u8; 4], NextHopBytes>,
     underlay_map: HashMap<MapData, u32, UnderlayBytes>,
+    endpoint_map: HashMap<MapData, [u8; 4], EndpointBytes>,
     counters: PerCpuArray<MapData, CountersBytes>,
     /// What was written to the route map.
     routes: NextHops,
@@ -42,12 +52,13 @@ pub struct OverlaySet {
 
 impl OverlaySet {
     /// Loads the maps; see [`ProgramSet::load`].
-    pub fn load(object: &[u8], log: bool) -> Result<Self> {
-        let mut programs = ProgramSet::load("overlay", object, log)?;
+    pub fn load(object: &[u8], bypass: Bypass, log: bool) -> Result<Self> {
+        let mut programs = ProgramSet::load("overlay", object, &[("BYPASS", bypass as u32)], log)?;
         Ok(Self {
             config: programs.take_map("CONFIG")?,
             route_map: programs.take_map("ROUTES")?,
             underlay_map: programs.take_map("UNDERLAYS")?,
+            endpoint_map: programs.take_map("ENDPOINTS")?,
             counters: programs.take_map("COUNTERS")?,
             programs,
             routes: NextHops::new(),
@@ -83,6 +94,40 @@ impl OverlaySet {
         let entries = self.underlay_map.iter().map(|entry| {
             let (index, value) = entry.context("read the map UNDERLAYS")?;
             Ok((index, bytemuck::cast::<UnderlayBytes, UnderlayValue>(value)))
+        });
+        entries.collect()
+    }
+
+    /// Makes the map of containers hold exactly `desired`, as far as it has room: removals first. Returns how many it has no room for.
+    pub fn set_endpoints(&mut self, desired: &Endpoints) -> Result<usize> {
+        let mut present = self.endpoints()?;
+        let gone: Vec<_> = present.keys().filter(|address| !desired.contains_key(address)).copied().collect();
+        for address in gone {
+            self.endpoint_map.remove(&address.octets()).context("write the map ENDPOINTS")?;
+            present.remove(&address);
+        }
+        let mut left = 0;
+        for (address, endpoint) in desired {
+            let before = present.get(address);
+            if before == Some(endpoint) {
+                continue;
+            }
+            if before.is_none() && present.len() >= MAX_ENDPOINTS as usize {
+                left += 1;
+                continue;
+            }
+            let value = bytemuck::cast::<Endpoint, EndpointBytes>(*endpoint);
+            self.endpoint_map.insert(address.octets(), value, 0).context("write the map ENDPOINTS")?;
+            present.insert(*address, *endpoint);
+        }
+        Ok(left)
+    }
+
+    /// The containers in the kernel's map.
+    pub fn endpoints(&self) -> Result<Endpoints> {
+        let entries = self.endpoint_map.iter().map(|entry| {
+            let (address, value) = entry.context("read the map ENDPOINTS")?;
+            Ok((address.into(), bytemuck::cast::<EndpointBytes, Endpoint>(value)))
         });
         entries.collect()
     }

@@ -4,6 +4,7 @@
 use anyhow::{Result, bail};
 use overlay_ebpf::{
     abi::{Config, NextHop, Prefix, UnderlayValue},
+    bypass::Bypass,
     wire::{Ethernet, OVERHEAD},
 };
 
@@ -62,7 +63,7 @@ fn run_on(mut set: OverlaySet, hook: Hook, frame: &[u8], action: u32) -> Result<
 
 /// A copy of the set for `own` with `peer` as its only peer.
 fn load(object: &[u8], hook: Hook, own: Host, peer: Host) -> Result<OverlaySet> {
-    let mut set = OverlaySet::load(object, false)?;
+    let mut set = OverlaySet::load(object, Bypass::Off, false)?;
     set.programs.load_program(hook)?;
     let subnet = abi_prefix(own.1.parse::<Subnet>()?.prefix());
     let config = Config::new(own.0, Prefix::new([198, 18, 0, 0], 15), subnet, 8285);
