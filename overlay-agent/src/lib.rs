@@ -7,7 +7,7 @@ pub mod agent;
 mod capabilities;
 pub mod cli;
 pub mod config;
-pub mod containers;
+mod conntrack;
 pub mod control;
 pub mod datapath;
 pub mod device;

@@ -10,7 +10,7 @@ use super::{
     forwarding::{Forwarding, sentence},
 };
 use crate::{
-    containers::{self, Containers, Facts},
+    containers::{self, Facts},
     datapath::{BypassRequest, Rung},
     report,
 };
@@ -57,9 +57,11 @@ impl Forwarding {
     pub(super) fn bypass(&self) -> report::Bypass {
         let (devices, containers) = self.datapath.bypassed();
         let request = self.options.bypass;
+        let refused = self.datapath.bypass_refused();
         let (mode, why) = match (request, self.datapath.egress().rung) {
             (BypassRequest::Off, _) => (BypassRequest::Off, "--bypass off".to_owned()),
             (_, Rung::Tun) => (BypassRequest::Off, "the tun rung has none".to_owned()),
+            (_, Rung::Xdp | Rung::Tc) if let Some(why) = refused => (BypassRequest::Off, why.to_owned()),
             (_, Rung::Xdp | Rung::Tc) => (request, format!("--bypass {}", name(request))),
         };
         let skipped = match mode {

@@ -3,13 +3,16 @@
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
-use overlay_ebpf::abi::{Config, Counters, NextHop, UnderlayValue};
+use overlay_ebpf::{
+    abi::{Config, Counters, NextHop, UnderlayValue},
+    bypass::Bypass,
+};
 use tracing::{debug, info, warn};
 
 use super::{
     Choice, Report, Request, Rung,
     ebpf::{
-        self, Attachment, OverlaySet, Target,
+        self, Attachment, LoadOptions, OverlaySet, Target,
         overlay_set::{EGRESS, INGRESS, XDP},
         self_test,
     },
@@ -165,13 +168,34 @@ impl FastPath {
         }
         let object = object()?;
         capabilities::check(capabilities::EBPF)?;
-        let mut set = OverlaySet::load(object, plan.bypass, plan.log)?;
-        for hook in [EGRESS, INGRESS] {
-            set.programs.load_program(hook)?;
-        }
+        let set = self.load_set(object, plan)?;
         self_test::run(object, INGRESS).context("the kernel does not run the eBPF programs as it should")?;
         self.set = Some(set);
         Ok(())
+    }
+
+    /// Loads maps and programs, without the bypass when the kernel cannot have it.
+    fn load_set(&mut self, object: &[u8], plan: &Plan) -> Result<OverlaySet> {
+        let load = |bypass| {
+            let mut set = OverlaySet::load(object, LoadOptions { bypass, log: plan.log })?;
+            for hook in [EGRESS, INGRESS] {
+                set.programs.load_program(hook)?;
+            }
+            anyhow::Ok(set)
+        };
+        let loaded = load(plan.bypass);
+        match loaded {
+            Err(error) if plan.bypass != Bypass::Off => {
+                let set = load(Bypass::Off)?;
+                warn!("every packet takes the host's stack, as with --bypass off: {error:#}");
+                self.local.refused = Some(format!("{error:#}"));
+                Ok(set)
+            }
+            loaded => {
+                self.local.refused = None;
+                loaded
+            }
+        }
     }
 
     fn fill_maps(
@@ -241,7 +265,10 @@ impl FastPath {
         report: &mut Report,
     ) -> Result<()> {
         let (Some(set), Some(plan)) = (&mut self.set, &self.plan) else { return Ok(()) };
-        let targets = plan.local_targets(containers, &self.refusals);
+        let targets = match &self.local.refused {
+            Some(_) => Vec::new(),
+            None => plan.local_targets(containers, &self.refusals),
+        };
         self.local.reconcile(&self.netlink, set, containers, &targets, report).await
     }
 

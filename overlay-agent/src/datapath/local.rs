@@ -17,6 +17,8 @@ use crate::{
 pub(super) struct LocalPrograms {
     attachments: Vec<Attachment>,
     containers: usize,
+    /// Why the kernel cannot have the bypass.
+    pub(super) refused: Option<String>,
 }
 
 impl LocalPrograms {

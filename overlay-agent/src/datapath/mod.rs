@@ -189,6 +189,11 @@ impl Datapath {
         self.fast.bypass().size()
     }
 
+    /// Why the kernel cannot have the bypass that was asked for.
+    pub(crate) fn bypass_refused(&self) -> Option<&str> {
+        self.fast.bypass().refused.as_deref()
+    }
+
     /// The peer to which the slow path sends packets for an overlay address.
     pub(crate) fn peer_of(&self, address: Ipv4Addr) -> Option<Ipv4Addr> {
         Some(self.slow.as_ref()?.next_hop(address)?.peer.into())

@@ -6,7 +6,7 @@ use super::{
     Choice, Request, Rung,
     ebpf::{
         Hook, Target, TcMode,
-        overlay_set::{EGRESS, FROM_LOCAL, INGRESS, XDP},
+        overlay_set::{EGRESS, FROM_LOCAL, INGRESS, TO_LOCAL, XDP},
     },
 };
 use crate::{containers::Containers, netlink::Link};
@@ -77,7 +77,13 @@ impl Plan {
         if self.bypass == Bypass::Off || self.egress(refusals).rung == Rung::Tun {
             return Vec::new();
         }
-        containers.arrivals.keys().map(|index| self.target(FROM_LOCAL, *index)).collect()
+        let arrivals = containers.arrivals.keys().map(|index| self.target(FROM_LOCAL, *index));
+        let gateways = containers.gateways.keys().map(|index| self.target(TO_LOCAL, *index));
+        match self.bypass {
+            // First what confirms flows: a flow that is not confirmed takes the stack.
+            Bypass::Flows => gateways.chain(arrivals).collect(),
+            Bypass::Off | Bypass::All => arrivals.collect(),
+        }
     }
 
     /// How inner packets leave.

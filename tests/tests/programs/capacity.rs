@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 
 use ipnet::Ipv4Net;
 use overlay_agent::{
-    datapath::ebpf::OverlaySet,
+    datapath::ebpf::{LoadOptions, OverlaySet},
     route::{NextHops, RouteChange, Subnet},
 };
 use overlay_ebpf::abi::{MAX_ROUTES, NextHop};
@@ -22,7 +22,7 @@ fn subnet(number: u32) -> Subnet {
 
 #[test]
 fn a_full_route_map_says_so_and_still_follows_what_it_holds() {
-    let mut programs = OverlaySet::load(&object(), false).unwrap();
+    let mut programs = OverlaySet::load(&object(), LoadOptions::default()).unwrap();
     let mut routes: NextHops = (0..MAX_ROUTES).map(|number| (subnet(number), PEER)).collect();
     programs.set_routes(&routes).unwrap();
 

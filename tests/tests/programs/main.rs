@@ -10,6 +10,7 @@
     reason = "a test fails by panicking"
 )]
 
+mod bypass;
 mod capacity;
 mod generated;
 mod generator;

@@ -3,7 +3,7 @@
 use overlay_agent::{
     datapath::{
         ebpf::{
-            Hook, HookKind, OverlaySet,
+            Hook, HookKind, LoadOptions, OverlaySet,
             self_test::{TC_ACT_REDIRECT, XDP_PASS},
         },
         tun::{Lookup, shell},
@@ -24,7 +24,7 @@ use overlay_ebpf::{
 use crate::vectors::Verdict;
 
 /// `TC_ACT_UNSPEC` and `TC_ACT_SHOT` (linux/pkt_cls.h), `XDP_DROP` (linux/bpf.h).
-const TC_ACT_UNSPEC: u32 = u32::MAX;
+pub(crate) const TC_ACT_UNSPEC: u32 = u32::MAX;
 const TC_ACT_SHOT: u32 = 2;
 const XDP_DROP: u32 = 1;
 
@@ -185,7 +185,7 @@ pub(crate) struct Kernel {
 
 impl Kernel {
     pub(crate) fn load(hook: Hook, config: &Config, routes: &NextHops) -> Self {
-        let mut set = OverlaySet::load(&object(), false).expect("the maps load, as root");
+        let mut set = OverlaySet::load(&object(), LoadOptions::default()).expect("the maps load, as root");
         set.programs.load_program(hook).unwrap();
         set.set_config(config).unwrap();
         assert_eq!(&set.config().unwrap(), config);

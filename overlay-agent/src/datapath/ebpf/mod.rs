@@ -1,15 +1,17 @@
 //! The eBPF rungs: sets of programs, how they are attached, and the overlay's own set.
 
 mod attach;
+mod btf;
 pub mod overlay_set;
 mod program_set;
+mod questions;
 pub mod self_test;
 mod tcx_link;
 
 pub use attach::TcAttach;
 pub(crate) use attach::{Attachment, Target, TcMode, detach_filter};
-pub use overlay_set::OverlaySet;
-pub use program_set::{Hook, HookKind, Outcome, ProgramSet};
+pub use overlay_set::{LoadOptions, OverlaySet};
+pub use program_set::{Hook, HookKind, Metadata, Outcome, ProgramSet};
 
 /// The compiled programs, when this binary was built with them.
 #[cfg(ebpf_embedded)]

@@ -6,11 +6,14 @@ use anyhow::{Context as _, Result, bail};
 use aya::maps::{Array, HashMap, LpmTrie, MapData, MapError, PerCpuArray, lpm_trie::Key};
 use ipnet::Ipv4Net;
 use overlay_ebpf::{
-    abi::{Config, Counters, Endpoint, MAX_ENDPOINTS, MAX_ROUTES, NextHop, UnderlayValue},
+    abi::{Config, Counters, Endpoint, MAX_ENDPOINTS, MAX_FLOWS, MAX_ROUTES, NextHop, UnderlayValue},
     bypass::Bypass,
 };
 
-use super::{Hook, HookKind, ProgramSet};
+use super::{
+    Hook, HookKind, ProgramSet, btf,
+    questions::{self, Answering},
+};
 use crate::route::{NextHops, Route, RouteChange, Subnet, diff};
 
 /// tc egress of the overlay device.
@@ -21,6 +24,8 @@ pub const EGRESS_ETHERNET: Hook = Hook { program: "ovl_egress_ethernet", kind: H
 pub const INGRESS: Hook = Hook { program: "ovl_ingress", kind: HookKind::TcIngress };
 /// tc ingress of a device that leads to a container.
 pub const FROM_LOCAL: Hook = Hook { program: "ovl_from_local", kind: HookKind::TcIngress };
+/// tc egress of a device that leads to containers, for [`Bypass::Flows`].
+pub const TO_LOCAL: Hook = Hook { program: "ovl_to_local", kind: HookKind::TcEgress };
 /// XDP of an underlay device; needs [`INGRESS`] behind it.
 pub const XDP: Hook = Hook { program: "ovl_xdp", kind: HookKind::Xdp };
 
@@ -37,6 +42,15 @@ pub type Underlays = BTreeMap<u32, UnderlayValue>;
 /// The containers of this host, by address.
 pub type Endpoints = BTreeMap<Ipv4Addr, Endpoint>;
 
+/// Constants of the loaded programs.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LoadOptions {
+    /// Which packets skip the host's stack.
+    pub bypass: Bypass,
+    /// Log failures.
+    pub log: bool,
+}
+
 /// The loaded programs and their maps.
 pub struct OverlaySet {
     /// The programs.
@@ -46,15 +60,32 @@ pub struct OverlaySet {
     underlay_map: HashMap<MapData, u32, UnderlayBytes>,
     endpoint_map: HashMap<MapData, [u8; 4], EndpointBytes>,
     counters: PerCpuArray<MapData, CountersBytes>,
+    /// With [`Bypass::Flows`].
+    _answering: Option<Answering>,
     /// What was written to the route map.
     routes: NextHops,
 }
 
 impl OverlaySet {
-    /// Loads the maps; see [`ProgramSet::load`].
-    pub fn load(object: &[u8], bypass: Bypass, log: bool) -> Result<Self> {
-        let mut programs = ProgramSet::load("overlay", object, &[("BYPASS", bypass as u32)], log)?;
+    /// Loads the maps; see [`ProgramSet::load`]. With [`Bypass::Flows`], it panics outside of a tokio runtime, and fails when the
+    /// kernel does not describe its types.
+    pub fn load(object: &[u8], options: LoadOptions) -> Result<Self> {
+        let LoadOptions { bypass, log } = options;
+        let (nfct, flows) = match bypass {
+            Bypass::Flows => (btf::offset("sk_buff", "_nfct")?.unwrap_or(0), MAX_FLOWS),
+            Bypass::Off | Bypass::All => (0, 1),
+        };
+        let constants = [("BYPASS", bypass as u32), ("NFCT_OFFSET", nfct)];
+        let sizes = [("FLOWS", flows), ("LENIENT", flows)];
+        let mut programs = ProgramSet::load("overlay", object, &constants, &sizes, log)?;
+        let answering = match bypass {
+            Bypass::Flows => {
+                Some(questions::answer(programs.take_map("QUESTIONS")?, programs.take_map("LENIENT")?)?)
+            }
+            Bypass::Off | Bypass::All => None,
+        };
         Ok(Self {
+            _answering: answering,
             config: programs.take_map("CONFIG")?,
             route_map: programs.take_map("ROUTES")?,
             underlay_map: programs.take_map("UNDERLAYS")?,

@@ -44,6 +44,15 @@ pub struct Outcome {
     pub packet: Vec<u8>,
 }
 
+/// What the kernel knows about a test packet for a tc program beside its bytes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Metadata {
+    /// Payload in bytes of each of the packets that this one stands for; 0 when it is one packet.
+    pub gso_size: u32,
+    /// The device on which it arrived at this host; 0 for none.
+    pub ingress_ifindex: u32,
+}
+
 /// A loaded object.
 pub struct ProgramSet {
     name: &'static str,
@@ -53,13 +62,23 @@ pub struct ProgramSet {
 }
 
 impl ProgramSet {
-    /// Loads the maps of `object`, with `constants` in its variables of these names. With `log`, the programs log failures, and a task of the current tokio runtime forwards the
+    /// Loads the maps of `object`, with `constants` in its variables of these names, and with room for so many entries in the maps of
+    /// `sizes`. With `log`, the programs log failures, and a task of the current tokio runtime forwards the
     /// lines; it panics outside of one. Fails when the kernel refuses a map, or `object` cannot log.
-    pub fn load(name: &'static str, object: &[u8], constants: &[(&str, u32)], log: bool) -> Result<Self> {
+    pub fn load(
+        name: &'static str,
+        object: &[u8],
+        constants: &[(&str, u32)],
+        sizes: &[(&str, u32)],
+        log: bool,
+    ) -> Result<Self> {
         let log_failures = u32::from(log);
         let mut loader = EbpfLoader::new();
         for (variable, value) in constants {
             loader.override_global(variable, value, true);
+        }
+        for (map, entries) in sizes {
+            loader.map_max_entries(map, *entries);
         }
         let loaded = loader.override_global("LOG_FAILURES", &log_failures, log).load(object);
         let mut ebpf = loaded.with_context(|| {
@@ -97,13 +116,18 @@ impl ProgramSet {
     /// for an Ethernet header. For a tc program, `gso_size` is the payload in bytes of each of the packets that this one stands
     /// for; 0 when it is one packet.
     pub fn test_run(&mut self, hook: Hook, packet: &[u8], gso_size: u32) -> Result<Outcome> {
+        self.test_run_with(hook, packet, Metadata { gso_size, ingress_ifindex: 0 })
+    }
+
+    /// As [`ProgramSet::test_run`], with more about the packet.
+    pub fn test_run_with(&mut self, hook: Hook, packet: &[u8], metadata: Metadata) -> Result<Outcome> {
         // Room for headers that the program adds.
         let mut out = vec![0; packet.len() + 64];
-        let context = skb_context(gso_size);
+        let context = skb_context(metadata);
         let options = TestRunOptions {
             data_in: Some(packet),
             data_out: Some(&mut out),
-            ctx_in: (gso_size != 0).then_some(&context[..]),
+            ctx_in: context.iter().any(|byte| *byte != 0).then_some(&context[..]),
             ctx_out: None,
             repeat: 1,
             attrs: TestRunAttrs::default(),
@@ -140,12 +164,15 @@ impl Drop for ProgramSet {
     }
 }
 
-/// `struct __sk_buff` (linux/bpf.h) with nothing but the size of segments.
-fn skb_context(gso_size: u32) -> [u8; 192] {
+/// `struct __sk_buff` (linux/bpf.h) with nothing but this.
+fn skb_context(metadata: Metadata) -> [u8; 192] {
+    const INGRESS_IFINDEX: usize = 36;
     const GSO_SIZE: usize = 176;
     let mut context = [0; 192];
-    if let Some(field) = context.get_mut(GSO_SIZE..GSO_SIZE + 4) {
-        field.copy_from_slice(&gso_size.to_ne_bytes());
+    for (at, value) in [(INGRESS_IFINDEX, metadata.ingress_ifindex), (GSO_SIZE, metadata.gso_size)] {
+        if let Some(field) = context.get_mut(at..at + 4) {
+            field.copy_from_slice(&value.to_ne_bytes());
+        }
     }
     context
 }

@@ -4,11 +4,10 @@
 use anyhow::{Result, bail};
 use overlay_ebpf::{
     abi::{Config, NextHop, Prefix, UnderlayValue},
-    bypass::Bypass,
     wire::{Ethernet, OVERHEAD},
 };
 
-use super::{Hook, HookKind, OverlaySet, overlay_set::EGRESS_ETHERNET};
+use super::{Hook, HookKind, LoadOptions, OverlaySet, overlay_set::EGRESS_ETHERNET};
 use crate::route::{NextHops, Subnet, abi_prefix};
 
 /// `TC_ACT_REDIRECT` (linux/pkt_cls.h).
@@ -63,7 +62,7 @@ fn run_on(mut set: OverlaySet, hook: Hook, frame: &[u8], action: u32) -> Result<
 
 /// A copy of the set for `own` with `peer` as its only peer.
 fn load(object: &[u8], hook: Hook, own: Host, peer: Host) -> Result<OverlaySet> {
-    let mut set = OverlaySet::load(object, Bypass::Off, false)?;
+    let mut set = OverlaySet::load(object, LoadOptions::default())?;
     set.programs.load_program(hook)?;
     let subnet = abi_prefix(own.1.parse::<Subnet>()?.prefix());
     let config = Config::new(own.0, Prefix::new([198, 18, 0, 0], 15), subnet, 8285);

@@ -1,0 +1,73 @@
+//! Answers the programs' questions about TCP connections: may their packets bypass connection tracking?
+
+use anyhow::{Context as _, Result};
+use aya::maps::{HashMap, MapData, RingBuf};
+use nix::time::{ClockId, clock_gettime};
+use overlay_ebpf::flow::{FlowKey, Lenient, Question};
+use tokio::{io::unix::AsyncFd, task::JoinHandle};
+use tracing::{debug, warn};
+
+use crate::conntrack::Conntrack;
+
+// aya moves map keys and values as plain bytes.
+type FlowBytes = [u8; size_of::<FlowKey>()];
+type LenientBytes = [u8; size_of::<Lenient>()];
+
+/// The map of connections that connection tracking is lenient with.
+pub(super) type LenientMap = HashMap<MapData, FlowBytes, LenientBytes>;
+
+/// A task that answers. Dropped, it ends; connections that it has answered for keep their answers.
+#[derive(Debug)]
+pub(super) struct Answering(JoinHandle<()>);
+
+impl Drop for Answering {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Starts to answer, in a task of the current tokio runtime.
+/// Fails when the kernel refuses a netlink socket.
+pub(super) fn answer(questions: RingBuf<MapData>, mut lenient: LenientMap) -> Result<Answering> {
+    let mut conntrack = Conntrack::open()?;
+    #[expect(
+        deprecated,
+        reason = "its replacement is unsafe code; a ring buffer keeps its descriptor as long as it lives"
+    )]
+    let mut questions = AsyncFd::new(questions).context("wait for questions of the eBPF programs")?;
+    Ok(Answering(tokio::spawn(async move {
+        loop {
+            let mut ready = match questions.readable_mut().await {
+                Ok(ready) => ready,
+                Err(error) => return warn!("no more flows of TCP skip the host's stack: {error}"),
+            };
+            while let Some(item) = ready.get_inner_mut().next() {
+                let question = bytemuck::try_pod_read_unaligned(&item);
+                drop(item);
+                if let Ok(question) = question
+                    && let Err(error) = make_lenient(&mut conntrack, &mut lenient, &question)
+                {
+                    // The flow takes the host's stack, as any other does at first.
+                    debug!("a flow of TCP does not skip the host's stack: {error:#}");
+                }
+            }
+            ready.clear_ready();
+        }
+    })))
+}
+
+fn make_lenient(conntrack: &mut Conntrack, map: &mut LenientMap, question: &Question) -> Result<()> {
+    if !conntrack.make_lenient(&question.flow)? {
+        return Ok(());
+    }
+    let lenient = Lenient { connection: question.connection, since: now()? };
+    let (flow, lenient) =
+        (bytemuck::cast::<_, FlowBytes>(question.flow), bytemuck::cast::<_, LenientBytes>(lenient));
+    map.insert(flow, lenient, 0).context("write the map LENIENT")
+}
+
+/// Nanoseconds since boot, as `bpf_ktime_get_ns` has them.
+fn now() -> Result<u64> {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).context("read the clock")?;
+    Ok(std::time::Duration::from(now).as_nanos() as u64)
+}
