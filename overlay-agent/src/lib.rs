@@ -7,6 +7,7 @@ pub mod agent;
 mod capabilities;
 pub mod cli;
 pub mod config;
+pub mod containers;
 pub mod control;
 pub mod datapath;
 pub mod device;
