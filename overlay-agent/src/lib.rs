@@ -8,6 +8,7 @@ mod capabilities;
 pub mod cli;
 pub mod config;
 mod conntrack;
+pub mod containers;
 pub mod control;
 pub mod datapath;
 pub mod device;

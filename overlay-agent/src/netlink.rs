@@ -6,18 +6,30 @@ use std::net::{IpAddr, Ipv4Addr};
 use anyhow::{Context as _, Result, ensure};
 use futures_util::{Stream, StreamExt as _, TryStreamExt as _};
 use ipnet::Ipv4Net;
-use nix::libc::{EACCES, EBUSY, EHOSTUNREACH, EINVAL, ENETUNREACH, ENODEV, ESRCH};
+use nix::{
+    libc::{EACCES, EBUSY, EHOSTUNREACH, EINVAL, ENETUNREACH, ENODEV, ESRCH},
+    sys::socket::{
+        setsockopt,
+        sockopt::{RcvBuf, RcvBufForce},
+    },
+};
 use rtnetlink::{
     Handle, LinkUnspec, MulticastGroup, RouteMessageBuilder,
+    packet_core::NetlinkPayload,
     packet_route::{
-        AddressFamily,
+        AddressFamily, RouteNetlinkMessage,
         address::{AddressAttribute, AddressMessage},
-        link::{LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, LinkXdp},
+        link::{
+            InfoBridge, InfoData, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkLayerType,
+            LinkMessage, LinkXdp,
+        },
+        neighbour::NeighbourMessage,
         route::{
             RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
         },
         tc::TcHandle,
     },
+    sys::AsyncSocket as _,
 };
 
 /// The value of the first of some attributes that matches a pattern.
@@ -29,6 +41,7 @@ macro_rules! attribute {
         })
     };
 }
+pub(crate) use attribute;
 
 /// A connection to the kernel in the current network namespace. All methods fail when the kernel returns an error.
 #[derive(Clone, Debug)]
@@ -42,10 +55,25 @@ pub struct Netlink {
 pub(crate) fn subscribe(
     groups: &[MulticastGroup],
 ) -> Result<(Netlink, impl Stream<Item = ()> + Unpin + use<>)> {
-    let (connection, handle, messages) =
+    let (netlink, messages) = follow(groups, None)?;
+    Ok((netlink, messages.map(drop)))
+}
+
+/// Like [`subscribe`], with the messages themselves; [`NetlinkPayload::Overrun`] stands for messages that the kernel dropped. `buffer`
+/// is the size in bytes of the socket's receive buffer, above the system's limit when the agent has `CAP_NET_ADMIN`.
+pub(crate) fn follow(
+    groups: &[MulticastGroup],
+    buffer: Option<usize>,
+) -> Result<(Netlink, impl Stream<Item = NetlinkPayload<RouteNetlinkMessage>> + Unpin + use<>)> {
+    let (mut connection, handle, messages) =
         rtnetlink::new_multicast_connection(groups).context("subscribe to changes of network devices")?;
+    if let Some(size) = buffer {
+        let socket = connection.socket_mut().socket_ref();
+        let forced = setsockopt(socket, RcvBufForce, &size);
+        forced.or_else(|_| setsockopt(socket, RcvBuf, &size)).context("set the size of a receive buffer")?;
+    }
     tokio::spawn(connection);
-    Ok((Netlink::from(handle), messages.map(drop)))
+    Ok((Netlink::from(handle), messages.map(|(message, _)| message.payload)))
 }
 
 /// A network device.
@@ -75,6 +103,10 @@ pub struct Link {
     pub lower: Option<u32>,
     /// Index of the bridge or bond that it is a port of.
     pub controller: Option<u32>,
+    /// Whether the device of `lower` is in another network namespace.
+    pub leads_elsewhere: bool,
+    /// Whether it is a bridge that tells VLANs apart.
+    pub vlan_filtering: bool,
 }
 
 /// Packets that the kernel or a driver dropped at a device.
@@ -89,7 +121,17 @@ pub struct LinkDrops {
 impl Link {
     /// The device without what may change while programs are attached to it.
     pub(crate) fn identity(&self) -> Self {
-        Self { mtu: 0, up: true, carrier: true, alias: None, lower: None, controller: None, ..self.clone() }
+        Self {
+            mtu: 0,
+            up: true,
+            carrier: true,
+            alias: None,
+            lower: None,
+            controller: None,
+            leads_elsewhere: false,
+            vlan_filtering: false,
+            ..self.clone()
+        }
     }
 }
 
@@ -110,6 +152,8 @@ impl Link {
             alias: None,
             lower: None,
             controller: None,
+            leads_elsewhere: false,
+            vlan_filtering: false,
         }
     }
 }
@@ -150,7 +194,10 @@ impl Netlink {
 
     /// All devices.
     pub async fn links(&self) -> Result<Vec<Link>> {
-        let messages = self.handle.link().get().execute().try_filter_map(async |message| Ok(link(&message)));
+        // Statistics are more than half of each answer.
+        let request =
+            self.handle.link().get().set_filter_mask(AddressFamily::Unspec, vec![LinkExtentMask::SkipStats]);
+        let messages = request.execute().try_filter_map(async |message| Ok(link(&message)));
         messages.try_collect().await.context("list network devices")
     }
 
@@ -184,7 +231,14 @@ impl Netlink {
             .collect())
     }
 
-    async fn route_messages(&self) -> Result<Vec<RouteMessage>> {
+    /// The messages about all entries of the neighbour tables of a family; `AddressFamily::Bridge` has those of bridges.
+    pub(crate) async fn neighbour_messages(&self, family: AddressFamily) -> Result<Vec<NeighbourMessage>> {
+        let request = self.handle.neighbours().get().set_address_family(family);
+        request.execute().try_collect().await.context("list neighbours")
+    }
+
+    /// The messages about all IPv4 routes, of all tables.
+    pub(crate) async fn route_messages(&self) -> Result<Vec<RouteMessage>> {
         let request = RouteMessageBuilder::<Ipv4Addr>::new().build();
         self.handle.route().get(request).execute().try_collect().await.context("list routes")
     }
@@ -382,7 +436,8 @@ fn is_no_route(error: &rtnetlink::Error) -> bool {
     matches!(errno(error), Some(ENETUNREACH | EHOSTUNREACH | EACCES | EINVAL))
 }
 
-fn link(message: &LinkMessage) -> Option<Link> {
+/// The device of a message; `None` when that has no name.
+pub(crate) fn link(message: &LinkMessage) -> Option<Link> {
     let (header, attributes) = (&message.header, &message.attributes);
     let info = attribute!(attributes, LinkAttribute::LinkInfo(info) => info);
     Some(Link {
@@ -399,17 +454,22 @@ fn link(message: &LinkMessage) -> Option<Link> {
         alias: attribute!(attributes, LinkAttribute::IfAlias(alias) => alias.clone()),
         lower: attribute!(attributes, LinkAttribute::Link(index) => *index),
         controller: attribute!(attributes, LinkAttribute::Controller(index) => *index),
+        leads_elsewhere: attribute!(attributes, LinkAttribute::LinkNetNsId(_) => ()).is_some(),
+        vlan_filtering: info
+            .and_then(|info| attribute!(info, LinkInfo::Data(InfoData::Bridge(bridge)) => bridge))
+            .and_then(|bridge| attribute!(bridge, InfoBridge::VlanFiltering(filtering) => *filtering))
+            .unwrap_or(false),
     })
 }
 
 /// The IPv4 address of a message about an address.
-fn address(message: &AddressMessage) -> Option<Ipv4Net> {
+pub(crate) fn address(message: &AddressMessage) -> Option<Ipv4Net> {
     let local = attribute!(message.attributes, AddressAttribute::Local(IpAddr::V4(address)) => *address)?;
     Ipv4Net::new(local, message.header.prefix_len).ok()
 }
 
 /// The destination of a route; a default route has no such attribute.
-fn destination(message: &RouteMessage) -> Option<Ipv4Net> {
+pub(crate) fn destination(message: &RouteMessage) -> Option<Ipv4Net> {
     let address =
         attribute!(message.attributes, RouteAttribute::Destination(RouteAddress::Inet(address)) => *address);
     let length = message.header.destination_prefix_length;
@@ -417,6 +477,6 @@ fn destination(message: &RouteMessage) -> Option<Ipv4Net> {
 }
 
 /// The index of a route's device.
-fn device(message: &RouteMessage) -> Option<u32> {
+pub(crate) fn device(message: &RouteMessage) -> Option<u32> {
     attribute!(message.attributes, RouteAttribute::Oif(index) => *index)
 }

@@ -1,56 +1,96 @@
 //! The bypass of the host's stack: the datapath follows the containers of this host.
 
-use anyhow::Result;
+use std::{collections::BTreeSet, sync::Arc};
+
 use clap::ValueEnum as _;
-use tokio::sync::mpsc;
-use tracing::debug;
+use ipnet::Ipv4Net;
+use tokio::sync::watch;
+use tracing::warn;
 
 use super::{
+    Options,
     conditions::Condition,
     forwarding::{Forwarding, sentence},
 };
 use crate::{
-    containers::{self, Facts},
+    containers::{self, Containers, Selection},
     datapath::{BypassRequest, Rung},
     report,
 };
 
-/// Sends a message when containers may have changed, unless there is no bypass.
-/// Fails when the kernel refuses a socket.
-pub(super) fn watch(request: BypassRequest) -> Result<mpsc::Receiver<()>> {
-    match request {
-        BypassRequest::Off => Ok(mpsc::channel(1).1),
-        BypassRequest::Flows | BypassRequest::All => containers::watch(),
+/// Follows the containers of this host, if there is a bypass.
+pub(super) struct ContainerWatch {
+    request: BypassRequest,
+    named: Vec<String>,
+    following: Option<(Selection, watch::Receiver<Arc<Containers>>)>,
+    none: Arc<Containers>,
+}
+
+impl ContainerWatch {
+    /// Follows nothing yet.
+    pub(super) fn new(options: &Options) -> Self {
+        Self {
+            request: options.bypass,
+            named: options.container_ifaces.clone(),
+            following: None,
+            none: Arc::default(),
+        }
+    }
+
+    /// Follows the containers of a subnet, on other devices than `excluded`. While the kernel refuses, there are none.
+    pub(super) async fn follow(&mut self, subnet: Ipv4Net, excluded: BTreeSet<u32>) {
+        if self.request == BypassRequest::Off {
+            return;
+        }
+        let selection = Selection { subnet, excluded, named: self.named.clone() };
+        if self.following.as_ref().is_some_and(|(present, _)| *present == selection) {
+            return;
+        }
+        self.following = match containers::watch(selection.clone()).await {
+            Ok(receiver) => Some((selection, receiver)),
+            Err(error) => {
+                warn!("every packet takes the host's stack: {error:#}");
+                None
+            }
+        };
+    }
+
+    /// The containers at present.
+    pub(super) fn get(&mut self) -> Arc<Containers> {
+        let present = self.following.as_mut().map(|(_, receiver)| Arc::clone(&receiver.borrow_and_update()));
+        present.unwrap_or_else(|| Arc::clone(&self.none))
+    }
+
+    /// Returns when the containers are others than [`ContainerWatch::get`] has returned.
+    pub(super) async fn changed(&mut self) {
+        let changed = match &mut self.following {
+            Some((_, receiver)) => receiver.changed().await.is_ok(),
+            None => false,
+        };
+        if !changed {
+            std::future::pending().await
+        }
+    }
+
+    /// Why devices are left out.
+    fn skipped(&self) -> Vec<String> {
+        let following = self.following.as_ref();
+        following.map(|(_, receiver)| receiver.borrow().skipped.clone()).unwrap_or_default()
     }
 }
 
 impl Forwarding {
-    /// Looks for the containers of this host. Returns whether they have changed; fails when the kernel does not answer, and they stay
-    /// as they were.
-    pub(super) async fn find_containers(&mut self) -> Result<bool> {
-        if self.options.bypass == BypassRequest::Off {
-            return Ok(false);
+    /// Containers have come, gone or moved.
+    pub(super) async fn on_containers(&mut self) {
+        let containers = self.containers.get();
+        match self.datapath.set_containers(&containers).await {
+            Ok(report) => self.set_no_bypass(report.no_bypass),
+            Err(error) => self.set_no_bypass(vec![format!("{error:#}")]),
         }
-        let facts = Facts::read(&self.netlink).await?;
-        let underlays = self.underlays();
-        let excluded = underlays.iter().map(|underlay| underlay.link.index);
-        let excluded: Vec<_> = excluded.chain(self.datapath.overlay_ifindex()).collect();
-        let found = containers::find(&facts, self.spec.subnet, &self.options.container_ifaces, &excluded);
-        Ok(std::mem::replace(&mut self.containers, found) != self.containers)
     }
 
-    /// Containers may have changed.
-    pub(super) async fn on_containers(&mut self) {
-        match self.find_containers().await {
-            Ok(false) => {}
-            Ok(true) => match self.datapath.set_containers(&self.containers).await {
-                Ok(report) => {
-                    self.conditions.update(Condition::Bypass, sentence(report.no_bypass.into_iter()))
-                }
-                Err(error) => self.conditions.set(Condition::Bypass, format!("{error:#}")),
-            },
-            Err(error) => debug!("look for containers: {error:#}"),
-        }
+    pub(super) fn set_no_bypass(&mut self, why: Vec<String>) {
+        self.conditions.update(Condition::Bypass, sentence(why.into_iter()));
     }
 
     /// The bypass, for `status`.
@@ -66,7 +106,7 @@ impl Forwarding {
         };
         let skipped = match mode {
             BypassRequest::Off => Vec::new(),
-            BypassRequest::Flows | BypassRequest::All => self.containers.skipped.clone(),
+            BypassRequest::Flows | BypassRequest::All => self.containers.skipped(),
         };
         report::Bypass { mode: name(mode), why, devices, containers, skipped }
     }

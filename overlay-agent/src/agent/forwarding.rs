@@ -16,6 +16,7 @@ use tracing::{debug, error, info, warn};
 
 use super::{
     Options, StoreOption,
+    bypass::ContainerWatch,
     change_log::ChangeLog,
     conditions::{Condition, Conditions},
     host_state::HostState,
@@ -24,7 +25,6 @@ use super::{
     retry::Retry,
 };
 use crate::{
-    containers::Containers,
     datapath::{Choice, Datapath, Desired, UnderlayDevice},
     device::{DeviceAlias, DeviceSpec},
     icmp::{Problem, Report},
@@ -54,11 +54,11 @@ pub(super) struct Forwarding {
     pub(super) spec: DeviceSpec,
     /// The device with this host's address. Others come with the paths of peers.
     underlay: UnderlayDevice,
-    pub(super) netlink: Netlink,
+    netlink: Netlink,
     pub(super) next_hops: NextHopTable,
     pub(super) options: Options,
     /// For the bypass.
-    pub(super) containers: Containers,
+    pub(super) containers: ContainerWatch,
     /// Whether a snapshot of the records was seen: from then on, no route is missing.
     has_snapshot: bool,
     /// Whether the last reconciliation succeeded, and nothing has failed since.
@@ -94,7 +94,7 @@ impl Forwarding {
             netlink: netlink.clone(),
             next_hops: NextHopTable::new(underlay.local_ip, port)?,
             options: options.clone(),
-            containers: Containers::default(),
+            containers: ContainerWatch::new(options),
             has_snapshot: false,
             up: false,
             retry: Retry::default(),
@@ -130,10 +130,10 @@ impl Forwarding {
     }
 
     async fn reconcile_datapath(&mut self) -> Result<()> {
-        if let Err(error) = self.find_containers().await {
-            debug!("look for containers: {error:#}");
-        }
         let underlays = self.underlays();
+        let excluded = underlays.iter().map(|underlay| underlay.link.index);
+        let excluded = excluded.chain(self.datapath.overlay_ifindex()).collect();
+        self.containers.follow(self.spec.subnet.prefix(), excluded).await;
         self.spec.alias.underlays = underlays.iter().map(|device| device.link.name.clone()).collect();
         let desired = Desired {
             device: &self.spec,
@@ -144,7 +144,7 @@ impl Forwarding {
             request: self.options.datapath,
             tc_attach: self.options.tc_attach,
             bypass: self.options.bypass.into(),
-            containers: &self.containers,
+            containers: &self.containers.get(),
             routes: self.next_hops.hops(),
             log: self.options.datapath_log,
         };
@@ -161,7 +161,7 @@ impl Forwarding {
         self.conditions.update(Condition::Diversion, sentence(report.diverted.into_iter()));
         self.conditions.update(Condition::OtherUnderlays, sentence(report.refused.into_iter()));
         self.set_routes_behind(report.routes_behind);
-        self.conditions.update(Condition::Bypass, sentence(report.no_bypass.into_iter()));
+        self.set_no_bypass(report.no_bypass);
         let slow = self.datapath.missing_capabilities().map(|missing| {
             format!("every packet takes the slow path, on the tun rung: {missing}, or choose --datapath tun")
         });
@@ -170,7 +170,7 @@ impl Forwarding {
     }
 
     /// The devices that carry outer packets, that with this host's address first.
-    pub(super) fn underlays(&self) -> Vec<UnderlayDevice> {
+    fn underlays(&self) -> Vec<UnderlayDevice> {
         let first = self.underlay.clone();
         let others = self.next_hops.devices().filter(|link| link.index != first.link.index);
         let others: Vec<_> = others
@@ -204,6 +204,7 @@ impl Forwarding {
     pub(super) async fn on_due(&mut self, due: Due) {
         match due {
             Due::Reconcile => self.try_reconcile().await,
+            Due::Containers => self.on_containers().await,
             Due::Happening(Happening::Report(report)) => self.on_icmp(report),
             Due::Happening(Happening::Policies(policies)) => {
                 let now = Instant::now().into_std();
@@ -299,6 +300,7 @@ impl Forwarding {
         tokio::select! {
             () = sleep_until_some(retry_at) => Due::Reconcile,
             () = sleep_until_some(refresh_at), if retry_at.is_none() => Due::Reconcile,
+            () = self.containers.changed() => Due::Containers,
             happening = self.next_hops.next() => Due::Happening(happening),
             Some(failure) = self.failures.recv() => {
                 error!("the datapath failed, setting it up again: {failure}");
@@ -493,6 +495,8 @@ impl Forwarding {
 pub(super) enum Due {
     /// To reconcile.
     Reconcile,
+    /// To follow the containers.
+    Containers,
     /// To act on something.
     Happening(Happening),
 }

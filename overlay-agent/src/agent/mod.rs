@@ -87,7 +87,6 @@ pub async fn run(options: Options) -> Result<()> {
     let Prepared { options, mut membership, forwarding, host, underlay } = prepared.apply(&netlink).await?;
     let underlay_changes = underlay::watch(underlay.clone(), &options.underlay)?;
     let host_changes = host_watch::watch()?;
-    let container_changes = bypass::watch(options.bypass)?;
     membership.keep_lease();
     let mut agent = Agent {
         netlink,
@@ -97,7 +96,6 @@ pub async fn run(options: Options) -> Result<()> {
         notifier,
         underlay_changes,
         host_changes,
-        container_changes,
         queries,
         underlay,
         running: false,
@@ -147,8 +145,6 @@ struct Agent {
     underlay_changes: mpsc::Receiver<UnderlayChange>,
     /// Changes that may have been made to what the agent made.
     host_changes: mpsc::Receiver<()>,
-    /// Changes that may concern containers; none without a bypass.
-    container_changes: mpsc::Receiver<()>,
     queries: mpsc::Receiver<QueryRequest>,
     underlay: Underlay,
     /// Whether everything was there once.
@@ -176,7 +172,6 @@ impl Agent {
                 }
                 due = self.forwarding.due() => self.forwarding.on_due(due).await,
                 Some(()) = self.host_changes.recv() => self.forwarding.on_host_change().await,
-                Some(()) = self.container_changes.recv() => self.forwarding.on_containers().await,
                 _ = silent_check.tick() => self.check_silent().await,
                 _ = check.tick() => self.check_periodically().await,
                 () = self.notifier.watchdog() => self.notifier.ping_watchdog(),
