@@ -110,10 +110,27 @@ impl Pair {
     ///
     /// When an agent does not start, has another rung than asked for, or does not learn of its peer.
     pub fn start(sandbox: &Arc<Sandbox>, topology: Topology, rung_a: Rung, rung_b: Rung) -> Result<Self> {
+        Self::start_with(sandbox, topology, rung_a, rung_b, &[])
+    }
+
+    /// As [`Pair::start`], with more arguments for both agents.
+    ///
+    /// # Errors
+    ///
+    /// As [`Pair::start`].
+    pub fn start_with(
+        sandbox: &Arc<Sandbox>,
+        topology: Topology,
+        rung_a: Rung,
+        rung_b: Rung,
+        more: &[&str],
+    ) -> Result<Self> {
         let store = Store::create(sandbox)?;
         let [a, b] = [(&topology.a, rung_a), (&topology.b, rung_b)].map(|(side, rung)| {
             let site = Site::new(sandbox, &side.host, &format!("agent-{}", side.name))?;
-            let agent = site.start(&store.arguments(side, rung))?;
+            let mut arguments = store.arguments(side, rung);
+            arguments.extend(more.iter().map(|word| (*word).to_owned()));
+            let agent = site.start(&arguments)?;
             check_rung(&agent, rung)?;
             anyhow::Ok(agent)
         });

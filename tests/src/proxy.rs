@@ -5,6 +5,7 @@
 
 use std::{
     net::{Ipv4Addr, UdpSocket},
+    os::fd::AsFd,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -14,6 +15,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use nix::poll::{PollFd, PollFlags, poll};
 use tun_rs::{DeviceBuilder, Layer, SyncDevice};
 
 use crate::topology::{NETWORK, OVERLAY_MTU, Side};
@@ -23,7 +25,9 @@ pub const DEVICE: &str = "flannel0";
 /// UDP port of the network.
 const PORT: u16 = 8285;
 /// How often the threads look whether they should end.
-const TICK: Duration = Duration::from_millis(50);
+const TICK: Duration = Duration::from_millis(TICK_MILLISECONDS as u64);
+/// The same in milliseconds.
+const TICK_MILLISECONDS: u8 = 50;
 
 /// A running proxy. Dropped, it ends, and its device with it.
 #[derive(Debug)]
@@ -82,8 +86,16 @@ fn egress(device: &SyncDevice, socket: &UdpSocket, peer: Ipv4Addr, stop: &Atomic
                     let _ = socket.send_to(packet, (peer, PORT));
                 }
             }
-            Err(_) => thread::sleep(Duration::from_micros(100)),
+            Err(_) => wait(device),
         }
+    }
+}
+
+/// Waits until the device has a packet, and looks again after a while, in case the proxy should end.
+fn wait(device: &SyncDevice) {
+    let mut events = [PollFd::new(device.as_fd(), PollFlags::POLLIN)];
+    if poll(&mut events, TICK_MILLISECONDS).is_err() {
+        thread::sleep(TICK);
     }
 }
 

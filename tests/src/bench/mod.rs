@@ -1,6 +1,7 @@
-//! Benchmarks of the agent, each with the limits that it has to meet.
+//! Benchmarks of the agent: its control plane beside the limits that it has to meet, its datapath beside the alternatives.
 
 mod control;
+mod datapath;
 mod limit;
 mod metrics;
 mod network;
@@ -11,7 +12,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-/// Measures the agent on this machine, in a network namespace, and compares the results with their limits. Needs root.
+/// Measures the agent on this machine, in network namespaces. Needs root.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "cargo xtask bench", bin_name = "cargo xtask bench")]
 pub struct Options {
@@ -22,11 +23,13 @@ pub struct Options {
 #[derive(Clone, Debug, Subcommand)]
 enum Benchmark {
     Control(control::Options),
+    Datapath(datapath::Options),
 }
 
-/// Runs a benchmark. With `--check`, the exit code is 1 when a limit is missed.
+/// Runs a benchmark. The exit code is 1 when a measurement fails, and with `--check` when a limit is missed.
 pub fn run(options: &Options) -> Result<ExitCode> {
     match &options.benchmark {
         Benchmark::Control(options) => control::run(options),
+        Benchmark::Datapath(options) => datapath::run(options),
     }
 }

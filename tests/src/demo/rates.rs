@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::{
     demo::{SMALL_DURATION, TCP_DURATION, TRIP_DURATION},
     topology::Endpoint,
-    traffic::rate::{round_trip, small_packets, tcp_throughput},
+    traffic::rate::{request_latency, small_packets, tcp_throughput},
 };
 
 /// Rates of one lane, container to container.
@@ -22,7 +22,7 @@ pub struct Rates {
     pub kpps_there: f64,
     /// Small packets from B to A in thousands per second.
     pub kpps_back: f64,
-    /// Median round-trip time in microseconds.
+    /// Median time of a request and its answer over TCP in microseconds.
     pub trip: f64,
 }
 
@@ -30,7 +30,7 @@ impl Rates {
     /// Measures each rate, one at a time.
     pub fn measure(a: Endpoint<'_>, b: Endpoint<'_>) -> Result<Self> {
         Ok(Self {
-            trip: round_trip(a, b, TRIP_DURATION)?.as_secs_f64() * 1e6,
+            trip: request_latency(a, b, TRIP_DURATION)?.p50.as_secs_f64() * 1e6,
             tcp_there: tcp_throughput(a, b, TCP_DURATION)? / 1e9,
             tcp_back: tcp_throughput(b, a, TCP_DURATION)? / 1e9,
             kpps_there: small_packets(a, b, SMALL_DURATION)? / 1e3,

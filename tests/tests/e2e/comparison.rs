@@ -7,7 +7,7 @@ use overlay_tests::{
     comparison::Comparison,
     sandbox::Sandbox,
     topology::{PodOffload, Topology, Underlay},
-    traffic::rate::{round_trip, small_packets, tcp_throughput},
+    traffic::rate::{forwarding, highest_rate, request_latency, small_packets, tcp_throughput},
     verify::{CHECKS, Plan},
 };
 
@@ -60,7 +60,17 @@ fn rates_are_measured(sandbox: &Arc<Sandbox>) -> Result<()> {
     ensure!(tcp > 1e8, "TCP carries {tcp} bit/s between two namespaces");
     let small = small_packets(a, b, Duration::from_millis(200))?;
     ensure!(small > 1e3, "{small} small packets per second between two namespaces");
-    let trip = round_trip(a, b, Duration::from_millis(100))?;
-    ensure!(trip < Duration::from_millis(5), "a round trip between two namespaces takes {trip:?}");
+    let highest = highest_rate(a, b, Duration::from_millis(100))?;
+    ensure!(highest > 1e3, "{highest} small packets per second without loss between two namespaces");
+    let forwarded = forwarding(a, b, Duration::from_millis(200))?;
+    ensure!(
+        forwarded.rate() > 1e3 && forwarded.received <= forwarded.sent + 100 && forwarded.cpu_seconds > 0.0,
+        "forwarded between two namespaces: {forwarded:?}"
+    );
+    let latency = request_latency(a, b, Duration::from_millis(100))?;
+    ensure!(
+        latency.p50 < Duration::from_millis(5) && latency.p50 <= latency.p99 && latency.p99 <= latency.p999,
+        "requests between two namespaces take {latency:?}"
+    );
     Ok(())
 }

@@ -1,0 +1,175 @@
+//! The datapath beside the alternatives: throughput, packets per second, latency and CPU time, container to container.
+//!
+//! In reading order: [`options`] and [`selection`] say what to measure, [`system`] connects a topology, [`measure`] measures it,
+//! [`results`] has the values and compares them, [`tables`] prints them.
+
+mod measure;
+mod metric;
+mod options;
+mod results;
+mod selection;
+mod system;
+mod tables;
+
+use std::{fs, path::Path, process::ExitCode, sync::Arc};
+
+use anyhow::{Context, Result};
+use serde_json::json;
+
+pub(super) use options::Options;
+
+use self::{
+    measure::{Durations, Measured, measure},
+    metric::{Measurement, Metric},
+    results::Results,
+    selection::Selection,
+    system::{Connected, System},
+};
+use crate::{
+    agent,
+    progress::Bar,
+    sandbox::{Kind, Sandbox},
+    topology::Underlay,
+};
+
+/// Runs the benchmark. The exit code is 1 when a measurement failed.
+pub(super) fn run(options: &Options) -> Result<ExitCode> {
+    let selection = Selection::new(&options.only);
+    agent::binary()?;
+    Sandbox::remove_on_signals()?;
+    let sandbox = Sandbox::start(Kind::Bench)?;
+    let mut run = Run::new(&sandbox, options, &selection);
+    for underlay in options.underlays() {
+        run.underlay(*underlay);
+        run.bar.print(&format!("\n{}\n", tables::tables(&run.results, &selection, *underlay)));
+    }
+    let Run { results, bar, .. } = run;
+    bar.finish();
+    if let Some(path) = &options.json {
+        write_json(path, &results)?;
+    }
+    let failures = results.failures();
+    for failure in &failures {
+        eprintln!("failed: {failure}");
+    }
+    if failures.is_empty() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    eprintln!("error: {} measurement(s) failed", failures.len());
+    Ok(ExitCode::FAILURE)
+}
+
+/// A run of the benchmark.
+struct Run<'a> {
+    sandbox: &'a Arc<Sandbox>,
+    selection: &'a Selection,
+    measurements: Vec<Measurement>,
+    durations: Durations,
+    rounds: u32,
+    bar: Bar,
+    results: Results,
+}
+
+impl<'a> Run<'a> {
+    fn new(sandbox: &'a Arc<Sandbox>, options: &Options, selection: &'a Selection) -> Self {
+        let (rounds, durations) = (options.rounds(), Durations::new(options.quick));
+        let measurements = selection.measurements();
+        let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+        let round: std::time::Duration =
+            measurements.iter().map(|measurement| durations.expected(*measurement)).sum();
+        let system = CONNECT + round * rounds;
+        let bar = Bar::start(system * count(selection.systems.len()) * count(options.underlays().len()));
+        Self { sandbox, selection, measurements, durations, rounds, bar, results: Results::default() }
+    }
+
+    /// Connects all systems over one kind of underlay, then measures each once in every round.
+    fn underlay(&mut self, underlay: Underlay) {
+        let mut connected = Vec::new();
+        for system in &self.selection.systems {
+            self.bar.step(&format!("{} {system}: connect", underlay.name()));
+            match system.connect(self.sandbox, underlay) {
+                Ok(topology) => connected.push((*system, topology)),
+                Err(error) => {
+                    for metric in &self.selection.metrics {
+                        self.results.fail(underlay, *system, *metric, &format!("connect: {error:#}"));
+                    }
+                    self.bar.print(&format!("{} {system}: failed: connect: {error:#}", underlay.name()));
+                    let skipped: std::time::Duration = self
+                        .measurements
+                        .iter()
+                        .map(|measurement| self.durations.expected(*measurement))
+                        .sum();
+                    self.bar.advance(skipped * self.rounds);
+                }
+            }
+            self.bar.advance(CONNECT);
+        }
+        for round in 1..=self.rounds {
+            for measurement in self.measurements.clone() {
+                // The systems in turn, so that noise on the machine affects all alike, and in every other round the last one first.
+                let mut systems: Vec<&(System, Connected)> = connected.iter().collect();
+                if round % 2 == 0 {
+                    systems.reverse();
+                }
+                for (system, topology) in systems {
+                    self.measure(underlay, *system, topology, measurement, round);
+                }
+            }
+        }
+    }
+
+    fn measure(
+        &mut self,
+        underlay: Underlay,
+        system: System,
+        topology: &Connected,
+        measurement: Measurement,
+        round: u32,
+    ) {
+        let step =
+            format!("{} round {round} of {}: {} {system}", underlay.name(), self.rounds, measurement.name());
+        self.bar.step(&step);
+        let (a, b) = topology.pods();
+        match measure(measurement, a, b, &self.durations) {
+            Ok(measured) => {
+                let values = measured
+                    .values
+                    .iter()
+                    .map(|(metric, value)| format!("{metric} {} {}", tables::digits(*value), metric.unit()));
+                self.bar.done(&format!("{step}: {}", values.collect::<Vec<_>>().join(", ")));
+                self.add(underlay, system, round, &measured);
+            }
+            Err(error) => {
+                self.bar.print(&format!("{step}: failed: {error:#}"));
+                for metric in self.chosen(|metric| metric.measurement() == measurement) {
+                    self.results.fail(underlay, system, metric, &format!("round {round}: {error:#}"));
+                }
+            }
+        }
+        self.bar.advance(self.durations.expected(measurement));
+    }
+
+    fn add(&mut self, underlay: Underlay, system: System, round: u32, measured: &Measured) {
+        for (metric, value) in &measured.values {
+            if self.selection.metrics.contains(metric) {
+                self.results.add(underlay, system, *metric, round, *value);
+                if measured.limited_by_sender {
+                    self.results.limited_by_sender(underlay, system, *metric);
+                }
+            }
+        }
+    }
+
+    fn chosen(&self, is: impl Fn(&Metric) -> bool) -> Vec<Metric> {
+        self.selection.metrics.iter().copied().filter(is).collect()
+    }
+}
+
+/// About how long it takes to connect a system.
+const CONNECT: std::time::Duration = std::time::Duration::from_millis(2000);
+
+fn write_json(path: &Path, results: &Results) -> Result<()> {
+    let report = json!({"rows": results.rows()});
+    let text = serde_json::to_string_pretty(&report).context("format the results")?;
+    fs::write(path, text + "\n").with_context(|| format!("write the results to {}", path.display()))
+}
