@@ -117,6 +117,12 @@ pub struct Traffic {
     pub egress_fast_packets: u64,
     /// Inner packets decapsulated by eBPF.
     pub ingress_fast_packets: u64,
+    /// Of the encapsulated ones, those that came straight from a container.
+    #[serde(default)]
+    pub egress_bypass_packets: u64,
+    /// Of the decapsulated ones, those that went straight to a container.
+    #[serde(default)]
+    pub ingress_bypass_packets: u64,
     /// Inner packets encapsulated by the agent.
     pub egress_slow_packets: u64,
     /// Inner packets decapsulated by the agent.

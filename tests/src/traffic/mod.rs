@@ -5,5 +5,6 @@ pub mod payload;
 pub mod ping;
 pub mod rate;
 pub mod steady;
+pub mod stream;
 pub mod tcp;
 pub mod udp;

@@ -156,7 +156,7 @@ fn receive(listener: &TcpListener, deadline: Instant) -> Result<Received> {
 }
 
 /// Accepts one connection. The standard library has no timeout for that, hence the polling.
-fn accept(listener: &TcpListener) -> Result<TcpStream> {
+pub(crate) fn accept(listener: &TcpListener) -> Result<TcpStream> {
     listener.set_nonblocking(true).context("make the listener non-blocking")?;
     let deadline = Instant::now() + STALL;
     loop {

@@ -12,6 +12,7 @@ use aya::{
     programs::{SchedClassifier, tc::TcAttachType},
 };
 use overlay_agent::{
+    containers::Containers,
     datapath::{
         Datapath, Desired, Policy, Report, Request, Rung, UnderlayDevice,
         ebpf::{OBJECT, TcAttach},
@@ -20,7 +21,7 @@ use overlay_agent::{
     netlink::Netlink,
     route::{NextHops, RouteChange},
 };
-use overlay_ebpf::abi::NextHop;
+use overlay_ebpf::{abi::NextHop, bypass::Bypass};
 use overlay_tests::{
     netns::Netns,
     sandbox::Sandbox,
@@ -87,6 +88,8 @@ impl<'a> Host<'a> {
             slow_ingress: false,
             request: self.request,
             tc_attach: self.tc_attach,
+            bypass: Bypass::Off,
+            containers: &Containers::default(),
             routes: &self.routes,
             log: self.log,
         };

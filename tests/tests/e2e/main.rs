@@ -3,6 +3,7 @@
 //! One binary, one topology per test, one test at a time: they share two CPUs, and rates and losses count.
 
 mod addressing;
+mod bypass;
 mod checksums;
 mod comparison;
 mod datapath;
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
     comparison::register(&mut suite);
     addressing::register(&mut suite);
     matrix::register(&mut suite);
+    bypass::register(&mut suite);
     traps::register(&mut suite);
     shells::register(&mut suite);
     checksums::register(&mut suite);
