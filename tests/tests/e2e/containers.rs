@@ -228,12 +228,12 @@ fn bridge(sandbox: &Arc<Sandbox>) -> Result<()> {
     let now = BTreeMap::from([host.endpoint(a, "cni0")?, host.endpoint(&moved, "cni0")?]);
     host.expect(&mut watched, "a container at another port", &now)?;
 
-    // A hardware address that moves from port to port, as when a machine migrates.
-    host.netns.tool(&format!("bridge fdb replace {} dev vc master static", mac_text(2)))?;
+    // A hardware address that moves from port to port, as when a machine migrates. Sticky: no packet of the container moves it.
+    host.netns.tool(&format!("bridge fdb replace {} dev vc master static sticky", mac_text(2)))?;
     let port = host.index("vc")?;
     let at_port = now.iter().map(|(address, endpoint)| (*address, Endpoint { ifindex: port, ..*endpoint }));
     host.expect(&mut watched, "a hardware address at another port", &at_port.collect())?;
-    host.netns.tool(&format!("bridge fdb replace {} dev va master static", mac_text(2)))?;
+    host.netns.tool(&format!("bridge fdb replace {} dev va master static sticky", mac_text(2)))?;
     host.expect(&mut watched, "a hardware address at its old port", &now)?;
 
     host.netns.tool("ip address add 10.244.1.2/32 dev lo")?;
@@ -364,11 +364,11 @@ fn remote(sandbox: &Arc<Sandbox>) -> Result<()> {
     host.expect(&mut watched, "a machine behind a VXLAN port", &BTreeMap::new())?;
     let skipped = watched.borrow().skipped.clone();
     ensure!(matches!(&skipped[..], [why] if why.starts_with("vx: a port")), "skipped: {skipped:?}");
-    // A container that takes over the address.
-    let pod = host.container(sandbox, "va", 5)?;
-    host.netns.tool("ip link set va master cni0")?;
+    // A container that takes over both addresses.
     host.netns.tool("bridge fdb delete 02:00:00:00:07:05 dev vx master static")?;
     host.netns.tool("ip neighbour delete 10.244.1.5 dev cni0")?;
+    let pod = host.container(sandbox, "va", 5)?;
+    host.netns.tool("ip link set va master cni0")?;
     pod.ping()?;
     host.expect(&mut watched, "a container", &BTreeMap::from([host.endpoint(&pod, "cni0")?]))
 }
