@@ -6,6 +6,7 @@ mod addressing;
 mod bypass;
 mod checksums;
 mod comparison;
+mod containers;
 mod datapath;
 mod etcd;
 mod faults;
@@ -73,6 +74,7 @@ fn main() -> ExitCode {
     xfrm::register(&mut suite);
     unrepairable::register(&mut suite);
     datapath::register(&mut suite);
+    containers::register(&mut suite);
     firewall::register(&mut suite);
     guard::register(&mut suite);
     icmp::register(&mut suite);
