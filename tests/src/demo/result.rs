@@ -35,10 +35,10 @@ pub fn print(lanes: &[Lane], options: &Options, on_etcd: &str) {
     let rows: Vec<Row> = lanes.iter().map(|lane| row(lane, vxlan.as_ref())).collect();
     println!("\n{}", render(&TITLES, &rows));
     println!(
-        "Underlay: {}. Rates container to container: one TCP stream, 64-byte UDP from one thread, median of {} round(s);\n\
-         round trip: one byte each way over TCP. Packets and drops: of the verified traffic, both hosts; a packet of many segments counts once. Verified: \
-         ping with its TTL,\nUDP of every size, in fragments and segmented, {} MiB over TCP each way by SHA-256; each \
-         host to host and container to container.",
+        "Underlay: {}. Rates container to container: one TCP stream, 64-byte UDP from one thread, one byte each way over TCP; \
+         median\nof {} round(s). Packets and drops: of the verified traffic, both hosts; a packet of many segments counts once. \
+         Verified: ping\nwith its TTL, UDP of every size, in fragments and segmented, {} MiB over TCP each way by SHA-256; each \
+         host to host and\ncontainer to container.",
         options.underlay.name(),
         options.rounds(),
         options.tcp_bytes() >> 20,

@@ -56,8 +56,8 @@ impl Durations {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Measured {
     pub(super) values: Vec<(Metric, f64)>,
-    /// Whether the sender was the limit, not the path.
-    pub(super) limited_by_sender: bool,
+    /// Whether nothing was lost, so that the sender or its CPU was the limit.
+    pub(super) without_loss: bool,
 }
 
 /// Measures once from `a` to `b`.
@@ -71,7 +71,7 @@ pub(super) fn measure(
     b: Endpoint<'_>,
     durations: &Durations,
 ) -> Result<Measured> {
-    let (values, limited_by_sender) = match measurement {
+    let (values, without_loss) = match measurement {
         Measurement::Tcp1 => {
             let stream = tcp_streams(a, b, 1, durations.tcp)?;
             let cpu = stream.cpu_seconds / (stream.bytes / 1e9);
@@ -84,7 +84,7 @@ pub(super) fn measure(
             let forwarded = forwarding(a, b, durations.forwarding)?;
             let cpu = forwarded.cpu_seconds / (forwarded.received as f64 / 1e6);
             let values = vec![(Metric::Fwd64, forwarded.rate() / 1e3), (Metric::CpuPerMpkt, cpu)];
-            (values, forwarded.is_limited_by_sender())
+            (values, forwarded.is_without_loss())
         }
         Measurement::Datagrams => {
             (vec![(Metric::Pps64, highest_rate(a, b, durations.datagrams)? / 1e3)], false)
@@ -97,5 +97,5 @@ pub(super) fn measure(
             (values.map(|(metric, time)| (metric, micros(time))).into(), false)
         }
     };
-    Ok(Measured { values, limited_by_sender })
+    Ok(Measured { values, without_loss })
 }

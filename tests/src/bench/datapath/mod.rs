@@ -1,17 +1,19 @@
 //! The datapath beside the alternatives: throughput, packets per second, latency and CPU time, container to container.
 //!
 //! In reading order: [`options`] and [`selection`] say what to measure, [`system`] connects a topology, [`measure`] measures it,
-//! [`results`] has the values and compares them, [`tables`] prints them.
+//! [`results`] has the values and compares them, [`tables`] prints them, [`report`] and [`plot`] write them down.
 
 mod measure;
 mod metric;
 mod options;
+mod plot;
+mod report;
 mod results;
 mod selection;
 mod system;
 mod tables;
 
-use std::{fs, path::Path, process::ExitCode, sync::Arc};
+use std::{fs, path::Path, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
 use serde_json::json;
@@ -21,6 +23,7 @@ pub(super) use options::Options;
 use self::{
     measure::{Durations, Measured, measure},
     metric::{Measurement, Metric},
+    report::Setting,
     results::Results,
     selection::Selection,
     system::{Connected, System},
@@ -30,7 +33,13 @@ use crate::{
     progress::Bar,
     sandbox::{Kind, Sandbox},
     topology::Underlay,
+    traffic::rate::sender_alone,
 };
+
+/// About how long it takes to connect a system.
+const CONNECT: Duration = Duration::from_millis(2000);
+/// How long the sender of fwd64 is measured alone.
+const SENDER_ALONE: Duration = Duration::from_millis(200);
 
 /// Runs the benchmark. The exit code is 1 when a measurement failed.
 pub(super) fn run(options: &Options) -> Result<ExitCode> {
@@ -38,15 +47,19 @@ pub(super) fn run(options: &Options) -> Result<ExitCode> {
     agent::binary()?;
     Sandbox::remove_on_signals()?;
     let sandbox = Sandbox::start(Kind::Bench)?;
-    let mut run = Run::new(&sandbox, options, &selection);
+    let mut run = Run::new(&sandbox, options, &selection)?;
     for underlay in options.underlays() {
         run.underlay(*underlay);
         run.bar.print(&format!("\n{}\n", tables::tables(&run.results, &selection, *underlay)));
     }
-    let Run { results, bar, .. } = run;
+    let Run { results, setting, bar, .. } = run;
     bar.finish();
     if let Some(path) = &options.json {
         write_json(path, &results)?;
+    }
+    if let Some(directory) = &options.report {
+        report::write(directory, &results, &selection, &setting)?;
+        println!("report: {}", directory.join("datapath.md").display());
     }
     let failures = results.failures();
     for failure in &failures {
@@ -68,18 +81,28 @@ struct Run<'a> {
     rounds: u32,
     bar: Bar,
     results: Results,
+    setting: Setting,
 }
 
 impl<'a> Run<'a> {
-    fn new(sandbox: &'a Arc<Sandbox>, options: &Options, selection: &'a Selection) -> Self {
+    fn new(sandbox: &'a Arc<Sandbox>, options: &Options, selection: &'a Selection) -> Result<Self> {
         let (rounds, durations) = (options.rounds(), Durations::new(options.quick));
         let measurements = selection.measurements();
         let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
-        let round: std::time::Duration =
-            measurements.iter().map(|measurement| durations.expected(*measurement)).sum();
+        let round: Duration = measurements.iter().map(|measurement| durations.expected(*measurement)).sum();
         let system = CONNECT + round * rounds;
         let bar = Bar::start(system * count(selection.systems.len()) * count(options.underlays().len()));
-        Self { sandbox, selection, measurements, durations, rounds, bar, results: Results::default() }
+        let setting = Setting::read(rounds, options.underlays())?;
+        Ok(Self {
+            sandbox,
+            selection,
+            measurements,
+            durations,
+            rounds,
+            bar,
+            results: Results::default(),
+            setting,
+        })
     }
 
     /// Connects all systems over one kind of underlay, then measures each once in every round.
@@ -94,7 +117,7 @@ impl<'a> Run<'a> {
                         self.results.fail(underlay, *system, *metric, &format!("connect: {error:#}"));
                     }
                     self.bar.print(&format!("{} {system}: failed: connect: {error:#}", underlay.name()));
-                    let skipped: std::time::Duration = self
+                    let skipped: Duration = self
                         .measurements
                         .iter()
                         .map(|measurement| self.durations.expected(*measurement))
@@ -103,6 +126,12 @@ impl<'a> Run<'a> {
                 }
             }
             self.bar.advance(CONNECT);
+        }
+        if self.measurements.contains(&Measurement::Forwarding)
+            && let Some((_, topology)) = connected.first()
+            && let Ok(rate) = sender_alone(topology.pods().0, SENDER_ALONE)
+        {
+            self.setting.sender_alone.insert(underlay.name(), rate);
         }
         for round in 1..=self.rounds {
             for measurement in self.measurements.clone() {
@@ -153,8 +182,8 @@ impl<'a> Run<'a> {
         for (metric, value) in &measured.values {
             if self.selection.metrics.contains(metric) {
                 self.results.add(underlay, system, *metric, round, *value);
-                if measured.limited_by_sender {
-                    self.results.limited_by_sender(underlay, system, *metric);
+                if measured.without_loss {
+                    self.results.without_loss(underlay, system, *metric);
                 }
             }
         }
@@ -164,9 +193,6 @@ impl<'a> Run<'a> {
         self.selection.metrics.iter().copied().filter(is).collect()
     }
 }
-
-/// About how long it takes to connect a system.
-const CONNECT: std::time::Duration = std::time::Duration::from_millis(2000);
 
 fn write_json(path: &Path, results: &Results) -> Result<()> {
     let report = json!({"rows": results.rows()});

@@ -10,7 +10,7 @@ use crate::topology::Underlay;
 /// Examples at the end of `--help`.
 const EXAMPLES: &str = "\
 Examples:
-  cargo xtask bench datapath                              every metric and system on both underlays, about 20 minutes
+  cargo xtask bench datapath                              everything on both underlays, about 15 minutes
   cargo xtask bench datapath --quick --underlay virtual   two rounds of short measurements
   cargo xtask bench datapath --only tcp1,rr_p50,tc        two metrics of tc, beside routed and VXLAN
   cargo xtask bench datapath --report docs/bench          a report with plots as well

@@ -33,8 +33,8 @@ pub(super) struct Cell {
     values: Vec<(u32, f64)>,
     /// Why a round has no value.
     pub(super) failure: Option<String>,
-    /// Rounds in which the sender was the limit.
-    pub(super) limited_by_sender: u32,
+    /// Rounds in which nothing was lost, so that the sender or its CPU was the limit.
+    pub(super) without_loss: u32,
 }
 
 impl Cell {
@@ -44,6 +44,11 @@ impl Cell {
             return None;
         }
         Spread::of(self.values.iter().map(|(_, value)| *value).collect())
+    }
+
+    /// Number of values.
+    pub(super) const fn rounds(&self) -> usize {
+        self.values.len()
     }
 
     /// The ratios to `baseline` of each round in which both have a value.
@@ -69,8 +74,8 @@ impl Results {
     fn cell(&mut self, underlay: Underlay, system: System, metric: Metric) -> Option<&mut Cell> {
         let is = |cell: &Cell| (cell.underlay, cell.system, cell.metric) == (underlay, system, metric);
         let index = self.cells.iter().position(is).unwrap_or_else(|| {
-            let (values, failure, limited_by_sender) = (Vec::new(), None, 0);
-            self.cells.push(Cell { underlay, system, metric, values, failure, limited_by_sender });
+            let (values, failure, without_loss) = (Vec::new(), None, 0);
+            self.cells.push(Cell { underlay, system, metric, values, failure, without_loss });
             self.cells.len() - 1
         });
         self.cells.get_mut(index)
@@ -83,10 +88,10 @@ impl Results {
         }
     }
 
-    /// Notes that the sender was the limit of a value.
-    pub(super) fn limited_by_sender(&mut self, underlay: Underlay, system: System, metric: Metric) {
+    /// Notes that nothing was lost in a round.
+    pub(super) fn without_loss(&mut self, underlay: Underlay, system: System, metric: Metric) {
         if let Some(cell) = self.cell(underlay, system, metric) {
-            cell.limited_by_sender += 1;
+            cell.without_loss += 1;
         }
     }
 

@@ -21,33 +21,22 @@ pub(super) fn digits(value: f64) -> String {
     format!("{value:.decimals$}")
 }
 
-/// The tables of one underlay.
+/// The tables of one underlay: the medians, then the ratios to each baseline.
 pub(super) fn tables(results: &Results, selection: &Selection, underlay: Underlay) -> String {
-    let baselines = baselines(selection);
-    let medians = table(
-        results,
-        selection,
-        underlay,
-        |metric| metric.unit().to_owned(),
-        |cell| cell.spread().map_or_else(|| "failed".to_owned(), |spread| digits(spread.median)),
-    );
-    if baselines.is_empty() {
-        return medians;
+    let title = |metric: &Metric| format!("{metric}\n{}", metric.unit());
+    let corner = format!("{}\nmedian", underlay.name());
+    let mut text = table(results, selection, underlay, (&corner, &title), &selection.systems, &|cell| {
+        Some(cell.spread().map_or_else(|| "failed".to_owned(), |spread| digits(spread.median)))
+    });
+    for baseline in baselines(selection) {
+        let others: Vec<System> =
+            selection.systems.iter().copied().filter(|system| *system != baseline).collect();
+        let corner = format!("x {baseline}");
+        let ratio = |cell: &Cell| results.ratio(cell, baseline).map(|ratio| digits(ratio.median));
+        text.push('\n');
+        text += &table(results, selection, underlay, (&corner, &Metric::to_string), &others, &ratio);
     }
-    let names = baselines.iter().map(|system| system.name()).collect::<Vec<_>>().join(" / ");
-    let ratios = table(
-        results,
-        selection,
-        underlay,
-        |_| String::new(),
-        |cell| {
-            let ratio = |baseline: &System| {
-                results.ratio(cell, *baseline).map_or_else(|| "-".to_owned(), |ratio| digits(ratio.median))
-            };
-            baselines.iter().map(ratio).collect::<Vec<_>>().join(" / ")
-        },
-    );
-    format!("{medians}\nratios to {names}, each the median of the rounds' ratios:\n{ratios}")
+    text
 }
 
 /// The selected systems that others are compared with.
@@ -59,21 +48,22 @@ fn table(
     results: &Results,
     selection: &Selection,
     underlay: Underlay,
-    subtitle: impl Fn(Metric) -> String,
-    text: impl Fn(&Cell) -> String,
+    (corner, title): (&str, &dyn Fn(&Metric) -> String),
+    systems: &[System],
+    text: &dyn Fn(&Cell) -> Option<String>,
 ) -> String {
-    let title = |metric: &Metric| format!("{metric}\n{}", subtitle(*metric)).trim_end().to_owned();
-    let mut titles = vec![underlay.name().to_owned()];
+    let mut titles = vec![corner.to_owned()];
     titles.extend(selection.metrics.iter().map(title));
     let titles: Vec<&str> = titles.iter().map(String::as_str).collect();
     let row = |system: &System| {
-        let cell =
-            |metric: &Metric| results.get(underlay, *system, *metric).map_or_else(|| "-".to_owned(), &text);
+        let cell = |metric: &Metric| {
+            results.get(underlay, *system, *metric).and_then(text).unwrap_or_else(|| "-".to_owned())
+        };
         let mut cells = vec![system.name().to_owned()];
         cells.extend(selection.metrics.iter().map(cell));
         Row { cells }
     };
-    render(&titles, &selection.systems.iter().map(row).collect::<Vec<_>>())
+    render(&titles, &systems.iter().map(row).collect::<Vec<_>>())
 }
 
 #[cfg(test)]
@@ -99,10 +89,11 @@ mod tests {
             lines.nth(nth).unwrap().split_whitespace().collect::<String>()
         };
         assert_eq!(line("tc", 0), "│tc┆12.0┆24.8│");
-        assert_eq!(line("tc", 1), "│tc┆0.80/1.60/-┆1.10/0.82/-│");
+        assert_eq!(line("tc", 1), "│tc┆0.80┆1.10│");
+        assert_eq!(line("tc", 2), "│tc┆1.60┆0.82│");
+        assert_eq!(line("tc", 3), "│tc┆-┆-│");
         assert_eq!(line("proxy", 0), "│proxy┆failed┆failed│");
-        let widths: Vec<usize> =
-            text.lines().filter(|line| line.starts_with('│')).map(|line| line.chars().count()).collect();
-        assert!(widths[..widths.len() / 2].windows(2).all(|pair| pair[0] == pair[1]), "{text}");
+        let widths = text.lines().filter(|line| line.starts_with('│')).map(|line| line.chars().count());
+        assert!(widths.clone().take(6).all(|width| width == widths.clone().next().unwrap()), "{text}");
     }
 }

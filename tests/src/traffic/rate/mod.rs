@@ -9,6 +9,6 @@ mod requests;
 mod stream;
 
 pub use datagrams::{Offer, SMALL, datagrams, highest_rate, small_packets};
-pub use forwarding::{Forwarded, forwarding};
+pub use forwarding::{Forwarded, forwarding, sender_alone};
 pub use requests::{Latency, request_latency};
 pub use stream::{Stream, tcp_streams, tcp_throughput};
