@@ -101,7 +101,7 @@ impl FastPath {
             self.plan = Some(plan.clone());
         }
         if !plan.targets(&self.refusals).is_empty() {
-            if let Err(error) = self.load(&plan) {
+            if let Err(error) = self.load(&plan, config) {
                 if plan.request != Request::Auto {
                     return Err(error);
                 }
@@ -150,7 +150,7 @@ impl FastPath {
     }
 
     /// Loads and tests the tc programs, unless they are loaded.
-    fn load(&mut self, plan: &Plan) -> Result<()> {
+    fn load(&mut self, plan: &Plan, config: &Config) -> Result<()> {
         if let Some(underlay) = plan.underlays.first().filter(|underlay| !underlay.ethernet) {
             bail!("the underlay {} is no Ethernet device", underlay.name);
         }
@@ -159,7 +159,7 @@ impl FastPath {
         }
         let object = object()?;
         capabilities::check(capabilities::EBPF)?;
-        let mut set = OverlaySet::load(object, plan.log)?;
+        let mut set = OverlaySet::load_for(object, plan.log, config)?;
         for hook in [EGRESS, INGRESS] {
             set.programs.load_program(hook)?;
         }

@@ -3,6 +3,7 @@
 mod attach;
 pub mod overlay_set;
 mod program_set;
+mod route_maps;
 pub mod self_test;
 mod tcx_link;
 

@@ -56,11 +56,14 @@ pub struct ProgramSet {
 }
 
 impl ProgramSet {
-    /// Loads the maps of `object`. With `log`, the programs log failures, and a task of the current tokio runtime forwards the
+    /// Loads the maps of `object`, those in `sizes` with that number of entries. With `log`, the programs log failures, and a task of the current tokio runtime forwards the
     /// lines; it panics outside of one. Fails when the kernel refuses a map, or `object` cannot log.
-    pub fn load(name: &'static str, object: &[u8], log: bool) -> Result<Self> {
+    pub fn load(name: &'static str, object: &[u8], log: bool, sizes: &[(&str, u32)]) -> Result<Self> {
         let log_failures = u32::from(log);
         let mut loader = EbpfLoader::new();
+        for (map, entries) in sizes {
+            loader.map_max_entries(map, *entries);
+        }
         let loaded = loader.override_global("LOG_FAILURES", &log_failures, log).load(object);
         let mut ebpf = loaded.with_context(|| {
             format!("load the eBPF maps of {name}: kernel 5.10 or later is needed, with eBPF")

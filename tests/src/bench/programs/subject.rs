@@ -91,11 +91,12 @@ impl Subject {
             abi_prefix(own.prefix()),
             packet::PORT,
         );
-        let mut set = OverlaySet::load(&object, false)?;
+        let config = config.with_device(TEST_IFINDEX);
+        let mut set = OverlaySet::load_for(&object, false, &config)?;
         for program in &PROGRAMS {
             set.programs.load_program(program.hook)?;
         }
-        set.set_config(&config.with_device(TEST_IFINDEX))?;
+        set.set_config(&config)?;
         set.set_underlays(&[(TEST_IFINDEX, UnderlayValue::new([0; 6], true))].into())?;
         let hops: Result<NextHops> =
             (0..routes).map(|number| Ok((subnet(number)?, next_hop(number)))).collect();
@@ -165,5 +166,6 @@ fn public_ip(number: u32) -> Ipv4Addr {
 }
 
 fn next_hop(number: u32) -> NextHop {
-    NextHop { peer: public_ip(number).octets(), ifindex: TEST_IFINDEX, mtu: packet::PATH_MTU, flags: 0 }
+    let peer = public_ip(number).octets();
+    NextHop { peer, ifindex: TEST_IFINDEX, mtu: packet::PATH_MTU, flags: 0 }
 }
