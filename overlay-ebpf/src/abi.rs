@@ -6,13 +6,15 @@ use crate::reason::{DropReason, PuntReason};
 
 pub use crate::source::SourceCheck;
 
-/// Most routes that the kernel's map holds. A /16 network with /24 leases needs 256; flannel's smallest subnets (/30) in
-/// a /14 would need 65536.
-pub const MAX_ROUTES: u32 = 65536;
+/// Routes that the kernel's maps hold in any network. A /16 network with /24 leases needs 256; flannel's smallest subnets (/30) in
+/// a /14 need 65536.
+pub const DEFAULT_ROUTES: u32 = 65536;
+/// Most routes that the kernel's maps hold in a network of more than [`DEFAULT_ROUTES`] subnets.
+pub const MAX_ROUTES: u32 = 1 << 20;
 
 /// Version of everything in this file. Increment it when the layout or the meaning of a map's key or value, or of the mark of
 /// XDP, changes: agents and programs of different versions must not share maps. It is part of the path of pinned objects.
-pub const ABI_VERSION: u16 = 3;
+pub const ABI_VERSION: u16 = 4;
 
 /// Most containers of this host that the programs know.
 pub const MAX_ENDPOINTS: u32 = 16384;
@@ -61,6 +63,29 @@ impl Prefix {
         let mask = u32::from_ne_bytes(self.mask);
         u32::from_ne_bytes(address) & mask == u32::from_ne_bytes(self.address)
     }
+
+    /// The prefix of the same length that contains `address`.
+    #[inline(always)]
+    pub fn neighbor(&self, address: [u8; 4]) -> Self {
+        let address = u32::from_ne_bytes(address) & u32::from_ne_bytes(self.mask);
+        Self { address: address.to_ne_bytes(), mask: self.mask }
+    }
+
+    /// First address, network byte order.
+    pub fn address(&self) -> [u8; 4] {
+        self.address
+    }
+
+    /// Length in bits.
+    pub fn length(&self) -> u8 {
+        u32::from_ne_bytes(self.mask).count_ones() as u8
+    }
+
+    /// Whether prefixes of this length are longer than those of `other`'s.
+    #[inline(always)]
+    pub fn is_longer_than(&self, other: &Self) -> bool {
+        u32::from_be_bytes(self.mask) > u32::from_be_bytes(other.mask)
+    }
 }
 
 /// This host's place in the network: the one entry of the map `CONFIG`.
@@ -81,7 +106,12 @@ pub struct Config {
     pub overlay_ifindex: u32,
     source_check: u8,
     slow_ingress: u8,
-    reserved: [u8; 2],
+    other_lengths: u8,
+    reserved: u8,
+    first_ifindex: u32,
+    first_mac: [u8; 6],
+    /// 48 bytes in all: arrays of bytes of that size can be cast.
+    padding: [u8; 6],
 }
 
 /// The outer TOS: the inner one's bits that the mask keeps, and fixed ones. ECN is always copied (RFC 6040).
@@ -127,7 +157,11 @@ impl Config {
             overlay_ifindex: 0,
             source_check: 0,
             slow_ingress: 0,
-            reserved: [0; 2],
+            other_lengths: 0,
+            reserved: 0,
+            first_ifindex: 0,
+            first_mac: [0; 6],
+            padding: [0; 6],
         }
     }
 
@@ -145,6 +179,30 @@ impl Config {
     #[inline(always)]
     pub fn is_ingress_slow(&self) -> bool {
         self.slow_ingress != 0
+    }
+
+    /// The same configuration with the first underlay device of the map `UNDERLAYS`, where nearly all packets arrive: programs need
+    /// no lookup for those. 0 and any address for none.
+    pub fn with_first_underlay(self, ifindex: u32, mac: [u8; 6]) -> Self {
+        Self { first_ifindex: ifindex, first_mac: mac, ..self }
+    }
+
+    /// The entry of `UNDERLAYS` for the device with this index, if it is the first.
+    #[inline(always)]
+    pub fn first_underlay(&self, ifindex: u32) -> Option<UnderlayValue> {
+        (ifindex == self.first_ifindex).then(|| UnderlayValue::new(self.first_mac, true))
+    }
+
+    /// The same configuration with routes in the map `PREFIXES`, or none there.
+    pub fn with_other_lengths(self, other_lengths: bool) -> Self {
+        Self { other_lengths: other_lengths as u8, ..self }
+    }
+
+    /// Whether the map `PREFIXES` has routes. Without, one lookup in `ROUTES` answers for an address: all routes have the length
+    /// of this host's subnet.
+    #[inline(always)]
+    pub fn has_other_lengths(&self) -> bool {
+        self.other_lengths != 0
     }
 
     /// How sources are checked; an unknown value is the strictest.
@@ -173,8 +231,8 @@ impl Config {
     }
 }
 
-/// Value of the route map: how packets for a subnet reach the peer that holds it. The key is the kernel's for
-/// longest-prefix-match tries: prefix length in bits (u32, host byte order), then the address. All numbers in host byte order.
+/// Value of the map `ROUTES`: how packets for a subnet reach the peer that holds it. The key is the subnet, a [`Prefix`] of the
+/// length of this host's own. All numbers in host byte order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct NextHop {
@@ -186,6 +244,17 @@ pub struct NextHop {
     pub mtu: u16,
     /// [`NextHop::SLOW_PATH`] and [`NextHop::FINISHED_ONLY`].
     pub flags: u16,
+}
+
+/// Value of the map `PREFIXES`, which has the routes of other lengths than that of this host's subnet. The key is the kernel's for
+/// longest-prefix-match tries: prefix length in bits (u32, host byte order), then the address.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct PrefixRoute {
+    /// The subnet.
+    pub prefix: Prefix,
+    /// The way to its holder.
+    pub next_hop: NextHop,
 }
 
 impl NextHop {
@@ -215,8 +284,14 @@ pub struct UnderlayValue {
 
 impl UnderlayValue {
     /// The value for a device with this hardware address, which is the first or another one.
+    #[inline(always)]
     pub fn new(mac: [u8; 6], is_first: bool) -> Self {
         Self { mac, is_first: is_first as u8, reserved: 0 }
+    }
+
+    /// Whether it is the value of the first device.
+    pub fn is_first(&self) -> bool {
+        self.is_first != 0
     }
 
     /// The value of [`Sender::device`](crate::source::Sender::device) for the device with this index.
@@ -326,6 +401,15 @@ mod tests {
         assert!(Prefix::new([1, 2, 3, 4], 0).contains([255, 0, 0, 1]));
         assert!(Prefix::new([1, 2, 3, 4], 32).contains([1, 2, 3, 4]));
         assert!(!Prefix::new([1, 2, 3, 4], 32).contains([1, 2, 3, 5]));
+    }
+
+    #[test]
+    fn a_neighbor_has_the_same_length() {
+        let prefix = Prefix::new([10, 244, 1, 0], 26);
+        assert_eq!(prefix.neighbor([10, 9, 8, 0x8f]), Prefix::new([10, 9, 8, 0x80], 26));
+        assert_eq!((prefix.length(), Prefix::default().length()), (26, 0));
+        assert!(prefix.is_longer_than(&Prefix::new([10, 244, 1, 0], 25)));
+        assert!(!prefix.is_longer_than(&prefix) && !prefix.is_longer_than(&Prefix::new([10, 0, 0, 0], 32)));
     }
 
     #[test]

@@ -8,7 +8,10 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use crate::setup::{self, Scope};
-use crate::{build, step, workspace};
+use crate::{
+    build::{self, OBJECT_VARIABLE},
+    step, workspace,
+};
 
 /// The command line of the program, which parses it and prints its own help.
 #[derive(Args)]
@@ -24,19 +27,19 @@ pub(crate) fn run(name: &str, options: &Options) -> Result<ExitCode> {
     if !help && !workspace::is_root() {
         bail!("`cargo xtask {name}` creates network namespaces and loads eBPF programs: run it as root");
     }
-    let agent = match help {
+    let built = match help {
         true => None,
-        false => Some(build::build(&setup::ensure(Scope::Everything, false)?)?.agent),
+        false => Some(build::build(&setup::ensure(Scope::Everything, false)?)?),
     };
+    let variables = built.map(|built| [("OVERLAY_AGENT", built.agent), (OBJECT_VARIABLE, built.ebpf_object)]);
+    let variables = variables.into_iter().flatten();
     step::headline(format_args!("build: the {name} program (release)"));
     let mut cargo = workspace::cargo()?;
-    step::stream(cargo.args(["build", "--release", "--package", "overlay-tests", "--bin", name]))?;
+    cargo.args(["build", "--release", "--package", "overlay-tests", "--bin", name]).envs(variables.clone());
+    step::stream(&mut cargo)?;
     step::flush();
     let program = workspace::target_dir()?.join("release").join(name);
     // In place of xtask, so that Ctrl-C and the exit code are the program's own.
-    let error = Command::new(&program)
-        .args(&options.arguments)
-        .envs(agent.map(|agent| ("OVERLAY_AGENT", agent)))
-        .exec();
+    let error = Command::new(&program).args(&options.arguments).envs(variables).exec();
     Err(error).with_context(|| format!("cannot start {}", program.display()))
 }

@@ -110,7 +110,7 @@ impl FastPath {
             self.plan = Some(plan.clone());
         }
         if !plan.targets(&self.refusals).is_empty() {
-            if let Err(error) = self.load(&plan) {
+            if let Err(error) = self.load(&plan, config) {
                 if plan.request != Request::Auto {
                     return Err(error);
                 }
@@ -159,7 +159,7 @@ impl FastPath {
     }
 
     /// Loads and tests the tc programs, unless they are loaded.
-    fn load(&mut self, plan: &Plan) -> Result<()> {
+    fn load(&mut self, plan: &Plan, config: &Config) -> Result<()> {
         if let Some(underlay) = plan.underlays.first().filter(|underlay| !underlay.ethernet) {
             bail!("the underlay {} is no Ethernet device", underlay.name);
         }
@@ -168,16 +168,16 @@ impl FastPath {
         }
         let object = object()?;
         capabilities::check(capabilities::EBPF)?;
-        let set = self.load_set(object, plan)?;
+        let set = self.load_set(object, plan, config)?;
         self_test::run(object, INGRESS).context("the kernel does not run the eBPF programs as it should")?;
         self.set = Some(set);
         Ok(())
     }
 
     /// Loads maps and programs, without the bypass when the kernel cannot have it.
-    fn load_set(&mut self, object: &[u8], plan: &Plan) -> Result<OverlaySet> {
+    fn load_set(&mut self, object: &[u8], plan: &Plan, config: &Config) -> Result<OverlaySet> {
         let load = |bypass| {
-            let mut set = OverlaySet::load(object, LoadOptions { bypass, log: plan.log })?;
+            let mut set = OverlaySet::load_for(object, LoadOptions { bypass, log: plan.log }, config)?;
             for hook in [EGRESS, INGRESS] {
                 set.programs.load_program(hook)?;
             }

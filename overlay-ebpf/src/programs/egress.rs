@@ -54,7 +54,7 @@ pub(super) fn run<const LINK: usize>(ctx: &TcContext) -> i32 {
         memory::pull_headers(ctx, LINK + header.header_len() + TRANSPORT);
     }
     let len = ctx.len() as usize - LINK;
-    match egress::decide(&Packet::of_skb(ctx), LINK, len, memory::gso_size(ctx), config, &RouteMap) {
+    match egress::decide(&Packet::of_skb(ctx), LINK, len, memory::gso_size(ctx), config, &RouteMap(config)) {
         EgressVerdict::Encap(encap) => {
             if maps::bypasses(Bypass::Flows) {
                 confirm::<LINK>(ctx);

@@ -38,7 +38,7 @@ pub(super) fn run(ctx: &TcContext) -> i32 {
         return TO_THE_STACK;
     }
     let len = ctx.len() as usize - Ethernet::LEN;
-    match decide(&packet, Ethernet::LEN, len, memory::gso_size(ctx), config, &RouteMap) {
+    match decide(&packet, Ethernet::LEN, len, memory::gso_size(ctx), config, &RouteMap(config)) {
         EgressVerdict::Encap(encap) => egress::redirect::<{ Ethernet::LEN }>(ctx, &encap, len, true),
         _ => TO_THE_STACK,
     }

@@ -52,8 +52,8 @@ pub(super) fn run(ctx: &TcContext) -> i32 {
         memory::pull_headers(ctx, INNER_OFFSET + header.header_len() + ICMP_TYPE);
     }
     // SAFETY: the kernel hands the program a valid context.
-    let device = || maps::underlay(unsafe { (*ctx.skb.skb).ifindex });
-    match ingress::decide(&Packet::of_skb(ctx), ctx.len() as usize, device, config, &RouteMap) {
+    let device = || maps::underlay(config, unsafe { (*ctx.skb.skb).ifindex });
+    match ingress::decide(&Packet::of_skb(ctx), ctx.len() as usize, device, config, &RouteMap(config)) {
         IngressVerdict::Pass => TO_THE_SLOW_PATH,
         // The kernel still marks a segmented packet as tunnelled (before 7.x no helper clears that). TCP is segmented
         // correctly all the same; segmentation of UDP would take the inner UDP header for the tunnel's.

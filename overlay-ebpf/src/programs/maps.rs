@@ -8,7 +8,10 @@ use aya_ebpf::{
     maps::{Array, HashMap, LpmTrie, PerCpuArray, lpm_trie::Key},
 };
 use overlay_ebpf::{
-    abi::{Config, Counters, Endpoint, MAX_ENDPOINTS, MAX_ROUTES, MAX_UNDERLAYS, NextHop, UnderlayValue},
+    abi::{
+        Config, Counters, DEFAULT_ROUTES, Endpoint, MAX_ENDPOINTS, MAX_UNDERLAYS, NextHop, Prefix,
+        PrefixRoute, UnderlayValue,
+    },
     bypass::{Bypass, Endpoints},
     rejection::Rejection,
     route::Routes,
@@ -17,8 +20,14 @@ use overlay_ebpf::{
 #[map]
 static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
 
+/// The routes of the same length as this host's subnet. The loader sets the size. Entries are not allocated in advance: memory
+/// follows the number of routes, and a replaced entry stays as it is while a program reads it.
 #[map]
-static ROUTES: LpmTrie<[u8; 4], NextHop> = LpmTrie::with_max_entries(MAX_ROUTES, 0);
+static ROUTES: HashMap<Prefix, NextHop> = HashMap::with_max_entries(DEFAULT_ROUTES, BPF_F_NO_PREALLOC);
+
+/// The routes of other lengths.
+#[map]
+static PREFIXES: LpmTrie<[u8; 4], PrefixRoute> = LpmTrie::with_max_entries(DEFAULT_ROUTES, 0);
 
 #[map]
 static UNDERLAYS: HashMap<u32, UnderlayValue> = HashMap::with_max_entries(MAX_UNDERLAYS, 0);
@@ -96,13 +105,25 @@ pub(super) fn is_rejection_due(rejection: Rejection) -> bool {
     *count <= REJECTIONS
 }
 
-/// The kernel's route map, for the packet core.
-pub(super) struct RouteMap;
+/// The kernel's route maps, for the packet core: one lookup in the usual case that all subnets have one length.
+pub(super) struct RouteMap<'a>(pub(super) &'a Config);
 
-impl Routes for RouteMap {
+impl Routes for RouteMap<'_> {
     #[inline(always)]
     fn next_hop(&self, address: [u8; 4]) -> Option<NextHop> {
-        ROUTES.get(Key::new(32, address)).copied()
+        let Self(config) = self;
+        let exact = ROUTES.get_ptr(config.subnet.neighbor(address));
+        // SAFETY: the kernel replaces entries and writes into none that a program may see.
+        let exact = exact.map(|next_hop| unsafe { *next_hop });
+        if !config.has_other_lengths() {
+            return exact;
+        }
+        match PREFIXES.get(Key::new(32, address)) {
+            Some(other) if exact.is_none() || other.prefix.is_longer_than(&config.subnet) => {
+                Some(other.next_hop)
+            }
+            _ => exact,
+        }
     }
 }
 
@@ -126,7 +147,10 @@ pub(super) fn config() -> Option<&'static Config> {
 
 /// A device that carries outer packets, with its index.
 #[inline(always)]
-pub(super) fn underlay(ifindex: u32) -> Option<(UnderlayValue, u32)> {
+pub(super) fn underlay(config: &Config, ifindex: u32) -> Option<(UnderlayValue, u32)> {
+    if let Some(first) = config.first_underlay(ifindex) {
+        return Some((first, ifindex));
+    }
     let underlay = UNDERLAYS.get_ptr(ifindex)?;
     // SAFETY: the kernel replaces entries and writes into none that a program may see.
     Some((unsafe { *underlay }, ifindex))

@@ -29,8 +29,8 @@ pub(super) fn run(ctx: &XdpContext) -> u32 {
     };
     // SAFETY: the context is the one the kernel gave us.
     let len = unsafe { bpf_xdp_get_buff_len(ctx.ctx) } as usize;
-    let device = || maps::underlay(ctx.ingress_ifindex() as u32);
-    match ingress::decide(&Packet::of_xdp(ctx), len, device, config, &RouteMap) {
+    let device = || maps::underlay(config, ctx.ingress_ifindex() as u32);
+    match ingress::decide(&Packet::of_xdp(ctx), len, device, config, &RouteMap(config)) {
         IngressVerdict::Pass => XDP_PASS,
         IngressVerdict::Decap(decap) => decapsulate(ctx, config, &decap),
         // Not counted: the tc program sees the same frame, comes to the same verdict and counts it.

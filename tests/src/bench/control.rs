@@ -1,16 +1,14 @@
 //! The control plane: time until a large network is routed, time until one change is routed, load on etcd, memory.
 
 use std::{
-    fs::{File, OpenOptions},
-    io::Write as _,
     net::Ipv4Addr,
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::ExitCode,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use clap::Args;
 use serde::Serialize;
 
@@ -18,7 +16,9 @@ use super::{
     limit::{self, Measured},
     metrics::{self, Memory, Requests},
     network::{self, Hosts},
+    open_json,
     route_map::{self, Observer},
+    write_json,
 };
 use crate::{
     agent::{self, Agent, Site},
@@ -83,7 +83,7 @@ struct Report {
 
 pub(super) fn run(options: &Options) -> Result<ExitCode> {
     // A file that cannot be written fails before the measurement.
-    let json = options.json.as_deref().map(open_for_writing).transpose()?;
+    let json = options.json.as_deref().map(open_json).transpose()?;
     let agent = agent::binary()?;
     Sandbox::remove_on_signals()?;
     let sandbox = Sandbox::start(Kind::Bench)?;
@@ -114,16 +114,10 @@ pub(super) fn run(options: &Options) -> Result<ExitCode> {
     let report = Report::new(options, &outcome);
     let measured = report.measured(&outcome);
     println!("{}", limit::table(&measured));
-    if let Some(mut file) = json {
-        file.set_len(0).context("truncate the file of --json")?;
-        writeln!(file, "{}", serde_json::to_string(&report)?).context("write the file of --json")?;
+    if let Some(file) = json {
+        write_json(file, &report)?;
     }
     Ok(limit::exit_code(&measured, options.check))
-}
-
-fn open_for_writing(path: &Path) -> Result<File> {
-    let file = OpenOptions::new().write(true).create(true).truncate(false).open(path);
-    file.with_context(|| format!("write {}: name another file for --json", path.display()))
 }
 
 async fn measure(site: &Arc<Site>, etcd: &Etcd, options: &Options, progress: &Progress) -> Result<Outcome> {

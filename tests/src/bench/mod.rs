@@ -5,12 +5,19 @@ mod datapath;
 mod limit;
 mod metrics;
 mod network;
+mod programs;
 mod route_map;
 
-use std::process::ExitCode;
+use std::{
+    fs::{File, OpenOptions},
+    io::Write as _,
+    path::Path,
+    process::ExitCode,
+};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
+use serde::Serialize;
 
 /// Measures the agent on this machine, in network namespaces. Needs root.
 #[derive(Clone, Debug, Parser)]
@@ -24,6 +31,7 @@ pub struct Options {
 enum Benchmark {
     Control(control::Options),
     Datapath(datapath::Options),
+    Programs(programs::Options),
 }
 
 /// Runs a benchmark. The exit code is 1 when a measurement fails, and with `--check` when a limit is missed.
@@ -31,5 +39,18 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     match &options.benchmark {
         Benchmark::Control(options) => control::run(options),
         Benchmark::Datapath(options) => datapath::run(options),
+        Benchmark::Programs(options) => programs::run(options),
     }
+}
+
+/// Opens the file of `--json`, so that one that cannot be written fails before the measurement.
+fn open_json(path: &Path) -> Result<File> {
+    let file = OpenOptions::new().write(true).create(true).truncate(false).open(path);
+    file.with_context(|| format!("write {}: name another file for --json", path.display()))
+}
+
+/// Writes the results to the file of `--json`.
+fn write_json(mut file: File, report: &impl Serialize) -> Result<()> {
+    file.set_len(0).context("truncate the file of --json")?;
+    writeln!(file, "{}", serde_json::to_string(report)?).context("write the file of --json")
 }

@@ -9,20 +9,22 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use aya::maps::{LpmTrie, Map, MapData, MapError, MapInfo, lpm_trie::Key};
+use aya::maps::{HashMap, Map, MapData, MapError, MapInfo};
+use overlay_ebpf::abi::{NextHop, Prefix};
 
-/// Prefix length of the subnets here.
-const LENGTH: u32 = 24;
+/// Prefix length of the subnets here, also of the agent's own: their routes are in the map `ROUTES`.
+const LENGTH: u8 = 24;
 /// Poll interval: short compared to the measured times, long enough not to occupy the core.
 const PAUSE: Duration = Duration::from_micros(200);
 /// Limit for each wait.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The agent's value of a route: it begins with the peer's address.
-type NextHop = [u8; 12];
+// aya moves map keys and values as plain bytes.
+type Key = [u8; size_of::<Prefix>()];
+type Value = [u8; size_of::<NextHop>()];
 
 /// The kernel's map of routes.
-pub(super) struct RouteMap(LpmTrie<MapData, [u8; 4], NextHop>);
+pub(super) struct RouteMap(HashMap<MapData, Key, Value>);
 
 impl RouteMap {
     /// The route map of the process `pid` that has a route for `subnet`; `None` while there is none. Other agents may run on
@@ -41,7 +43,7 @@ impl RouteMap {
                 continue;
             }
             let Ok(data) = MapData::from_id(id) else { continue };
-            let map = Self(LpmTrie::try_from(Map::LpmTrie(data))?);
+            let map = Self(HashMap::try_from(Map::HashMap(data))?);
             if map.get(subnet)?.is_some() {
                 return Ok(Some(map));
             }
@@ -51,8 +53,9 @@ impl RouteMap {
 
     /// The peer that exactly `subnet` is routed to.
     pub(super) fn get(&self, subnet: Ipv4Addr) -> Result<Option<Ipv4Addr>> {
-        match self.0.get(&Key::new(LENGTH, subnet.octets()), 0) {
-            Ok([a, b, c, d, ..]) => Ok(Some(Ipv4Addr::new(a, b, c, d))),
+        let key: Key = bytemuck::cast(Prefix::new(subnet.octets(), LENGTH));
+        match self.0.get(&key, 0) {
+            Ok(value) => Ok(Some(bytemuck::cast::<Value, NextHop>(value).peer.into())),
             Err(MapError::KeyNotFound) => Ok(None),
             Err(error) => Err(error).context("read the agent's route map"),
         }

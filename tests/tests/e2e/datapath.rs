@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::{
-    maps::{Array, LpmTrie, Map, MapData, MapInfo, lpm_trie::Key},
+    maps::{Array, HashMap, Map, MapData, MapInfo},
     programs::{SchedClassifier, tc::TcAttachType},
 };
 use overlay_agent::{
@@ -21,7 +21,10 @@ use overlay_agent::{
     netlink::Netlink,
     route::{NextHops, RouteChange},
 };
-use overlay_ebpf::{abi::NextHop, bypass::Bypass};
+use overlay_ebpf::{
+    abi::{Config, NextHop, Prefix},
+    bypass::Bypass,
+};
 use overlay_tests::{
     netns::Netns,
     sandbox::Sandbox,
@@ -237,17 +240,20 @@ fn repairs(sandbox: &Arc<Sandbox>) -> Result<()> {
             host.repairs(repaired).await.with_context(|| change.to_owned())?;
         }
 
-        let mut routes: LpmTrie<_, [u8; 4], [u8; 12]> = LpmTrie::try_from(Map::LpmTrie(map("ROUTES")?))?;
-        routes.remove(&Key::new(24, [10, 244, 2, 0]))?;
-        routes.insert(&Key::new(24, [10, 244, 3, 0]), [3; 12], 0)?;
+        let mut routes: HashMap<_, [u8; 8], [u8; 12]> = HashMap::try_from(Map::HashMap(map("ROUTES")?))?;
+        let key = |third, length| bytemuck::cast(Prefix::new([10, 244, third, 0], length));
+        routes.remove(&key(2, 24))?;
+        routes.insert(key(3, 24), [3; 12], 0)?;
+        // Of a length that belongs into the other map.
+        routes.insert(key(4, 25), [3; 12], 0)?;
         // Reading back is limited to a share of the time.
         tokio::time::sleep(std::time::Duration::from_millis(500)).await;
-        host.repairs(&["2 routes in the kernel's map"]).await?;
-        let repaired = routes.get(&Key::new(24, [10, 244, 2, 0]), 0)?;
+        host.repairs(&["3 routes in the kernel's map"]).await?;
+        let repaired = routes.get(&key(2, 24), 0)?;
         ensure!(repaired[..4] == b.underlay.octets(), "not repaired: {repaired:?}");
 
         // A removal of what is gone already is no error.
-        routes.remove(&Key::new(24, [10, 244, 2, 0]))?;
+        routes.remove(&key(2, 24))?;
         let remove = RouteChange::Remove("10.244.2.0/24".parse()?);
         let kept = std::mem::take(&mut host.routes);
         host.datapath.apply_routes(&[remove], &host.routes)?;
@@ -255,8 +261,8 @@ fn repairs(sandbox: &Arc<Sandbox>) -> Result<()> {
         host.routes = kept;
         host.reconcile().await?;
 
-        let mut config: Array<_, [u8; 32]> = Array::try_from(Map::Array(map("CONFIG")?))?;
-        config.set(0, [0; 32], 0)?;
+        let mut config: Array<_, [u8; size_of::<Config>()]> = Array::try_from(Map::Array(map("CONFIG")?))?;
+        config.set(0, [0; size_of::<Config>()], 0)?;
         host.repairs(&["configuration in the kernel's map"]).await?;
         ensure!(host.send().await? > 0, "nothing was sent");
         host.datapath.remove().await

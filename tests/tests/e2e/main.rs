@@ -30,6 +30,7 @@ mod refusals;
 mod repair;
 mod shells;
 mod snapshot;
+mod spread;
 mod subnet_file;
 mod suite;
 mod traps;
@@ -80,6 +81,7 @@ fn main() -> ExitCode {
     icmp::register(&mut suite);
     path_mtu::register(&mut suite);
     other_underlay::register(&mut suite);
+    spread::register(&mut suite);
     flannel_proxy::register(&mut suite);
     forward_policy::register(&mut suite);
     run(&arguments, suite.into_trials()).exit_code()

@@ -16,6 +16,7 @@ mod generated;
 mod generator;
 mod golden;
 mod log;
+mod lookup;
 mod rungs;
 mod shells;
 mod vectors;

@@ -185,7 +185,17 @@ pub(crate) struct Kernel {
 
 impl Kernel {
     pub(crate) fn load(hook: Hook, config: &Config, routes: &NextHops) -> Self {
-        let mut set = OverlaySet::load(&object(), LoadOptions::default()).expect("the maps load, as root");
+        let set = OverlaySet::load(&object(), LoadOptions::default()).expect("the maps load, as root");
+        Self::fill(hook, set, config, routes)
+    }
+
+    /// With maps made for the network of `config`.
+    pub(crate) fn load_for(hook: Hook, config: &Config, routes: &NextHops) -> Self {
+        let set = OverlaySet::load_for(&object(), LoadOptions::default(), config).unwrap();
+        Self::fill(hook, set, config, routes)
+    }
+
+    fn fill(hook: Hook, mut set: OverlaySet, config: &Config, routes: &NextHops) -> Self {
         set.programs.load_program(hook).unwrap();
         set.set_config(config).unwrap();
         assert_eq!(&set.config().unwrap(), config);
@@ -193,6 +203,11 @@ impl Kernel {
         set.set_routes(routes).unwrap();
         assert_eq!(&set.routes().unwrap(), routes);
         Self { hook, set, counted: Counters::ZERO }
+    }
+
+    /// The loaded maps and programs.
+    pub(crate) fn set(&mut self) -> &mut OverlaySet {
+        &mut self.set
     }
 
     /// What the loaded program does with a packet, or `None` when the kernel does not take such a packet for a test run.

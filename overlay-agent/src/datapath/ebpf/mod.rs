@@ -5,6 +5,7 @@ mod btf;
 pub mod overlay_set;
 mod program_set;
 mod questions;
+mod route_maps;
 pub mod self_test;
 mod tcx_link;
 

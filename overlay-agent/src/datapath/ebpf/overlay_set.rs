@@ -1,20 +1,20 @@
 //! The overlay's set of programs: hooks, and maps as typed values.
 
-use std::{collections::BTreeMap, io::ErrorKind, net::Ipv4Addr};
+use std::{collections::BTreeMap, net::Ipv4Addr};
 
-use anyhow::{Context as _, Result, bail};
-use aya::maps::{Array, HashMap, LpmTrie, MapData, MapError, PerCpuArray, lpm_trie::Key};
-use ipnet::Ipv4Net;
+use anyhow::{Context as _, Result};
+use aya::maps::{Array, HashMap, MapData, PerCpuArray};
 use overlay_ebpf::{
-    abi::{Config, Counters, Endpoint, MAX_ENDPOINTS, MAX_FLOWS, MAX_ROUTES, NextHop, UnderlayValue},
+    abi::{Config, Counters, Endpoint, MAX_ENDPOINTS, MAX_FLOWS, NextHop, UnderlayValue},
     bypass::Bypass,
 };
 
 use super::{
     Hook, HookKind, ProgramSet, btf,
     questions::{self, Answering},
+    route_maps::{Capacity, RouteMaps},
 };
-use crate::route::{NextHops, Route, RouteChange, Subnet, diff};
+use crate::route::{NextHops, RouteChange};
 
 /// tc egress of the overlay device.
 pub const EGRESS: Hook = Hook { program: "ovl_egress", kind: HookKind::TcEgress };
@@ -32,7 +32,6 @@ pub const XDP: Hook = Hook { program: "ovl_xdp", kind: HookKind::Xdp };
 // aya moves map values as plain bytes, so that the types need not implement its marker trait.
 type ConfigBytes = [u8; size_of::<Config>()];
 type CountersBytes = [u8; size_of::<Counters>()];
-type NextHopBytes = [u8; size_of::<NextHop>()];
 type EndpointBytes = [u8; size_of::<Endpoint>()];
 type UnderlayBytes = [u8; size_of::<UnderlayValue>()];
 
@@ -56,27 +55,38 @@ pub struct OverlaySet {
     /// The programs.
     pub programs: ProgramSet,
     config: Array<MapData, ConfigBytes>,
-    route_map: LpmTrie<MapData, [u8; 4], NextHopBytes>,
+    /// What was written there, without what follows from other maps.
+    written: Config,
+    /// The first underlay device, as it is in `UNDERLAYS`.
+    first: (u32, [u8; 6]),
+    routes: RouteMaps,
     underlay_map: HashMap<MapData, u32, UnderlayBytes>,
     endpoint_map: HashMap<MapData, [u8; 4], EndpointBytes>,
     counters: PerCpuArray<MapData, CountersBytes>,
     /// With [`Bypass::Flows`].
     _answering: Option<Answering>,
-    /// What was written to the route map.
-    routes: NextHops,
 }
 
 impl OverlaySet {
-    /// Loads the maps; see [`ProgramSet::load`]. With [`Bypass::Flows`], it panics outside of a tokio runtime, and fails when the
-    /// kernel does not describe its types.
+    /// Loads the maps, with room for the routes of any but the largest networks; see [`ProgramSet::load`]. With [`Bypass::Flows`], it
+    /// panics outside of a tokio runtime, and fails when the kernel does not describe its types.
     pub fn load(object: &[u8], options: LoadOptions) -> Result<Self> {
+        Self::load_with(object, options, Capacity::default())
+    }
+
+    /// As [`Self::load`], with room for the routes of the network of `config`.
+    pub fn load_for(object: &[u8], options: LoadOptions, config: &Config) -> Result<Self> {
+        Self::load_with(object, options, Capacity::of(config))
+    }
+
+    fn load_with(object: &[u8], options: LoadOptions, capacity: Capacity) -> Result<Self> {
         let LoadOptions { bypass, log } = options;
         let (nfct, flows) = match bypass {
             Bypass::Flows => (btf::offset("sk_buff", "_nfct")?.unwrap_or(0), MAX_FLOWS),
             Bypass::Off | Bypass::All => (0, 1),
         };
         let constants = [("BYPASS", bypass as u32), ("NFCT_OFFSET", nfct)];
-        let sizes = [("FLOWS", flows), ("LENIENT", flows)];
+        let sizes = [&capacity.sizes()[..], &[("FLOWS", flows), ("LENIENT", flows)]].concat();
         let mut programs = ProgramSet::load("overlay", object, &constants, &sizes, log)?;
         let answering = match bypass {
             Bypass::Flows => {
@@ -87,24 +97,49 @@ impl OverlaySet {
         Ok(Self {
             _answering: answering,
             config: programs.take_map("CONFIG")?,
-            route_map: programs.take_map("ROUTES")?,
+            written: Config::default(),
+            first: (0, [0; 6]),
+            routes: RouteMaps::take(&mut programs, capacity)?,
             underlay_map: programs.take_map("UNDERLAYS")?,
             endpoint_map: programs.take_map("ENDPOINTS")?,
             counters: programs.take_map("COUNTERS")?,
             programs,
-            routes: NextHops::new(),
         })
     }
 
-    /// Writes this host's configuration.
+    /// Writes this host's configuration. When its subnet has another length than before, routes move between maps; no destination
+    /// is unreachable meanwhile.
     pub fn set_config(&mut self, config: &Config) -> Result<()> {
-        self.config.set(0, bytemuck::cast::<Config, ConfigBytes>(*config), 0).context("write the map CONFIG")
+        let moves = config.subnet.length() != self.written.subnet.length();
+        if moves {
+            self.routes.copy_to_trie()?;
+        }
+        self.written = *config;
+        self.write_config()?;
+        if moves {
+            self.routes.settle(config.subnet)?;
+            self.write_config()?;
+        }
+        Ok(())
     }
 
-    /// The configuration in the kernel's map.
+    fn write_config(&mut self) -> Result<()> {
+        let config = bytemuck::cast::<Config, ConfigBytes>(self.complete_config());
+        self.config.set(0, config, 0).context("write the map CONFIG")
+    }
+
+    /// What the map should hold: what was written, and what follows from other maps.
+    fn complete_config(&self) -> Config {
+        let (ifindex, mac) = self.first;
+        let config = self.written.with_other_lengths(self.routes.has_other_lengths());
+        config.with_first_underlay(ifindex, mac)
+    }
+
+    /// Reads the kernel's map and returns the configuration that was written; the default when others changed it.
     pub fn config(&self) -> Result<Config> {
         let config = self.config.get(&0, 0).context("read the map CONFIG")?;
-        Ok(bytemuck::cast::<ConfigBytes, Config>(config))
+        let is_ours = bytemuck::cast::<ConfigBytes, Config>(config) == self.complete_config();
+        Ok(if is_ours { self.written } else { Config::default() })
     }
 
     /// Makes the map of underlay devices hold exactly `desired`.
@@ -116,6 +151,12 @@ impl OverlaySet {
         }
         for index in present.keys().filter(|index| !desired.contains_key(index)) {
             self.underlay_map.remove(index).context("write the map UNDERLAYS")?;
+        }
+        let first = desired.iter().find(|(_, value)| value.is_first());
+        let first = first.map_or((0, [0; 6]), |(index, value)| (*index, value.mac));
+        if first != self.first {
+            self.first = first;
+            self.write_config()?;
         }
         Ok(())
     }
@@ -163,81 +204,40 @@ impl OverlaySet {
         entries.collect()
     }
 
-    /// Makes the route map hold exactly `desired`. Fails as [`OverlaySet::apply_routes`]; the next call continues from there.
+    /// Makes the route maps hold exactly `desired`. Fails as [`OverlaySet::apply_routes`]; the next call continues from there.
     pub fn set_routes(&mut self, desired: &NextHops) -> Result<()> {
-        self.apply_routes(&diff(&self.routes, desired))
+        self.change_routes(|maps| maps.set(desired))
     }
 
-    /// Makes `changes` in the route map, in order. Fails at the first that the kernel refuses, or when there are more routes
-    /// than the map holds: then those that fit are there.
+    /// Makes `changes` in the route maps, in order. Fails at the first that the kernel refuses, or when there are more routes
+    /// than the maps hold: then those that fit are there.
     pub fn apply_routes(&mut self, changes: &[RouteChange<NextHop>]) -> Result<()> {
-        // Additions come first, so a full map takes some of them only after others have been removed.
-        let mut waiting = Vec::new();
-        for change in changes {
-            match *change {
-                RouteChange::Set(route) if self.is_full_for(route.subnet) => waiting.push(route),
-                RouteChange::Set(route) => self.set_route(route)?,
-                RouteChange::Remove(subnet) => self.remove_route(subnet)?,
-            }
-        }
-        let mut left = 0;
-        for route in waiting {
-            match self.is_full_for(route.subnet) {
-                true => left += 1,
-                false => self.set_route(route)?,
-            }
-        }
-        if left > 0 {
-            bail!(
-                "the kernel's map holds {MAX_ROUTES} routes and is full: {left} more are not in it and packets to them are \
-                 dropped; use larger subnets, or --datapath tun"
-            );
-        }
-        Ok(())
+        self.change_routes(|maps| maps.apply(changes))
     }
 
-    fn is_full_for(&self, subnet: Subnet) -> bool {
-        self.routes.len() >= MAX_ROUTES as usize && !self.routes.contains_key(&subnet)
-    }
-
-    fn set_route(&mut self, Route { subnet, via }: Route<NextHop>) -> Result<()> {
-        self.route_map
-            .insert(&key(subnet), bytemuck::cast::<NextHop, NextHopBytes>(via), 0)
-            .with_context(|| format!("write the route {subnet} via {}", Ipv4Addr::from(via.peer)))?;
-        self.routes.insert(subnet, via);
-        Ok(())
-    }
-
-    fn remove_route(&mut self, subnet: Subnet) -> Result<()> {
-        // One that did not fit is not in the map.
-        if self.routes.contains_key(&subnet) {
-            match self.route_map.remove(&key(subnet)) {
-                // Removed by another process.
-                Err(MapError::SyscallError(error)) if error.io_error.kind() == ErrorKind::NotFound => {}
-                removed => removed.with_context(|| format!("remove the route {subnet}"))?,
-            }
-            self.routes.remove(&subnet);
+    /// Before the programs are told to look into the map of other lengths, its first route is there, and after its last.
+    fn change_routes(&mut self, change: impl FnOnce(&mut RouteMaps) -> Result<()>) -> Result<()> {
+        let before = self.routes.has_other_lengths();
+        let changed = change(&mut self.routes);
+        if self.routes.has_other_lengths() != before {
+            self.write_config()?;
         }
-        Ok(())
+        changed
     }
 
-    /// The routes in the kernel's map.
+    /// The routes in the kernel's maps.
     pub fn routes(&self) -> Result<NextHops> {
-        let mut routes = NextHops::new();
-        for entry in self.route_map.iter() {
-            let (key, via) = entry.context("read the map ROUTES")?;
-            let prefix = Ipv4Net::new(key.data().into(), u8::try_from(key.prefix_len())?)?;
-            routes.insert(Subnet::containing(prefix), bytemuck::cast::<NextHopBytes, NextHop>(via));
-        }
-        Ok(routes)
+        self.routes.read()
     }
 
-    /// Reads the kernel's map and returns how many of its routes are not as they were written. The next
+    /// Reads the kernel's maps and returns how many of their routes are not as they were written. The next
     /// [`OverlaySet::set_routes`] repairs them.
     pub fn check_routes(&mut self) -> Result<usize> {
-        let found = self.routes()?;
-        let foreign = diff(&self.routes, &found).len();
-        self.routes = found;
+        let mut foreign = 0;
+        self.change_routes(|maps| {
+            foreign = maps.check()?;
+            Ok(())
+        })?;
         Ok(foreign)
     }
 
@@ -249,8 +249,4 @@ impl OverlaySet {
         }
         Ok(sum)
     }
-}
-
-fn key(subnet: Subnet) -> Key<[u8; 4]> {
-    Key::new(u32::from(subnet.prefix().prefix_len()), subnet.base().octets())
 }

@@ -65,6 +65,15 @@ pub(super) const CHANGES: &[Change] = &[
         reason: None,
     },
     Change {
+        name: "core-entropy-constant",
+        file: ENTROPY,
+        from: "FIRST_PORT + (hash >> 18) as u16",
+        to: "FIRST_PORT + (hash >> 31 >> 1) as u16",
+        wrong: "All flows have the same outer source port.",
+        tests: &[Tests::EndToEnd("spread::flows_reach_every_queue")],
+        reason: None,
+    },
+    Change {
         name: "core-entropy-ports-of-fragments",
         file: ENTROPY,
         from: "            && !header.is_fragment()\n",
