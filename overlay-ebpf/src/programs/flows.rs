@@ -7,7 +7,7 @@
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{BPF_EXIST, BPF_NOEXIST},
-    helpers::{bpf_ktime_get_ns, bpf_probe_read_kernel},
+    helpers::{bpf_ktime_get_coarse_ns, bpf_ktime_get_ns, bpf_probe_read_kernel},
     macros::map,
     maps::{LruHashMap, RingBuf},
     programs::TcContext,
@@ -35,6 +35,10 @@ static QUESTIONS: RingBuf = RingBuf::with_byte_size(QUESTION_BYTES, 0);
 /// Offset in bytes of `_nfct` in the kernel's `struct sk_buff`; 0 when the kernel has no connection tracking. Set by the loader.
 #[unsafe(no_mangle)]
 static NFCT_OFFSET: u32 = 0;
+
+/// Whether the kernel has the clock that costs less (5.11): the verifier removes the call of the other. Set by the loader.
+#[unsafe(no_mangle)]
+static COARSE_CLOCK: u32 = 0;
 
 /// At the entrance: whether the packet at `offset` in `packet` may skip the host's stack. Remembers its flow otherwise.
 #[inline(always)]
@@ -110,6 +114,10 @@ fn tracking(ctx: &TcContext) -> Option<Tracking> {
 
 #[inline(always)]
 fn now() -> u64 {
-    // SAFETY: a helper without parameters.
-    unsafe { bpf_ktime_get_ns() }
+    // SAFETY: a static; volatile because the loader writes it where the compiler cannot see.
+    match unsafe { core::ptr::read_volatile(&raw const COARSE_CLOCK) } {
+        // SAFETY: helpers without parameters.
+        0 => unsafe { bpf_ktime_get_ns() },
+        _ => unsafe { bpf_ktime_get_coarse_ns() },
+    }
 }

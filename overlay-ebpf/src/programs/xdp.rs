@@ -41,21 +41,24 @@ pub(super) fn run(ctx: &XdpContext) -> u32 {
 
 #[inline(always)]
 fn decapsulate(ctx: &XdpContext, config: &Config, decap: &Decap) -> u32 {
-    // The mark first: a driver may have no room for it, and then the tc program decapsulates the unchanged frame.
-    // SAFETY: the context is the one the kernel gave us.
-    if unsafe { bpf_xdp_adjust_meta(ctx.ctx, -(size_of::<Mark>() as i32)) } != 0 {
-        maps::count(|counters| counters.punt(PuntReason::NoRoomForMark));
-        return XDP_PASS;
-    }
     let Some(ethernet) = Packet::of_xdp(ctx).view::<Ethernet>(0).copied() else {
         log_failure!(ctx, "xdp: the frame has no Ethernet header");
         return discard(DropReason::DecapFailed);
     };
-    // SAFETY: the context is the one the kernel gave us. The metadata moves along.
-    let error = unsafe { bpf_xdp_adjust_head(ctx.ctx, OVERHEAD as i32) };
-    if error != 0 {
+    if let Err(error) = adjust_head(ctx, OVERHEAD as i32) {
         log_failure!(ctx, "xdp: adjust_head refused to remove headers: error {}", error);
         return discard(DropReason::DecapFailed);
+    }
+    // Behind the outer headers, where the frame was, memory is in the cache: in front of the frame, the mark would cost a miss.
+    // SAFETY: the context is the one the kernel gave us.
+    if unsafe { bpf_xdp_adjust_meta(ctx.ctx, -(size_of::<Mark>() as i32)) } != 0 {
+        // A driver without metadata: the tc program decapsulates the frame, of which no byte has changed.
+        if let Err(error) = adjust_head(ctx, -(OVERHEAD as i32)) {
+            log_failure!(ctx, "xdp: adjust_head refused to restore headers: error {}", error);
+            return discard(DropReason::DecapFailed);
+        }
+        maps::count(|counters| counters.punt(PuntReason::NoRoomForMark));
+        return XDP_PASS;
     }
     if write_headers(ctx, ethernet, config.mark(), decap).is_none() {
         log_failure!(
@@ -66,6 +69,16 @@ fn decapsulate(ctx: &XdpContext, config: &Config, decap: &Decap) -> u32 {
     }
     maps::count_ingress(decap.inner_len);
     XDP_PASS
+}
+
+/// Moves the start of the frame by so many bytes.
+#[inline(always)]
+fn adjust_head(ctx: &XdpContext, bytes: i32) -> Result<(), i64> {
+    // SAFETY: the context is the one the kernel gave us.
+    match unsafe { bpf_xdp_adjust_head(ctx.ctx, bytes) } {
+        0 => Ok(()),
+        error => Err(error),
+    }
 }
 
 /// Writes the Ethernet header in front of the inner packet, and the mark in front of both. `None` when there is no room.

@@ -3,7 +3,10 @@
 use std::{collections::BTreeMap, net::Ipv4Addr};
 
 use anyhow::{Context as _, Result};
-use aya::maps::{Array, HashMap, MapData, PerCpuArray};
+use aya::{
+    maps::{Array, HashMap, MapData, PerCpuArray},
+    util::KernelVersion,
+};
 use overlay_ebpf::{
     abi::{Config, Counters, Endpoint, MAX_ENDPOINTS, MAX_FLOWS, NextHop, UnderlayValue},
     bypass::Bypass,
@@ -34,6 +37,9 @@ type ConfigBytes = [u8; size_of::<Config>()];
 type CountersBytes = [u8; size_of::<Counters>()];
 type EndpointBytes = [u8; size_of::<Endpoint>()];
 type UnderlayBytes = [u8; size_of::<UnderlayValue>()];
+
+/// The first kernel with `bpf_ktime_get_coarse_ns`.
+const COARSE_CLOCK: KernelVersion = KernelVersion::new(5, 11, 0);
 
 /// The underlay devices, by index.
 pub type Underlays = BTreeMap<u32, UnderlayValue>;
@@ -85,7 +91,9 @@ impl OverlaySet {
             Bypass::Flows => (btf::offset("sk_buff", "_nfct")?.unwrap_or(0), MAX_FLOWS),
             Bypass::Off | Bypass::All => (0, 1),
         };
-        let constants = [("BYPASS", bypass as u32), ("NFCT_OFFSET", nfct)];
+        let coarse = KernelVersion::current().is_ok_and(|kernel| kernel >= COARSE_CLOCK);
+        let constants =
+            [("BYPASS", bypass as u32), ("NFCT_OFFSET", nfct), ("COARSE_CLOCK", u32::from(coarse))];
         let sizes = [&capacity.sizes()[..], &[("FLOWS", flows), ("LENIENT", flows)]].concat();
         let mut programs = ProgramSet::load("overlay", object, &constants, &sizes, log)?;
         let answering = match bypass {
