@@ -28,7 +28,7 @@ const FIN: u8 = 1;
 const SYN: u8 = 2;
 const RST: u8 = 4;
 
-/// A flow in one direction: the key of the maps `FLOWS` and `LENIENT`. Network byte order.
+/// A flow in one direction: the key of the maps `FLOWS` and `RELEASED`. Network byte order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Pod, Zeroable)]
 #[repr(C)]
 pub struct FlowKey {
@@ -170,18 +170,19 @@ impl Tracking {
     }
 }
 
-/// A TCP connection that the agent has told the kernel's connection tracking not to check windows of: it does not see what
-/// bypasses it, and would take the next packet that it sees for invalid. The value of the map `LENIENT`.
+/// A tracked connection of which the kernel's connection tracking need not see all packets, as the agent has made sure: no helper reads
+/// what it carries, and TCP windows are not checked, by which the next packet after some that were not seen would be invalid. The
+/// value of the map `RELEASED`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
-pub struct Lenient {
+pub struct Released {
     /// [`Tracking::connection`].
     pub connection: u64,
     /// When, in nanoseconds since boot. The kernel may use the memory of a connection that has ended for another one.
     pub since: u64,
 }
 
-/// The programs' request to the agent, through the ring buffer `QUESTIONS`: make this connection [`Lenient`].
+/// The programs' request to the agent, through the ring buffer `QUESTIONS`: make this connection [`Released`], if it can be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct Question {
@@ -198,19 +199,13 @@ pub enum Decision {
     Confirm,
     /// Not yet: the connection is not established in both directions, or the agent has been asked.
     Wait,
-    /// Not before the agent has made the connection [`Lenient`].
+    /// Not before the agent has made the connection [`Released`].
     Ask,
 }
 
 /// Decides about a packet of a flow with this `state` that has passed the stack unchanged.
 #[inline(always)]
-pub fn decide(
-    protocol: u8,
-    state: &FlowState,
-    tracking: Tracking,
-    lenient: Option<Lenient>,
-    now: u64,
-) -> Decision {
+pub fn decide(state: &FlowState, tracking: Tracking, released: Option<Released>, now: u64) -> Decision {
     let connection = tracking.connection();
     if connection == 0 {
         return Decision::Confirm;
@@ -218,14 +213,11 @@ pub fn decide(
     if !tracking.is_established() {
         return Decision::Wait;
     }
-    if protocol != PROTOCOL_TCP {
-        return Decision::Confirm;
-    }
-    let is_lenient = lenient.is_some_and(|lenient| {
-        lenient.connection == connection
-            && (state.is_confirmed(now) || now.wrapping_sub(lenient.since) < LIFETIME)
+    let is_released = released.is_some_and(|released| {
+        released.connection == connection
+            && (state.is_confirmed(now) || now.wrapping_sub(released.since) < LIFETIME)
     });
-    match (is_lenient, state.is_question_due(now)) {
+    match (is_released, state.is_question_due(now)) {
         (true, _) => Decision::Confirm,
         (false, true) => Decision::Ask,
         (false, false) => Decision::Wait,
@@ -296,40 +288,37 @@ mod tests {
         let young = FlowState::new(now);
         let old = FlowState::new(now - SECOND);
         let confirmed = FlowState { confirmed: now - SECOND, ..old };
-        let lenient = |connection, age| Some(Lenient { connection, since: now - age });
+        let released = |connection, age| Some(Released { connection, since: now - age });
         let (established, reply) = (Tracking(CONNECTION), Tracking(CONNECTION | 3));
         let cases = [
-            ("no connection tracking", 6, young, Tracking(0), None, Decision::Confirm),
-            ("untracked", 6, young, Tracking(7), None, Decision::Confirm),
-            ("new", 17, old, Tracking(CONNECTION | 2), None, Decision::Wait),
-            ("related", 17, old, Tracking(CONNECTION | 1), None, Decision::Wait),
+            ("no connection tracking", young, Tracking(0), None, Decision::Confirm),
+            ("untracked", young, Tracking(7), None, Decision::Confirm),
+            ("new", old, Tracking(CONNECTION | 2), None, Decision::Wait),
+            ("related", old, Tracking(CONNECTION | 1), None, Decision::Wait),
             (
-                "new, whatever is lenient",
-                6,
+                "new, whatever is released",
                 old,
                 Tracking(CONNECTION | 2),
-                lenient(CONNECTION, 0),
+                released(CONNECTION, 0),
                 Decision::Wait,
             ),
-            ("UDP has no windows", 17, young, established, None, Decision::Confirm),
-            ("UDP, the other direction", 17, young, reply, None, Decision::Confirm),
-            ("a short connection", 6, young, established, None, Decision::Wait),
-            ("a longer one", 6, old, reply, None, Decision::Ask),
-            ("asked", 6, FlowState { asked: now - 1, ..old }, reply, None, Decision::Wait),
-            ("lenient", 6, old, reply, lenient(CONNECTION, 1), Decision::Confirm),
-            ("another connection", 6, old, reply, lenient(CONNECTION + 8, 1), Decision::Ask),
-            ("perhaps another connection", 6, old, reply, lenient(CONNECTION, LIFETIME), Decision::Ask),
+            ("a short connection", young, established, None, Decision::Wait),
+            ("a longer one", old, established, None, Decision::Ask),
+            ("its other direction", old, reply, None, Decision::Ask),
+            ("asked", FlowState { asked: now - 1, ..old }, reply, None, Decision::Wait),
+            ("released", old, reply, released(CONNECTION, 1), Decision::Confirm),
+            ("another connection", old, reply, released(CONNECTION + 8, 1), Decision::Ask),
+            ("perhaps another connection", old, reply, released(CONNECTION, LIFETIME), Decision::Ask),
             (
                 "the same all the time",
-                6,
                 confirmed,
                 reply,
-                lenient(CONNECTION, 9 * LIFETIME),
+                released(CONNECTION, 9 * LIFETIME),
                 Decision::Confirm,
             ),
         ];
-        for (name, protocol, state, tracking, lenient, expected) in cases {
-            assert_eq!(decide(protocol, &state, tracking, lenient, now), expected, "{name}");
+        for (name, state, tracking, released, expected) in cases {
+            assert_eq!(decide(&state, tracking, released, now), expected, "{name}");
         }
     }
 }

@@ -81,10 +81,10 @@ pub struct Policy {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum BypassRequest {
     /// Every packet takes the host's stack
-    #[default]
     Off,
     /// Packets of flows that the host's stack lets through unchanged skip it; one packet of each flow and second checks that it still
     /// does
+    #[default]
     Flows,
     /// All packets between containers and peers skip the host's stack: its firewall, NAT and connection tracking
     All,

@@ -14,7 +14,7 @@ use aya_ebpf::{
 };
 use overlay_ebpf::{
     abi::{MAX_FLOWS, QUESTION_BYTES},
-    flow::{Decision, Flow, FlowKey, FlowState, Lenient, Question, Tracking, Way, decide},
+    flow::{Decision, Flow, FlowKey, FlowState, Question, Released, Tracking, Way, decide},
     wire::Ipv4,
 };
 
@@ -26,7 +26,7 @@ static FLOWS: LruHashMap<FlowKey, FlowState> = LruHashMap::with_max_entries(MAX_
 
 /// What the agent has told connection tracking; the programs only read it.
 #[map]
-static LENIENT: LruHashMap<FlowKey, Lenient> = LruHashMap::with_max_entries(MAX_FLOWS, 0);
+static RELEASED: LruHashMap<FlowKey, Released> = LruHashMap::with_max_entries(MAX_FLOWS, 0);
 
 /// Requests to the agent.
 #[map]
@@ -83,8 +83,8 @@ pub(super) fn confirm(ctx: &TcContext, packet: &Packet, offset: usize, header: &
     }
     let Some(tracking) = tracking(ctx) else { return };
     // SAFETY: the agent replaces entries, and writes into none that a program may see.
-    let lenient = LENIENT.get_ptr(flow.key).map(|lenient| unsafe { *lenient });
-    match decide(flow.key.protocol, &state, tracking, lenient, now) {
+    let released = RELEASED.get_ptr(flow.key).map(|released| unsafe { *released });
+    match decide(&state, tracking, released, now) {
         Decision::Confirm => {
             // Replaced, not written: the kernel may have given the entry to another flow, which nobody has confirmed.
             let _ = FLOWS.insert(flow.key, FlowState { confirmed: now, ..state }, BPF_EXIST as u64);

@@ -94,11 +94,11 @@ impl OverlaySet {
         let coarse = KernelVersion::current().is_ok_and(|kernel| kernel >= COARSE_CLOCK);
         let constants =
             [("BYPASS", bypass as u32), ("NFCT_OFFSET", nfct), ("COARSE_CLOCK", u32::from(coarse))];
-        let sizes = [&capacity.sizes()[..], &[("FLOWS", flows), ("LENIENT", flows)]].concat();
+        let sizes = [&capacity.sizes()[..], &[("FLOWS", flows), ("RELEASED", flows)]].concat();
         let mut programs = ProgramSet::load("overlay", object, &constants, &sizes, log)?;
         let answering = match bypass {
             Bypass::Flows => {
-                Some(questions::answer(programs.take_map("QUESTIONS")?, programs.take_map("LENIENT")?)?)
+                Some(questions::answer(programs.take_map("QUESTIONS")?, programs.take_map("RELEASED")?)?)
             }
             Bypass::Off | Bypass::All => None,
         };

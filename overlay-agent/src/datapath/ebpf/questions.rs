@@ -1,9 +1,9 @@
-//! Answers the programs' questions about TCP connections: may their packets bypass connection tracking?
+//! Answers the programs' questions about tracked connections: may their packets bypass connection tracking?
 
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, MapData, RingBuf};
 use nix::time::{ClockId, clock_gettime};
-use overlay_ebpf::flow::{FlowKey, Lenient, Question};
+use overlay_ebpf::flow::{FlowKey, Question, Released};
 use tokio::{io::unix::AsyncFd, task::JoinHandle};
 use tracing::{debug, warn};
 
@@ -11,10 +11,10 @@ use crate::conntrack::Conntrack;
 
 // aya moves map keys and values as plain bytes.
 type FlowBytes = [u8; size_of::<FlowKey>()];
-type LenientBytes = [u8; size_of::<Lenient>()];
+type ReleasedBytes = [u8; size_of::<Released>()];
 
-/// The map of connections that connection tracking is lenient with.
-pub(super) type LenientMap = HashMap<MapData, FlowBytes, LenientBytes>;
+/// The map of connections of which connection tracking need not see all packets.
+pub(super) type ReleasedMap = HashMap<MapData, FlowBytes, ReleasedBytes>;
 
 /// A task that answers. Dropped, it ends; connections that it has answered for keep their answers.
 #[derive(Debug)]
@@ -28,7 +28,7 @@ impl Drop for Answering {
 
 /// Starts to answer, in a task of the current tokio runtime.
 /// Fails when the kernel refuses a netlink socket.
-pub(super) fn answer(questions: RingBuf<MapData>, mut lenient: LenientMap) -> Result<Answering> {
+pub(super) fn answer(questions: RingBuf<MapData>, mut released: ReleasedMap) -> Result<Answering> {
     let mut conntrack = Conntrack::open()?;
     #[expect(
         deprecated,
@@ -39,16 +39,16 @@ pub(super) fn answer(questions: RingBuf<MapData>, mut lenient: LenientMap) -> Re
         loop {
             let mut ready = match questions.readable_mut().await {
                 Ok(ready) => ready,
-                Err(error) => return warn!("no more flows of TCP skip the host's stack: {error}"),
+                Err(error) => return warn!("no more tracked flows skip the host's stack: {error}"),
             };
             while let Some(item) = ready.get_inner_mut().next() {
                 let question = bytemuck::try_pod_read_unaligned(&item);
                 drop(item);
                 if let Ok(question) = question
-                    && let Err(error) = make_lenient(&mut conntrack, &mut lenient, &question)
+                    && let Err(error) = release(&mut conntrack, &mut released, &question)
                 {
                     // The flow takes the host's stack, as any other does at first.
-                    debug!("a flow of TCP does not skip the host's stack: {error:#}");
+                    debug!("a tracked flow does not skip the host's stack: {error:#}");
                 }
             }
             ready.clear_ready();
@@ -56,14 +56,15 @@ pub(super) fn answer(questions: RingBuf<MapData>, mut lenient: LenientMap) -> Re
     })))
 }
 
-fn make_lenient(conntrack: &mut Conntrack, map: &mut LenientMap, question: &Question) -> Result<()> {
-    if !conntrack.make_lenient(&question.flow)? {
+fn release(conntrack: &mut Conntrack, map: &mut ReleasedMap, question: &Question) -> Result<()> {
+    let flow = &question.flow;
+    if !conntrack.release(flow)? {
         return Ok(());
     }
-    let lenient = Lenient { connection: question.connection, since: now()? };
-    let (flow, lenient) =
-        (bytemuck::cast::<_, FlowBytes>(question.flow), bytemuck::cast::<_, LenientBytes>(lenient));
-    map.insert(flow, lenient, 0).context("write the map LENIENT")
+    let released = Released { connection: question.connection, since: now()? };
+    let (flow, released) =
+        (bytemuck::cast::<_, FlowBytes>(*flow), bytemuck::cast::<_, ReleasedBytes>(released));
+    map.insert(flow, released, 0).context("write the map RELEASED")
 }
 
 /// Nanoseconds since boot, as `bpf_ktime_get_ns` has them.
