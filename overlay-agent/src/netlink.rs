@@ -27,7 +27,7 @@ use rtnetlink::{
         route::{
             RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
         },
-        tc::TcHandle,
+        tc::{TcHandle, TcMessage},
     },
     sys::AsyncSocket as _,
 };
@@ -235,6 +235,11 @@ impl Netlink {
     pub(crate) async fn neighbour_messages(&self, family: AddressFamily) -> Result<Vec<NeighbourMessage>> {
         let request = self.handle.neighbours().get().set_address_family(family);
         request.execute().try_collect().await.context("list neighbours")
+    }
+
+    /// The messages about the queueing disciplines of all devices.
+    pub(crate) async fn qdisc_messages(&self) -> Result<Vec<TcMessage>> {
+        self.handle.qdisc().get().execute().try_collect().await.context("list queueing disciplines")
     }
 
     /// The messages about all IPv4 routes, of all tables.

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     containers::{self, Containers, Selection},
-    datapath::{BypassRequest, Rung},
+    datapath::{BypassRequest, Rung, ebpf::TcMode},
     report,
 };
 
@@ -22,6 +22,7 @@ use crate::{
 pub(super) struct ContainerWatch {
     request: BypassRequest,
     named: Vec<String>,
+    own_clsact: bool,
     following: Option<(Selection, watch::Receiver<Arc<Containers>>)>,
     none: Arc<Containers>,
 }
@@ -32,6 +33,8 @@ impl ContainerWatch {
         Self {
             request: options.bypass,
             named: options.container_ifaces.clone(),
+            // The handle does not matter.
+            own_clsact: options.tc_attach.mode(1) != TcMode::Tcx,
             following: None,
             none: Arc::default(),
         }
@@ -42,7 +45,8 @@ impl ContainerWatch {
         if self.request == BypassRequest::Off {
             return;
         }
-        let selection = Selection { subnet, excluded, named: self.named.clone() };
+        let (named, own_clsact) = (self.named.clone(), self.own_clsact);
+        let selection = Selection { subnet, excluded, own_clsact, named };
         if self.following.as_ref().is_some_and(|(present, _)| *present == selection) {
             return;
         }

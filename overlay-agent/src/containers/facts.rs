@@ -20,6 +20,7 @@ use rtnetlink::packet_route::{
     link::LinkMessage,
     neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState},
     route::{RouteAttribute, RouteHeader, RouteMessage, RouteType},
+    tc::{TcAttribute, TcHandle, TcMessage},
 };
 
 use crate::netlink::{self, Link, Netlink, attribute};
@@ -40,7 +41,21 @@ pub struct Facts {
     pub(super) neighbours: BTreeMap<(u32, Ipv4Addr), Mac>,
     /// Ports of bridges, by bridge and the hardware address behind the port. Neither the bridges' own addresses nor those of VLANs.
     pub(super) fdb: BTreeMap<(u32, Mac), u32>,
+    /// Traffic control that packets of a device have to pass, by device and side: the kind of a queueing discipline.
+    pub(super) traffic_control: BTreeMap<(u32, Side), String>,
 }
+
+/// A side of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Side {
+    /// Packets that it transmits.
+    Egress,
+    /// Packets that it receives, or both with `clsact`.
+    Ingress,
+}
+
+/// Queueing disciplines that the kernel takes by itself, and that only order packets.
+const QUEUES: [&str; 6] = ["noqueue", "pfifo", "pfifo_fast", "fq", "fq_codel", "mq"];
 
 /// A route of the main table.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,6 +95,7 @@ impl Facts {
             routes: Vec::new(),
             neighbours: BTreeMap::new(),
             fdb: BTreeMap::new(),
+            traffic_control: BTreeMap::new(),
         }
     }
 
@@ -94,6 +110,9 @@ impl Facts {
             for message in netlink.neighbour_messages(family).await? {
                 facts.set_neighbour(&message);
             }
+        }
+        for message in netlink.qdisc_messages().await? {
+            facts.set_qdisc(&message);
         }
         Ok(facts)
     }
@@ -114,6 +133,8 @@ impl Facts {
             RouteNetlinkMessage::DelAddress(message) => self.remove_address(message),
             RouteNetlinkMessage::NewNeighbour(message) => self.set_neighbour(message).into(),
             RouteNetlinkMessage::DelNeighbour(message) => self.remove_neighbour(message).into(),
+            RouteNetlinkMessage::NewQueueDiscipline(message) => self.set_qdisc(message).into(),
+            RouteNetlinkMessage::DelQueueDiscipline(message) => self.remove_qdisc(message).into(),
             RouteNetlinkMessage::NewRoute(message) | RouteNetlinkMessage::DelRoute(message) => {
                 if self.route_in(message).is_some() { Effect::Routes } else { Effect::None }
             }
@@ -143,6 +164,7 @@ impl Facts {
         self.addresses.retain(|(device, _)| *device != index);
         self.routes.retain(|route| route.device != Some(index));
         self.neighbours.retain(|(device, _), _| *device != index);
+        self.traffic_control.retain(|(device, _), _| *device != index);
         self.fdb.retain(|(bridge, _), port| *bridge != index && *port != index);
         Effect::Routes
     }
@@ -188,6 +210,23 @@ impl Facts {
         Some(Route { destination, metric, device })
     }
 
+    fn set_qdisc(&mut self, message: &TcMessage) -> bool {
+        match qdisc(message) {
+            Some((key, kind)) if QUEUES.contains(&kind) => self.traffic_control.remove(&key).is_some(),
+            Some((key, kind)) => {
+                self.traffic_control.insert(key, kind.to_owned()).is_none_or(|before| before != kind)
+            }
+            None => false,
+        }
+    }
+
+    fn remove_qdisc(&mut self, message: &TcMessage) -> bool {
+        // The message about one that replaces it comes first, or later.
+        let gone = qdisc(message)
+            .filter(|(key, kind)| self.traffic_control.get(key).is_some_and(|present| present == kind));
+        gone.is_some_and(|(key, _)| self.traffic_control.remove(&key).is_some())
+    }
+
     fn set_neighbour(&mut self, message: &NeighbourMessage) -> bool {
         match Neighbour::of(message, self.subnet) {
             Some(Neighbour::Ip { key, mac: Some(mac) }) => self.neighbours.insert(key, mac) != Some(mac),
@@ -205,6 +244,17 @@ impl Facts {
             None => false,
         }
     }
+}
+
+/// The device, side and kind of a queueing discipline; `None` for one inside of another.
+fn qdisc(message: &TcMessage) -> Option<((u32, Side), &str)> {
+    let side = match message.header.parent {
+        TcHandle::ROOT => Side::Egress,
+        TcHandle::INGRESS => Side::Ingress,
+        _ => return None,
+    };
+    let kind = attribute!(message.attributes, TcAttribute::Kind(kind) => kind.as_str())?;
+    Some(((u32::try_from(message.header.index).ok()?, side), kind))
 }
 
 /// Bridges send messages of their own about their ports: one that a device is gone means that it is no port any more.

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Facts, Selection};
+use super::{Facts, Selection, facts::Side};
 use crate::netlink::Link;
 
 /// The chosen devices, and why others were not.
@@ -86,7 +86,9 @@ impl<'a> Gateways<'a> {
             if selection.excluded.contains(&link.index) || link.loopback || !link.ethernet {
                 continue;
             }
-            if is_bridge(link) {
+            if let Some(why) = traffic_control(facts, selection, link) {
+                self.skip(link, &why);
+            } else if is_bridge(link) {
                 self.take_bridge(facts, selection, link, &Ports::All);
             } else if bridge_of(facts, link).is_some() {
                 self.skip(
@@ -119,10 +121,12 @@ impl<'a> Gateways<'a> {
                 self.skipped.insert(format!("{pattern}: no device has such a name"));
             }
             for link in links {
+                let controlled = traffic_control(facts, selection, link);
                 match unsuitable(selection, link) {
                     // A pattern is not about those of its devices that cannot be used.
                     Some(why) if is_exact => self.skip(link, why),
                     Some(_) => {}
+                    None if let Some(why) = controlled => self.skip(link, &why),
                     None if is_bridge(link) => drop(bridges.insert(link.index, Ports::All)),
                     None => match bridge_of(facts, link) {
                         None => self.take_device(link),
@@ -143,6 +147,7 @@ impl<'a> Gateways<'a> {
             let Some(bridge) = facts.links.get(index) else { continue };
             match unsuitable(selection, bridge) {
                 Some(why) => self.skip(bridge, why),
+                None if let Some(why) = traffic_control(facts, selection, bridge) => self.skip(bridge, &why),
                 None => self.take_bridge(facts, selection, bridge, ports),
             }
         }
@@ -167,7 +172,9 @@ impl<'a> Gateways<'a> {
             if !is_wanted || selection.excluded.contains(&port.index) {
                 continue;
             }
-            if leads_to_container(port) {
+            if let Some(why) = traffic_control(facts, selection, port) {
+                self.skip(port, &why);
+            } else if leads_to_container(port) {
                 arrivals.insert(port.index, port);
             } else {
                 self.skip(port, NO_CONTAINER_PORT);
@@ -188,6 +195,14 @@ fn unsuitable(selection: &Selection, link: &Link) -> Option<&'static str> {
     } else {
         None
     }
+}
+
+/// Why packets of a device must not skip its traffic control, if it has any: limits and filters of the operator.
+fn traffic_control(facts: &Facts, selection: &Selection, link: &Link) -> Option<String> {
+    let of_device = facts.traffic_control.range((link.index, Side::Egress)..=(link.index, Side::Ingress));
+    let mut kinds = of_device.map(|(_, kind)| kind.as_str());
+    let kind = kinds.find(|kind| !(selection.own_clsact && *kind == "clsact"))?;
+    Some(format!("has traffic control ({kind}), which the bypass would skip"))
 }
 
 /// The bridge that a device is a port of.

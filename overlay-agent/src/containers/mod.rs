@@ -32,6 +32,8 @@ pub struct Selection {
     pub subnet: Ipv4Net,
     /// Indexes of devices that are none of containers: those of the overlay and of the underlay.
     pub excluded: BTreeSet<u32>,
+    /// Whether the programs themselves are filters of `clsact` queueing disciplines, so that one says nothing about other programs.
+    pub own_clsact: bool,
     /// Names of devices; a trailing `*` stands for any characters. Empty: all that the subnet's addresses and routes lead to.
     pub named: Vec<String>,
 }

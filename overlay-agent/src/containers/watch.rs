@@ -30,8 +30,13 @@ const RETRY: Duration = Duration::from_secs(1);
 /// Size in bytes of the receive buffer: messages about some hundred devices at once, of 2 to 4 KiB each.
 const RECEIVE_BUFFER: usize = 2 << 20;
 
-const GROUPS: [MulticastGroup; 4] =
-    [MulticastGroup::Link, MulticastGroup::Neigh, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv4Route];
+const GROUPS: [MulticastGroup; 5] = [
+    MulticastGroup::Link,
+    MulticastGroup::Neigh,
+    MulticastGroup::Ipv4Ifaddr,
+    MulticastGroup::Ipv4Route,
+    MulticastGroup::Tc,
+];
 
 /// The containers of the current network namespace now, and after each change, in a task that ends when the receivers are dropped.
 ///

@@ -63,6 +63,8 @@ pub(crate) fn register(suite: &mut Suite) {
     suite.add("bypass::connections_that_tracking_forgets_go_on", needs, forgotten);
     suite.add("bypass::rules_that_start_tracking_find_connections_that_skip_it", needs, tracking_begins);
     suite.add("bypass::one_way_flows_need_no_answer_without_tracking", needs, one_way);
+    suite.add("bypass::connections_that_a_helper_reads_take_the_stack", needs, helper);
+    suite.add("bypass::devices_with_traffic_control_are_left_to_the_stack", needs, traffic_control);
     suite.add("bypass::status_shows_it", needs, status);
 }
 
@@ -233,7 +235,16 @@ fn tracked(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
     for _ in 0..20 {
         tcp::transfer(a, b, 100_000, Duration::from_secs(10))?;
     }
-    ensure!(passes(a, b, 1000)?, "a datagram was lost");
+    let before = bypassed_by(&pair)?;
+    with_echo(a, b, |socket| {
+        let mut index = 0;
+        wait_until("a tracked flow of UDP skips both stacks both ways", || {
+            index += 1;
+            ensure!(is_answered(socket, index, Duration::from_secs(2))?, "a datagram was lost");
+            let after = bypassed_by(&pair)?;
+            Ok(before.iter().zip(after).all(|(before, after)| before + 20 < after))
+        })
+    })?;
     no_invalid(&pair)
 }
 
@@ -365,6 +376,51 @@ fn one_way(sandbox: &Arc<Sandbox>) -> Result<()> {
     }
     let skipped = send(1000)?;
     ensure!(skipped == [0, 0], "{skipped:?} have skipped the stacks before there was an answer");
+    Ok(())
+}
+
+/// A helper of connection tracking would find addresses in what bypasses it.
+fn helper(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let pair = start_flows(sandbox)?;
+    let (a, b) = pair.topology.pods();
+    let listener = b.netns.run(|| TcpListener::bind((b.address, 0)))?.context("listen")?;
+    let target = listener.local_addr().context("read the listener's port")?;
+    let rules = format!(
+        "table ip test {{ ct helper ftp {{ type \"ftp\" protocol tcp; }}; chain prerouting {{ type filter hook prerouting priority 0; tcp \
+         dport {} ct helper set \"ftp\"; }}; }}",
+        target.port()
+    );
+    for side in [&pair.topology.a, &pair.topology.b] {
+        nft(&side.host, &rules)?;
+    }
+    let stream = Stream::start_at(a, &listener, target)?;
+    stream.advance(LONG)?;
+    stream.finish()?;
+    ensure!(bypassed_by(&pair)? == [0, 0], "{:?} packets have skipped a helper", bypassed_by(&pair)?);
+    tcp_stream(&pair, LONG)?;
+    ensure!(bypassed_by(&pair)?.iter().all(|count| *count > 0), "no packet has skipped the stack");
+    Ok(())
+}
+
+/// A limit that the operator sets on a container's device holds, whatever the bypass.
+fn traffic_control(sandbox: &Arc<Sandbox>) -> Result<()> {
+    for bypass in ["flows", "all"] {
+        let pair = start(sandbox, [Rung::Tc; 2], bypass, Underlay::Virtual)?;
+        let host = &pair.topology.b.host;
+        tcp_stream(&pair, LONG / 4)?;
+        ensure!(bypassed_by(&pair)?.iter().all(|count| *count > 0), "no packet has skipped the stack");
+        host.tool(&format!("tc qdisc add dev {POD_LINK} root tbf rate 8gbit burst 1mb latency 50ms"))?;
+        let why = format!("{POD_LINK}: has traffic control (tbf), which the bypass would skip");
+        wait_until("the device is left to the stack", || Ok(pair.b.text("status")?.contains(&why)))?;
+        let before = bypassed_by(&pair)?;
+        tcp_stream(&pair, LONG / 4)?;
+        let after = bypassed_by(&pair)?;
+        ensure!(before[0] < after[0] && before[1] == after[1], "{bypass}: {before:?} {after:?}");
+        host.tool(&format!("tc qdisc delete dev {POD_LINK} root"))?;
+        wait_until("the device is bypassed again", || Ok(!pair.b.text("status")?.contains(&why)))?;
+        tcp_stream(&pair, LONG / 4)?;
+        ensure!(bypassed_by(&pair)?[1] > after[1], "{bypass}: no packet has skipped the stack again");
+    }
     Ok(())
 }
 

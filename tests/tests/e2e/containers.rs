@@ -172,6 +172,7 @@ fn mac_text(last: u8) -> String {
 fn selection(named: &[&str]) -> Selection {
     Selection {
         subnet: "10.244.0.0/16".parse().unwrap_or_default(),
+        own_clsact: false,
         excluded: BTreeSet::new(),
         named: named.iter().map(|name| (*name).to_owned()).collect(),
     }

@@ -2,7 +2,7 @@
 
 use nix::libc::{
     AF_BRIDGE, AF_INET, AF_UNSPEC, IFF_LOWER_UP, IFF_UP, RTM_DELADDR, RTM_DELLINK, RTM_DELNEIGH,
-    RTM_DELROUTE, RTM_NEWADDR, RTM_NEWLINK, RTM_NEWNEIGH, RTM_NEWROUTE,
+    RTM_DELQDISC, RTM_DELROUTE, RTM_NEWADDR, RTM_NEWLINK, RTM_NEWNEIGH, RTM_NEWQDISC, RTM_NEWROUTE,
 };
 use proptest::prelude::*;
 use rtnetlink::{
@@ -37,7 +37,10 @@ const IFLA_LINK_NETNSID: u16 = 37;
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_INFO_DATA: u16 = 2;
 const IFLA_BR_VLAN_FILTERING: u16 = 7;
-// linux/rtnetlink.h, linux/if_addr.h
+// linux/rtnetlink.h, linux/if_addr.h, linux/pkt_sched.h
+const TCA_KIND: u16 = 1;
+const ROOT: u32 = 0xffff_ffff;
+const INGRESS: u32 = 0xffff_fff1;
 const RTA_DST: u16 = 1;
 const RTA_OIF: u16 = 4;
 const RTA_GATEWAY: u16 = 5;
@@ -112,6 +115,14 @@ impl Wire {
         Self { kind, payload }.with(IFA_LOCAL, &address.octets())
     }
 
+    fn qdisc(kind: u16, device: u32, parent: u32, name: &str) -> Self {
+        let mut payload = vec![AF_UNSPEC as u8, 0, 0, 0];
+        for word in [device, 0x8001_0000, parent, 0] {
+            payload.extend(word.to_ne_bytes());
+        }
+        Self { kind, payload }.with(TCA_KIND, format!("{name}\0").as_bytes())
+    }
+
     fn with(mut self, kind: u16, value: &[u8]) -> Self {
         self.payload.extend(attribute(kind, value));
         self
@@ -160,6 +171,32 @@ fn a_container_starts_and_stops() {
     assert_eq!(facts.see(&Wire::fdb(RTM_DELNEIGH, 13, mac(4), REACHABLE)), Effect::None);
     assert_eq!(facts.see(&Wire::ip(RTM_DELNEIGH, BRIDGE, 4, mac(4), STALE)), Effect::Changed);
     assert_eq!(facts, before);
+}
+
+#[test]
+fn traffic_control_comes_and_goes() {
+    let mut facts = Facts::bridge();
+    let before = facts.clone();
+    let qdisc = |kind, name| Wire::qdisc(kind, PORT_A, ROOT, name);
+    assert_eq!(facts.see(&qdisc(RTM_NEWQDISC, "noqueue")), Effect::None);
+    assert_eq!(facts.see(&qdisc(RTM_NEWQDISC, "tbf")), Effect::Changed);
+    assert_eq!(facts.see(&Wire::qdisc(RTM_NEWQDISC, PORT_A, INGRESS, "ingress")), Effect::Changed);
+    assert_eq!(
+        facts.see(&Wire::qdisc(RTM_NEWQDISC, PORT_B, 0x8001_0001, "netem")),
+        Effect::None,
+        "inside of another"
+    );
+    assert_eq!(facts.endpoints(), [(3, PORT_B)]);
+    // Replaced: the message about the old one may come before that about the new one, or behind it.
+    assert_eq!(facts.see(&qdisc(RTM_NEWQDISC, "htb")), Effect::Changed);
+    assert_eq!(facts.see(&qdisc(RTM_DELQDISC, "tbf")), Effect::None);
+    assert_eq!(facts.endpoints(), [(3, PORT_B)]);
+    assert_eq!(facts.see(&qdisc(RTM_NEWQDISC, "fq_codel")), Effect::Changed);
+    assert_eq!(facts.see(&Wire::qdisc(RTM_DELQDISC, PORT_A, INGRESS, "ingress")), Effect::Changed);
+    assert_eq!(facts, before);
+    facts.see(&qdisc(RTM_NEWQDISC, "tbf"));
+    facts.see(&Wire::veth(RTM_DELLINK, PORT_A));
+    assert!(facts.traffic_control.is_empty());
 }
 
 #[test]
@@ -312,6 +349,7 @@ fn wires() -> Vec<Wire> {
         Wire::veth(RTM_DELLINK, PORT_A),
         Wire::address(RTM_NEWADDR, BRIDGE, address(2)),
         Wire::route(RTM_NEWROUTE, MAIN, UNICAST, [10, 244, 1, 7], 32).with(RTA_OIF, &BRIDGE.to_ne_bytes()),
+        Wire::qdisc(RTM_NEWQDISC, PORT_A, ROOT, "tbf"),
     ]
 }
 
@@ -342,7 +380,7 @@ fn hold_together(facts: &Facts) {
 proptest! {
     #[test]
     fn damaged_messages_do_no_harm(
-        number in 0_usize..8,
+        number in 0_usize..9,
         damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
         length in any::<prop::sample::Index>(),
     ) {
@@ -363,7 +401,7 @@ proptest! {
     }
 
     #[test]
-    fn unordered_bytes_do_no_harm(kind in 16_u16..32, payload in prop::collection::vec(any::<u8>(), 0..96)) {
+    fn unordered_bytes_do_no_harm(kind in 16_u16..40, payload in prop::collection::vec(any::<u8>(), 0..96)) {
         let mut facts = Facts::bridge();
         if let Some(message) = (Wire { kind, payload }).parse() {
             facts.apply(&message);

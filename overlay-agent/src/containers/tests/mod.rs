@@ -9,7 +9,7 @@ use overlay_ebpf::abi::Endpoint;
 
 use super::{
     Containers, Facts, Selection,
-    facts::{Mac, Route},
+    facts::{Mac, Route, Side},
     find,
 };
 use crate::netlink::Link;
@@ -52,6 +52,7 @@ fn selection(named: &[&str]) -> Selection {
     Selection {
         subnet: "10.244.1.0/24".parse().unwrap(),
         excluded: [UPLINK, OVERLAY].into(),
+        own_clsact: false,
         named: named.iter().map(|name| (*name).to_owned()).collect(),
     }
 }
@@ -453,4 +454,23 @@ fn what_changes_while_programs_are_attached_is_left_out() {
         facts.change(index, |link| (link.mtu, link.alias) = (1400, Some("x".to_owned())));
     }
     assert_eq!(facts.find(), before);
+}
+
+#[test]
+fn devices_with_traffic_control_are_left_to_the_stack() {
+    let mut facts = Facts::bridge();
+    facts.traffic_control.insert((PORT_A, Side::Egress), "tbf".to_owned());
+    let found = facts.find();
+    assert_eq!((found.short(), found.arrivals()), (vec![(3, PORT_B)], vec![PORT_B]));
+    assert_eq!(found.skipped, ["veth11: has traffic control (tbf), which the bypass would skip"]);
+    facts.traffic_control.insert((BRIDGE, Side::Ingress), "ingress".to_owned());
+    assert!(facts.find().gateways().is_empty());
+    let mut facts = Facts::routed();
+    facts.traffic_control.insert((21, Side::Ingress), "clsact".to_owned());
+    assert_eq!(facts.endpoints(), [(3, 22)]);
+    for named in [&["veth21"][..], &["veth*"]] {
+        assert!(!find(&facts, &selection(named)).arrivals().contains(&21), "{named:?}");
+    }
+    let own_clsact = Selection { own_clsact: true, ..selection(&[]) };
+    assert_eq!(find(&facts, &own_clsact).short(), [(2, 21), (3, 22)]);
 }

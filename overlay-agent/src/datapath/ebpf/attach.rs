@@ -11,7 +11,7 @@ use aya::{
 };
 use nix::libc;
 
-use super::{Hook, HookKind, ProgramSet, tcx_link};
+use super::{Hook, HookKind, Place, ProgramSet, tcx_link};
 use crate::netlink::{Netlink, device_name};
 
 /// Position of our filters among those of a clsact qdisc: first.
@@ -108,8 +108,10 @@ impl ProgramSet {
 
     fn attach_tc(&mut self, target: Target, direction: TcAttachType, device: &str) -> Result<Link> {
         let options = match target.mode {
-            // Before all others: they would see outer packets that are for the overlay alone.
-            TcMode::Tcx => TcAttachOptions::TcxOrder(LinkOrder::first()),
+            TcMode::Tcx => TcAttachOptions::TcxOrder(match target.hook.place {
+                Place::First => LinkOrder::first(),
+                Place::Last => LinkOrder::last(),
+            }),
             TcMode::Clsact { handle } => {
                 ensure_clsact(device)?;
                 detach_filter(device, direction, handle);

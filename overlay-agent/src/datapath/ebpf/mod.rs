@@ -12,7 +12,7 @@ mod tcx_link;
 pub use attach::TcAttach;
 pub(crate) use attach::{Attachment, Target, TcMode, detach_filter};
 pub use overlay_set::{LoadOptions, OverlaySet};
-pub use program_set::{Hook, HookKind, Metadata, Outcome, ProgramSet};
+pub use program_set::{Hook, HookKind, Metadata, Outcome, Place, ProgramSet};
 
 /// The compiled programs, when this binary was built with them.
 #[cfg(ebpf_embedded)]

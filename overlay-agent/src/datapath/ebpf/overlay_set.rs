@@ -13,24 +13,26 @@ use overlay_ebpf::{
 };
 
 use super::{
-    Hook, HookKind, ProgramSet, btf,
+    Hook, HookKind, Place, ProgramSet, btf,
     questions::{self, Answering},
     route_maps::{Capacity, RouteMaps},
 };
 use crate::route::{NextHops, RouteChange};
 
 /// tc egress of the overlay device.
-pub const EGRESS: Hook = Hook { program: "ovl_egress", kind: HookKind::TcEgress };
+pub const EGRESS: Hook = Hook { program: "ovl_egress", kind: HookKind::TcEgress, place: Place::First };
 /// tc egress of a device with an Ethernet header, as in test runs.
-pub const EGRESS_ETHERNET: Hook = Hook { program: "ovl_egress_ethernet", kind: HookKind::TcEgress };
+pub const EGRESS_ETHERNET: Hook =
+    Hook { program: "ovl_egress_ethernet", kind: HookKind::TcEgress, place: Place::First };
 /// tc ingress of an underlay device.
-pub const INGRESS: Hook = Hook { program: "ovl_ingress", kind: HookKind::TcIngress };
+pub const INGRESS: Hook = Hook { program: "ovl_ingress", kind: HookKind::TcIngress, place: Place::First };
 /// tc ingress of a device that leads to a container.
-pub const FROM_LOCAL: Hook = Hook { program: "ovl_from_local", kind: HookKind::TcIngress };
+pub const FROM_LOCAL: Hook =
+    Hook { program: "ovl_from_local", kind: HookKind::TcIngress, place: Place::Last };
 /// tc egress of a device that leads to containers, for [`Bypass::Flows`].
-pub const TO_LOCAL: Hook = Hook { program: "ovl_to_local", kind: HookKind::TcEgress };
+pub const TO_LOCAL: Hook = Hook { program: "ovl_to_local", kind: HookKind::TcEgress, place: Place::Last };
 /// XDP of an underlay device; needs [`INGRESS`] behind it.
-pub const XDP: Hook = Hook { program: "ovl_xdp", kind: HookKind::Xdp };
+pub const XDP: Hook = Hook { program: "ovl_xdp", kind: HookKind::Xdp, place: Place::First };
 
 // aya moves map values as plain bytes, so that the types need not implement its marker trait.
 type ConfigBytes = [u8; size_of::<Config>()];

@@ -25,6 +25,17 @@ pub struct Hook {
     pub program: &'static str,
     /// The kind of hook.
     pub kind: HookKind,
+    /// Its place among other tcx programs of the hook.
+    pub place: Place,
+}
+
+/// A place among other tcx programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Before all others: they would see packets that are for this program alone.
+    First,
+    /// Behind all others: what they drop or change, it does not see, or sees changed.
+    Last,
 }
 
 /// Where the kernel runs a program.
