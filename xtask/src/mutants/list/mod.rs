@@ -1,6 +1,7 @@
 //! The changes that tests must notice, by the part of the code that they are made in.
 
 mod agent;
+mod bypass;
 mod containers;
 mod decisions;
 mod fields;
@@ -10,7 +11,14 @@ use super::change::Change;
 
 /// Every change.
 pub(super) fn all() -> impl Iterator<Item = &'static Change> {
-    [shells::CHANGES, decisions::CHANGES, fields::CHANGES, agent::CHANGES, containers::CHANGES]
-        .into_iter()
-        .flatten()
+    [
+        shells::CHANGES,
+        decisions::CHANGES,
+        fields::CHANGES,
+        agent::CHANGES,
+        containers::CHANGES,
+        bypass::CHANGES,
+    ]
+    .into_iter()
+    .flatten()
 }
