@@ -33,7 +33,6 @@ pub(crate) fn register(suite: &mut Suite) {
     suite.add("containers::at_a_bridge_are_followed", &[], bridge);
     suite.add("containers::at_routed_veths_are_followed", &[], routed);
     suite.add("containers::of_many_are_followed_through_lost_messages", &[], crowd);
-    suite.add("containers::at_a_bridge_that_filters_vlans_are_not_found", &[Need::VlanFiltering], vlans);
     suite.add("containers::behind_a_vxlan_port_are_not_found", &[Need::Vxlan], remote);
 }
 
@@ -326,23 +325,8 @@ fn crowd(sandbox: &Arc<Sandbox>) -> Result<()> {
     host.count(&mut watched, CROWD / 2 - 1)
 }
 
-fn vlans(sandbox: &Arc<Sandbox>) -> Result<()> {
-    let host = Host::start(sandbox)?;
-    let mut watched = host.run(watch(selection(&[])))??;
-    let pod = host.container(sandbox, "va", 2)?;
-    host.netns.tool("ip link set va master cni0")?;
-    pod.ping()?;
-    let expected = BTreeMap::from([host.endpoint(&pod, "cni0")?]);
-    host.expect(&mut watched, "a container", &expected)?;
-    host.netns.tool("ip link set cni0 type bridge vlan_filtering 1")?;
-    host.expect(&mut watched, "a bridge that filters VLANs", &BTreeMap::new())?;
-    host.netns.tool("ip link set cni0 type bridge vlan_filtering 0")?;
-    pod.ping()?;
-    host.expect(&mut watched, "a bridge that filters VLANs no more", &expected)
-}
-
 /// Runs the lines as one program.
-fn batch(netns: &Netns, tool: &str, lines: &str) -> Result<()> {
+pub(crate) fn batch(netns: &Netns, tool: &str, lines: &str) -> Result<()> {
     let mut file = tempfile::NamedTempFile::new()?;
     file.write_all(lines.as_bytes())?;
     netns.tool(&format!("{tool} -batch {}", file.path().display())).map(drop)
