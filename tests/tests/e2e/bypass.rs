@@ -116,7 +116,7 @@ fn every_check(sandbox: &Arc<Sandbox>, rungs: [Rung; 2], bypass: &str, underlay:
 }
 
 /// Runs nft with one line of commands.
-fn nft(host: &Netns, commands: &str) -> Result<()> {
+pub(crate) fn nft(host: &Netns, commands: &str) -> Result<()> {
     let mut nft = std::process::Command::new("nft");
     let output = host.output(nft.arg(commands))?;
     ensure!(output.status.success(), "nft {commands}: {}", String::from_utf8_lossy(&output.stderr));
@@ -256,8 +256,7 @@ fn fall_back(sandbox: &Arc<Sandbox>) -> Result<()> {
     }
     let stream = Stream::start(a, b)?;
     stream.advance(LONG)?;
-    for round in 0..6 {
-        let host = hosts[round % 2];
+    for host in hosts.iter().cycle().take(6) {
         host.tool(&format!("ip neighbour flush dev {POD_LINK}"))?;
         stream.advance(LONG / 8).with_context(|| diagnosis(&pair, "the stream falls back"))?;
     }
