@@ -27,7 +27,7 @@ use rtnetlink::{
         route::{
             RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
         },
-        tc::TcHandle,
+        tc::{TcAttribute, TcFilterBpfOption, TcHandle, TcMessage, TcOption},
     },
     sys::AsyncSocket as _,
 };
@@ -301,14 +301,39 @@ impl Netlink {
 
     /// Whether a clsact qdisc of a device has a filter with this priority and minor handle.
     pub async fn has_filter(&self, index: u32, egress: bool, priority: u16, handle: u16) -> Result<bool> {
+        Ok(!self.filters(index, egress, priority, handle).await?.is_empty())
+    }
+
+    /// Whether it is a filter with the eBPF program of one of these names.
+    pub(crate) async fn has_program_filter(
+        &self,
+        index: u32,
+        egress: bool,
+        (priority, handle): (u16, u16),
+        programs: &[&str],
+    ) -> Result<bool> {
+        let filters = self.filters(index, egress, priority, handle).await?;
+        let mut options =
+            filters.iter().flat_map(|filter| &filter.attributes).filter_map(|attribute| match attribute {
+                TcAttribute::Options(options) => Some(options),
+                _ => None,
+            });
+        Ok(options.any(|options| {
+            let name = attribute!(options, TcOption::Bpf(TcFilterBpfOption::ProgName(name)) => name.as_str());
+            name.is_some_and(|name| programs.contains(&name))
+        }))
+    }
+
+    async fn filters(&self, index: u32, egress: bool, priority: u16, handle: u16) -> Result<Vec<TcMessage>> {
         let request = self.handle.traffic_filter(index as i32).get();
         let request = if egress { request.egress() } else { request.ingress() };
         let filters: Vec<_> = (request.execute().try_collect().await)
             .with_context(|| format!("list the tc filters of the device {index}"))?;
         let handle = TcHandle { major: 0, minor: handle };
-        Ok(filters
-            .iter()
-            .any(|filter| filter.header.handle == handle && filter.header.info >> 16 == u32::from(priority)))
+        let is_wanted = |filter: &TcMessage| {
+            filter.header.handle == handle && filter.header.info >> 16 == u32::from(priority)
+        };
+        Ok(filters.into_iter().filter(is_wanted).collect())
     }
 
     /// Sets a device's alias.

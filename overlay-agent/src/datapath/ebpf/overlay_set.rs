@@ -26,6 +26,8 @@ pub const INGRESS: Hook = Hook { program: "ovl_ingress", kind: HookKind::TcIngre
 pub const FROM_LOCAL: Hook = Hook { program: "ovl_from_local", kind: HookKind::TcIngress };
 /// tc egress of a device that leads to containers, for [`Bypass::Flows`].
 pub const TO_LOCAL: Hook = Hook { program: "ovl_to_local", kind: HookKind::TcEgress };
+/// Those on devices of containers.
+pub(crate) const LOCAL: [Hook; 2] = [FROM_LOCAL, TO_LOCAL];
 /// XDP of an underlay device; needs [`INGRESS`] behind it.
 pub const XDP: Hook = Hook { program: "ovl_xdp", kind: HookKind::Xdp };
 
