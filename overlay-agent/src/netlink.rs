@@ -15,7 +15,7 @@ use nix::{
 };
 use rtnetlink::{
     Handle, LinkUnspec, MulticastGroup, RouteMessageBuilder,
-    packet_core::NetlinkPayload,
+    packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
         address::{AddressAttribute, AddressMessage},
@@ -23,7 +23,7 @@ use rtnetlink::{
             InfoBridge, InfoData, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkLayerType,
             LinkMessage, LinkXdp,
         },
-        neighbour::NeighbourMessage,
+        neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage},
         route::{
             RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
         },
@@ -235,6 +235,29 @@ impl Netlink {
     pub(crate) async fn neighbour_messages(&self, family: AddressFamily) -> Result<Vec<NeighbourMessage>> {
         let request = self.handle.neighbours().get().set_address_family(family);
         request.execute().try_collect().await.context("list neighbours")
+    }
+
+    /// Makes the kernel check whether a neighbour is still there, as a packet for it would. One that the kernel does not know stays
+    /// unknown.
+    pub(crate) async fn use_neighbour(&self, index: u32, address: Ipv4Addr) -> Result<()> {
+        let mut message = NeighbourMessage::default();
+        message.header.family = AddressFamily::Inet;
+        message.header.ifindex = index;
+        message.header.flags = NeighbourFlags::Use;
+        message.attributes = vec![NeighbourAttribute::Destination(NeighbourAddress::Inet(address))];
+        // Not NLM_F_CREATE.
+        let mut request = NetlinkMessage::from(RouteNetlinkMessage::NewNeighbour(message));
+        request.header.flags = NLM_F_REQUEST | NLM_F_ACK;
+        let context = || format!("use the neighbour {address}");
+        let mut answers = self.handle.clone().request(request).with_context(context)?;
+        while let Some(answer) = answers.next().await {
+            if let NetlinkPayload::Error(error) = answer.payload
+                && error.code.is_some()
+            {
+                return Err(error.to_io()).with_context(context);
+            }
+        }
+        Ok(())
     }
 
     /// The messages about all IPv4 routes, of all tables.
