@@ -82,7 +82,7 @@ pub(super) fn confirm(ctx: &TcContext, packet: &Packet, offset: usize, header: &
     let lenient = LENIENT.get_ptr(flow.key).map(|lenient| unsafe { *lenient });
     match decide(flow.key.protocol, &state, tracking, lenient, now) {
         Decision::Confirm => {
-            // Replaced, not written: the kernel may have given the entry to another flow, which nobody has confirmed.
+            // Replaced, not written: the kernel may have given the entry to another flow, which is not confirmed.
             let _ = FLOWS.insert(flow.key, FlowState { confirmed: now, ..state }, BPF_EXIST as u64);
         }
         Decision::Wait => {}

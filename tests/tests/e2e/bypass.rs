@@ -338,7 +338,7 @@ fn tracking_begins(sandbox: &Arc<Sandbox>) -> Result<()> {
     stream.finish().map(drop)
 }
 
-/// Datagrams that nobody answers skip stacks that track nothing, and take stacks that do.
+/// Datagrams without answers skip stacks that track nothing, and take stacks that do.
 fn one_way(sandbox: &Arc<Sandbox>) -> Result<()> {
     let pair = start_flows(sandbox)?;
     let (a, b) = pair.topology.pods();
