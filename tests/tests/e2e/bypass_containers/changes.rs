@@ -29,7 +29,7 @@ const CROWD: u8 = 20;
 /// How often a container is replaced.
 const REPLACED: u8 = 8;
 
-/// Sends datagrams without pause to an address while `work` is done: whoever has it does not answer.
+/// Sends datagrams without pause to an address while `work` is done: no container answers there.
 fn under_fire<T>(place: &Place, target: std::net::Ipv4Addr, work: impl FnOnce() -> Result<T>) -> Result<T> {
     let Endpoint { netns, address } = place.remote();
     let sender = netns.run(|| UdpSocket::bind((address, 0)))?.context("bind the sender")?;
@@ -100,19 +100,19 @@ pub(super) fn come_and_go(sandbox: &Arc<Sandbox>, kind: Kind, bypass: &str) -> R
         place.no_strays(&kept)
     })?;
     place.no_strays([&first])?;
-    place.runs()
+    replaced(&place)
 }
 
-pub(super) fn replaced(sandbox: &Arc<Sandbox>, kind: Kind, bypass: &str) -> Result<()> {
-    let place = Place::start(sandbox, kind, bypass)?;
+/// A container is removed and created again with the same address and another hardware address, again and again.
+fn replaced(place: &Place) -> Result<()> {
     let (first, other) = (place.first(), place.add(9)?);
     let target = address(7);
     place.skips(&other)?;
-    with_streams(&place, &first, || {
+    with_streams(place, &first, || {
         let mut container = place.add(7)?;
         place.is_reached(&container, "a container is reached")?;
         place.skips(&container)?;
-        under_fire(&place, target, || {
+        under_fire(place, target, || {
             for _ in 0..REPLACED {
                 let next = place.prepare(7)?;
                 place.remove(&container)?;
@@ -183,7 +183,7 @@ pub(super) fn renumbered(sandbox: &Arc<Sandbox>, bypass: &str) -> Result<()> {
         other.announce()?;
         place.is_reached(&other, "the one that is left")?;
         place.skips(&other)?;
-        // The host probes its neighbours, as if packets to them took its stack: nobody has the address 10.244.1.11 any more.
+        // The host probes its neighbours, as if packets to them took its stack: no container has the address 10.244.1.11 any more.
         place.settles(3)
     })?;
     place.no_strays([&first])

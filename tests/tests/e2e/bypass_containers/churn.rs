@@ -16,7 +16,7 @@ use super::{
 };
 
 /// How long containers come and go.
-const DURATION: Duration = Duration::from_secs(8);
+const DURATION: Duration = Duration::from_secs(7);
 /// Most containers at a time.
 const MOST: u8 = 24;
 

@@ -76,7 +76,7 @@ fn run(sandbox: &Arc<Sandbox>, bypass: &str) -> Result<Seen> {
         place.skips(&sender)?;
         place.skips(&other)?;
     }
-    // So that nobody is told of a closed port.
+    // So that no sender is told of a closed port.
     let _receiver = bind(place.remote().netns, REMOTE, INNER_PORT)?;
     let capture = |netns: &Netns| netns.run(|| Capture::start(UPLINK))?;
     let captures = [capture(place.remote().netns)?, capture(&other.netns)?];
@@ -155,12 +155,12 @@ fn forged<'a>(
         ("source outside", Ipv4Addr::new(192, 0, 2, 1), REMOTE),
         ("source of all", address(255), REMOTE),
         ("source of loopback", Ipv4Addr::LOCALHOST, REMOTE),
-        ("source of nobody", Ipv4Addr::UNSPECIFIED, REMOTE),
+        ("source of no host", Ipv4Addr::UNSPECIFIED, REMOTE),
         ("source of a group", Ipv4Addr::new(224, 0, 0, 5), REMOTE),
         ("to another container", sender.address, other.address),
         ("to no container", sender.address, address(78)),
         ("to no subnet", sender.address, Ipv4Addr::new(10, 244, 9, 9)),
-        ("to nobody at the peer", sender.address, Ipv4Addr::new(10, 244, 2, 78)),
+        ("to no container of the peer", sender.address, Ipv4Addr::new(10, 244, 2, 78)),
         ("to all of the peer", sender.address, Ipv4Addr::new(10, 244, 2, 255)),
         ("to all of the network", sender.address, Ipv4Addr::new(10, 244, 255, 255)),
         ("to a group", sender.address, Ipv4Addr::new(224, 0, 0, 5)),
