@@ -15,7 +15,7 @@ use nix::{
 };
 use rtnetlink::{
     Handle, LinkUnspec, MulticastGroup, RouteMessageBuilder,
-    packet_core::NetlinkPayload,
+    packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
         address::{AddressAttribute, AddressMessage},
@@ -23,11 +23,11 @@ use rtnetlink::{
             InfoBridge, InfoData, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkLayerType,
             LinkMessage, LinkXdp,
         },
-        neighbour::NeighbourMessage,
+        neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage},
         route::{
             RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
         },
-        tc::{TcHandle, TcMessage},
+        tc::{TcAttribute, TcFilterBpfOption, TcHandle, TcMessage, TcOption},
     },
     sys::AsyncSocket as _,
 };
@@ -242,6 +242,29 @@ impl Netlink {
         self.handle.qdisc().get().execute().try_collect().await.context("list queueing disciplines")
     }
 
+    /// Makes the kernel check whether a neighbour is still there, as a packet for it would. One that the kernel does not know stays
+    /// unknown.
+    pub(crate) async fn use_neighbour(&self, index: u32, address: Ipv4Addr) -> Result<()> {
+        let mut message = NeighbourMessage::default();
+        message.header.family = AddressFamily::Inet;
+        message.header.ifindex = index;
+        message.header.flags = NeighbourFlags::Use;
+        message.attributes = vec![NeighbourAttribute::Destination(NeighbourAddress::Inet(address))];
+        // Not NLM_F_CREATE.
+        let mut request = NetlinkMessage::from(RouteNetlinkMessage::NewNeighbour(message));
+        request.header.flags = NLM_F_REQUEST | NLM_F_ACK;
+        let context = || format!("use the neighbour {address}");
+        let mut answers = self.handle.clone().request(request).with_context(context)?;
+        while let Some(answer) = answers.next().await {
+            if let NetlinkPayload::Error(error) = answer.payload
+                && error.code.is_some()
+            {
+                return Err(error.to_io()).with_context(context);
+            }
+        }
+        Ok(())
+    }
+
     /// The messages about all IPv4 routes, of all tables.
     pub(crate) async fn route_messages(&self) -> Result<Vec<RouteMessage>> {
         let request = RouteMessageBuilder::<Ipv4Addr>::new().build();
@@ -306,14 +329,39 @@ impl Netlink {
 
     /// Whether a clsact qdisc of a device has a filter with this priority and minor handle.
     pub async fn has_filter(&self, index: u32, egress: bool, priority: u16, handle: u16) -> Result<bool> {
+        Ok(!self.filters(index, egress, priority, handle).await?.is_empty())
+    }
+
+    /// Whether it is a filter with the eBPF program of one of these names.
+    pub(crate) async fn has_program_filter(
+        &self,
+        index: u32,
+        egress: bool,
+        (priority, handle): (u16, u16),
+        programs: &[&str],
+    ) -> Result<bool> {
+        let filters = self.filters(index, egress, priority, handle).await?;
+        let mut options =
+            filters.iter().flat_map(|filter| &filter.attributes).filter_map(|attribute| match attribute {
+                TcAttribute::Options(options) => Some(options),
+                _ => None,
+            });
+        Ok(options.any(|options| {
+            let name = attribute!(options, TcOption::Bpf(TcFilterBpfOption::ProgName(name)) => name.as_str());
+            name.is_some_and(|name| programs.contains(&name))
+        }))
+    }
+
+    async fn filters(&self, index: u32, egress: bool, priority: u16, handle: u16) -> Result<Vec<TcMessage>> {
         let request = self.handle.traffic_filter(index as i32).get();
         let request = if egress { request.egress() } else { request.ingress() };
         let filters: Vec<_> = (request.execute().try_collect().await)
             .with_context(|| format!("list the tc filters of the device {index}"))?;
         let handle = TcHandle { major: 0, minor: handle };
-        Ok(filters
-            .iter()
-            .any(|filter| filter.header.handle == handle && filter.header.info >> 16 == u32::from(priority)))
+        let is_wanted = |filter: &TcMessage| {
+            filter.header.handle == handle && filter.header.info >> 16 == u32::from(priority)
+        };
+        Ok(filters.into_iter().filter(is_wanted).collect())
     }
 
     /// Sets a device's alias.

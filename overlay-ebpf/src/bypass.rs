@@ -47,13 +47,14 @@ pub fn leaves_container(
         && ethernet.is_to(endpoint.gateway_mac)
         // This host's stack and the overlay device decrement it.
         && header.ttl() > 2
+        && header.has_valid_checksum()
 }
 
 /// The container to which a decapsulated packet with the inner `header` can be handed at once, `None` when the stack has to
 /// forward it.
 #[inline(always)]
 pub fn enters_container(header: &Ipv4, endpoints: &impl Endpoints) -> Option<Endpoint> {
-    if header.header_len() != Ipv4::LEN || header.ttl() <= 1 {
+    if header.header_len() != Ipv4::LEN || header.ttl() <= 1 || !header.has_valid_checksum() {
         return None;
     }
     endpoints.endpoint(header.destination())
@@ -99,6 +100,15 @@ mod tests {
     fn with_options(header: Ipv4) -> Ipv4 {
         let mut bytes: [u8; 20] = bytemuck::cast(header);
         bytes[0] = 0x46;
+        // So that nothing else is wrong: the checksum of the first 20 bytes, as if the options added up to nothing.
+        let checksum = crate::checksum::update(header.checksum(), 0x4500, 0x4600);
+        bytes[10..12].copy_from_slice(&checksum.to_be_bytes());
+        bytemuck::cast(bytes)
+    }
+
+    fn with_wrong_checksum(header: Ipv4) -> Ipv4 {
+        let mut bytes: [u8; 20] = bytemuck::cast(header);
+        bytes[10] ^= 1;
         bytemuck::cast(bytes)
     }
 
@@ -127,6 +137,7 @@ mod tests {
             ("to a container of this host", frame, header(64, CONTAINER, [10, 244, 1, 9]), DEVICE, false),
             ("out of the overlay", frame, header(64, CONTAINER, [10, 245, 2, 2]), DEVICE, false),
             ("options", frame, with_options(packet), DEVICE, false),
+            ("a wrong checksum, which the stack drops", frame, with_wrong_checksum(packet), DEVICE, false),
             ("not IPv4", arp, packet, DEVICE, false),
         ];
         for (name, ethernet, header, ifindex, expected) in cases {
@@ -142,5 +153,6 @@ mod tests {
         assert!(!enters(from_peer(1, CONTAINER)), "the stack tells its sender");
         assert!(!enters(from_peer(64, [10, 244, 1, 3])));
         assert!(!enters(with_options(from_peer(64, CONTAINER))));
+        assert!(!enters(with_wrong_checksum(from_peer(64, CONTAINER))), "the stack drops it");
     }
 }

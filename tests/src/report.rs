@@ -42,8 +42,23 @@ pub struct Status {
     pub ingress: Path,
     /// Number of routes.
     pub routes: usize,
+    /// What skips the host's stack.
+    pub bypass: Option<Bypass>,
     /// The agent's process.
     pub pid: u32,
+}
+
+/// The bypass of the host's stack.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Bypass {
+    /// `off`, `flows` or `all`.
+    pub mode: String,
+    /// Devices of containers with programs, once for each program.
+    pub devices: usize,
+    /// Containers that the programs know.
+    pub containers: usize,
+    /// What takes the host's stack, and why.
+    pub skipped: Vec<String>,
 }
 
 /// A network device.

@@ -11,7 +11,7 @@ use serde_json::json;
 use super::{AgentArgs, QueryArgs, query::print};
 use crate::{
     capabilities, control,
-    datapath::ebpf::detach_filter,
+    datapath::ebpf::{detach_filter, detach_left, overlay_set::LOCAL},
     device::{self, DeviceAlias},
     firewall,
     netlink::Netlink,
@@ -55,6 +55,7 @@ pub(super) async fn down(QueryArgs { agent: args, output }: &QueryArgs) -> Resul
         for underlay in &alias.underlays {
             detach_filter(underlay, TcAttachType::Ingress, alias.port);
         }
+        detach_left(&netlink, alias.port, &LOCAL).await?;
     }
     if control::remove(&socket)? {
         removed.push(format!("the socket {}", socket.display()));

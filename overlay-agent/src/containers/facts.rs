@@ -39,6 +39,9 @@ pub struct Facts {
     pub(super) routes: Vec<Route>,
     /// Hardware addresses of neighbours, by device and address.
     pub(super) neighbours: BTreeMap<(u32, Ipv4Addr), Mac>,
+    /// Neighbours of which the kernel has not heard for a while. It checks whether they are still there when it has a packet for them;
+    /// packets that bypass it do not count.
+    pub(super) stale: BTreeSet<(u32, Ipv4Addr)>,
     /// Ports of bridges, by bridge and the hardware address behind the port. Neither the bridges' own addresses nor those of VLANs.
     pub(super) fdb: BTreeMap<(u32, Mac), u32>,
     /// Traffic control that packets of a device have to pass, by device and side: the kind of a queueing discipline.
@@ -94,6 +97,7 @@ impl Facts {
             addresses: BTreeSet::new(),
             routes: Vec::new(),
             neighbours: BTreeMap::new(),
+            stale: BTreeSet::new(),
             fdb: BTreeMap::new(),
             traffic_control: BTreeMap::new(),
         }
@@ -165,6 +169,7 @@ impl Facts {
         self.routes.retain(|route| route.device != Some(index));
         self.neighbours.retain(|(device, _), _| *device != index);
         self.traffic_control.retain(|(device, _), _| *device != index);
+        self.stale.retain(|(device, _)| *device != index);
         self.fdb.retain(|(bridge, _), port| *bridge != index && *port != index);
         Effect::Routes
     }
@@ -228,7 +233,14 @@ impl Facts {
     }
 
     fn set_neighbour(&mut self, message: &NeighbourMessage) -> bool {
-        match Neighbour::of(message, self.subnet) {
+        let neighbour = Neighbour::of(message, self.subnet);
+        if let Some(Neighbour::Ip { key, .. }) = neighbour {
+            match message.header.state {
+                NeighbourState::Stale => self.stale.insert(key),
+                _ => self.stale.remove(&key),
+            };
+        }
+        match neighbour {
             Some(Neighbour::Ip { key, mac: Some(mac) }) => self.neighbours.insert(key, mac) != Some(mac),
             Some(Neighbour::Ip { key, mac: None }) => self.neighbours.remove(&key).is_some(),
             Some(Neighbour::Bridge { key, port: Some(port) }) => self.fdb.insert(key, port) != Some(port),
@@ -239,7 +251,10 @@ impl Facts {
 
     fn remove_neighbour(&mut self, message: &NeighbourMessage) -> bool {
         match Neighbour::of(message, self.subnet) {
-            Some(Neighbour::Ip { key, .. }) => self.neighbours.remove(&key).is_some(),
+            Some(Neighbour::Ip { key, .. }) => {
+                self.stale.remove(&key);
+                self.neighbours.remove(&key).is_some()
+            }
             Some(Neighbour::Bridge { key, .. }) => self.fdb.remove(&key).is_some(),
             None => false,
         }

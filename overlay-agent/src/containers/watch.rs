@@ -4,7 +4,7 @@
 //! of one. Routes are listed again, because the kernel removes some without a message. Where messages were lost, and from time to
 //! time, everything is listed.
 
-use std::{mem, sync::Arc, time::Duration};
+use std::{mem, net::Ipv4Addr, sync::Arc, time::Duration};
 
 use anyhow::Result;
 use futures_util::{FutureExt as _, Stream, StreamExt as _};
@@ -13,7 +13,7 @@ use tokio::{
     sync::watch,
     time::{Instant, sleep, sleep_until},
 };
-use tracing::warn;
+use tracing::{debug, warn};
 
 use super::{Containers, Facts, Selection, facts::Effect, find};
 use crate::netlink::{self, Netlink};
@@ -94,6 +94,7 @@ impl Follower {
 
     async fn run(&mut self, sender: &watch::Sender<Arc<Containers>>) {
         loop {
+            self.use_neighbours(sender).await;
             if self.work == Work::None {
                 tokio::select! {
                     () = sleep_until(self.resync) => self.work = Work::List,
@@ -122,6 +123,22 @@ impl Follower {
                 differ
             });
             sleep(PAUSE).await;
+        }
+    }
+
+    /// Makes the kernel check the containers that it has not heard of for a while, as it would if their packets took its stack. So
+    /// it finds out that one is gone or has another hardware address.
+    async fn use_neighbours(&mut self, sender: &watch::Sender<Arc<Containers>>) {
+        let known: Vec<_> = {
+            let containers = sender.borrow();
+            let is_known = |(_, address): &(u32, Ipv4Addr)| containers.endpoints.contains_key(address);
+            self.facts.stale.extract_if(.., is_known).collect()
+        };
+        for (device, address) in known {
+            // Usually it is gone already.
+            if let Err(error) = self.netlink.use_neighbour(device, address).await {
+                debug!("{error:#}");
+            }
         }
     }
 

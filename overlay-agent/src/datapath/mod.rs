@@ -34,6 +34,7 @@ use crate::{
     netlink::{Netlink, Route},
     route::{NextHops, RouteChange},
 };
+use ebpf::{detach_left, overlay_set::LOCAL};
 use fast::FastPath;
 use losses::{DeviceLosses, SocketLosses};
 
@@ -52,6 +53,8 @@ pub struct Datapath {
     socket_losses: Arc<SocketLosses>,
     /// What the last reconciliation made of the device.
     device: Option<DeviceSpec>,
+    /// Whether the filters that a killed agent left on devices of containers are removed.
+    is_swept: bool,
 }
 
 impl Datapath {
@@ -69,6 +72,7 @@ impl Datapath {
             device_losses: DeviceLosses::default(),
             socket_losses: Arc::default(),
             device: None,
+            is_swept: false,
         }
     }
 
@@ -100,6 +104,11 @@ impl Datapath {
         // Replaced sockets are closed with the settings that had them.
         self.sockets = sockets;
         self.fast.reconcile(desired.plan(ifindex), &config, desired.routes, &mut report).await?;
+        if !self.is_swept {
+            // They would go on with the routes and containers of that time.
+            detach_left(&self.netlink, desired.device.alias.port, &LOCAL).await?;
+            self.is_swept = true;
+        }
         self.fast.set_containers(desired.containers, &mut report).await?;
         let found =
             diversion::find(&self.netlink, &others_routes, ifindex, desired.device, desired.routes).await;

@@ -118,7 +118,7 @@ fn every_check(sandbox: &Arc<Sandbox>, rungs: [Rung; 2], bypass: &str, underlay:
 }
 
 /// Runs nft with one line of commands.
-fn nft(host: &Netns, commands: &str) -> Result<()> {
+pub(crate) fn nft(host: &Netns, commands: &str) -> Result<()> {
     let mut nft = std::process::Command::new("nft");
     let output = host.output(nft.arg(commands))?;
     ensure!(output.status.success(), "nft {commands}: {}", String::from_utf8_lossy(&output.stderr));
@@ -267,8 +267,7 @@ fn fall_back(sandbox: &Arc<Sandbox>) -> Result<()> {
     }
     let stream = Stream::start(a, b)?;
     stream.advance(LONG)?;
-    for round in 0..6 {
-        let host = hosts[round % 2];
+    for host in hosts.iter().cycle().take(6) {
         host.tool(&format!("ip neighbour flush dev {POD_LINK}"))?;
         stream.advance(LONG / 8).with_context(|| diagnosis(&pair, "the stream falls back"))?;
     }
@@ -350,7 +349,7 @@ fn tracking_begins(sandbox: &Arc<Sandbox>) -> Result<()> {
     stream.finish().map(drop)
 }
 
-/// Datagrams without an answer skip stacks that track nothing, and take stacks that do.
+/// Datagrams without answers skip stacks that track nothing, and take stacks that do.
 fn one_way(sandbox: &Arc<Sandbox>) -> Result<()> {
     let pair = start_flows(sandbox)?;
     let (a, b) = pair.topology.pods();

@@ -33,7 +33,7 @@ pub(crate) fn register(suite: &mut Suite) {
     suite.add("containers::at_a_bridge_are_followed", &[], bridge);
     suite.add("containers::at_routed_veths_are_followed", &[], routed);
     suite.add("containers::of_many_are_followed_through_lost_messages", &[], crowd);
-    suite.add("containers::at_a_bridge_that_filters_vlans_are_not_found", &[Need::VlanFiltering], vlans);
+    suite.add("containers::that_leave_silently_are_forgotten", &[], silent);
     suite.add("containers::behind_a_vxlan_port_are_not_found", &[Need::Vxlan], remote);
 }
 
@@ -327,23 +327,30 @@ fn crowd(sandbox: &Arc<Sandbox>) -> Result<()> {
     host.count(&mut watched, CROWD / 2 - 1)
 }
 
-fn vlans(sandbox: &Arc<Sandbox>) -> Result<()> {
+/// A container gives up its address without a word. No packet for it takes the host's stack, which would notice.
+fn silent(sandbox: &Arc<Sandbox>) -> Result<()> {
     let host = Host::start(sandbox)?;
+    let settings = ["base_reachable_time_ms=200", "delay_first_probe_time=0", "retrans_time_ms=50"];
+    let words = settings.map(|setting| format!("net.ipv4.neigh.cni0.{setting}")).join(" ");
+    host.netns.tool(&format!("sysctl -q -w {words}"))?;
     let mut watched = host.run(watch(selection(&[])))??;
-    let pod = host.container(sandbox, "va", 2)?;
-    host.netns.tool("ip link set va master cni0")?;
-    pod.ping()?;
-    let expected = BTreeMap::from([host.endpoint(&pod, "cni0")?]);
-    host.expect(&mut watched, "a container", &expected)?;
-    host.netns.tool("ip link set cni0 type bridge vlan_filtering 1")?;
-    host.expect(&mut watched, "a bridge that filters VLANs", &BTreeMap::new())?;
-    host.netns.tool("ip link set cni0 type bridge vlan_filtering 0")?;
-    pod.ping()?;
-    host.expect(&mut watched, "a bridge that filters VLANs no more", &expected)
+    let (stays, leaves) = (host.container(sandbox, "va", 2)?, host.container(sandbox, "vb", 3)?);
+    for container in [&stays, &leaves] {
+        host.netns.tool(&format!("ip link set {} master cni0", container.veth))?;
+        container.ping()?;
+    }
+    let one = host.endpoint(&stays, "cni0")?;
+    let both = BTreeMap::from([one, host.endpoint(&leaves, "cni0")?]);
+    host.expect(&mut watched, "two containers", &both)?;
+    // Probed several times, a container that is there stays.
+    host.silence(&mut watched, "containers that are there")?;
+    leaves.netns.tool("ip address flush dev eth0")?;
+    host.expect(&mut watched, "a container without its address", &BTreeMap::from([one]))?;
+    host.silence(&mut watched, "the other container")
 }
 
 /// Runs the lines as one program.
-fn batch(netns: &Netns, tool: &str, lines: &str) -> Result<()> {
+pub(crate) fn batch(netns: &Netns, tool: &str, lines: &str) -> Result<()> {
     let mut file = tempfile::NamedTempFile::new()?;
     file.write_all(lines.as_bytes())?;
     netns.tool(&format!("{tool} -batch {}", file.path().display())).map(drop)

@@ -12,8 +12,6 @@ const TOOLS: [&str; 7] = ["ip", "bridge", "tc", "ethtool", "ping", "iperf3", "sy
 pub(crate) enum Need {
     /// The kernel's VXLAN device.
     Vxlan,
-    /// Bridges that filter VLANs.
-    VlanFiltering,
     /// eBPF in the kernel.
     Ebpf,
     /// `/dev/net/tun`.
@@ -44,10 +42,6 @@ impl Need {
                 .args(["--net", "ip", "link", "add", "type", "vxlan", "id", "1", "dstport", "8472"])
                 .output()
                 .is_ok_and(|output| output.status.success()),
-            Self::VlanFiltering => Command::new("unshare")
-                .args(["--net", "ip", "link", "add", "type", "bridge", "vlan_filtering", "1"])
-                .output()
-                .is_ok_and(|output| output.status.success()),
             // Present exactly when the kernel has the bpf system call (Documentation/admin-guide/sysctl/kernel.rst).
             Self::Ebpf => Path::new("/proc/sys/kernel/unprivileged_bpf_disabled").exists(),
             Self::Tun => Path::new("/dev/net/tun").exists(),
@@ -69,7 +63,6 @@ impl Need {
     const fn reason(self) -> &'static str {
         match self {
             Self::Vxlan => "needs a kernel with vxlan",
-            Self::VlanFiltering => "needs a kernel with bridges that filter VLANs",
             Self::Ebpf => "needs a kernel with eBPF",
             Self::Tun => "needs /dev/net/tun",
             Self::Nftables => "needs a kernel with nftables and the command nft: run `cargo xtask setup`",

@@ -4,6 +4,7 @@
 
 mod addressing;
 mod bypass;
+mod bypass_containers;
 mod checksums;
 mod comparison;
 mod containers;
@@ -58,6 +59,7 @@ fn main() -> ExitCode {
     addressing::register(&mut suite);
     matrix::register(&mut suite);
     bypass::register(&mut suite);
+    bypass_containers::register(&mut suite);
     traps::register(&mut suite);
     shells::register(&mut suite);
     checksums::register(&mut suite);

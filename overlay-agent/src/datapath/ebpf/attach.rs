@@ -163,6 +163,22 @@ pub(crate) fn detach_filter(device: &str, direction: TcAttachType, handle: u16) 
     drop(SchedClassifierLink::attached(device, direction, FILTER_PRIORITY, handle, None));
 }
 
+/// Removes the filters with this handle and one of these programs that a killed agent left on any device. Fails when the kernel does
+/// not list its devices.
+pub(crate) async fn detach_left(netlink: &Netlink, handle: u16, hooks: &[Hook]) -> Result<()> {
+    let programs: Vec<&str> = hooks.iter().map(|hook| hook.program).collect();
+    for link in netlink.links().await? {
+        for (direction, egress) in [(TcAttachType::Ingress, false), (TcAttachType::Egress, true)] {
+            let place = (FILTER_PRIORITY, handle);
+            // A device that is gone meanwhile has none.
+            if matches!(netlink.has_program_filter(link.index, egress, place, &programs).await, Ok(true)) {
+                detach_filter(&link.name, direction, handle);
+            }
+        }
+    }
+    Ok(())
+}
+
 fn ensure_clsact(device: &str) -> Result<()> {
     match tc::qdisc_add_clsact(device) {
         Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),

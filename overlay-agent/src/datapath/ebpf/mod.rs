@@ -10,7 +10,7 @@ pub mod self_test;
 mod tcx_link;
 
 pub use attach::TcAttach;
-pub(crate) use attach::{Attachment, Target, TcMode, detach_filter};
+pub(crate) use attach::{Attachment, Target, TcMode, detach_filter, detach_left};
 pub use overlay_set::{LoadOptions, OverlaySet};
 pub use program_set::{Hook, HookKind, Metadata, Outcome, Place, ProgramSet};
 

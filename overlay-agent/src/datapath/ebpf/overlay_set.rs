@@ -31,6 +31,8 @@ pub const FROM_LOCAL: Hook =
     Hook { program: "ovl_from_local", kind: HookKind::TcIngress, place: Place::Last };
 /// tc egress of a device that leads to containers, for [`Bypass::Flows`].
 pub const TO_LOCAL: Hook = Hook { program: "ovl_to_local", kind: HookKind::TcEgress, place: Place::Last };
+/// Those on devices of containers.
+pub(crate) const LOCAL: [Hook; 2] = [FROM_LOCAL, TO_LOCAL];
 /// XDP of an underlay device; needs [`INGRESS`] behind it.
 pub const XDP: Hook = Hook { program: "ovl_xdp", kind: HookKind::Xdp, place: Place::First };
 
