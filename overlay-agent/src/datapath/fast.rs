@@ -12,7 +12,7 @@ use tracing::{debug, info, warn};
 use super::{
     Choice, Report, Request, Rung,
     ebpf::{
-        self, Attachment, LoadOptions, OverlaySet, Target,
+        self, Attachment, LoadOptions, OverlaySet, Target, TcxLinks,
         overlay_set::{EGRESS, INGRESS, XDP},
         self_test,
     },
@@ -232,12 +232,12 @@ impl FastPath {
     /// Forgets attachments that the kernel does not list any more, so that they are attached again.
     async fn drop_unlisted(&mut self, report: &mut Report) -> Result<()> {
         let Some(set) = &self.set else { return Ok(()) };
-        let mut unlisted = Vec::new();
+        let (mut unlisted, links) = (Vec::new(), TcxLinks::read()?);
         for attachment in &self.attachments {
             let target = &attachment.target;
             // The kernel removes a program with its device; the plan has the successor of the device.
             let Ok(device) = device_name(target.ifindex) else { continue };
-            if !set.programs.is_attached(&self.netlink, attachment).await? {
+            if !set.programs.is_attached(&self.netlink, attachment, &links).await? {
                 report.repaired.push(format!("program {} on {device}", target.hook.program));
                 unlisted.push(*target);
             }
@@ -249,12 +249,13 @@ impl FastPath {
     /// Whether the kernel still has all attached programs on their hooks.
     pub(super) async fn has_programs(&self) -> bool {
         let Some(set) = &self.set else { return true };
+        let Ok(links) = TcxLinks::read() else { return false };
         for attachment in &self.attachments {
-            if !matches!(set.programs.is_attached(&self.netlink, attachment).await, Ok(true)) {
+            if !matches!(set.programs.is_attached(&self.netlink, attachment, &links).await, Ok(true)) {
                 return false;
             }
         }
-        self.local.is_attached(&self.netlink, set).await
+        self.local.is_attached(&self.netlink, set, &links).await
     }
 
     /// Makes the map of containers and the programs on their devices what `containers` says. Fails when the kernel refuses an update

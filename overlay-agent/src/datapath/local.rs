@@ -5,7 +5,7 @@ use tracing::debug;
 
 use super::{
     Report,
-    ebpf::{Attachment, OverlaySet, Target},
+    ebpf::{Attachment, OverlaySet, Target, TcxLinks},
 };
 use crate::{
     containers::Containers,
@@ -61,10 +61,11 @@ impl LocalPrograms {
     /// Detaches what should not be there, and forgets what the kernel has detached: with its device, or because another program
     /// asked for it.
     async fn drop_others(&mut self, netlink: &Netlink, set: &OverlaySet, targets: &[Target]) {
+        let Ok(links) = TcxLinks::read() else { return };
         let mut kept = Vec::new();
         for attachment in std::mem::take(&mut self.attachments) {
             let is_wanted = targets.contains(&attachment.target);
-            if is_wanted && matches!(set.programs.is_attached(netlink, &attachment).await, Ok(true)) {
+            if is_wanted && matches!(set.programs.is_attached(netlink, &attachment, &links).await, Ok(true)) {
                 kept.push(attachment);
             }
         }
@@ -72,10 +73,10 @@ impl LocalPrograms {
     }
 
     /// Whether the kernel still has the programs on all devices that are still there.
-    pub(super) async fn is_attached(&self, netlink: &Netlink, set: &OverlaySet) -> bool {
+    pub(super) async fn is_attached(&self, netlink: &Netlink, set: &OverlaySet, links: &TcxLinks) -> bool {
         for attachment in &self.attachments {
             let is_there = device_name(attachment.target.ifindex).is_ok();
-            if is_there && !matches!(set.programs.is_attached(netlink, attachment).await, Ok(true)) {
+            if is_there && !matches!(set.programs.is_attached(netlink, attachment, links).await, Ok(true)) {
                 return false;
             }
         }

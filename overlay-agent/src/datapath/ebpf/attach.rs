@@ -11,7 +11,10 @@ use aya::{
 };
 use nix::libc;
 
-use super::{Hook, HookKind, Place, ProgramSet, tcx_link};
+use super::{
+    Hook, HookKind, Place, ProgramSet,
+    tcx_link::{self, TcxLinks},
+};
 use crate::netlink::{Netlink, device_name};
 
 /// Position of our filters among those of a clsact qdisc: first.
@@ -85,20 +88,34 @@ impl ProgramSet {
             HookKind::Xdp => self.attach_xdp(target, &device)?,
         };
         let attachment = Attachment { target, link };
-        if !self.is_attached(netlink, &attachment).await? {
+        if !self.runs(netlink, &attachment).await? {
             let program = target.hook.program;
             bail!("attach {program} to {device}: the kernel took the program but does not list it");
         }
         Ok(attachment)
     }
 
-    /// Whether the kernel still has our program on its hook.
-    pub(crate) async fn is_attached(&self, netlink: &Netlink, attachment: &Attachment) -> Result<bool> {
+    /// Whether the kernel still has our program on its hook. `links` are those of this process, read when the kernel is asked.
+    pub(crate) async fn is_attached(
+        &self,
+        netlink: &Netlink,
+        attachment: &Attachment,
+        links: &TcxLinks,
+    ) -> Result<bool> {
+        let is_there = match &attachment.link {
+            Link::Tcx(link) => links.has(link, attachment.target.ifindex)?,
+            Link::Clsact { .. } | Link::Xdp { .. } => true,
+        };
+        Ok(is_there && self.runs(netlink, attachment).await?)
+    }
+
+    /// Whether the kernel runs our program by this attachment, wherever that is.
+    async fn runs(&self, netlink: &Netlink, attachment: &Attachment) -> Result<bool> {
         let Attachment { target: Target { hook, ifindex, .. }, link } = attachment;
         let own = self.info(*hook)?.id();
         match link {
             Link::Xdp { .. } => Ok(netlink.xdp_program(*ifindex).await? == Some(own)),
-            Link::Tcx(link) => tcx_link::runs(link, own, *ifindex),
+            Link::Tcx(link) => tcx_link::runs(link, own),
             Link::Clsact { handle, .. } => {
                 let egress = hook.kind == HookKind::TcEgress;
                 netlink.has_filter(*ifindex, egress, FILTER_PRIORITY, *handle).await

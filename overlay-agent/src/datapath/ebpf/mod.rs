@@ -13,6 +13,7 @@ pub use attach::TcAttach;
 pub(crate) use attach::{Attachment, Target, TcMode, detach_filter, detach_left};
 pub use overlay_set::{LoadOptions, OverlaySet};
 pub use program_set::{Hook, HookKind, Metadata, Outcome, Place, ProgramSet};
+pub(crate) use tcx_link::TcxLinks;
 
 /// The compiled programs, when this binary was built with them.
 #[cfg(ebpf_embedded)]

@@ -1,7 +1,7 @@
 //! A tcx link as the kernel sees it. Everything here is read through the link's own descriptor: listing the programs of a
 //! device and looking up what they are, as the library does, needs CAP_SYS_ADMIN.
 
-use std::fs;
+use std::{collections::BTreeMap, fs};
 
 use anyhow::{Context as _, Result};
 use aya::programs::links::FdLink;
@@ -9,22 +9,33 @@ use aya::programs::links::FdLink;
 /// The descriptors of this process.
 const DESCRIPTORS: &str = "/proc/self/fdinfo";
 
-/// Whether `link` still runs the program with the id `program` on the device `ifindex`: anybody with CAP_SYS_ADMIN can detach
-/// a link, or replace its program, while we hold it.
-pub(super) fn runs(link: &FdLink, program: u32, ifindex: u32) -> Result<bool> {
-    let info = link.info().context("read the state of a tcx link")?;
-    Ok(info.program_id() == program && device(info.id())? == ifindex)
+/// Whether `link` runs the program with the id `program`: anybody with CAP_SYS_ADMIN can replace it while we hold the link.
+pub(super) fn runs(link: &FdLink, program: u32) -> Result<bool> {
+    Ok(link.info().context("read the state of a tcx link")?.program_id() == program)
 }
 
-/// Index of the device of a link that this process holds; 0 when the link is detached. The library's description of a link
-/// lacks it.
-fn device(link: u32) -> Result<u32> {
-    let descriptors = fs::read_dir(DESCRIPTORS).with_context(|| format!("list {DESCRIPTORS}"))?;
-    // Other threads may close theirs meanwhile.
-    let texts = descriptors.flatten().filter_map(|entry| fs::read_to_string(entry.path()).ok());
-    let mut found = texts.filter(|text| number(text, "link_id") == Some(link));
-    let device = found.next().and_then(|text| number(&text, "ifindex"));
-    device.with_context(|| format!("{DESCRIPTORS} does not show the device of the tcx link {link}"))
+/// The devices of all tcx links that this process holds, by the id of the link; 0 for one that is detached, which anybody with
+/// CAP_SYS_ADMIN can do. The library's description of a link lacks the device.
+#[derive(Debug)]
+pub(crate) struct TcxLinks(BTreeMap<u32, u32>);
+
+impl TcxLinks {
+    /// Reads them. Fails when the kernel does not show this process's descriptors.
+    pub(crate) fn read() -> Result<Self> {
+        let descriptors = fs::read_dir(DESCRIPTORS).with_context(|| format!("list {DESCRIPTORS}"))?;
+        // Other threads may close theirs meanwhile.
+        let texts = descriptors.flatten().filter_map(|entry| fs::read_to_string(entry.path()).ok());
+        let links = texts.filter_map(|text| Some((number(&text, "link_id")?, number(&text, "ifindex")?)));
+        Ok(Self(links.collect()))
+    }
+
+    /// Whether `link` is attached to the device `ifindex`.
+    pub(super) fn has(&self, link: &FdLink, ifindex: u32) -> Result<bool> {
+        let id = link.info().context("read the state of a tcx link")?.id();
+        let device = self.0.get(&id).copied();
+        let device = device.with_context(|| format!("{DESCRIPTORS} does not show the tcx link {id}"))?;
+        Ok(device == ifindex)
+    }
 }
 
 /// The number in the line `name`.
