@@ -9,6 +9,7 @@ use std::{collections::BTreeMap, path::PathBuf, process::ExitCode};
 use anyhow::{Context as _, Result};
 use clap::Args;
 use serde::Serialize;
+use tokio::runtime::Runtime;
 
 use super::{open_json, write_json};
 use crate::{
@@ -79,6 +80,9 @@ type Case = (usize, Kind, u32);
 pub(super) fn run(options: &Options) -> Result<ExitCode> {
     let json = options.json.as_deref().map(open_json).transpose()?;
     let progress = Progress::start();
+    // The programs of the bypass come with a task.
+    let runtime = Runtime::new().context("start a runtime")?;
+    let _inside = runtime.enter();
     let mut subjects = Vec::new();
     for routes in &options.routes {
         subjects.push(Subject::load(*routes)?);
@@ -92,13 +96,13 @@ pub(super) fn run(options: &Options) -> Result<ExitCode> {
     }
     let rows = samples.into_iter().map(|((index, kind, routes), times)| {
         let program = PROGRAMS.get(index).context("a program of the list")?;
-        let subject = subjects.iter().find(|subject| subject.routes == routes).context("a loaded set")?;
+        let subject = subjects.iter_mut().find(|subject| subject.routes == routes).context("a loaded set")?;
         Ok(Measured {
             program: program.name,
             kind: kind.name(),
             routes,
             ns_per_packet: (median(times) * 10.0).round() / 10.0,
-            verified_insns: subject.verified_instructions(program.hook)?,
+            verified_insns: subject.verified_instructions(program)?,
         })
     });
     let report = Report { rows: rows.collect::<Result<_>>()? };

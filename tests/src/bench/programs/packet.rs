@@ -2,9 +2,12 @@
 
 use std::net::Ipv4Addr;
 
-use overlay_ebpf::wire::{
-    Ipv4, OVERHEAD, Udp,
-    ipv4::{FLAG_DF, FLAG_MF, PROTOCOL_TCP, PROTOCOL_UDP},
+use overlay_ebpf::{
+    abi::Endpoint,
+    wire::{
+        Ipv4, OVERHEAD, Udp,
+        ipv4::{FLAG_DF, FLAG_MF, PROTOCOL_TCP, PROTOCOL_UDP},
+    },
 };
 
 /// This host.
@@ -12,13 +15,20 @@ pub(super) const PUBLIC_IP: Ipv4Addr = Ipv4Addr::new(172, 31, 0, 1);
 /// UDP port of the network.
 pub(super) const PORT: u16 = 8285;
 /// A container of this host.
-const OWN: Ipv4Addr = Ipv4Addr::new(10, 255, 255, 200);
+pub(super) const OWN: Ipv4Addr = Ipv4Addr::new(10, 255, 255, 200);
 /// The path's limit for inner packets in bytes.
 pub(super) const PATH_MTU: u16 = 1400;
 /// Length of inner packets in bytes.
 const LEN: u16 = 100;
 /// Ethernet header of every packet: to the device of test runs.
 const ETHERNET: [u8; 14] = [0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 2, 8, 0];
+
+/// The container, behind this device.
+pub(super) fn endpoint(ifindex: u32) -> Endpoint {
+    let [g0, g1, g2, g3, g4, g5, m0, m1, m2, m3, m4, m5, ..] = ETHERNET;
+    let (mac, gateway_mac) = ([m0, m1, m2, m3, m4, m5], [g0, g1, g2, g3, g4, g5]);
+    Endpoint { ifindex, mac, gateway_mac, flags: 0 }
+}
 
 /// A kind of packet, and so the verdict.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

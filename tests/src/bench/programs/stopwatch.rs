@@ -2,7 +2,6 @@
 
 use anyhow::{Context as _, Result};
 use aya::sys::{Stats, enable_stats};
-use overlay_agent::datapath::ebpf::Hook;
 
 use super::{
     packet::Kind,
@@ -26,9 +25,9 @@ impl Stopwatch {
     pub(super) fn calibrate(&mut self, subject: &mut Subject, program: &Program) -> Result<()> {
         let frames = subject.frames(program, program.reference, 1)?;
         let frame = frames.first().context("a frame of the reference kind")?;
-        let (_, alone) = subject.set.programs.time_run(program.hook, frame, REFERENCE_RUNS)?;
-        let counted = statistics(subject, program.hook, |subject| {
-            subject.set.programs.time_run(program.hook, frame, REFERENCE_RUNS).map(drop)
+        let (_, alone) = subject.set(program)?.programs.time_run(program.hook, frame, REFERENCE_RUNS)?;
+        let counted = statistics(subject, program, |subject| {
+            subject.set(program)?.programs.time_run(program.hook, frame, REFERENCE_RUNS).map(drop)
         })?;
         self.overhead = (counted - alone.as_nanos() as f64).max(0.0);
         Ok(())
@@ -39,11 +38,12 @@ impl Stopwatch {
         let frames = subject.frames(program, kind, subject::DESTINATIONS)?;
         // The first run for a destination finds nothing of it in the caches.
         for frame in &frames {
-            subject.set.programs.time_run(program.hook, frame, 1)?;
+            subject.set(program)?.programs.time_run(program.hook, frame, 1)?;
         }
-        let mean = statistics(subject, program.hook, |subject| {
+        subject.confirm(program, &frames)?;
+        let mean = statistics(subject, program, |subject| {
             for frame in frames.iter().cycle().take(CALLS) {
-                let (action, _) = subject.set.programs.time_run(program.hook, frame, 1)?;
+                let (action, _) = subject.set(program)?.programs.time_run(program.hook, frame, 1)?;
                 subject::check(program, kind, action)?;
             }
             Ok(())
@@ -55,13 +55,13 @@ impl Stopwatch {
 /// The mean time of the runs that `run` makes, in nanoseconds, by the kernel's statistics.
 fn statistics(
     subject: &mut Subject,
-    hook: Hook,
+    program: &Program,
     run: impl FnOnce(&mut Subject) -> Result<()>,
 ) -> Result<f64> {
     let _enabled = enable_stats(Stats::RunTime).context("enable the kernel's run statistics (5.8)")?;
-    let before = subject.set.programs.info(hook)?;
+    let before = subject.set(program)?.programs.info(program.hook)?;
     run(subject)?;
-    let after = subject.set.programs.info(hook)?;
+    let after = subject.set(program)?.programs.info(program.hook)?;
     let time = after.run_time().saturating_sub(before.run_time());
     let count = after.run_count().saturating_sub(before.run_count());
     Ok(time.as_nanos() as f64 / count.max(1) as f64)

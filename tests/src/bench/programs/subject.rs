@@ -1,18 +1,22 @@
 //! The loaded programs with a number of routes, and how a kind of packet is shown to them.
 
-use std::{net::Ipv4Addr, time::Duration};
+use std::{collections::BTreeMap, net::Ipv4Addr, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use ipnet::Ipv4Net;
 use overlay_agent::{
     datapath::ebpf::{
-        Hook, HookKind, LoadOptions, OverlaySet,
-        overlay_set::{EGRESS_ETHERNET, INGRESS, XDP},
+        Hook, HookKind, LoadOptions, Metadata, OverlaySet,
+        overlay_set::{EGRESS_ETHERNET, FROM_LOCAL, INGRESS, TO_LOCAL, XDP},
         self_test::{TC_ACT_REDIRECT, XDP_PASS},
     },
     route::{NextHops, Subnet, abi_prefix},
 };
-use overlay_ebpf::abi::{Config, NextHop, UnderlayValue};
+use overlay_ebpf::{
+    abi::{Config, NextHop, UnderlayValue},
+    bypass::Bypass,
+    wire::{Ethernet, OVERHEAD},
+};
 
 use super::packet::{self, Kind};
 
@@ -36,6 +40,8 @@ const OBJECT_VARIABLE: &str = "OVERLAY_EBPF_OBJECT";
 pub(super) struct Program {
     pub(super) name: &'static str,
     pub(super) hook: Hook,
+    /// The bypass that it is loaded for.
+    pub(super) bypass: Bypass,
     pub(super) kinds: &'static [Kind],
     /// A kind that it leaves unchanged, by which clocks are compared.
     pub(super) reference: Kind,
@@ -43,10 +49,11 @@ pub(super) struct Program {
 
 /// All programs. That of the overlay device is run in its form for devices with an Ethernet header, as test runs need it: without
 /// `change_head`.
-pub(super) const PROGRAMS: [Program; 3] = [
+pub(super) const PROGRAMS: [Program; 7] = [
     Program {
         name: "egress",
         hook: EGRESS_ETHERNET,
+        bypass: Bypass::Off,
         kinds: &[
             Kind::Tcp,
             Kind::Udp,
@@ -58,9 +65,26 @@ pub(super) const PROGRAMS: [Program; 3] = [
         ],
         reference: Kind::Ipv6,
     },
-    Program { name: "ingress", hook: INGRESS, kinds: ARRIVING, reference: Kind::NotOurs },
-    Program { name: "xdp", hook: XDP, kinds: ARRIVING, reference: Kind::NotOurs },
+    arriving("ingress", INGRESS, Bypass::Off),
+    arriving("xdp", XDP, Bypass::Off),
+    from_local("from_local, all", Bypass::All),
+    arriving("ingress, all", INGRESS, Bypass::All),
+    from_local("from_local, flows", Bypass::Flows),
+    arriving("ingress, flows", INGRESS, Bypass::Flows),
 ];
+
+const fn arriving(name: &'static str, hook: Hook, bypass: Bypass) -> Program {
+    let kinds = match bypass {
+        Bypass::Off => ARRIVING,
+        Bypass::Flows | Bypass::All => &[Kind::Tcp, Kind::Udp],
+    };
+    Program { name, hook, bypass, kinds, reference: Kind::NotOurs }
+}
+
+const fn from_local(name: &'static str, bypass: Bypass) -> Program {
+    let kinds = &[Kind::Tcp, Kind::Udp, Kind::NoRoute, Kind::Spoofed];
+    Program { name, hook: FROM_LOCAL, bypass, kinds, reference: Kind::Ipv6 }
+}
 
 const ARRIVING: &[Kind] = &[
     Kind::Tcp,
@@ -75,7 +99,8 @@ const ARRIVING: &[Kind] = &[
 
 /// The programs, loaded with `routes` routes.
 pub(super) struct Subject {
-    pub(super) set: OverlaySet,
+    /// By bypass.
+    sets: BTreeMap<u32, OverlaySet>,
     pub(super) routes: u32,
 }
 
@@ -92,16 +117,53 @@ impl Subject {
             packet::PORT,
         );
         let config = config.with_device(TEST_IFINDEX);
-        let mut set = OverlaySet::load_for(&object, LoadOptions::default(), &config)?;
-        for program in &PROGRAMS {
-            set.programs.load_program(program.hook)?;
-        }
-        set.set_config(&config)?;
-        set.set_underlays(&[(TEST_IFINDEX, UnderlayValue::new([0; 6], true))].into())?;
         let hops: Result<NextHops> =
             (0..routes).map(|number| Ok((subnet(number)?, next_hop(number)))).collect();
-        set.set_routes(&hops?)?;
-        Ok(Self { set, routes })
+        let hops = hops?;
+        let mut sets = BTreeMap::new();
+        for bypass in [Bypass::Off, Bypass::All, Bypass::Flows] {
+            let mut set = OverlaySet::load_for(&object, LoadOptions { bypass, log: false }, &config)?;
+            for program in PROGRAMS.iter().filter(|program| program.bypass == bypass) {
+                set.programs.load_program(program.hook)?;
+            }
+            if bypass == Bypass::Flows {
+                for exit in [EGRESS_ETHERNET, TO_LOCAL] {
+                    set.programs.load_program(exit)?;
+                }
+            }
+            set.set_config(&config)?;
+            set.set_underlays(&[(TEST_IFINDEX, UnderlayValue::new([0; 6], true))].into())?;
+            set.set_endpoints(&[(packet::OWN, packet::endpoint(TEST_IFINDEX))].into())?;
+            set.set_routes(&hops)?;
+            sets.insert(bypass as u32, set);
+        }
+        Ok(Self { sets, routes })
+    }
+
+    /// The set that a program belongs to.
+    pub(super) fn set(&mut self, program: &Program) -> Result<&mut OverlaySet> {
+        self.sets.get_mut(&(program.bypass as u32)).context("the programs of each bypass are loaded")
+    }
+
+    /// Makes the flows of `frames` skip the stack, if that is what the program is loaded for: for less than a second.
+    pub(super) fn confirm(&mut self, program: &Program, frames: &[Vec<u8>]) -> Result<()> {
+        if program.bypass != Bypass::Flows {
+            return Ok(());
+        }
+        let set = self.set(program)?;
+        for frame in frames {
+            set.programs.time_run(program.hook, frame, 1)?;
+            let (exit, forwarded) = match program.hook.kind {
+                HookKind::TcIngress if program.hook == INGRESS => {
+                    let inner = frame.get(Ethernet::LEN + OVERHEAD..).unwrap_or_default();
+                    (TO_LOCAL, [frame.get(..Ethernet::LEN).unwrap_or_default(), inner].concat())
+                }
+                HookKind::TcIngress | HookKind::TcEgress | HookKind::Xdp => (EGRESS_ETHERNET, frame.clone()),
+            };
+            let metadata = Metadata { gso_size: 0, ingress_ifindex: TEST_IFINDEX };
+            set.programs.test_run_with(exit, &forwarded, metadata)?;
+        }
+        Ok(())
     }
 
     /// The frames of one kind, with up to `most` destinations spread over all routes.
@@ -113,6 +175,7 @@ impl Subject {
             .map(|number| {
                 let other = Ipv4Addr::from(u32::from(subnet(number)?.base()) + 2);
                 Ok(match program.hook.kind {
+                    HookKind::TcIngress if program.hook == FROM_LOCAL => kind.leaving(other),
                     HookKind::TcEgress => kind.leaving(other),
                     HookKind::TcIngress | HookKind::Xdp => kind.arriving(public_ip(number), other),
                 })
@@ -127,7 +190,7 @@ impl Subject {
         let repeat = LOOP / frames.len() as u32;
         let mut sum = Duration::ZERO;
         for frame in &frames {
-            let (action, mean) = self.set.programs.time_run(program.hook, frame, repeat)?;
+            let (action, mean) = self.set(program)?.programs.time_run(program.hook, frame, repeat)?;
             check(program, kind, action)?;
             sum += mean;
         }
@@ -135,8 +198,9 @@ impl Subject {
     }
 
     /// Instructions that the verifier walked through, 0 before kernel 5.16.
-    pub(super) fn verified_instructions(&self, hook: Hook) -> Result<u32> {
-        Ok(self.set.programs.info(hook)?.verified_instruction_count().unwrap_or_default())
+    pub(super) fn verified_instructions(&mut self, program: &Program) -> Result<u32> {
+        let hook = program.hook;
+        Ok(self.set(program)?.programs.info(hook)?.verified_instruction_count().unwrap_or_default())
     }
 }
 
