@@ -84,7 +84,7 @@ impl Flow {
     }
 }
 
-/// What is known about a flow: the value of the map `FLOWS`. Times in nanoseconds since boot.
+/// What is known about a flow: the value of the map `FLOWS`. Times in nanoseconds, of a clock that only the programs read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct FlowState {
@@ -178,7 +178,7 @@ impl Tracking {
 pub struct Released {
     /// [`Tracking::connection`].
     pub connection: u64,
-    /// When, in nanoseconds since boot. The kernel may use the memory of a connection that has ended for another one.
+    /// [`Question::time`]. The kernel may use the memory of a connection that has ended for another one.
     pub since: u64,
 }
 
@@ -190,6 +190,8 @@ pub struct Question {
     pub flow: FlowKey,
     /// [`Tracking::connection`].
     pub connection: u64,
+    /// When it is asked, in nanoseconds of the programs' clock.
+    pub time: u64,
 }
 
 /// Whether the stack's decision about a packet may be remembered.

@@ -7,7 +7,7 @@
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{BPF_EXIST, BPF_NOEXIST},
-    helpers::{bpf_ktime_get_coarse_ns, bpf_ktime_get_ns, bpf_probe_read_kernel},
+    helpers::{bpf_jiffies64, bpf_probe_read_kernel},
     macros::map,
     maps::{LruHashMap, RingBuf},
     programs::TcContext,
@@ -36,9 +36,9 @@ static QUESTIONS: RingBuf = RingBuf::with_byte_size(QUESTION_BYTES, 0);
 #[unsafe(no_mangle)]
 static NFCT_OFFSET: u32 = 0;
 
-/// Whether the kernel has the clock that costs less (5.11): the verifier removes the call of the other. Set by the loader.
+/// Nanoseconds of the kernel's tick. Set by the loader.
 #[unsafe(no_mangle)]
-static COARSE_CLOCK: u32 = 0;
+static TICK: u32 = 0;
 
 /// At the entrance: whether the packet at `offset` in `packet` may skip the host's stack. Remembers its flow otherwise.
 #[inline(always)]
@@ -92,7 +92,7 @@ pub(super) fn confirm(ctx: &TcContext, packet: &Packet, offset: usize, header: &
         Decision::Wait => {}
         Decision::Ask => {
             entry.asked = now;
-            let question = Question { flow: flow.key, connection: tracking.connection() };
+            let question = Question { flow: flow.key, connection: tracking.connection(), time: now };
             // When there is no room, the next packet asks.
             let _ = QUESTIONS.output::<Question>(question, 0);
         }
@@ -112,12 +112,12 @@ fn tracking(ctx: &TcContext) -> Option<Tracking> {
     read.ok().map(Tracking)
 }
 
+/// The time in nanoseconds, as exact as the kernel's tick.
 #[inline(always)]
 fn now() -> u64 {
     // SAFETY: a static; volatile because the loader writes it where the compiler cannot see.
-    match unsafe { core::ptr::read_volatile(&raw const COARSE_CLOCK) } {
-        // SAFETY: helpers without parameters.
-        0 => unsafe { bpf_ktime_get_ns() },
-        _ => unsafe { bpf_ktime_get_coarse_ns() },
-    }
+    let tick = unsafe { core::ptr::read_volatile(&raw const TICK) };
+    // SAFETY: a helper without parameters. The verifier replaces it by a read of the kernel's variable; helpers that read a clock
+    // would cost more than the rest of what is done about flows.
+    unsafe { bpf_jiffies64() }.wrapping_mul(tick as u64)
 }

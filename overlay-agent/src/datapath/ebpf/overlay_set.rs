@@ -3,9 +3,10 @@
 use std::{collections::BTreeMap, net::Ipv4Addr};
 
 use anyhow::{Context as _, Result};
-use aya::{
-    maps::{Array, HashMap, MapData, PerCpuArray},
-    util::KernelVersion,
+use aya::maps::{Array, HashMap, MapData, PerCpuArray};
+use nix::{
+    sys::time::TimeValLike as _,
+    time::{ClockId, clock_getres},
 };
 use overlay_ebpf::{
     abi::{Config, Counters, Endpoint, MAX_ENDPOINTS, MAX_FLOWS, NextHop, UnderlayValue},
@@ -41,9 +42,6 @@ type ConfigBytes = [u8; size_of::<Config>()];
 type CountersBytes = [u8; size_of::<Counters>()];
 type EndpointBytes = [u8; size_of::<Endpoint>()];
 type UnderlayBytes = [u8; size_of::<UnderlayValue>()];
-
-/// The first kernel with `bpf_ktime_get_coarse_ns`.
-const COARSE_CLOCK: KernelVersion = KernelVersion::new(5, 11, 0);
 
 /// The underlay devices, by index.
 pub type Underlays = BTreeMap<u32, UnderlayValue>;
@@ -95,9 +93,11 @@ impl OverlaySet {
             Bypass::Flows => (btf::offset("sk_buff", "_nfct")?.unwrap_or(0), MAX_FLOWS),
             Bypass::Off | Bypass::All => (0, 1),
         };
-        let coarse = KernelVersion::current().is_ok_and(|kernel| kernel >= COARSE_CLOCK);
-        let constants =
-            [("BYPASS", bypass as u32), ("NFCT_OFFSET", nfct), ("COARSE_CLOCK", u32::from(coarse))];
+        // The resolution of coarse clocks is the kernel's tick (clock_getres(2), kernel/time/posix-timers.c).
+        let tick =
+            clock_getres(ClockId::CLOCK_MONOTONIC_COARSE).context("read the length of the kernel's tick")?;
+        let tick = u32::try_from(tick.num_nanoseconds()).context("the kernel's tick takes seconds")?;
+        let constants = [("BYPASS", bypass as u32), ("NFCT_OFFSET", nfct), ("TICK", tick)];
         let sizes = [&capacity.sizes()[..], &[("FLOWS", flows), ("RELEASED", flows)]].concat();
         let mut programs = ProgramSet::load("overlay", object, &constants, &sizes, log)?;
         let answering = match bypass {

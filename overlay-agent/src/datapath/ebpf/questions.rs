@@ -2,7 +2,6 @@
 
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, MapData, RingBuf};
-use nix::time::{ClockId, clock_gettime};
 use overlay_ebpf::flow::{FlowKey, Question, Released};
 use tokio::{io::unix::AsyncFd, task::JoinHandle};
 use tracing::{debug, warn};
@@ -61,14 +60,8 @@ fn release(conntrack: &mut Conntrack, map: &mut ReleasedMap, question: &Question
     if !conntrack.release(flow)? {
         return Ok(());
     }
-    let released = Released { connection: question.connection, since: now()? };
+    let released = Released { connection: question.connection, since: question.time };
     let (flow, released) =
         (bytemuck::cast::<_, FlowBytes>(*flow), bytemuck::cast::<_, ReleasedBytes>(released));
     map.insert(flow, released, 0).context("write the map RELEASED")
-}
-
-/// Nanoseconds since boot, as `bpf_ktime_get_ns` has them.
-fn now() -> Result<u64> {
-    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).context("read the clock")?;
-    Ok(std::time::Duration::from(now).as_nanos() as u64)
 }
