@@ -4,13 +4,21 @@ mod agent;
 mod containers;
 mod decisions;
 mod fields;
+mod neighbours;
 mod shells;
 
 use super::change::Change;
 
 /// Every change.
 pub(super) fn all() -> impl Iterator<Item = &'static Change> {
-    [shells::CHANGES, decisions::CHANGES, fields::CHANGES, agent::CHANGES, containers::CHANGES]
-        .into_iter()
-        .flatten()
+    [
+        shells::CHANGES,
+        decisions::CHANGES,
+        fields::CHANGES,
+        agent::CHANGES,
+        containers::CHANGES,
+        neighbours::CHANGES,
+    ]
+    .into_iter()
+    .flatten()
 }
