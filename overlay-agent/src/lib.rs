@@ -16,6 +16,7 @@ pub mod firewall;
 pub mod health;
 pub mod icmp;
 pub mod lease;
+mod neighbour;
 pub mod netlink;
 mod path;
 mod printable;

@@ -113,6 +113,9 @@ pub(crate) struct Route {
     pub(crate) mtu: Option<u16>,
     /// Why packets take the slow path; `null` when they do not.
     pub(crate) slow_path: Option<String>,
+    /// The hardware address to which the fast path sends; `null` while it leaves that to the kernel. Earlier agents always do.
+    #[serde(default)]
+    pub(crate) link_address: Option<String>,
 }
 
 /// Counters since the agent started. A super-packet of many segments counts once.

@@ -2,7 +2,10 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::reason::{DropReason, PuntReason};
+use crate::{
+    reason::{DropReason, PuntReason},
+    wire::Ethernet,
+};
 
 pub use crate::source::SourceCheck;
 
@@ -242,8 +245,12 @@ pub struct NextHop {
     pub ifindex: u32,
     /// Largest inner packet that the path carries, in bytes.
     pub mtu: u16,
-    /// [`NextHop::SLOW_PATH`] and [`NextHop::FINISHED_ONLY`].
+    /// [`NextHop::SLOW_PATH`], [`NextHop::FINISHED_ONLY`] and [`NextHop::RESOLVED`].
     pub flags: u16,
+    /// With [`NextHop::RESOLVED`], the hardware address of the peer or of the gateway to it; otherwise zero.
+    pub mac: [u8; 6],
+    /// With [`NextHop::RESOLVED`], the hardware address of the device; otherwise zero.
+    pub source_mac: [u8; 6],
 }
 
 /// Value of the map `PREFIXES`, which has the routes of other lengths than that of this host's subnet. The key is the kernel's for
@@ -264,11 +271,25 @@ impl NextHop {
     /// Only finished packets may be sent to this peer: neither it nor the devices on the way complete checksums or cut
     /// super-packets.
     pub const FINISHED_ONLY: u16 = 2;
+    /// Programs write the link-layer header. Without it, the kernel looks up route and neighbour of each packet, and asks for the
+    /// neighbour's address when it does not know it.
+    pub const RESOLVED: u16 = 4;
 
     /// Whether a flag is set.
     #[inline(always)]
     pub fn has(&self, flag: u16) -> bool {
         self.flags & flag != 0
+    }
+
+    /// The same way with link-layer addresses, which programs write in front of packets.
+    pub fn resolved(self, mac: [u8; 6], source_mac: [u8; 6]) -> Self {
+        Self { flags: self.flags | Self::RESOLVED, mac, source_mac, ..self }
+    }
+
+    /// What stands in front of outer packets: the link-layer header, or [`Ethernet::UNRESOLVED_IPV4`] for the kernel to replace.
+    #[inline(always)]
+    pub fn ethernet(&self) -> Ethernet {
+        Ethernet::ipv4(self.mac, self.source_mac)
     }
 }
 
@@ -423,6 +444,16 @@ mod tests {
         let check = |source_check| Config { source_check, ..Config::default() }.source_check();
         assert_eq!([0, 1, 2].map(check), [SourceCheck::Strict, SourceCheck::Loose, SourceCheck::Off]);
         assert_eq!([3, 0x80, 0xff].map(check), [SourceCheck::Strict; 3]);
+    }
+
+    #[test]
+    fn a_next_hop_has_both_addresses_or_leaves_them_to_the_kernel() {
+        let unresolved = NextHop { ifindex: 2, flags: NextHop::FINISHED_ONLY, ..NextHop::default() };
+        assert_eq!(unresolved.ethernet(), Ethernet::UNRESOLVED_IPV4);
+        let resolved = unresolved.resolved([2, 0, 0, 0, 0, 7], [2, 0, 0, 0, 0, 9]);
+        assert!(resolved.has(NextHop::RESOLVED) && resolved.has(NextHop::FINISHED_ONLY));
+        assert!(!unresolved.has(NextHop::RESOLVED));
+        assert_eq!(bytemuck::bytes_of(&resolved.ethernet()), [2, 0, 0, 0, 0, 7, 2, 0, 0, 0, 0, 9, 8, 0]);
     }
 
     #[test]

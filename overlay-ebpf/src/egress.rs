@@ -135,7 +135,7 @@ mod tests {
     }
 
     fn greedy(mtu: u16, flags: u16) -> Greedy {
-        Greedy(NextHop { peer: PEER, ifindex: 2, mtu, flags })
+        Greedy(NextHop { peer: PEER, ifindex: 2, mtu, flags, ..NextHop::default() })
     }
 
     /// TCP without payload from 10.244.1.2 to 10.244.2.2, of a total length that only its header states.

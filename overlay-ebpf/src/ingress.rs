@@ -201,7 +201,7 @@ mod tests {
         let (peer, other) = ([192, 168, 77, 2], [192, 168, 77, 3]);
         let decide_on = |device: u32, third: u8, address: [u8; 4], check: SourceCheck, flags: u16| {
             let packet = [0x45, 0, 0, 20, 0, 0, 0, 0, 64, 1, 0, 0, 10, 244, third, 2, 10, 244, 1, 9];
-            let routes = One(NextHop { peer, ifindex: 2, mtu: 1472, flags });
+            let routes = One(NextHop { peer, ifindex: 2, mtu: 1472, flags, ..NextHop::default() });
             let config = config.with_policy(TosRule::COPY, check);
             decide_inner(&packet[..], 0, 20, Sender { address, device }, 0, &config, &routes)
         };

@@ -101,6 +101,8 @@ pub struct Route {
     pub mtu: Option<usize>,
     /// Why its packets take the slow path.
     pub slow_path: Option<String>,
+    /// The hardware address to which the fast path sends.
+    pub link_address: Option<String>,
 }
 
 /// A skipped record.

@@ -206,6 +206,13 @@ impl Forwarding {
             Due::Reconcile => self.try_reconcile().await,
             Due::Containers => self.on_containers().await,
             Due::Happening(Happening::Report(report)) => self.on_icmp(report),
+            Due::Happening(Happening::Neighbours(neighbours)) => {
+                let now = Instant::now().into_std();
+                let changes = self.next_hops.set_neighbours(&neighbours, self.table.routes(), now);
+                if !changes.is_empty() {
+                    self.apply_next_hops(&changes);
+                }
+            }
             Due::Happening(Happening::Policies(policies)) => {
                 let now = Instant::now().into_std();
                 let changes = self.next_hops.set_policies(policies, self.table.routes(), now);

@@ -2,7 +2,7 @@
 //! from ICMP.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::Ipv4Addr,
     sync::Arc,
     time::{Duration, Instant},
@@ -16,9 +16,9 @@ use tracing::{info, warn};
 use crate::{
     icmp::{self, Report},
     netlink::{Link, Netlink},
-    path::Paths,
+    path::{Changes, NeighbourWatch, Paths, Via},
     report,
-    route::{NextHops, RouteChange, Routes, Subnet, diff},
+    route::{NextHops, Peer, RouteChange, Routes, Subnet, diff},
     xfrm::{self, Policies},
 };
 
@@ -27,6 +27,8 @@ use crate::{
 const REFRESH_INTERVAL: Duration = Duration::from_secs(60);
 /// Pause after the kernel did not answer.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+/// Peers about which the kernel may be asked at any time.
+const MOST_AT_ONCE: usize = 256;
 /// Share of the time that may be spent on asking: 1 in 10.
 const REFRESH_SHARE: u32 = 10;
 
@@ -36,16 +38,22 @@ pub(super) enum Happening {
     Report(Report),
     /// The host has other IPsec policies.
     Policies(Arc<Policies>),
+    /// Other addresses of neighbours are known, or other routes.
+    Neighbours(Changes),
 }
 
 /// The next hops, and what they follow from.
 pub(super) struct NextHopTable {
     paths: Paths,
     hops: NextHops,
+    /// The routes by each neighbour, and perhaps some that go elsewhere by now.
+    by_neighbour: BTreeMap<Via, BTreeSet<Subnet>>,
     /// What ICMP says about outer packets; `None` without the right to hear it.
     reports: Option<mpsc::Receiver<Report>>,
     /// The host's IPsec policies; `None` when they cannot be read.
     policies: Option<watch::Receiver<Arc<Policies>>>,
+    /// The neighbours of this host; `None` when the kernel refuses to tell.
+    neighbours: Option<NeighbourWatch>,
     /// Whether something has changed since the kernel was asked about all peers.
     stale: bool,
     /// When the kernel may be asked about all peers again, and when it should be.
@@ -59,14 +67,16 @@ impl NextHopTable {
         Ok(Self {
             paths: Paths::new(local_ip, port)?,
             hops: NextHops::new(),
+            by_neighbour: BTreeMap::new(),
             reports: None,
             policies: None,
+            neighbours: None,
             stale: true,
             refresh: None,
         })
     }
 
-    /// Begins to hear what ICMP says about outer packets, and to follow the host's IPsec policies.
+    /// Begins to hear what ICMP says about outer packets, and to follow the host's IPsec policies and neighbours.
     /// Fails when the policies cannot be read: packets that they concern might leave in clear.
     pub(super) async fn follow(&mut self) -> Result<()> {
         let mut policies = xfrm::watch().await.context("follow the IPsec policies")?;
@@ -77,12 +87,17 @@ impl NextHopTable {
             warn!("neither the MTU of paths nor unreachable peers are learned from ICMP: {error:#}");
         });
         self.reports = reports.ok();
+        let neighbours = NeighbourWatch::start().await;
+        let neighbours = neighbours.inspect_err(|error| {
+            warn!("the kernel looks up the neighbour of each packet: {error:#}");
+        });
+        self.neighbours = neighbours.ok();
         Ok(())
     }
 
     /// What happens next outside of the store and the host's routes.
     pub(super) async fn next(&mut self) -> Happening {
-        let Self { reports, policies, .. } = self;
+        let Self { reports, policies, neighbours, .. } = self;
         let report = async {
             match reports {
                 Some(reports) => reports.recv().await,
@@ -97,7 +112,14 @@ impl NextHopTable {
                 None => None,
             }
         };
+        let neighbours = async {
+            match neighbours {
+                Some(neighbours) => Some(neighbours.next().await),
+                None => None,
+            }
+        };
         tokio::select! {
+            Some(changes) = neighbours => Happening::Neighbours(changes),
             Some(report) = report => Happening::Report(report),
             Some(policies) = policies => Happening::Policies(policies),
             else => std::future::pending().await,
@@ -157,6 +179,11 @@ impl NextHopTable {
             .collect();
         let added = self.paths.add(&peers);
         self.stale |= added.is_err() || self.paths.has_unknown_device();
+        for change in changes {
+            if let RouteChange::Set(route) = change {
+                self.note_neighbour(route.subnet, route.via.address);
+            }
+        }
         let changes: Vec<_> =
             changes.iter().map(|change| change.map(|peer| self.paths.next_hop(peer, now))).collect();
         changes.iter().for_each(|change| change.make_in(&mut self.hops));
@@ -218,22 +245,72 @@ impl NextHopTable {
             return Vec::new();
         }
         let own = routes.iter().filter(|(_, holder)| holder.address == peer);
-        let hops = own.map(|(subnet, holder)| (*subnet, self.paths.next_hop(*holder, now)));
-        let changed = hops.filter(|(subnet, hop)| self.hops.get(subnet) != Some(hop));
-        let changes: Vec<_> = changed.map(|(subnet, hop)| RouteChange::set(subnet, hop)).collect();
-        changes.iter().for_each(|change| change.make_in(&mut self.hops));
+        let own = own.map(|(subnet, holder)| (*subnet, *holder)).collect();
+        let changes = self.recompute_some(&own, now);
         if !changes.is_empty() {
             info!("a router reports that the path to {peer} carries {mtu} bytes");
         }
         changes
     }
 
+    /// Other addresses of neighbours are known, or peers have other routes. Returns the next hops that differ. Their kernel's routes
+    /// are asked for at once, because programs do not notice by themselves that packets should go to another neighbour.
+    pub(super) fn set_neighbours(
+        &mut self,
+        changes: &Changes,
+        routes: &Routes,
+        now: Instant,
+    ) -> Vec<RouteChange<NextHop>> {
+        self.paths.set_neighbours(&changes.neighbours);
+        let subnets = changes.neighbours.keys().filter_map(|via| self.by_neighbour.get(via)).flatten();
+        let mut concerned: Routes =
+            subnets.filter_map(|subnet| Some((*subnet, *routes.get(subnet)?))).collect();
+        let rerouted = self.paths.peers_in(&changes.rerouted);
+        let is_too_early = self.refresh.is_none_or(|(earliest, _)| now < earliest);
+        if rerouted.len() > MOST_AT_ONCE && is_too_early {
+            self.stale = true;
+        } else if !rerouted.is_empty() {
+            self.stale |= self.paths.ask_again(&rerouted).is_err();
+            let holds = |(_, peer): &(&Subnet, &Peer)| rerouted.contains(&peer.address);
+            concerned.extend(routes.iter().filter(holds));
+        }
+        let changes = self.recompute_some(&concerned, now);
+        let is_unresolved = |change: &RouteChange<NextHop>| match change {
+            RouteChange::Set(route) => !route.via.has(NextHop::RESOLVED),
+            RouteChange::Remove(_) => false,
+        };
+        if changes.iter().any(is_unresolved)
+            && let Some(watch) = &self.neighbours
+        {
+            watch.look_again();
+        }
+        changes
+    }
+
+    /// Computes the next hops of some routes again, and returns those that differ.
+    fn recompute_some(&mut self, routes: &Routes, now: Instant) -> Vec<RouteChange<NextHop>> {
+        routes.iter().for_each(|(subnet, peer)| self.note_neighbour(*subnet, peer.address));
+        let hops = routes.iter().map(|(subnet, peer)| (subnet, self.paths.next_hop(*peer, now)));
+        let changed = hops.filter(|(subnet, hop)| self.hops.get(subnet) != Some(hop));
+        let changes: Vec<_> = changed.map(|(subnet, hop)| RouteChange::set(*subnet, hop)).collect();
+        changes.iter().for_each(|change| change.make_in(&mut self.hops));
+        changes
+    }
+
     fn recompute(&mut self, routes: &Routes, now: Instant) -> Vec<RouteChange<NextHop>> {
+        self.by_neighbour.clear();
+        routes.iter().for_each(|(subnet, peer)| self.note_neighbour(*subnet, peer.address));
         let desired =
             routes.iter().map(|(subnet, peer)| (*subnet, self.paths.next_hop(*peer, now))).collect();
         let changes = diff(&self.hops, &desired);
         self.hops = desired;
         changes
+    }
+
+    fn note_neighbour(&mut self, subnet: Subnet, peer: Ipv4Addr) {
+        if let Some(via) = self.paths.via(peer) {
+            self.by_neighbour.entry(via).or_default().insert(subnet);
+        }
     }
 
     /// Whether the host has IPsec policies that may concern outer packets.
@@ -254,6 +331,7 @@ impl NextHopTable {
             device: self.paths.link(hop.ifindex).map(|link| link.name.clone()),
             mtu: (hop.ifindex != 0).then_some(hop.mtu),
             slow_path: self.paths.why_slow(hop),
+            link_address: hop.has(NextHop::RESOLVED).then(|| hardware_address(hop.mac)),
         };
         self.hops.iter().map(route).collect()
     }
@@ -262,4 +340,8 @@ impl NextHopTable {
     pub(super) fn slow_routes(&self) -> usize {
         self.hops.values().filter(|hop| hop.has(NextHop::SLOW_PATH)).count()
     }
+}
+
+fn hardware_address([a, b, c, d, e, f]: [u8; 6]) -> String {
+    format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}")
 }

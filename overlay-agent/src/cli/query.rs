@@ -119,12 +119,13 @@ fn bypass(bypass: &report::Bypass) -> String {
 
 pub(super) fn routes(list: &RouteList) -> String {
     let mut table = table();
-    table.set_header(["SUBNET", "PEER", "DEVICE", "MTU", "SLOW PATH BECAUSE"]);
+    table.set_header(["SUBNET", "PEER", "DEVICE", "LINK ADDRESS", "MTU", "SLOW PATH BECAUSE"]);
     for route in &list.routes {
         table.add_row([
             route.subnet.to_string(),
             route.peer.to_string(),
             route.device.clone().unwrap_or_else(|| "unreachable".to_owned()),
+            route.link_address.clone().unwrap_or_default(),
             route.mtu.map_or_else(String::new, |mtu| mtu.to_string()),
             route.slow_path.clone().unwrap_or_default(),
         ]);

@@ -76,10 +76,10 @@ impl Conntrack {
 
 /// `false` for a connection that is gone. Fails for another error.
 fn not_found(error: Errno) -> Result<bool> {
-    match error {
-        Errno::ENOENT => Ok(false),
-        error => Err(error).context("ask for a tracked connection"),
+    if error == Errno::ENOENT {
+        return Ok(false);
     }
+    Err(error).context("ask for a tracked connection")
 }
 
 fn open() -> Result<Socket> {

@@ -18,15 +18,16 @@ use rtnetlink::packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::AddressMessage,
     link::LinkMessage,
-    neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState},
+    neighbour::{NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState},
     route::{RouteAttribute, RouteHeader, RouteMessage, RouteType},
     tc::{TcAttribute, TcHandle, TcMessage},
 };
 
-use crate::netlink::{self, Link, Netlink, attribute};
-
-/// A hardware address of Ethernet.
-pub(super) type Mac = [u8; 6];
+pub(super) use crate::neighbour::Mac;
+use crate::{
+    neighbour,
+    netlink::{self, Link, Netlink, attribute},
+};
 
 /// Devices of this host, and the addresses, routes and neighbours of one subnet.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -287,24 +288,14 @@ enum Neighbour {
 
 impl Neighbour {
     fn of(message: &NeighbourMessage, subnet: Ipv4Net) -> Option<Self> {
+        if let Some(neighbour) = neighbour::Neighbour::of(message) {
+            let key = (neighbour.ifindex, neighbour.address);
+            return subnet.contains(&neighbour.address).then_some(Self::Ip { key, mac: neighbour.mac() });
+        }
         let (header, attributes) = (&message.header, &message.attributes);
         let mac = attribute!(attributes, NeighbourAttribute::LinkLayerAddress(mac) => mac.as_slice());
         let mac = mac.and_then(|mac| Mac::try_from(mac).ok());
         match header.family {
-            AddressFamily::Inet if !header.flags.contains(NeighbourFlags::Proxy) => {
-                let address = attribute!(attributes,
-                    NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => *address)?;
-                let is_valid = matches!(
-                    header.state,
-                    NeighbourState::Reachable
-                        | NeighbourState::Stale
-                        | NeighbourState::Delay
-                        | NeighbourState::Probe
-                        | NeighbourState::Permanent
-                );
-                let key = (header.ifindex, address);
-                subnet.contains(&address).then_some(Self::Ip { key, mac: mac.filter(|_| is_valid) })
-            }
             // Entries with the flag belong to the device itself, such as the remote hosts of a VXLAN device.
             AddressFamily::Bridge if !header.flags.contains(NeighbourFlags::Own) => {
                 let bridge = attribute!(attributes, NeighbourAttribute::Controller(bridge) => *bridge)?;

@@ -4,6 +4,8 @@
 //! [`Paths`] knows the answers and what limits them, and makes a [`NextHop`] of a peer.
 
 mod learned;
+mod neighbour_watch;
+mod neighbours;
 mod query;
 
 use std::{
@@ -14,6 +16,7 @@ use std::{
 };
 
 use anyhow::Result;
+use ipnet::Ipv4Net;
 use overlay_ebpf::{abi::NextHop, wire::OVERHEAD};
 
 use crate::{
@@ -23,6 +26,9 @@ use crate::{
 };
 pub(crate) use learned::LOWEST;
 use learned::LearnedMtus;
+pub(crate) use neighbour_watch::NeighbourWatch;
+use neighbours::LinkAddresses;
+pub(crate) use neighbours::{Changes, Via};
 use query::{Answer, KernelRoute, RouteQuery};
 
 /// Most bytes that ESP adds to a packet (RFC 4303): an IP header in tunnel mode, 8 of header, 16 of initialization vector, up to 17
@@ -42,6 +48,8 @@ pub(crate) struct Paths {
     devices: BTreeSet<u32>,
     learned: LearnedMtus,
     links: BTreeMap<u32, Link>,
+    /// The neighbours whose addresses programs may use.
+    neighbours: BTreeMap<Via, LinkAddresses>,
     /// What the host wants to be done with packets to and from peers.
     pub(crate) policies: Arc<Policies>,
 }
@@ -57,6 +65,7 @@ impl Paths {
             devices: BTreeSet::new(),
             learned: LearnedMtus::default(),
             links: BTreeMap::new(),
+            neighbours: BTreeMap::new(),
             policies: Arc::default(),
         })
     }
@@ -107,6 +116,37 @@ impl Paths {
         self.learned.expire(now)
     }
 
+    /// Notes which addresses of neighbours are known.
+    pub(crate) fn set_neighbours(&mut self, changes: &BTreeMap<Via, Option<LinkAddresses>>) {
+        neighbours::record(&mut self.neighbours, changes);
+    }
+
+    /// The peers with addresses in some prefixes.
+    pub(crate) fn peers_in(&self, prefixes: &BTreeSet<Ipv4Net>) -> BTreeSet<Ipv4Addr> {
+        let ranges = prefixes.iter().map(|prefix| prefix.network()..=prefix.broadcast());
+        ranges.flat_map(|range| self.kernel.range(range)).map(|(peer, _)| *peer).collect()
+    }
+
+    /// Asks the kernel about some peers again, and follows it where the device is the same: programs are attached to another one
+    /// with the next refresh, on both ends of the path. Fails when the kernel does not answer.
+    pub(crate) fn ask_again(&mut self, peers: &BTreeSet<Ipv4Addr>) -> Result<()> {
+        let peers: Vec<_> = peers.iter().copied().collect();
+        for (peer, answer) in self.query.ask(self.local_ip, self.port, &peers)? {
+            if let (Answer::Route(route), Some(known)) = (answer, self.kernel.get_mut(&peer))
+                && route.ifindex == known.ifindex
+            {
+                *known = route;
+            }
+        }
+        Ok(())
+    }
+
+    /// The neighbour to which packets for a peer are sent; `None` where only the kernel knows.
+    pub(crate) fn via(&self, peer: Ipv4Addr) -> Option<Via> {
+        let route = self.kernel.get(&peer)?;
+        Some(Via { ifindex: route.ifindex, address: route.neighbour? })
+    }
+
     /// The way to a peer.
     pub(crate) fn next_hop(&self, peer: Peer, now: Instant) -> NextHop {
         let learned = self.learned.mtu(peer.address, now);
@@ -116,7 +156,11 @@ impl Paths {
             // Encrypted packets are longer.
             hop.mtu = hop.mtu.saturating_sub(ESP_OVERHEAD).max(LOWEST - OVERHEAD as u16);
         }
-        hop
+        let addresses = self.via(peer.address).and_then(|via| self.neighbours.get(&via));
+        match addresses.filter(|_| hop.ifindex != 0 && !hop.has(NextHop::SLOW_PATH)) {
+            Some(LinkAddresses { destination, source }) => hop.resolved(*destination, *source),
+            None => hop,
+        }
     }
 
     /// The IPsec policy that covers packets by this next hop.
@@ -162,7 +206,7 @@ fn next_hop(
     links: &BTreeMap<u32, Link>,
     learned: Option<u16>,
 ) -> NextHop {
-    let unreachable = NextHop { peer: peer.address.octets(), ifindex: 0, mtu: 0, flags: 0 };
+    let unreachable = NextHop { peer: peer.address.octets(), ..NextHop::default() };
     let Some(route) = route else { return unreachable };
     // A device that appeared after the last refresh is looked at soon; until then the kernel's socket is right.
     let link = links.get(&route.ifindex);
@@ -223,7 +267,7 @@ mod tests {
     }
 
     fn route(ifindex: u32, mtu: Option<u32>) -> KernelRoute {
-        KernelRoute { ifindex, mtu }
+        KernelRoute { ifindex, mtu, neighbour: None }
     }
 
     #[test]
@@ -272,5 +316,36 @@ mod tests {
         }
         assert!(flag(FLANNELD, vec![link(10, Some("bridge"))]), "no ports yet");
         assert!(flag(FLANNELD, vec![over("vlan", 10)]), "a loop ends");
+    }
+
+    #[test]
+    fn the_addresses_of_the_paths_neighbour_are_used_and_no_others() {
+        let gateway = Ipv4Addr::new(192, 168, 77, 254);
+        let mut paths = Paths::new(Ipv4Addr::new(192, 168, 77, 1), 8285).unwrap();
+        paths.links = links([link(2, None), Link { ethernet: false, ..link(3, Some("wireguard")) }]);
+        let known = |address, last| {
+            let addresses = LinkAddresses { destination: [2, 0, 0, 0, 0, last], source: [2, 0, 0, 0, 0, 1] };
+            [2, 3].map(|ifindex| (Via { ifindex, address }, Some(addresses)))
+        };
+        paths.set_neighbours(&[known(gateway, 0x54), known(PEER.address, 2)].concat().into_iter().collect());
+        let mut hop = |ifindex, neighbour| {
+            paths.kernel.insert(PEER.address, KernelRoute { ifindex, mtu: None, neighbour });
+            paths.next_hop(PEER, Instant::now())
+        };
+        let resolved = hop(2, Some(gateway));
+        assert!(resolved.has(NextHop::RESOLVED));
+        assert_eq!((resolved.mac, resolved.source_mac), ([2, 0, 0, 0, 0, 0x54], [2, 0, 0, 0, 0, 1]));
+        assert_eq!(hop(2, Some(PEER.address)).mac, [2, 0, 0, 0, 0, 2]);
+        for unresolved in [hop(2, None), hop(2, Some(Ipv4Addr::LOCALHOST)), hop(3, Some(gateway))] {
+            assert_eq!((unresolved.mac, unresolved.source_mac), ([0; 6], [0; 6]));
+            assert!(!unresolved.has(NextHop::RESOLVED));
+        }
+        assert_eq!(paths.via(Ipv4Addr::LOCALHOST), None, "no route");
+        paths.kernel.insert(PEER.address, KernelRoute { ifindex: 2, mtu: None, neighbour: Some(gateway) });
+        let everything = ["192.168.77.0/30", "10.0.0.0/8"].map(|prefix| prefix.parse().unwrap()).into();
+        assert_eq!(paths.peers_in(&everything), [PEER.address].into());
+        assert_eq!(paths.peers_in(&["192.168.77.3/32".parse().unwrap()].into()), BTreeSet::new());
+        paths.set_neighbours(&[(Via { ifindex: 2, address: gateway }, None)].into());
+        assert!(!paths.next_hop(PEER, Instant::now()).has(NextHop::RESOLVED));
     }
 }

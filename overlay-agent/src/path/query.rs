@@ -32,6 +32,9 @@ pub(crate) struct KernelRoute {
     pub(super) ifindex: u32,
     /// The MTU in bytes that the route or the kernel's cache has for this destination.
     pub(super) mtu: Option<u32>,
+    /// The neighbour to which packets are sent: the gateway, or the peer itself. `None` where it is no IPv4 neighbour, or packets get
+    /// more than a link-layer header.
+    pub(super) neighbour: Option<Ipv4Addr>,
 }
 
 /// What the kernel says about a peer.
@@ -156,17 +159,66 @@ fn kernel_route(message: &RouteMessage) -> Option<KernelRoute> {
     if message.header.kind != RouteType::Unicast {
         return None;
     }
-    let (mut ifindex, mut mtu) = (None, None);
+    let (mut ifindex, mut mtu, mut neighbour) = (None, None, None);
+    let mut is_plain = true;
     for attribute in &message.attributes {
-        if let RouteAttribute::Oif(index) = attribute {
-            ifindex = Some(*index);
-        }
-        if let RouteAttribute::Metrics(metrics) = attribute {
-            mtu = metrics.iter().find_map(|metric| match metric {
-                RouteMetric::Mtu(mtu) => Some(*mtu),
-                _ => None,
-            });
+        match attribute {
+            RouteAttribute::Oif(index) => ifindex = Some(*index),
+            RouteAttribute::Metrics(metrics) => {
+                mtu = metrics.iter().find_map(|metric| match metric {
+                    RouteMetric::Mtu(mtu) => Some(*mtu),
+                    _ => None,
+                });
+            }
+            RouteAttribute::Gateway(RouteAddress::Inet(gateway)) => neighbour = Some(*gateway),
+            // Without a gateway, the destination is the neighbour. The kernel repeats the address that was asked for.
+            RouteAttribute::Destination(RouteAddress::Inet(peer)) => neighbour = neighbour.or(Some(*peer)),
+            RouteAttribute::Gateway(_)
+            | RouteAttribute::Via(_)
+            | RouteAttribute::MultiPath(_)
+            | RouteAttribute::EncapType(_)
+            | RouteAttribute::Encap(_) => is_plain = false,
+            _ => {}
         }
     }
-    Some(KernelRoute { ifindex: ifindex?, mtu: mtu.filter(|mtu| *mtu > 0) })
+    let neighbour = neighbour.filter(|_| is_plain);
+    Some(KernelRoute { ifindex: ifindex?, mtu: mtu.filter(|mtu| *mtu > 0), neighbour })
+}
+
+#[cfg(test)]
+mod tests {
+    use rtnetlink::packet_route::route::RouteVia;
+
+    use super::*;
+
+    const PEER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 7);
+    const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 254);
+
+    fn neighbour(attributes: impl IntoIterator<Item = RouteAttribute>) -> Option<Ipv4Addr> {
+        let mut message = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(PEER, 32).build();
+        message.attributes.push(RouteAttribute::Oif(2));
+        message.attributes.extend(attributes);
+        kernel_route(&message).unwrap().neighbour
+    }
+
+    #[test]
+    fn packets_go_to_the_gateway_or_to_the_peer_itself() {
+        let gateway = RouteAttribute::Gateway(RouteAddress::Inet(GATEWAY));
+        assert_eq!(neighbour([]), Some(PEER));
+        assert_eq!(neighbour([gateway.clone()]), Some(GATEWAY));
+        // The kernel's order is no promise.
+        let mut message = RouteMessageBuilder::<Ipv4Addr>::new().build();
+        let peer = RouteAttribute::Destination(RouteAddress::Inet(PEER));
+        message.attributes = vec![gateway, RouteAttribute::Oif(2), peer];
+        assert_eq!(kernel_route(&message).unwrap().neighbour, Some(GATEWAY));
+    }
+
+    #[test]
+    fn routes_that_need_more_than_a_link_layer_header_have_no_neighbour() {
+        let ipv6 = "fe80::1".parse().unwrap();
+        assert_eq!(neighbour([RouteAttribute::Via(RouteVia::Inet6(ipv6))]), None);
+        assert_eq!(neighbour([RouteAttribute::Gateway(RouteAddress::Inet6(ipv6))]), None);
+        assert_eq!(neighbour([RouteAttribute::MultiPath(Vec::new())]), None);
+        assert_eq!(neighbour([RouteAttribute::Encap(Vec::new())]), None);
+    }
 }

@@ -7,10 +7,11 @@ use aya_ebpf::{
         BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L4_UDP, BPF_F_ADJ_ROOM_FIXED_GSO,
         bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
     },
-    helpers::{bpf_redirect_neigh, bpf_skb_change_head},
+    helpers::{bpf_redirect, bpf_redirect_neigh, bpf_skb_change_head},
     programs::TcContext,
 };
 use overlay_ebpf::{
+    abi::NextHop,
     bypass::Bypass,
     egress,
     hop::Rewrite,
@@ -83,8 +84,9 @@ fn confirm<const LINK: usize>(ctx: &TcContext) {
     }
 }
 
-/// Encapsulates the packet and hands it to the underlay, where the kernel resolves the neighbour as for any routed packet. With
-/// `bypass`, it comes from a container, and this is its hop through the host's stack, too.
+/// Encapsulates the packet and hands it to the underlay: to the device, when the link-layer addresses are known, and otherwise to
+/// the kernel, which resolves the neighbour as for any routed packet. With `bypass`, it comes from a container, and this is its hop
+/// through the host's stack, too.
 #[inline(always)]
 pub(super) fn redirect<const LINK: usize>(ctx: &TcContext, encap: &Encap, len: usize, bypass: bool) -> i32 {
     match ctx.adjust_room(OVERHEAD as i32, BPF_ADJ_ROOM_MAC, ENCAP_FLAGS) {
@@ -114,8 +116,14 @@ pub(super) fn redirect<const LINK: usize>(ctx: &TcContext, encap: &Encap, len: u
             counters.egress_bypass_packets += 1;
         }
     });
-    // SAFETY: no parameters: the kernel looks up the next hop of the outer destination itself.
-    unsafe { bpf_redirect_neigh(encap.next_hop.ifindex, core::ptr::null_mut(), 0, 0) as i32 }
+    let ifindex = encap.next_hop.ifindex;
+    let action = match encap.next_hop.has(NextHop::RESOLVED) {
+        // SAFETY: a helper without pointers.
+        true => unsafe { bpf_redirect(ifindex, 0) },
+        // SAFETY: no parameters: the kernel looks up the next hop of the outer destination itself.
+        false => unsafe { bpf_redirect_neigh(ifindex, core::ptr::null_mut(), 0, 0) },
+    };
+    action as i32
 }
 
 /// Writes the new headers into the room that was made for them. `None` when it is not there.
@@ -128,6 +136,6 @@ fn write_headers(ctx: &TcContext, encap: &Encap, bypass: bool) -> Option<()> {
         Rewrite::next_hop(inner, inner.tos()).apply(inner);
     }
     *packet.view_mut::<Outer>(Ethernet::LEN)? = encap.outer;
-    *packet.view_mut::<Ethernet>(0)? = Ethernet::UNRESOLVED_IPV4;
+    *packet.view_mut::<Ethernet>(0)? = encap.next_hop.ethernet();
     Some(())
 }

@@ -161,7 +161,7 @@ impl Table {
     fn read(bytes: [u8; 16]) -> Self {
         let [changed, mtu0, mtu1, ifindex, flags, len, peer, missing, greedy, ..] = bytes;
         let golden = |third: u8, len: u8, last: u8, ifindex: u32, mtu: u16, flags: u16| {
-            (third, len, NextHop { peer: [192, 168, 77, last], ifindex, mtu, flags })
+            (third, len, NextHop { peer: [192, 168, 77, last], ifindex, mtu, flags, ..NextHop::default() })
         };
         let mut routes = [
             golden(2, 24, 2, 1, u16::MAX, 0),
@@ -185,7 +185,7 @@ impl Table {
         if greedy != 0 {
             table.insert(
                 net([0; 4], 0),
-                NextHop { peer: [192, 168, 77, greedy], ifindex: 1, mtu: 1472, flags: 0 },
+                NextHop { peer: [192, 168, 77, greedy], ifindex: 1, mtu: 1472, ..NextHop::default() },
             );
         }
         Self(table)

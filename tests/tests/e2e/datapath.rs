@@ -132,7 +132,7 @@ impl<'a> Host<'a> {
 /// The way to a peer on the underlay device of this namespace.
 fn next_hop(peer: Ipv4Addr) -> Result<NextHop> {
     let ifindex = nix::net::if_::if_nametoindex(UPLINK)?;
-    Ok(NextHop { peer: peer.octets(), ifindex, mtu: 1472, flags: 0 })
+    Ok(NextHop { peer: peer.octets(), ifindex, mtu: 1472, ..NextHop::default() })
 }
 
 fn hook(device: &str, direction: TcAttachType) -> Result<(u64, Vec<u32>)> {
@@ -240,12 +240,13 @@ fn repairs(sandbox: &Arc<Sandbox>) -> Result<()> {
             host.repairs(repaired).await.with_context(|| change.to_owned())?;
         }
 
-        let mut routes: HashMap<_, [u8; 8], [u8; 12]> = HashMap::try_from(Map::HashMap(map("ROUTES")?))?;
+        let mut routes: HashMap<_, [u8; 8], [u8; size_of::<NextHop>()]> =
+            HashMap::try_from(Map::HashMap(map("ROUTES")?))?;
         let key = |third, length| bytemuck::cast(Prefix::new([10, 244, third, 0], length));
         routes.remove(&key(2, 24))?;
-        routes.insert(key(3, 24), [3; 12], 0)?;
+        routes.insert(key(3, 24), [3; size_of::<NextHop>()], 0)?;
         // Of a length that belongs into the other map.
-        routes.insert(key(4, 25), [3; 12], 0)?;
+        routes.insert(key(4, 25), [3; size_of::<NextHop>()], 0)?;
         // Reading back is limited to a share of the time.
         tokio::time::sleep(std::time::Duration::from_millis(500)).await;
         host.repairs(&["3 routes in the kernel's map"]).await?;

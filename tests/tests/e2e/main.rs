@@ -22,6 +22,7 @@ mod lifecycle;
 mod losses;
 mod machine;
 mod matrix;
+mod neighbours;
 mod node;
 mod other_underlay;
 mod path_mtu;
@@ -83,6 +84,7 @@ fn main() -> ExitCode {
     icmp::register(&mut suite);
     path_mtu::register(&mut suite);
     other_underlay::register(&mut suite);
+    neighbours::register(&mut suite);
     spread::register(&mut suite);
     flannel_proxy::register(&mut suite);
     forward_policy::register(&mut suite);

@@ -44,7 +44,7 @@ impl Host {
         let config = Config::new(OWN, Prefix::new([10, 244, 0, 0], 16), own, 8285).with_device(OVERLAY);
         set.set_config(&config).unwrap();
         set.set_underlays(&[(DEVICE, UnderlayValue::new([0; 6], true))].into()).unwrap();
-        let next_hop = NextHop { peer: PEER, ifindex: DEVICE, mtu: 1472, flags: 0 };
+        let next_hop = NextHop { peer: PEER, ifindex: DEVICE, mtu: 1472, ..NextHop::default() };
         set.set_routes(&[("10.244.2.0/24".parse().unwrap(), next_hop)].into()).unwrap();
         let endpoint = Endpoint { ifindex: DEVICE, mac: MAC, gateway_mac: GATEWAY, flags: 0 };
         assert_eq!(set.set_endpoints(&[(CONTAINER.into(), endpoint)].into()).unwrap(), 0);
@@ -109,7 +109,7 @@ fn arriving(ttl: u8, protocol: u8, flags: u8) -> Vec<u8> {
     let mut peer = Host::new(Bypass::Off);
     let own = Prefix::new([10, 244, 2, 0], 24);
     peer.set.set_config(&Config::new(PEER, Prefix::new([10, 244, 0, 0], 16), own, 8285)).unwrap();
-    let next_hop = NextHop { peer: OWN, ifindex: DEVICE, mtu: 1472, flags: 0 };
+    let next_hop = NextHop { peer: OWN, ifindex: DEVICE, mtu: 1472, ..NextHop::default() };
     peer.set.set_routes(&[("10.244.1.0/24".parse().unwrap(), next_hop)].into()).unwrap();
     let inner = packet(ttl, protocol, flags, [REMOTE, CONTAINER]);
     let outer = peer.run(EGRESS_ETHERNET, &frame([0; 6], [0; 6], &inner), 0);

@@ -11,9 +11,10 @@ use overlay_ebpf::abi::{Config, DEFAULT_ROUTES, NextHop, Prefix};
 
 use crate::rungs::object;
 
-const PEER: NextHop = NextHop { peer: [192, 168, 77, 2], ifindex: 2, mtu: 1472, flags: 0 };
+const PEER: NextHop =
+    NextHop { peer: [192, 168, 77, 2], ifindex: 2, mtu: 1472, flags: 0, mac: [0; 6], source_mac: [0; 6] };
 const OTHER: NextHop =
-    NextHop { peer: [192, 168, 77, 3], ifindex: 3, mtu: 1372, flags: NextHop::FINISHED_ONLY };
+    NextHop { peer: [192, 168, 77, 3], ifindex: 3, mtu: 1372, flags: NextHop::FINISHED_ONLY, ..PEER };
 
 fn subnet(number: u32) -> Subnet {
     let base = Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 0, 0, 0)) + (number << 2));

@@ -28,7 +28,7 @@ fn subnet(third: u8, fourth: u8, length: u8) -> Subnet {
 
 fn next_hop(last: u8) -> NextHop {
     let peer = [192, 168, 77, last];
-    NextHop { peer, ifindex: 1, mtu: 1472, flags: 0 }
+    NextHop { peer, ifindex: 1, mtu: 1472, ..NextHop::default() }
 }
 
 /// Up to 40 routes in a few /24, so that they overlap; often all of one length.

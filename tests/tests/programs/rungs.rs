@@ -210,6 +210,14 @@ impl Kernel {
         &mut self.set
     }
 
+    /// The frame that the loaded program redirects for a packet.
+    pub(crate) fn redirected(&mut self, packet: &[u8]) -> Vec<u8> {
+        let input = test_frame(self.hook, packet).unwrap();
+        let outcome = self.set.programs.test_run(self.hook, &input, 0).unwrap();
+        assert_eq!(outcome.action, TC_ACT_REDIRECT);
+        outcome.packet
+    }
+
     /// What the loaded program does with a packet, or `None` when the kernel does not take such a packet for a test run.
     pub(crate) fn verdict(&mut self, packet: &[u8], gso_size: usize) -> Option<Verdict> {
         let input = test_frame(self.hook, packet)?;

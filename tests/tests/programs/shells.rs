@@ -44,7 +44,7 @@ fn segmented_datagrams_are_left_to_the_slow_path() {
 #[test]
 fn subnets_of_30_bits_are_found() {
     let file = File::read("egress.json");
-    let next_hop = |last| NextHop { peer: [192, 168, 77, last], ifindex: 1, mtu: 1472, flags: 0 };
+    let next_hop = |last| NextHop { peer: [192, 168, 77, last], ifindex: 1, mtu: 1472, ..NextHop::default() };
     let routes = [("10.244.9.0/24", 2), ("10.244.9.4/30", 3), ("10.244.9.8/30", 4)];
     let routes = routes.map(|(subnet, last)| (subnet.parse().unwrap(), next_hop(last))).into();
     let mut kernel = Kernel::load(EGRESS_ETHERNET, &file.config(), &routes);
@@ -56,6 +56,28 @@ fn subnets_of_30_bits_are_found() {
             matches!(&verdict, Some(Verdict::Encap { bytes }) if bytes[16..20] == outer_destination);
         assert!(is_right, "10.244.9.{address}: {verdict:?}");
     }
+}
+
+#[test]
+fn the_link_layer_header_is_the_next_hops_or_left_to_the_kernel() {
+    let file = File::read("egress.json");
+    let (mac, source_mac) = ([2, 0, 0, 0, 0, 7], [2, 0, 0, 0, 0, 9]);
+    let unresolved = NextHop { peer: [192, 168, 77, 2], ifindex: 1, mtu: 1472, ..NextHop::default() };
+    let resolved = unresolved.resolved(mac, source_mac);
+    let packet = [0x45, 0, 0, 20, 0, 0, 0, 0, 64, 47, 0, 0, 10, 244, 1, 2, 10, 244, 9, 3];
+    let outer = [unresolved, resolved].map(|next_hop| {
+        // Of the usual length, and of another: the latter is in the other map.
+        ["10.244.9.0/24", "10.244.8.0/23"].map(|subnet| {
+            let routes = [(subnet.parse().unwrap(), next_hop)].into();
+            Kernel::load(EGRESS_ETHERNET, &file.config(), &routes).redirected(&packet)
+        })
+    });
+    let headers = outer.clone().map(|frames| frames.map(|frame| frame[..14].to_vec()));
+    let expected =
+        [vec![0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 8, 0], vec![2, 0, 0, 0, 0, 7, 2, 0, 0, 0, 0, 9, 8, 0]];
+    assert_eq!(headers, expected.map(|header| [header.clone(), header]));
+    let rest: Vec<_> = outer.iter().flatten().map(|frame| &frame[14..]).collect();
+    assert!(rest.iter().all(|bytes| bytes == &rest[0]), "the packets behind it differ");
 }
 
 #[test]

@@ -120,7 +120,13 @@ impl File {
             let flag = |is_set, flag| if is_set { flag } else { 0 };
             let flags =
                 flag(route.slow_path, NextHop::SLOW_PATH) | flag(route.finished_only, NextHop::FINISHED_ONLY);
-            NextHop { peer: route.peer.octets(), ifindex: route.ifindex, mtu: route.mtu, flags }
+            NextHop {
+                peer: route.peer.octets(),
+                ifindex: route.ifindex,
+                mtu: route.mtu,
+                flags,
+                ..NextHop::default()
+            }
         };
         self.routes.iter().map(|route| (route.subnet, next_hop(route))).collect()
     }

@@ -68,7 +68,7 @@ fn load(object: &[u8], hook: Hook, own: Host, peer: Host) -> Result<OverlaySet> 
     let config = Config::new(own.0, Prefix::new([198, 18, 0, 0], 15), subnet, 8285);
     set.set_config(&config.with_device(TEST_IFINDEX))?;
     set.set_underlays(&[(TEST_IFINDEX, UnderlayValue::new(MAC, true))].into())?;
-    let next_hop = NextHop { peer: peer.0, ifindex: TEST_IFINDEX, mtu: 1472, flags: 0 };
+    let next_hop = NextHop { peer: peer.0, ifindex: TEST_IFINDEX, mtu: 1472, ..NextHop::default() };
     set.set_routes(&NextHops::from([(peer.1.parse()?, next_hop)]))?;
     Ok(set)
 }

@@ -53,7 +53,7 @@ mod tests {
 
     #[test]
     fn lookup_prefers_the_longest_prefix() {
-        let hop = |last| NextHop { peer: [192, 168, 77, last], ifindex: 2, mtu: 1472, flags: 0 };
+        let hop = |last| NextHop { peer: [192, 168, 77, last], ifindex: 2, mtu: 1472, ..NextHop::default() };
         let (far, near) = (hop(2), hop(4));
         let routes = [("10.244.128.0/17", far), ("10.244.200.0/24", near)]
             .map(|(subnet, hop)| (subnet.parse().unwrap(), hop));

@@ -231,5 +231,5 @@ fn public_ip(number: u32) -> Ipv4Addr {
 
 fn next_hop(number: u32) -> NextHop {
     let peer = public_ip(number).octets();
-    NextHop { peer, ifindex: TEST_IFINDEX, mtu: packet::PATH_MTU, flags: 0 }
+    NextHop { peer, ifindex: TEST_IFINDEX, mtu: packet::PATH_MTU, ..NextHop::default() }
 }

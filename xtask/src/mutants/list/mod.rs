@@ -5,6 +5,7 @@ mod bypass;
 mod containers;
 mod decisions;
 mod fields;
+mod neighbours;
 mod shells;
 
 use super::change::Change;
@@ -18,6 +19,7 @@ pub(super) fn all() -> impl Iterator<Item = &'static Change> {
         agent::CHANGES,
         containers::CHANGES,
         bypass::CHANGES,
+        neighbours::CHANGES,
     ]
     .into_iter()
     .flatten()

@@ -152,8 +152,8 @@ pub(super) const CHANGES: &[Change] = &[
     Change {
         name: "shell-egress-wrong-device",
         file: EGRESS,
-        from: "bpf_redirect_neigh(encap.next_hop.ifindex,",
-        to: "bpf_redirect_neigh(1,",
+        from: "let ifindex = encap.next_hop.ifindex;",
+        to: "let ifindex = 1;",
         wrong: "Encapsulated packets leave through the loopback device.",
         tests: &[Tests::EndToEnd("matrix::tc_tc_virtual")],
         reason: None,
@@ -161,8 +161,8 @@ pub(super) const CHANGES: &[Change] = &[
     Change {
         name: "shell-egress-rewrite-not-written",
         file: EGRESS,
-        from: "encap.rewrite.apply(inner);",
-        to: "let _ = &encap.rewrite;",
+        from: "    encap.rewrite.apply(inner);\n",
+        to: "",
         wrong: "The inner TTL stays.",
         tests: &[Tests::Programs("golden::kernel_egress")],
         reason: None,
