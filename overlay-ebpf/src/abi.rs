@@ -340,7 +340,7 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// The device is one end of a veth pair whose other end is in another network namespace: packets are handed to that end.
+    /// The device is one end of a veth pair whose other end is in another network namespace: finished packets are handed to that end.
     pub const PEER: u32 = 1;
 }
 

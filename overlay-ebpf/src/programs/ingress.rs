@@ -13,6 +13,7 @@ use overlay_ebpf::{
     hop::Rewrite,
     ingress::{self, INNER_OFFSET},
     reason::{DropReason, PuntReason},
+    unfinished,
     verdict::{Decap, IngressVerdict},
     wire::{Bytes as _, Ethernet, Ipv4, OVERHEAD, ipv4::PROTOCOL_TCP},
 };
@@ -99,7 +100,7 @@ fn decapsulate(ctx: &TcContext, config: &Config, decap: &Decap) -> i32 {
     };
     decap.rewrite.apply(inner);
     maps::count_ingress(decap.inner_len);
-    match hand_over(&mut packet) {
+    match hand_over(ctx, &mut packet) {
         Some(action) => action,
         None => deliver(config),
     }
@@ -112,7 +113,7 @@ fn deliver_decapped(ctx: &TcContext, config: &Config) -> i32 {
         true => deliver(config),
         false => {
             memory::pull_headers(ctx, Ethernet::LEN + super::egress::HEADERS);
-            hand_over(&mut Packet::of_skb(ctx)).unwrap_or_else(|| deliver(config))
+            hand_over(ctx, &mut Packet::of_skb(ctx)).unwrap_or_else(|| deliver(config))
         }
     }
 }
@@ -120,7 +121,7 @@ fn deliver_decapped(ctx: &TcContext, config: &Config) -> i32 {
 /// Hands a decapsulated packet to the container that it is for, past the host's stack, if that is possible: this is then its hop
 /// through the stack, too.
 #[inline(always)]
-fn hand_over(packet: &mut Packet) -> Option<i32> {
+fn hand_over(ctx: &TcContext, packet: &mut Packet) -> Option<i32> {
     if maps::bypasses(Bypass::Off) {
         return None;
     }
@@ -129,14 +130,17 @@ fn hand_over(packet: &mut Packet) -> Option<i32> {
     if maps::bypasses(Bypass::Flows) && !flows::may_bypass(packet, Ethernet::LEN, &inner) {
         return None;
     }
+    // The other packets pass the device, which finishes them where its offloads are switched off.
+    let is_finished =
+        memory::gso_size(ctx) == 0 && !unfinished::has_partial_checksum(packet, Ethernet::LEN, &inner);
     let inner = packet.view_mut::<Ipv4>(Ethernet::LEN)?;
     Rewrite::next_hop(inner, inner.tos()).apply(inner);
     *packet.view_mut::<Ethernet>(0)? = Ethernet::ipv4(endpoint.mac, endpoint.gateway_mac);
     maps::count(|counters| counters.ingress_bypass_packets += 1);
-    // SAFETY: helpers without pointers.
-    let action = match endpoint.flags & Endpoint::PEER {
-        0 => unsafe { bpf_redirect(endpoint.ifindex, 0) },
-        _ => unsafe { bpf_redirect_peer(endpoint.ifindex, 0) },
+    let action = match endpoint.flags & Endpoint::PEER != 0 && is_finished {
+        // SAFETY: helpers without pointers.
+        true => unsafe { bpf_redirect_peer(endpoint.ifindex, 0) },
+        false => unsafe { bpf_redirect(endpoint.ifindex, 0) },
     };
     Some(action as i32)
 }
