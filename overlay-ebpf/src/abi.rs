@@ -69,7 +69,7 @@ impl Prefix {
 
     /// The prefix of the same length that contains `address`.
     #[inline(always)]
-    pub fn neighbor(&self, address: [u8; 4]) -> Self {
+    pub fn of_same_length(&self, address: [u8; 4]) -> Self {
         let address = u32::from_ne_bytes(address) & u32::from_ne_bytes(self.mask);
         Self { address: address.to_ne_bytes(), mask: self.mask }
     }
@@ -425,9 +425,9 @@ mod tests {
     }
 
     #[test]
-    fn a_neighbor_has_the_same_length() {
+    fn a_prefix_of_the_same_length_contains_the_address() {
         let prefix = Prefix::new([10, 244, 1, 0], 26);
-        assert_eq!(prefix.neighbor([10, 9, 8, 0x8f]), Prefix::new([10, 9, 8, 0x80], 26));
+        assert_eq!(prefix.of_same_length([10, 9, 8, 0x8f]), Prefix::new([10, 9, 8, 0x80], 26));
         assert_eq!((prefix.length(), Prefix::default().length()), (26, 0));
         assert!(prefix.is_longer_than(&Prefix::new([10, 244, 1, 0], 25)));
         assert!(!prefix.is_longer_than(&prefix) && !prefix.is_longer_than(&Prefix::new([10, 0, 0, 0], 32)));

@@ -112,7 +112,7 @@ impl Routes for RouteMap<'_> {
     #[inline(always)]
     fn next_hop(&self, address: [u8; 4]) -> Option<NextHop> {
         let Self(config) = self;
-        let exact = ROUTES.get_ptr(config.subnet.neighbor(address));
+        let exact = ROUTES.get_ptr(config.subnet.of_same_length(address));
         // SAFETY: the kernel replaces entries and writes into none that a program may see.
         let exact = exact.map(|next_hop| unsafe { *next_hop });
         if !config.has_other_lengths() {
