@@ -27,5 +27,6 @@ pub mod route_table;
 pub mod store;
 pub mod subnet_env;
 pub mod systemd;
+mod timer;
 pub mod underlay;
 pub mod xfrm;

@@ -59,12 +59,12 @@ pub(crate) fn subscribe(
     Ok((netlink, messages.map(drop)))
 }
 
+/// Messages of the kernel. The stream ends when the connection fails.
+pub(crate) type Messages = Box<dyn Stream<Item = NetlinkPayload<RouteNetlinkMessage>> + Send + Unpin>;
+
 /// Like [`subscribe`], with the messages themselves; [`NetlinkPayload::Overrun`] stands for messages that the kernel dropped. `buffer`
 /// is the size in bytes of the socket's receive buffer, above the system's limit when the agent has `CAP_NET_ADMIN`.
-pub(crate) fn follow(
-    groups: &[MulticastGroup],
-    buffer: Option<usize>,
-) -> Result<(Netlink, impl Stream<Item = NetlinkPayload<RouteNetlinkMessage>> + Unpin + use<>)> {
+pub(crate) fn follow(groups: &[MulticastGroup], buffer: Option<usize>) -> Result<(Netlink, Messages)> {
     let (mut connection, handle, messages) =
         rtnetlink::new_multicast_connection(groups).context("subscribe to changes of network devices")?;
     if let Some(size) = buffer {
@@ -73,7 +73,7 @@ pub(crate) fn follow(
         forced.or_else(|_| setsockopt(socket, RcvBuf, &size)).context("set the size of a receive buffer")?;
     }
     tokio::spawn(connection);
-    Ok((Netlink::from(handle), messages.map(|(message, _)| message.payload)))
+    Ok((Netlink::from(handle), Box::new(messages.map(|(message, _)| message.payload))))
 }
 
 /// A network device.

@@ -34,6 +34,7 @@ use crate::{
     route::{LocalNode, RouteChange, Routes},
     route_table::{Outcome, OwnRecord, OwnSubnet, Rival, RouteTable},
     store::Event,
+    timer::sleep_until_some,
     underlay::{Iface, Underlay},
 };
 
@@ -506,13 +507,6 @@ pub(super) enum Due {
     Containers,
     /// To act on something.
     Happening(Happening),
-}
-
-async fn sleep_until_some(at: Option<Instant>) {
-    match at {
-        Some(at) => sleep_until(at).await,
-        None => std::future::pending().await,
-    }
 }
 
 /// The first problems of one kind, and the number of the others.

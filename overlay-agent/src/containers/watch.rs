@@ -7,7 +7,7 @@
 use std::{mem, net::Ipv4Addr, sync::Arc, time::Duration};
 
 use anyhow::Result;
-use futures_util::{FutureExt as _, Stream, StreamExt as _};
+use futures_util::{FutureExt as _, StreamExt as _};
 use rtnetlink::{MulticastGroup, packet_core::NetlinkPayload, packet_route::RouteNetlinkMessage};
 use tokio::{
     sync::watch,
@@ -16,7 +16,7 @@ use tokio::{
 use tracing::{debug, warn};
 
 use super::{Containers, Facts, Selection, facts::Effect, find};
-use crate::netlink::{self, Netlink};
+use crate::netlink::{self, Messages, Netlink};
 
 /// Delay after the first message of a change: the start of a container causes a dozen.
 const SETTLE_TIME: Duration = Duration::from_millis(3);
@@ -53,8 +53,6 @@ pub async fn watch(selection: Selection) -> Result<watch::Receiver<Arc<Container
     });
     Ok(receiver)
 }
-
-type Messages = Box<dyn Stream<Item = NetlinkPayload<RouteNetlinkMessage>> + Send + Unpin>;
 
 /// Work that messages cause, in ascending order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -201,6 +199,5 @@ impl Follower {
 }
 
 fn subscribe() -> Result<(Netlink, Messages)> {
-    let (netlink, messages) = netlink::follow(&GROUPS, Some(RECEIVE_BUFFER))?;
-    Ok((netlink, Box::new(messages)))
+    netlink::follow(&GROUPS, Some(RECEIVE_BUFFER))
 }

@@ -6,7 +6,7 @@
 use std::{future::pending, mem, pin::pin, sync::Arc, time::Duration};
 
 use anyhow::Result;
-use futures_util::{FutureExt as _, Stream, StreamExt as _};
+use futures_util::{FutureExt as _, StreamExt as _};
 use rtnetlink::{
     MulticastGroup,
     packet_core::NetlinkPayload,
@@ -14,12 +14,15 @@ use rtnetlink::{
 };
 use tokio::{
     sync::{Notify, mpsc},
-    time::{Instant, sleep, sleep_until},
+    time::{Instant, sleep},
 };
 use tracing::warn;
 
 use super::neighbours::{Changes, Table};
-use crate::netlink::{self, Netlink};
+use crate::{
+    netlink::{self, Messages, Netlink},
+    timer::sleep_until_some,
+};
 
 /// Time in which the next packet of a flow makes the kernel check a neighbour whose entry has become stale. The kernel sends no
 /// message about that.
@@ -76,8 +79,6 @@ impl NeighbourWatch {
         self.look_again.notify_one();
     }
 }
-
-type Messages = Box<dyn Stream<Item = NetlinkPayload<RouteNetlinkMessage>> + Send + Unpin>;
 
 /// Work that messages cause, in ascending order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -183,13 +184,5 @@ impl Follower {
 }
 
 fn subscribe() -> Result<(Netlink, Messages)> {
-    let (netlink, messages) = netlink::follow(&GROUPS, Some(RECEIVE_BUFFER))?;
-    Ok((netlink, Box::new(messages)))
-}
-
-async fn sleep_until_some(at: Option<Instant>) {
-    match at {
-        Some(at) => sleep_until(at).await,
-        None => pending().await,
-    }
+    netlink::follow(&GROUPS, Some(RECEIVE_BUFFER))
 }

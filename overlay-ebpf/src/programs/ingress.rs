@@ -100,10 +100,7 @@ fn decapsulate(ctx: &TcContext, config: &Config, decap: &Decap) -> i32 {
     };
     decap.rewrite.apply(inner);
     maps::count_ingress(decap.inner_len);
-    match hand_over(ctx, &mut packet) {
-        Some(action) => action,
-        None => deliver(config),
-    }
+    hand_over(ctx, &mut packet).unwrap_or_else(|| deliver(config))
 }
 
 /// Delivers a packet that XDP decapsulated.

@@ -22,8 +22,8 @@ impl Ethernet {
     /// (IEEE 802-2014 section 8.2.2: the lowest bit of the first byte). A promiscuous device shows others as well.
     #[inline(always)]
     pub fn is_for(&self, own: [u8; 6]) -> bool {
-        let [a, b, c, d, e, f, ..] = self.0;
-        [a, b, c, d, e, f] == own || a & 1 == 1
+        let [first, ..] = self.0;
+        self.is_to(own) || first & 1 == 1
     }
 
     /// A header with these addresses that announces IPv4.

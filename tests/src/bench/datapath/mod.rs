@@ -13,9 +13,9 @@ mod selection;
 mod system;
 mod tables;
 
-use std::{fs, path::Path, process::ExitCode, sync::Arc, time::Duration};
+use std::{process::ExitCode, sync::Arc, time::Duration};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde_json::json;
 
 pub(super) use options::Options;
@@ -28,6 +28,7 @@ use self::{
     selection::Selection,
     system::{Connected, System},
 };
+use super::{open_json, write_json};
 use crate::{
     agent,
     progress::Bar,
@@ -43,6 +44,7 @@ const SENDER_ALONE: Duration = Duration::from_millis(200);
 
 /// Runs the benchmark. The exit code is 1 when a measurement failed.
 pub(super) fn run(options: &Options) -> Result<ExitCode> {
+    let json = options.json.as_deref().map(open_json).transpose()?;
     let selection = Selection::new(&options.only);
     agent::binary()?;
     Sandbox::remove_on_signals()?;
@@ -54,8 +56,8 @@ pub(super) fn run(options: &Options) -> Result<ExitCode> {
     }
     let Run { results, setting, bar, .. } = run;
     bar.finish();
-    if let Some(path) = &options.json {
-        write_json(path, &results)?;
+    if let Some(file) = json {
+        write_json(file, &json!({"rows": results.rows()}))?;
     }
     if let Some(directory) = &options.report {
         report::write(directory, &results, &selection, &setting)?;
@@ -192,10 +194,4 @@ impl<'a> Run<'a> {
     fn chosen(&self, is: impl Fn(&Metric) -> bool) -> Vec<Metric> {
         self.selection.metrics.iter().copied().filter(is).collect()
     }
-}
-
-fn write_json(path: &Path, results: &Results) -> Result<()> {
-    let report = json!({"rows": results.rows()});
-    let text = serde_json::to_string_pretty(&report).context("format the results")?;
-    fs::write(path, text + "\n").with_context(|| format!("write the results to {}", path.display()))
 }
