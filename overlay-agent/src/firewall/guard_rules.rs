@@ -8,6 +8,8 @@ use super::ruleset::Names;
 
 /// The set of the peers' addresses in the guard's table.
 pub(super) const PEERS: &str = "peers";
+/// The chain for forwarded packets to the port of a peer.
+const TO_PEERS: &str = "to_peers";
 
 /// The script that replaces the guard's table.
 ///
@@ -21,16 +23,16 @@ pub(super) fn replacement(names: &Names, port: u16, peers: &BTreeSet<Ipv4Addr>) 
     let _ = writeln!(script, "add table ip {table}");
     let _ = writeln!(script, "add set ip {table} {PEERS} {{ type ipv4_addr; }}");
     elements(&mut script, "add", names, peers.iter());
+    // A chain of its own, so that packets that are none for peers, which are nearly all, meet a single rule.
+    let _ = writeln!(script, "add chain ip {table} {TO_PEERS}");
+    for rule in [&format!("ip saddr @{PEERS} fib saddr . iif oif exists accept"), "counter drop"] {
+        let _ = writeln!(script, "add rule ip {table} {TO_PEERS} {rule}");
+    }
     // Before the usual filters, so that none of their rules accepts the packets first.
     let hook = "type filter hook forward priority -10; policy accept;";
     let _ = writeln!(script, "add chain ip {table} forward {{ {hook} }}");
-    let to_peers = format!("meta l4proto udp udp dport {port} ip daddr @{PEERS}");
-    for rule in [
-        format!("{to_peers} ip saddr @{PEERS} fib saddr . iif oif exists accept"),
-        format!("{to_peers} counter drop"),
-    ] {
-        let _ = writeln!(script, "add rule ip {table} forward {rule}");
-    }
+    let to_peers = format!("meta l4proto udp udp dport {port} ip daddr @{PEERS} goto {TO_PEERS}");
+    let _ = writeln!(script, "add rule ip {table} forward {to_peers}");
     script
 }
 
@@ -107,9 +109,11 @@ mod tests {
              add table ip overlay-guard-ovl0\n\
              add set ip overlay-guard-ovl0 peers { type ipv4_addr; }\n\
              add element ip overlay-guard-ovl0 peers { 192.168.77.2, 192.168.77.3, }\n\
+             add chain ip overlay-guard-ovl0 to_peers\n\
+             add rule ip overlay-guard-ovl0 to_peers ip saddr @peers fib saddr . iif oif exists accept\n\
+             add rule ip overlay-guard-ovl0 to_peers counter drop\n\
              add chain ip overlay-guard-ovl0 forward { type filter hook forward priority -10; policy accept; }\n\
-             add rule ip overlay-guard-ovl0 forward meta l4proto udp udp dport 8285 ip daddr @peers ip saddr @peers fib saddr . iif oif exists accept\n\
-             add rule ip overlay-guard-ovl0 forward meta l4proto udp udp dport 8285 ip daddr @peers counter drop\n"
+             add rule ip overlay-guard-ovl0 forward meta l4proto udp udp dport 8285 ip daddr @peers goto to_peers\n"
         );
         assert!(!replacement(&names, 8285, &peers([])).contains("element"), "nft refuses an empty list");
     }

@@ -217,17 +217,18 @@ fn injection(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
         "nft flush ruleset",
         &format!("nft delete table ip {table}"),
         &format!("nft flush chain ip {table} forward"),
+        &format!("nft flush chain ip {table} to_peers"),
         &format!("nft flush set ip {table} peers"),
     ] {
         wait_until("the guard is there", || {
-            Ok(host.tool("nft list ruleset")?.contains("counter packets") && guarded(host)?.len() == 2)
+            Ok(has_rules(host)? && guarded(host)?.len() == 2)
         })?;
         host.tool(damage)?;
         if damage.ends_with("ruleset") {
             masquerade(&pair.topology.a)?;
         }
         wait_until(&format!("restored after {damage}"), || {
-            Ok(host.tool("nft list ruleset")?.contains("counter packets") && guarded(host)?.len() == 2)
+            Ok(has_rules(host)? && guarded(host)?.len() == 2)
         })?;
         dropped().context(damage.to_owned())?;
     }
@@ -235,6 +236,12 @@ fn injection(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
     let left = host.tool("nft list ruleset")?;
     ensure!(!left.contains(&table), "left behind: {left}");
     Ok(())
+}
+
+/// Whether both chains of the guard have their rules.
+fn has_rules(host: &Netns) -> Result<bool> {
+    let rules = host.tool("nft list ruleset")?;
+    Ok(rules.contains("goto to_peers") && rules.contains("counter packets"))
 }
 
 /// An address on which another overlay may use the same port is reachable unless, and as long as, it is that of a peer.

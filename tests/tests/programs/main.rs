@@ -20,3 +20,4 @@ mod lookup;
 mod rungs;
 mod shells;
 mod vectors;
+mod work;
