@@ -24,6 +24,7 @@ mod record;
 pub mod report;
 pub mod route;
 pub mod route_table;
+pub mod service;
 pub mod store;
 pub mod subnet_env;
 pub mod systemd;

@@ -14,7 +14,7 @@ use nix::{
     },
 };
 use rtnetlink::{
-    Handle, LinkUnspec, MulticastGroup, RouteMessageBuilder,
+    Handle, LinkDummy, LinkUnspec, MulticastGroup, RouteMessageBuilder,
     packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
@@ -391,6 +391,27 @@ impl Netlink {
         request.execute().await.with_context(|| format!("set the device up with MTU {mtu}"))
     }
 
+    /// Makes a dummy device with this hardware address, and sets it up.
+    pub(crate) async fn add_dummy(&self, name: &str, mac: [u8; 6]) -> Result<()> {
+        let message = LinkDummy::new(name).address(mac.to_vec()).up().build();
+        self.handle.link().add(message).execute().await.with_context(|| format!("make the device {name}"))
+    }
+
+    /// Makes all addresses of a network addresses of this host, on a device and until that is removed.
+    pub(crate) async fn add_local_route(&self, network: Ipv4Net, index: u32) -> Result<()> {
+        let request = self.handle.route().add(local_route(network, index)).replace();
+        request.execute().await.with_context(|| format!("make {network} addresses of this host"))
+    }
+
+    /// The networks of [`Self::add_local_route`] of a device.
+    pub(crate) async fn local_routes(&self, index: u32) -> Result<Vec<Ipv4Net>> {
+        let messages = self.route_messages().await?;
+        let local = messages
+            .iter()
+            .filter(|message| message.header.kind == RouteType::Local && device(message) == Some(index));
+        Ok(local.filter_map(destination).collect())
+    }
+
     /// Removes a device.
     pub async fn delete_link(&self, index: u32) -> Result<()> {
         self.handle.link().del(index).execute().await.context("remove the device")
@@ -464,6 +485,14 @@ pub fn device_name(index: u32) -> Result<String> {
     ensure!(!name.is_empty(), "the device {index} is gone");
     Ok(name.to_string_lossy().into_owned())
 }
+
+fn local_route(network: Ipv4Net, index: u32) -> RouteMessage {
+    let route = route_to_net(network).output_interface(index).table_id(LOCAL_TABLE);
+    route.kind(RouteType::Local).scope(RouteScope::Host).build()
+}
+
+/// The table of this host's addresses: `RT_TABLE_LOCAL` (linux/rtnetlink.h).
+const LOCAL_TABLE: u32 = 255;
 
 /// Distinguishes the agent's blackhole routes from others; iproute2 assigns this protocol number to no program.
 const BLACKHOLE_MARK: RouteProtocol = RouteProtocol::Other(0x6f);

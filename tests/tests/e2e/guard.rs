@@ -220,16 +220,15 @@ fn injection(sandbox: &Arc<Sandbox>, rung: Rung) -> Result<()> {
         &format!("nft flush chain ip {table} to_peers"),
         &format!("nft flush set ip {table} peers"),
     ] {
-        wait_until("the guard is there", || {
-            Ok(has_rules(host)? && guarded(host)?.len() == 2)
-        })?;
+        wait_until("the guard is there", || Ok(has_rules(host)? && guarded(host)?.len() == 2))?;
         host.tool(damage)?;
         if damage.ends_with("ruleset") {
             masquerade(&pair.topology.a)?;
         }
-        wait_until(&format!("restored after {damage}"), || {
-            Ok(has_rules(host)? && guarded(host)?.len() == 2)
-        })?;
+        wait_until(
+            &format!("restored after {damage}"),
+            || Ok(has_rules(host)? && guarded(host)?.len() == 2),
+        )?;
         dropped().context(damage.to_owned())?;
     }
     pair.a.stop()?;

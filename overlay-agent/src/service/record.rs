@@ -1,0 +1,437 @@
+//! The records of services in the store, as JSON: what operators and nodes write.
+//!
+//! Unknown keys are ignored, so that older agents read what newer ones write; a value outside its limits makes the record one that
+//! cannot be used.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::Ipv4Addr,
+    num::NonZeroU16,
+};
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use super::name::{EndpointName, ServiceName, label};
+use crate::{
+    printable::{LONGEST_REASON, printable},
+    store::{Kind, RecordError},
+};
+
+/// Version of the records that this agent writes.
+pub const RECORD_VERSION: u32 = 1;
+/// Most ports of a service.
+const MAX_PORTS: usize = 16;
+/// Largest weight of an endpoint.
+pub const MAX_WEIGHT: u16 = 256;
+
+/// The kind of `services/<namespace>/<name>`.
+#[derive(Clone, Debug)]
+pub struct Services;
+/// The kind of `vips/<address>`: which service holds a virtual address.
+#[derive(Clone, Debug)]
+pub struct Vips;
+/// The kind of `endpoints/<namespace>/<name>/<node>/<id>`.
+#[derive(Clone, Debug)]
+pub struct Endpoints;
+
+/// A service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Service {
+    /// Version of the record.
+    pub v: u32,
+    /// The virtual address that the operator wants; without, the agents allocate one of the pool.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vip: Option<Ipv4Addr>,
+    /// Without a virtual address: DNS answers with the addresses of the endpoints.
+    #[serde(default)]
+    pub headless: bool,
+    /// The ports, at least one.
+    pub ports: Vec<Port>,
+    /// How an endpoint is chosen; without, as the network's config says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lb: Option<LoadBalancing>,
+    /// Keeps a client at its endpoint.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub affinity: Option<Affinity>,
+    /// Which endpoints are preferred.
+    #[serde(default)]
+    pub locality: Locality,
+    /// How the node of an endpoint checks it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub health: Option<HealthCheck>,
+}
+
+/// A port of a service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Port {
+    /// A DNS label, unique in the service.
+    pub name: String,
+    /// The port of the virtual address.
+    pub port: NonZeroU16,
+    /// The protocol.
+    pub protocol: Protocol,
+    /// The port of the endpoints, unless their records name another; without, the same as `port`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target_port: Option<NonZeroU16>,
+    /// What is spoken on it.
+    #[serde(default)]
+    pub app: App,
+}
+
+/// A transport protocol.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// TCP.
+    #[default]
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+impl Protocol {
+    /// The number in the IP header.
+    pub fn number(self) -> u8 {
+        match self {
+            Self::Tcp => 6,
+            Self::Udp => 17,
+        }
+    }
+
+    /// The name in records, and in SRV names behind an underscore.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        }
+    }
+}
+
+/// What is spoken on a port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum App {
+    /// Anything: connections are balanced.
+    #[default]
+    Tcp,
+    /// HTTP: requests are balanced.
+    Http,
+}
+
+/// How an endpoint is chosen.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LoadBalancing {
+    /// The rule.
+    pub policy: Policy,
+    /// With HTTP and a hash policy, the header that is hashed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hash_key: Option<String>,
+}
+
+/// The rule by which an endpoint is chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Policy {
+    /// One after the other.
+    #[default]
+    RoundRobin,
+    /// By chance.
+    Random,
+    /// The one with the fewest connections from this node.
+    LeastConn,
+    /// By a hash of the client's address.
+    SourceHash,
+    /// By a consistent hash of the client's address, which moves few clients when endpoints come and go.
+    Maglev,
+}
+
+/// Keeps a client at its endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Affinity {
+    /// By the client's address; `false` is as no affinity.
+    pub client_ip: bool,
+    /// Seconds without a connection after which it ends.
+    pub ttl_s: u32,
+}
+
+/// Which endpoints are preferred.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Locality {
+    /// All alike.
+    #[default]
+    Any,
+    /// Those of the client's node, if there are any.
+    PreferNode,
+    /// Those of the client's zone, if there are any.
+    PreferZone,
+    /// Only those of the client's node.
+    LocalOnly,
+}
+
+/// How the node of an endpoint checks it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HealthCheck {
+    /// What is done.
+    pub kind: CheckKind,
+    /// With HTTP, the path that has to answer with a status from 200 to 399.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
+    /// Milliseconds from one check to the next.
+    #[serde(default = "default_interval")]
+    pub interval_ms: u32,
+    /// Milliseconds that a check may take.
+    #[serde(default = "default_timeout")]
+    pub timeout_ms: u32,
+    /// Failed checks in a row after which the endpoint is down.
+    #[serde(default = "default_fall")]
+    pub fall: u32,
+    /// Passed checks in a row after which it is up again.
+    #[serde(default = "default_rise")]
+    pub rise: u32,
+}
+
+fn default_interval() -> u32 {
+    2000
+}
+
+fn default_timeout() -> u32 {
+    1000
+}
+
+fn default_fall() -> u32 {
+    3
+}
+
+fn default_rise() -> u32 {
+    2
+}
+
+/// What a health check does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CheckKind {
+    /// Connects.
+    Tcp,
+    /// Connects and requests a path.
+    Http,
+}
+
+/// An endpoint: one running instance of a service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Endpoint {
+    /// Its address in the overlay.
+    pub overlay_ip: Ipv4Addr,
+    /// Its ports by the name of the service's port, where they are not the service's target ports.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub ports: BTreeMap<String, NonZeroU16>,
+    /// Its share of the connections beside the others'; 0 for none.
+    #[serde(default = "default_weight")]
+    pub weight: u16,
+    /// Where it runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zone: Option<String>,
+    /// Whether it takes new connections.
+    #[serde(default)]
+    pub state: EndpointState,
+}
+
+fn default_weight() -> u16 {
+    1
+}
+
+/// Whether an endpoint takes new connections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EndpointState {
+    /// It does.
+    #[default]
+    Ready,
+    /// It keeps those that it has.
+    Draining,
+    /// Its node finds that it does not answer.
+    Down,
+}
+
+impl Service {
+    fn check(&self) -> Result<(), String> {
+        if self.headless && self.vip.is_some() {
+            return Err("headless and vip exclude each other".to_owned());
+        }
+        if self.ports.is_empty() || self.ports.len() > MAX_PORTS {
+            return Err(format!("a service has 1 to {MAX_PORTS} ports, this one {}", self.ports.len()));
+        }
+        let mut names = BTreeSet::new();
+        let mut numbers = BTreeSet::new();
+        for port in &self.ports {
+            label("port name", &port.name).map_err(|error| error.0.to_string())?;
+            if !names.insert(&port.name) {
+                return Err(format!("two ports have the name {}", port.name));
+            }
+            if !numbers.insert((port.protocol, port.port)) {
+                return Err(format!("two ports are {} {}", port.protocol.name(), port.port));
+            }
+            if port.app == App::Http && port.protocol != Protocol::Tcp {
+                return Err(format!("port {}: HTTP needs TCP", port.name));
+            }
+        }
+        if self.affinity.is_some_and(|affinity| affinity.client_ip && affinity.ttl_s == 0) {
+            return Err("affinity.ttl_s is 0: expected seconds".to_owned());
+        }
+        if let Some(health) = &self.health {
+            let positive = [health.interval_ms, health.timeout_ms, health.fall, health.rise];
+            if positive.contains(&0) {
+                return Err("health: interval_ms, timeout_ms, fall and rise start at 1".to_owned());
+            }
+            if health.path.as_ref().is_some_and(|path| !path.starts_with('/')) {
+                return Err("health.path does not start with a slash".to_owned());
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Endpoint {
+    fn check(&self) -> Result<(), String> {
+        let ip = self.overlay_ip;
+        if ip.is_unspecified() || ip.is_loopback() || ip.is_multicast() || ip.is_broadcast() {
+            return Err(format!("overlay_ip {ip} is no address of a host"));
+        }
+        if self.weight > MAX_WEIGHT {
+            return Err(format!("weight {} is above {MAX_WEIGHT}", self.weight));
+        }
+        Ok(())
+    }
+}
+
+/// Parses a JSON value of a record.
+fn parse<T: DeserializeOwned>(
+    value: &[u8],
+    what: &str,
+    check: impl Fn(&T) -> Result<(), String>,
+) -> Result<T, RecordError> {
+    let error = |reason: String| RecordError(printable(&format!("{what}: {reason}"), LONGEST_REASON).into());
+    let parsed: T = serde_json::from_slice(value).map_err(|reason| error(reason.to_string()))?;
+    check(&parsed).map_err(error)?;
+    Ok(parsed)
+}
+
+impl Kind for Services {
+    const PREFIX: &'static str = "services/";
+    type Id = ServiceName;
+    type Value = Service;
+
+    fn parse_key(key: &str) -> Result<ServiceName, RecordError> {
+        key.parse()
+    }
+
+    fn parse_value(value: &[u8]) -> Result<Service, RecordError> {
+        parse(value, "the service", |service: &Service| match service.v {
+            RECORD_VERSION => service.check(),
+            other => Err(format!("v is {other}, this agent reads {RECORD_VERSION}")),
+        })
+    }
+}
+
+impl Kind for Vips {
+    const PREFIX: &'static str = "vips/";
+    type Id = Ipv4Addr;
+    type Value = ServiceName;
+
+    fn parse_key(key: &str) -> Result<Ipv4Addr, RecordError> {
+        key.parse().map_err(|_| RecordError(format!("{key:?} is no IPv4 address").into()))
+    }
+
+    /// The text `namespace/name`, not JSON.
+    fn parse_value(value: &[u8]) -> Result<ServiceName, RecordError> {
+        let text = str::from_utf8(value).map_err(|_| RecordError("the value is not UTF-8".into()))?;
+        text.trim_end().parse()
+    }
+}
+
+impl Kind for Endpoints {
+    const PREFIX: &'static str = "endpoints/";
+    type Id = EndpointName;
+    type Value = Endpoint;
+
+    fn parse_key(key: &str) -> Result<EndpointName, RecordError> {
+        key.parse()
+    }
+
+    fn parse_value(value: &[u8]) -> Result<Endpoint, RecordError> {
+        parse(value, "the endpoint", Endpoint::check)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn service(json: &str) -> Result<Service, String> {
+        Services::parse_value(json.as_bytes()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_short_record_has_defaults() {
+        let web = service(r#"{"v":1,"ports":[{"name":"http","port":80,"protocol":"tcp"}]}"#).unwrap();
+        assert_eq!((web.vip, web.headless, web.lb.clone(), web.locality), (None, false, None, Locality::Any));
+        let port = &web.ports[0];
+        assert_eq!((port.port.get(), port.target_port, port.app), (80, None, App::Tcp));
+        let endpoint = Endpoints::parse_value(br#"{"overlay_ip":"10.244.1.2"}"#).unwrap();
+        assert_eq!((endpoint.weight, endpoint.state), (1, EndpointState::Ready));
+        let written = serde_json::to_vec(&web).unwrap();
+        assert_eq!(Services::parse_value(&written).unwrap(), web);
+    }
+
+    #[test]
+    fn a_full_record_is_read() {
+        let json = r#"{"v":1,"vip":"10.251.0.9","headless":false,"future":1,
+            "ports":[{"name":"http","port":80,"protocol":"tcp","target_port":8080,"app":"http"},
+                     {"name":"dns","port":80,"protocol":"udp"}],
+            "lb":{"policy":"maglev","hash_key":"x-user"},"affinity":{"client_ip":true,"ttl_s":600},
+            "locality":"prefer_zone",
+            "health":{"kind":"http","path":"/ok","interval_ms":500,"timeout_ms":200,"fall":2,"rise":1}}"#;
+        let service = service(json).unwrap();
+        assert_eq!(service.lb.unwrap().policy, Policy::Maglev);
+        assert_eq!(service.health.unwrap().path.as_deref(), Some("/ok"));
+    }
+
+    #[test]
+    fn what_cannot_be_used_is_refused_with_a_reason() {
+        let port = r#"{"name":"http","port":80,"protocol":"tcp"}"#;
+        for (json, reason) in [
+            ("{".to_owned(), "EOF"),
+            (format!(r#"{{"v":2,"ports":[{port}]}}"#), "v is 2"),
+            (r#"{"v":1,"ports":[]}"#.to_owned(), "1 to 16 ports"),
+            (format!(r#"{{"v":1,"ports":[{port},{port}]}}"#), "the name http"),
+            (r#"{"v":1,"ports":[{"name":"http","port":0,"protocol":"tcp"}]}"#.to_owned(), "nonzero"),
+            (r#"{"v":1,"ports":[{"name":"Http","port":1,"protocol":"tcp"}]}"#.to_owned(), "DNS label"),
+            (
+                r#"{"v":1,"ports":[{"name":"a","port":1,"protocol":"udp","app":"http"}]}"#.to_owned(),
+                "needs TCP",
+            ),
+            (format!(r#"{{"v":1,"headless":true,"vip":"10.251.0.1","ports":[{port}]}}"#), "exclude"),
+            (format!(r#"{{"v":1,"affinity":{{"client_ip":true,"ttl_s":0}},"ports":[{port}]}}"#), "ttl_s"),
+            (format!(r#"{{"v":1,"lb":{{"policy":"best"}},"ports":[{port}]}}"#), "unknown variant"),
+        ] {
+            let error = service(&json).unwrap_err();
+            assert!(error.contains(reason), "{json}: {error}");
+        }
+        for (json, reason) in [
+            (r#"{"overlay_ip":"127.0.0.1"}"#, "no address of a host"),
+            (r#"{"overlay_ip":"10.244.1.2","weight":257}"#, "above 256"),
+            (r#"{"overlay_ip":"10.244.1"}"#, "IPv4"),
+        ] {
+            let error = Endpoints::parse_value(json.as_bytes()).unwrap_err().to_string();
+            assert!(error.contains(reason), "{json}: {error}");
+        }
+    }
+
+    #[test]
+    fn vips_name_their_service() {
+        assert_eq!(Vips::parse_key("10.251.0.7"), Ok(Ipv4Addr::new(10, 251, 0, 7)));
+        assert!(Vips::parse_key("10.251.0").is_err());
+        assert_eq!(Vips::parse_value(b"shop/web\n").unwrap().to_string(), "shop/web");
+        assert!(Vips::parse_value(b"\xff").is_err());
+    }
+}
