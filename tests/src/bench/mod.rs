@@ -7,6 +7,7 @@ mod metrics;
 mod network;
 mod programs;
 mod route_map;
+mod spread;
 
 use std::{
     fs::{File, OpenOptions},

@@ -8,12 +8,12 @@ use nix::sys::utsname::uname;
 use super::{
     metric::Metric,
     plot::chart,
-    results::{Cell, Results, Spread},
+    results::{Cell, Results},
     selection::Selection,
     system::System,
     tables::{baselines, digits},
 };
-use crate::topology::Underlay;
+use crate::{bench::spread::Spread, topology::Underlay};
 
 /// What the tables do not say.
 #[derive(Clone, Debug)]

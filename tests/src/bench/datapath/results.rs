@@ -3,25 +3,7 @@
 use serde::Serialize;
 
 use super::{metric::Metric, system::System};
-use crate::topology::Underlay;
-
-/// Median, smallest and largest of some values.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Spread {
-    pub(super) median: f64,
-    pub(super) min: f64,
-    pub(super) max: f64,
-}
-
-impl Spread {
-    /// `None` without values.
-    pub(super) fn of(mut values: Vec<f64>) -> Option<Self> {
-        values.sort_by(f64::total_cmp);
-        let (min, max) = (*values.first()?, *values.last()?);
-        let (below, above) = (values.get((values.len() - 1) / 2)?, values.get(values.len() / 2)?);
-        Some(Self { median: f64::midpoint(*below, *above), min, max })
-    }
-}
+use crate::{bench::spread::Spread, topology::Underlay};
 
 /// One metric of one system on one underlay.
 #[derive(Clone, Debug)]
@@ -197,13 +179,6 @@ pub(super) mod tests {
         results.fail(VIRTUAL, System::Proxy, Metric::Tcp1, "a later reason");
         results.fail(VIRTUAL, System::Proxy, Metric::RrP50, "no byte arrived");
         results
-    }
-
-    #[test]
-    fn the_median_of_an_even_number_is_between_two() {
-        assert_eq!(Spread::of(vec![4.0, 1.0, 3.0, 2.0]), Some(Spread { median: 2.5, min: 1.0, max: 4.0 }));
-        assert_eq!(Spread::of(vec![9.0, 1.0, 5.0]).map(|spread| spread.median), Some(5.0));
-        assert_eq!(Spread::of(Vec::new()), None);
     }
 
     #[test]
