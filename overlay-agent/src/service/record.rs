@@ -25,13 +25,13 @@ const MAX_PORTS: usize = 16;
 pub const MAX_WEIGHT: u16 = 256;
 
 /// The kind of `services/<namespace>/<name>`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Services;
 /// The kind of `vips/<address>`: which service holds a virtual address.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Vips;
 /// The kind of `endpoints/<namespace>/<name>/<node>/<id>`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoints;
 
 /// A virtual address.
@@ -39,14 +39,19 @@ pub struct Endpoints;
 pub enum Vip {
     /// A service holds it.
     Held(ServiceName),
-    /// This service held it. Clients may still have it from DNS, so no other service gets it before the record is gone.
-    Released(ServiceName),
+    /// A service held it. Clients may still have it from DNS, so no other service gets it before the record is gone.
+    Released(Released),
 }
 
 /// The value of a virtual address that was released.
-#[derive(Serialize, Deserialize)]
-struct Released {
-    released: ServiceName,
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Released {
+    /// The service that held it, and may have it again at once.
+    #[serde(rename = "released")]
+    pub by: ServiceName,
+    /// A random number, so that two releases are two values.
+    #[serde(default)]
+    pub nonce: u64,
 }
 
 /// A service.
@@ -83,7 +88,8 @@ pub struct Port {
     pub name: String,
     /// The port of the virtual address.
     pub port: NonZeroU16,
-    /// The protocol.
+    /// The protocol; without, TCP.
+    #[serde(default)]
     pub protocol: Protocol,
     /// The port of the endpoints, unless their records name another; without, the same as `port`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -358,12 +364,11 @@ impl Kind for Vips {
         key.parse().map_err(|_| RecordError(format!("{key:?} is no IPv4 address").into()))
     }
 
-    /// The text `namespace/name` of the holder, or the JSON `{"released":"namespace/name"}`.
+    /// The text `namespace/name` of the holder, or the JSON `{"released":"namespace/name","nonce":7}`.
     fn parse_value(value: &[u8]) -> Result<Vip, RecordError> {
         let text = str::from_utf8(value).map_err(|_| RecordError("the value is not UTF-8".into()))?;
         if text.trim_start().starts_with('{') {
-            let released: Released = parse(value, "the virtual address", |_| Ok(()))?;
-            return Ok(Vip::Released(released.released));
+            return parse(value, "the virtual address", |_| Ok(())).map(Vip::Released);
         }
         text.trim_end().parse().map(Vip::Held)
     }
@@ -407,7 +412,7 @@ impl Writable for Vips {
     fn text(vip: &Vip) -> String {
         match vip {
             Vip::Held(holder) => holder.to_string(),
-            Vip::Released(released) => json(&Released { released: released.clone() }),
+            Vip::Released(released) => json(released),
         }
     }
 }
@@ -492,8 +497,9 @@ mod tests {
         assert!(Vips::parse_key("10.251.0").is_err());
         let web = "shop/web".parse::<ServiceName>().unwrap();
         assert_eq!(Vips::parse_value(b"shop/web\n"), Ok(Vip::Held(web.clone())));
-        assert_eq!(Vips::parse_value(br#"{"released":"shop/web"}"#), Ok(Vip::Released(web.clone())));
-        for vip in [Vip::Held(web.clone()), Vip::Released(web)] {
+        let released = Released { by: web.clone(), nonce: 0 };
+        assert_eq!(Vips::parse_value(br#"{"released":"shop/web"}"#), Ok(Vip::Released(released.clone())));
+        for vip in [Vip::Held(web), Vip::Released(Released { nonce: u64::MAX, ..released })] {
             assert_eq!(Vips::parse_value(Vips::text(&vip).as_bytes()), Ok(vip));
         }
         for bad in [&b"\xff"[..], b"{}", br#"{"released":"web"}"#, b""] {

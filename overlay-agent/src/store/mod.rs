@@ -99,6 +99,16 @@ impl Store {
         self.backend.list().await
     }
 
+    /// Makes a kind exist of which there may be no record yet: without its directory, a directory store cannot be followed, as one
+    /// that lost its records. Makes no store that does not exist, and nothing in etcd, which needs nothing.
+    /// Fails when the directory cannot be written.
+    pub async fn prepare<K: Kind>(&self) -> Result<(), StoreError> {
+        match &self.backend {
+            Backend::Dir(dir) if self.exists() => dir.blocking(|dir| dir.create::<K>()).await,
+            Backend::Dir(_) | Backend::Etcd(_) => Ok(()),
+        }
+    }
+
     /// Follows all records of a kind in a task that ends when the receiver is dropped: a snapshot first, then changes. After
     /// [`Event::Lost`] a snapshot follows when the store can be read again.
     pub fn follow<K: Kind>(&self) -> mpsc::Receiver<Event<K>> {

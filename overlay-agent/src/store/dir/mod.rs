@@ -246,10 +246,6 @@ pub(super) async fn follow<K: Kind>(dir: Arc<Dir>, events: mpsc::Sender<Event<K>
 
 /// Watches before it lists, so that no change is missed.
 async fn watch_and_list<K: Kind>(dir: &Arc<Dir>, events: &mpsc::Sender<Event<K>>) -> Result<(), StoreError> {
-    // A kind of which there is no record yet has no directory. The root is not made: it may be a mount that is not there.
-    if dir.root.is_dir() {
-        dir.blocking(|dir| dir.create::<K>()).await?;
-    }
     let mut watch = dir.watch(K::PREFIX)?;
     loop {
         watch.enter::<K>(dir)?;

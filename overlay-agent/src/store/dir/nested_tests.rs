@@ -110,6 +110,7 @@ async fn a_write_needs_its_conditions() {
 #[tokio::test]
 async fn new_directories_are_followed() {
     let fixture = Fixture::new();
+    fixture.store.prepare::<Endpoints>().await.unwrap();
     let mut events = fixture.store.follow::<Endpoints>();
     let mut next = async || match events.recv().await.unwrap() {
         Event::Snapshot(records) => records.into_iter().map(|record| record.key).collect::<Vec<_>>(),
