@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     name::{EndpointName, ServiceName},
-    record::{self, EndpointState, Endpoints, LoadBalancing, Port, Protocol, Services, Vips},
+    record::{self, EndpointState, Endpoints, LoadBalancing, Port, Protocol, Services, Vip, Vips},
 };
 use crate::store::Record;
 
@@ -156,9 +156,10 @@ impl Catalog {
         let mut holders = BTreeMap::new();
         for record in vips {
             match (&record.id, &record.value) {
-                (Ok(vip), Ok(name)) => {
+                (Ok(vip), Ok(Vip::Held(name))) => {
                     holders.insert(*vip, name.clone());
                 }
+                (Ok(_), Ok(Vip::Released(_))) => {}
                 (Err(reason), _) | (_, Err(reason)) => skipped.push(skip("vips/", &record.key, reason)),
             }
         }

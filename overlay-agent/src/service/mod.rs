@@ -1,13 +1,21 @@
 //! Services: names, virtual addresses and load balancing, on the agent of the overlay.
 //!
-//! In reading order: `name` and `record` (what the store has), `catalog` (what that means), `device` (the virtual addresses),
-//! `dns` (the names of the services).
+//! In reading order: `name` and `record` (what the store has), `catalog` (what that means), `index` and `follow` (the catalog as the
+//! records change), `input` (services as operators write them), `vip` (which service gets which virtual address), `device` (the
+//! names of the services).
 
 pub mod catalog;
 pub mod device;
 pub mod dns;
+pub mod follow;
+mod index;
+pub mod input;
 pub mod name;
 pub mod record;
+#[cfg(test)]
+mod tests;
+pub mod vip;
 
 pub use catalog::Catalog;
+pub use follow::{FollowState, Following, follow};
 pub use name::{EndpointName, ServiceName};

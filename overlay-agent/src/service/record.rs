@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use super::name::{EndpointName, ServiceName, label};
 use crate::{
     printable::{LONGEST_REASON, printable},
-    store::{Kind, RecordError},
+    store::{Kind, RecordError, Writable},
 };
 
 /// Version of the records that this agent writes.
@@ -25,14 +25,34 @@ const MAX_PORTS: usize = 16;
 pub const MAX_WEIGHT: u16 = 256;
 
 /// The kind of `services/<namespace>/<name>`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Services;
 /// The kind of `vips/<address>`: which service holds a virtual address.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Vips;
 /// The kind of `endpoints/<namespace>/<name>/<node>/<id>`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoints;
+
+/// A virtual address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Vip {
+    /// A service holds it.
+    Held(ServiceName),
+    /// A service held it. Clients may still have it from DNS, so no other service gets it before the record is gone.
+    Released(Released),
+}
+
+/// The value of a virtual address that was released.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Released {
+    /// The service that held it, and may have it again at once.
+    #[serde(rename = "released")]
+    pub by: ServiceName,
+    /// A random number, so that two releases are two values.
+    #[serde(default)]
+    pub nonce: u64,
+}
 
 /// A service.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,7 +88,8 @@ pub struct Port {
     pub name: String,
     /// The port of the virtual address.
     pub port: NonZeroU16,
-    /// The protocol.
+    /// The protocol; without, TCP.
+    #[serde(default)]
     pub protocol: Protocol,
     /// The port of the endpoints, unless their records name another; without, the same as `port`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -318,6 +339,7 @@ fn parse<T: DeserializeOwned>(
 
 impl Kind for Services {
     const PREFIX: &'static str = "services/";
+    const SEGMENTS: usize = 2;
     type Id = ServiceName;
     type Value = Service;
 
@@ -336,21 +358,25 @@ impl Kind for Services {
 impl Kind for Vips {
     const PREFIX: &'static str = "vips/";
     type Id = Ipv4Addr;
-    type Value = ServiceName;
+    type Value = Vip;
 
     fn parse_key(key: &str) -> Result<Ipv4Addr, RecordError> {
         key.parse().map_err(|_| RecordError(format!("{key:?} is no IPv4 address").into()))
     }
 
-    /// The text `namespace/name`, not JSON.
-    fn parse_value(value: &[u8]) -> Result<ServiceName, RecordError> {
+    /// The text `namespace/name` of the holder, or the JSON `{"released":"namespace/name","nonce":7}`.
+    fn parse_value(value: &[u8]) -> Result<Vip, RecordError> {
         let text = str::from_utf8(value).map_err(|_| RecordError("the value is not UTF-8".into()))?;
-        text.trim_end().parse()
+        if text.trim_start().starts_with('{') {
+            return parse(value, "the virtual address", |_| Ok(())).map(Vip::Released);
+        }
+        text.trim_end().parse().map(Vip::Held)
     }
 }
 
 impl Kind for Endpoints {
     const PREFIX: &'static str = "endpoints/";
+    const SEGMENTS: usize = 4;
     type Id = EndpointName;
     type Value = Endpoint;
 
@@ -360,6 +386,44 @@ impl Kind for Endpoints {
 
     fn parse_value(value: &[u8]) -> Result<Endpoint, RecordError> {
         parse(value, "the endpoint", Endpoint::check)
+    }
+}
+
+/// The JSON of a value. Those of this module have only text as keys, so they have one.
+fn json(value: &impl Serialize) -> String {
+    serde_json::to_string(value).unwrap_or_default()
+}
+
+impl Writable for Services {
+    fn key(name: &ServiceName) -> String {
+        name.to_string()
+    }
+
+    fn text(service: &Service) -> String {
+        json(service)
+    }
+}
+
+impl Writable for Vips {
+    fn key(vip: &Ipv4Addr) -> String {
+        vip.to_string()
+    }
+
+    fn text(vip: &Vip) -> String {
+        match vip {
+            Vip::Held(holder) => holder.to_string(),
+            Vip::Released(released) => json(released),
+        }
+    }
+}
+
+impl Writable for Endpoints {
+    fn key(name: &EndpointName) -> String {
+        name.to_string()
+    }
+
+    fn text(endpoint: &Endpoint) -> String {
+        json(endpoint)
     }
 }
 
@@ -431,7 +495,15 @@ mod tests {
     fn vips_name_their_service() {
         assert_eq!(Vips::parse_key("10.251.0.7"), Ok(Ipv4Addr::new(10, 251, 0, 7)));
         assert!(Vips::parse_key("10.251.0").is_err());
-        assert_eq!(Vips::parse_value(b"shop/web\n").unwrap().to_string(), "shop/web");
-        assert!(Vips::parse_value(b"\xff").is_err());
+        let web = "shop/web".parse::<ServiceName>().unwrap();
+        assert_eq!(Vips::parse_value(b"shop/web\n"), Ok(Vip::Held(web.clone())));
+        let released = Released { by: web.clone(), nonce: 0 };
+        assert_eq!(Vips::parse_value(br#"{"released":"shop/web"}"#), Ok(Vip::Released(released.clone())));
+        for vip in [Vip::Held(web), Vip::Released(Released { nonce: u64::MAX, ..released })] {
+            assert_eq!(Vips::parse_value(Vips::text(&vip).as_bytes()), Ok(vip));
+        }
+        for bad in [&b"\xff"[..], b"{}", br#"{"released":"web"}"#, b""] {
+            assert!(Vips::parse_value(bad).is_err());
+        }
     }
 }

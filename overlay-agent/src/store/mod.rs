@@ -1,8 +1,8 @@
 //! Records of one network, in etcd or in a directory: one interface for the agent and for an operator's commands.
 //!
 //! In reading order: `record` (kinds, versions, events), `backend` (the primitives), `etcd` and `dir` (the two stores), and
-//! [`Store`], which the rest of the program uses: everybody's records here, the network's configuration in `config`, this host's
-//! own lease in `lease`.
+//! [`Store`], which the rest of the program uses: everybody's records here, writes of any kind in `write`, the network's
+//! configuration in `config`, this host's own lease in `lease`, and its other records in `own`.
 
 mod backend;
 mod backoff;
@@ -11,7 +11,9 @@ mod dir;
 mod error;
 pub mod etcd;
 mod lease;
+mod own;
 mod record;
+mod write;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -25,7 +27,9 @@ use tracing::debug;
 
 pub use error::StoreError;
 pub use lease::{Held, LeaseEvent, LeaseKeeper, SubnetRequest};
-pub use record::{Change, Event, Kind, Lifetime, LifetimeId, Record, RecordError, Version};
+pub use own::{OwnRecords, OwnState};
+pub use record::{Change, Event, Kind, Lifetime, LifetimeId, Record, RecordError, Version, Writable};
+pub use write::Condition;
 
 use backend::{Backend, Expected, Write};
 use dir::Dir;
@@ -93,6 +97,16 @@ impl Store {
             }
         }
         self.backend.list().await
+    }
+
+    /// Makes a kind exist of which there may be no record yet: without its directory, a directory store cannot be followed, as one
+    /// that lost its records. Makes no store that does not exist, and nothing in etcd, which needs nothing.
+    /// Fails when the directory cannot be written.
+    pub async fn prepare<K: Kind>(&self) -> Result<(), StoreError> {
+        match &self.backend {
+            Backend::Dir(dir) if self.exists() => dir.blocking(|dir| dir.create::<K>()).await,
+            Backend::Dir(_) | Backend::Etcd(_) => Ok(()),
+        }
     }
 
     /// Follows all records of a kind in a task that ends when the receiver is dropped: a snapshot first, then changes. After

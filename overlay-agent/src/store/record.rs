@@ -9,6 +9,8 @@ use thiserror::Error;
 pub trait Kind: Clone + Debug + Send + Sync + 'static {
     /// First part of the keys, with the slash at its end: `subnets/`.
     const PREFIX: &'static str;
+    /// Parts of a key behind the prefix, separated by slashes. A directory store has a directory for each but the last.
+    const SEGMENTS: usize = 1;
     /// What a key names.
     type Id: Clone + Debug + PartialEq + Send + Sync;
     /// What a value means.
@@ -21,6 +23,15 @@ pub trait Kind: Clone + Debug + Send + Sync + 'static {
     /// Parses a value.
     /// Fails when it is not a value of this kind.
     fn parse_value(value: &[u8]) -> Result<Self::Value, RecordError>;
+}
+
+/// A kind of which this program writes records.
+pub trait Writable: Kind {
+    /// The part of a key behind the prefix, which [`Kind::parse_key`] reads.
+    fn key(id: &Self::Id) -> String;
+
+    /// The text of a value, which [`Kind::parse_value`] reads.
+    fn text(value: &Self::Value) -> String;
 }
 
 /// Why a record cannot be used. The text quotes at most 64 characters of the record, without control characters. Boxed: a

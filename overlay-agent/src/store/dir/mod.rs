@@ -4,6 +4,8 @@
 //! Records have no end here. Files are written whole (temporary file, fsync, rename) and watched with inotify.
 
 #[cfg(test)]
+mod nested_tests;
+#[cfg(test)]
 mod tests;
 
 use std::{
@@ -22,7 +24,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use futures_util::{FutureExt as _, StreamExt as _};
-use inotify::{EventMask, EventStream, Inotify, WatchMask};
+use inotify::{EventMask, EventStream, Inotify, WatchDescriptor, WatchMask, Watches};
 use nix::{
     errno::Errno,
     fcntl::{Flock, FlockArg},
@@ -89,33 +91,27 @@ impl Dir {
     }
 
     pub(super) fn list<K: Kind>(&self) -> Result<Vec<Record<K>>> {
-        let mut keys = self.names(K::PREFIX)?;
+        let mut keys = self.names(K::PREFIX, K::SEGMENTS)?;
         keys.sort();
         // Files that were removed since are missing.
         Ok(self.get(&keys).into_iter().flatten().map(Record::from).collect())
     }
 
-    /// All keys with a prefix. Files whose names begin with a dot are not records: tools keep temporary files there.
-    fn names(&self, prefix: &str) -> Result<Vec<String>> {
-        let directory = self.path(prefix);
-        let list = || -> io::Result<Vec<String>> {
-            let mut keys = Vec::new();
-            for entry in std::fs::read_dir(&directory)? {
-                let name = key_text(entry?.file_name().as_bytes());
-                if !name.starts_with('.') {
-                    keys.push(format!("{prefix}{name}"));
-                }
-            }
-            Ok(keys)
-        };
-        list().with_context(|| format!("list {}", directory.display()))
+    /// All keys with a prefix, and of keys with fewer `segments` those that are files. Files whose names begin with a dot are not
+    /// records: tools keep temporary files there.
+    fn names(&self, prefix: &str, segments: usize) -> Result<Vec<String>> {
+        let mut keys = Vec::new();
+        walk(self, prefix, segments, &mut |key| keys.push(key), &mut |_| Ok(()))?;
+        Ok(keys)
     }
 
     pub(super) fn write(&self, write: &Write) -> Result<Option<Written>> {
         let path = self.path(&write.key);
         let directory = path.parent().unwrap_or(&self.root);
-        create(directory)?;
+        create(&self.root)?;
         let _lock = self.lock()?;
+        // Under the lock, under which the removal of the last record of a directory removes the directory, too.
+        create(directory)?;
         for (key, expected) in &write.when {
             let found = self.get(std::slice::from_ref(key)).pop().flatten();
             let holds = match (expected, found) {
@@ -132,12 +128,27 @@ impl Dir {
             Some(value) => put(&path, directory, value, is_new),
             None => std::fs::remove_file(&path).map(|()| true),
         };
+        if write.value.is_none() {
+            self.remove_empty(&write.key);
+        }
         if !done.with_context(|| format!("write {}", path.display()))? {
             return Ok(None);
         }
-        let keys = write.list.map_or(Ok(Vec::new()), |prefix| self.names(prefix))?;
+        let keys = write.list.map_or(Ok(Vec::new()), |prefix| self.names(prefix, 1))?;
         let value = write.value.clone().unwrap_or_default().into_bytes();
         Ok(Some(Written { version: raw(write.key.clone(), value).version, keys }))
+    }
+
+    /// Removes the directories of a removed key that are empty, but not that of its kind.
+    fn remove_empty(&self, key: &str) {
+        let mut key = key;
+        while let Some((parent, _)) = key.rsplit_once('/').filter(|(parent, _)| parent.contains('/')) {
+            // One that is not empty stays.
+            if std::fs::remove_dir(self.path(parent)).is_err() {
+                return;
+            }
+            key = parent;
+        }
     }
 
     /// Agents of one machine that share the directory write one after the other. Hosts that share it through a tool find a
@@ -173,6 +184,46 @@ impl Dir {
     }
 }
 
+/// Reports the keys below `prefix`, and the directories that lead to them, before what is inside. Directories that vanish
+/// meanwhile are left out, except the first.
+fn walk(
+    dir: &Dir,
+    prefix: &str,
+    segments: usize,
+    found: &mut impl FnMut(String),
+    enter: &mut impl FnMut(&Path) -> io::Result<()>,
+) -> Result<()> {
+    let mut waiting = vec![(prefix.to_owned(), segments)];
+    while let Some((prefix, segments)) = waiting.pop() {
+        let directory = dir.path(&prefix);
+        let mut list = || -> io::Result<()> {
+            enter(&directory)?;
+            for entry in std::fs::read_dir(&directory)? {
+                let entry = entry?;
+                let name = key_text(entry.file_name().as_bytes());
+                if name.starts_with('.') {
+                    continue;
+                }
+                match segments > 1 && entry.path().is_dir() {
+                    true => waiting.push((format!("{prefix}{name}/"), segments - 1)),
+                    false => found(format!("{prefix}{name}")),
+                }
+            }
+            Ok(())
+        };
+        match list() {
+            Err(error) if error.kind() == ErrorKind::NotFound && directory != dir.path(first(&prefix)) => {}
+            result => result.with_context(|| format!("list {}", directory.display()))?,
+        }
+    }
+    Ok(())
+}
+
+/// The first part of a key, with its slash.
+fn first(key: &str) -> &str {
+    key.find('/').and_then(|end| key.get(..=end)).unwrap_or(key)
+}
+
 fn create(directory: &Path) -> Result<()> {
     std::fs::create_dir_all(directory).with_context(|| format!("create {}", directory.display()))
 }
@@ -197,14 +248,18 @@ pub(super) async fn follow<K: Kind>(dir: Arc<Dir>, events: mpsc::Sender<Event<K>
 async fn watch_and_list<K: Kind>(dir: &Arc<Dir>, events: &mpsc::Sender<Event<K>>) -> Result<(), StoreError> {
     let mut watch = dir.watch(K::PREFIX)?;
     loop {
+        watch.enter::<K>(dir)?;
         let _ = events.send(Event::Snapshot(dir.blocking(|dir| dir.list()).await?)).await;
         watch.changed().await?;
     }
 }
 
-/// Notifications about one directory.
+/// Notifications about one directory, and those inside it that [`Self::enter`] found.
 pub(super) struct KeyWatch {
     directory: PathBuf,
+    watches: Watches,
+    /// The directory itself.
+    top: WatchDescriptor,
     changes: EventStream<[u8; 4096]>,
 }
 
@@ -212,12 +267,21 @@ impl KeyWatch {
     fn new(directory: PathBuf) -> Result<Self> {
         let inotify = Inotify::init()
             .context("start inotify: raise fs.inotify.max_user_instances if it is exhausted")?;
-        inotify
-            .watches()
-            .add(&directory, CHANGES)
-            .with_context(|| format!("watch {}", directory.display()))?;
+        let mut watches = inotify.watches();
+        let top =
+            watches.add(&directory, CHANGES).with_context(|| format!("watch {}", directory.display()))?;
         let changes = inotify.into_event_stream([0u8; 4096]).context("read inotify events")?;
-        Ok(Self { directory, changes })
+        Ok(Self { directory, watches, top, changes })
+    }
+
+    /// Watches the directories that lead to the keys of a kind, too. Those that are watched already stay as they are.
+    fn enter<K: Kind>(&mut self, dir: &Dir) -> Result<(), StoreError> {
+        if K::SEGMENTS < 2 {
+            return Ok(());
+        }
+        let mut watch = |directory: &Path| self.watches.add(directory, CHANGES).map(drop);
+        walk(dir, K::PREFIX, K::SEGMENTS, &mut |_| {}, &mut watch)
+            .map_err(|error| StoreError::failed("watch the store", format!("{error:#}")))
     }
 
     /// Returns after a change, and at least every [`RESYNC`].
@@ -226,7 +290,7 @@ impl KeyWatch {
         let failed = |why: String| StoreError::failed(format!("watch {}", self.directory.display()), why);
         match tokio::time::timeout(RESYNC, self.changes.next()).await {
             Err(_) => return Ok(()),
-            Ok(Some(Ok(change))) if change.mask.intersects(gone) => {
+            Ok(Some(Ok(change))) if change.wd == self.top && change.mask.intersects(gone) => {
                 return Err(failed("it was removed or renamed".to_owned()));
             }
             Ok(Some(Ok(_))) => {}

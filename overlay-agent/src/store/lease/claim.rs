@@ -129,7 +129,7 @@ impl Store {
     }
 
     /// Ends lifetimes and removes their records. A failure is only logged: the lifetime then ends by itself.
-    pub(super) async fn revoke(&self, lifetimes: impl IntoIterator<Item = LifetimeId>) {
+    pub(in crate::store) async fn revoke(&self, lifetimes: impl IntoIterator<Item = LifetimeId>) {
         for lifetime in lifetimes {
             let revoked = async { self.backend.lifetimes()?.revoke(lifetime).await };
             if let Err(error) = revoked.await {

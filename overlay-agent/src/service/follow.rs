@@ -1,0 +1,192 @@
+//! Follows the records of services in the store, and publishes the catalog that they make.
+
+use std::{pin::pin, sync::Arc, time::Duration};
+
+use ipnet::Ipv4Net;
+use tokio::{
+    sync::{mpsc, watch},
+    time::{MissedTickBehavior, interval, sleep},
+};
+use tracing::debug;
+
+use super::{
+    Catalog,
+    index::{Index, Indexed},
+    record::{Endpoints, Services, Vips},
+    vip::Work,
+};
+use crate::store::{Event, Store};
+
+/// Wait for further changes before a catalog is made: many come together.
+const SETTLE: Duration = Duration::from_millis(10);
+/// Interval of attempts to make a store ready in which there was no service yet.
+const PREPARE: Duration = Duration::from_secs(1);
+
+/// How current the catalog is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FollowState {
+    /// Whether there is a catalog: all records were read at least once.
+    pub ready: bool,
+    /// Why the store cannot be read. The last catalog stays in force meanwhile.
+    pub lost: Option<String>,
+}
+
+/// The services of the store. The task behind it ends when this and all receivers are dropped.
+#[derive(Debug)]
+pub struct Following {
+    /// How current the catalog is.
+    pub state: watch::Receiver<FollowState>,
+    /// What is to be done about virtual addresses; nothing before the catalog is ready.
+    pub work: watch::Receiver<Arc<Work>>,
+    catalog: watch::Receiver<Arc<Catalog>>,
+}
+
+impl Following {
+    /// The catalog, and each that follows. Waits until all records were read once: before, it would look as if there were no
+    /// services. `None` when the task was ended with its runtime.
+    pub async fn catalog(&mut self) -> Option<watch::Receiver<Arc<Catalog>>> {
+        self.state.wait_for(|state| state.ready).await.ok()?;
+        Some(self.catalog.clone())
+    }
+}
+
+/// Follows the services of a store in a task. `pool` has the virtual addresses.
+pub fn follow(store: &Store, pool: Ipv4Net) -> Following {
+    let (catalogs, catalog) = watch::channel(Arc::default());
+    let (works, work) = watch::channel(Arc::default());
+    let (states, state) = watch::channel(FollowState::default());
+    let store = store.clone();
+    tokio::spawn(async move {
+        prepare(&store).await;
+        let follower = Follower {
+            index: Index::new(pool),
+            services: Source::new(store.follow()),
+            vips: Source::new(store.follow()),
+            endpoints: Source::new(store.follow()),
+            store,
+            catalogs,
+            works,
+            states,
+        };
+        follower.run().await;
+    });
+    Following { state, work, catalog }
+}
+
+/// A failure is only logged: to follow the records then fails, too, and says why.
+async fn prepare(store: &Store) {
+    let prepare = async {
+        store.prepare::<Services>().await?;
+        store.prepare::<Vips>().await?;
+        store.prepare::<Endpoints>().await
+    };
+    if let Err(error) = prepare.await {
+        debug!("{error}");
+    }
+}
+
+/// The events of one kind.
+struct Source<K: Indexed> {
+    events: mpsc::Receiver<Event<K>>,
+    listed: bool,
+    lost: Option<String>,
+}
+
+impl<K: Indexed> Source<K> {
+    fn new(events: mpsc::Receiver<Event<K>>) -> Self {
+        Self { events, listed: false, lost: None }
+    }
+
+    fn take(&mut self, event: Event<K>, index: &mut Index) {
+        match event {
+            Event::Snapshot(records) => {
+                index.replace(records);
+                (self.listed, self.lost) = (true, None);
+            }
+            Event::Changes(changes) => index.apply(changes),
+            Event::Lost(why) => self.lost = Some(why),
+        }
+    }
+
+    /// Takes the events that wait.
+    fn drain(&mut self, index: &mut Index) {
+        while let Ok(event) = self.events.try_recv() {
+            self.take(event, index);
+        }
+    }
+}
+
+struct Follower {
+    store: Store,
+    index: Index,
+    services: Source<Services>,
+    vips: Source<Vips>,
+    endpoints: Source<Endpoints>,
+    catalogs: watch::Sender<Arc<Catalog>>,
+    works: watch::Sender<Arc<Work>>,
+    states: watch::Sender<FollowState>,
+}
+
+impl Follower {
+    async fn run(mut self) {
+        let (catalogs, works, states) = (self.catalogs.clone(), self.works.clone(), self.states.clone());
+        let unused = async {
+            catalogs.closed().await;
+            works.closed().await;
+            states.closed().await;
+        };
+        let mut unused = pin!(unused);
+        let mut preparations = interval(PREPARE);
+        preparations.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let ready = self.states.borrow().ready;
+            let Self { index, services, vips, endpoints, .. } = &mut self;
+            tokio::select! {
+                Some(event) = services.events.recv() => services.take(event, index),
+                Some(event) = vips.events.recv() => vips.take(event, index),
+                Some(event) = endpoints.events.recv() => endpoints.take(event, index),
+                () = &mut unused => return,
+                _ = preparations.tick(), if !ready => {
+                    prepare(&self.store).await;
+                    continue;
+                }
+            }
+            sleep(SETTLE).await;
+            self.services.drain(&mut self.index);
+            self.vips.drain(&mut self.index);
+            self.endpoints.drain(&mut self.index);
+            self.publish();
+        }
+    }
+
+    /// Publishes what has changed, once all kinds were listed and while none of them is lost: parts of different times would not
+    /// fit each other.
+    fn publish(&mut self) {
+        let lost = [&self.services.lost, &self.vips.lost, &self.endpoints.lost].into_iter().flatten().next();
+        let listed = self.services.listed && self.vips.listed && self.endpoints.listed;
+        let lost = lost.cloned();
+        if listed && lost.is_none() {
+            let catalog = self.index.catalog();
+            publish(&self.catalogs, catalog);
+            publish(&self.works, self.index.work());
+        }
+        let state = FollowState { ready: listed && lost.is_none() || self.states.borrow().ready, lost };
+        self.states.send_if_modified(|before| {
+            let changed = *before != state;
+            if changed {
+                debug!("services: {state:?}");
+            }
+            *before = state;
+            changed
+        });
+    }
+}
+
+/// Publishes a value unless it is the last one.
+fn publish<T>(sender: &watch::Sender<Arc<T>>, value: Arc<T>) {
+    sender.send_if_modified(|before| {
+        let changed = !Arc::ptr_eq(before, &value);
+        *before = value;
+        changed
+    });
+}
