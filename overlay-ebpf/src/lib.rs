@@ -7,6 +7,7 @@
 //! Reading order: [`checksum`], [`wire`] (typed header views), [`reason`] (why a packet is dropped or punted), [`abi`] (types in
 //! shared maps), [`route`] (the lookup trait), [`source`] (source validation), [`entropy`] (the outer source port), [`inner`],
 //! [`hop`], [`bypass`] (what skips the host's stack), [`flow`], [`unfinished`] (what the kernel left for hardware), [`rejection`] (what senders are told by ICMP), [`verdict`], [`egress`], [`ingress`].
+//! [`service`] stands beside that: it is about sockets, not packets.
 //!
 //! # Panics
 //!
@@ -27,6 +28,7 @@ pub mod inner;
 pub mod reason;
 pub mod rejection;
 pub mod route;
+pub mod service;
 pub mod source;
 pub mod unfinished;
 pub mod verdict;

@@ -59,18 +59,32 @@ fn build_ebpf(toolchain: &Toolchain) -> Result<PathBuf> {
     step::headline(format_args!("build: eBPF programs ({})", toolchain.compiler));
     // A separate directory: another compiler with other flags would invalidate the main one each time.
     let target = workspace::target_dir()?.join("bpf");
-    let (mut cargo, object) = ebpf_build(toolchain, &target)?;
-    step::stream(&mut cargo)?;
+    let (commands, object) = ebpf_builds(toolchain, &target)?;
+    for mut cargo in commands {
+        step::stream(&mut cargo)?;
+    }
     report(&object, start)?;
+    report(&object.with_file_name(SERVICE_OBJECT), start)?;
     Ok(object)
 }
 
-/// The command that builds the eBPF programs in the directory `target`, and the path of the object that it makes.
-pub(crate) fn ebpf_build(toolchain: &Toolchain, target: &Path) -> Result<(Command, PathBuf)> {
-    let mut cargo = toolchain.compiler.cargo(&toolchain.linker)?;
-    cargo.args(["build", "--release", "--package", "overlay-ebpf", "--bin", "overlay-ebpf"]);
-    cargo.args(["--target", "bpfel-unknown-none", "-Zbuild-std=core", "--target-dir"]).arg(target);
-    Ok((cargo, target.join("bpfel-unknown-none/release/overlay-ebpf")))
+/// The object of virtual service addresses, beside the other one.
+const SERVICE_OBJECT: &str = "service-ebpf";
+
+/// The commands that build the eBPF programs in the directory `target`, and the path of the overlay's object that they make; the
+/// object of virtual service addresses is beside it.
+pub(crate) fn ebpf_builds(toolchain: &Toolchain, target: &Path) -> Result<(Vec<Command>, PathBuf)> {
+    let build = |binary: &str, flags: &[&str]| {
+        let mut cargo = toolchain.compiler.cargo(&toolchain.linker)?;
+        cargo.args(["rustc", "--release", "--package", "overlay-ebpf", "--bin", binary]);
+        cargo.args(["--target", "bpfel-unknown-none", "-Zbuild-std=core", "--target-dir"]).arg(target);
+        cargo.arg("--").args(flags);
+        Ok::<_, anyhow::Error>(cargo)
+    };
+    // The third version of the instructions (Linux 5.12) has atomic operations that return the former value, which counters of turns
+    // need. These programs need a newer kernel anyway.
+    let commands = vec![build("overlay-ebpf", &[])?, build(SERVICE_OBJECT, &["-Ctarget-cpu=v3"])?];
+    Ok((commands, target.join("bpfel-unknown-none/release/overlay-ebpf")))
 }
 
 fn report(path: &Path, start: Instant) -> Result<()> {

@@ -2,16 +2,20 @@
 //!
 //! In reading order: `name` and `record` (what the store has), `catalog` (what that means), `index` and `follow` (the catalog as the
 //! records change), `input` (services as operators write them), `vip` (which service gets which virtual address), `device` (the
+//! virtual addresses on this host), `slots` and `front` (what a load balancer does), `cgroup` (where its programs run), `dns` (the
 //! names of the services).
 
 pub mod catalog;
+pub mod cgroup;
 pub mod device;
 pub mod dns;
 pub mod follow;
+pub mod front;
 mod index;
 pub mod input;
 pub mod name;
 pub mod record;
+mod slots;
 #[cfg(test)]
 mod tests;
 pub mod vip;

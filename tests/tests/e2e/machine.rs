@@ -14,6 +14,8 @@ pub(crate) enum Need {
     Vxlan,
     /// eBPF in the kernel.
     Ebpf,
+    /// The root of the cgroup v2 hierarchy.
+    CgroupV2,
     /// `/dev/net/tun`.
     Tun,
     /// nftables with network address translation, and its tool.
@@ -44,6 +46,7 @@ impl Need {
                 .is_ok_and(|output| output.status.success()),
             // Present exactly when the kernel has the bpf system call (Documentation/admin-guide/sysctl/kernel.rst).
             Self::Ebpf => Path::new("/proc/sys/kernel/unprivileged_bpf_disabled").exists(),
+            Self::CgroupV2 => overlay_agent::service::cgroup::root().is_ok(),
             Self::Tun => Path::new("/dev/net/tun").exists(),
             Self::Nftables => Command::new("unshare")
                 .args([
@@ -64,6 +67,7 @@ impl Need {
         match self {
             Self::Vxlan => "needs a kernel with vxlan",
             Self::Ebpf => "needs a kernel with eBPF",
+            Self::CgroupV2 => "needs the root of cgroup v2: mount -t cgroup2 none /sys/fs/cgroup/unified",
             Self::Tun => "needs /dev/net/tun",
             Self::Nftables => "needs a kernel with nftables and the command nft: run `cargo xtask setup`",
             Self::Ipsec => "needs a kernel with IPsec policies (XFRM), since 5.15, and iproute2 since 5.16",

@@ -32,6 +32,7 @@ mod refusals;
 mod repair;
 mod shells;
 mod snapshot;
+mod socket_lb;
 mod spread;
 mod subnet_file;
 mod suite;
@@ -88,5 +89,6 @@ fn main() -> ExitCode {
     spread::register(&mut suite);
     flannel_proxy::register(&mut suite);
     forward_policy::register(&mut suite);
+    socket_lb::register(&mut suite);
     run(&arguments, suite.into_trials()).exit_code()
 }

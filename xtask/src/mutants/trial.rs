@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 
 use super::change::{Change, Tests};
 use super::tree::Tree;
-use crate::build::{OBJECT_VARIABLE, ebpf_build};
+use crate::build::{OBJECT_VARIABLE, ebpf_builds};
 use crate::setup::Toolchain;
 use crate::test::tally::{Lines, Tally};
 use crate::{interrupt, step, workspace};
@@ -190,10 +190,14 @@ impl Trial {
     }
 
     fn build_object(&self) -> Result<Option<PathBuf>> {
-        let (mut cargo, object) = ebpf_build(&self.toolchain, &self.directory.join("bpf"))?;
-        cargo.current_dir(self.tree.root());
-        let built = self.execute(&mut cargo, &self.log(), None)? == Some(true);
-        Ok(built.then_some(object))
+        let (commands, object) = ebpf_builds(&self.toolchain, &self.directory.join("bpf"))?;
+        for mut cargo in commands {
+            cargo.current_dir(self.tree.root());
+            if self.execute(&mut cargo, &self.log(), None)? != Some(true) {
+                return Ok(None);
+            }
+        }
+        Ok(Some(object))
     }
 
     /// A cargo for the copy.

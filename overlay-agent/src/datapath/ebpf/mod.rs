@@ -1,24 +1,36 @@
 //! The eBPF rungs: sets of programs, how they are attached, and the overlay's own set.
 
 mod attach;
+mod backend_ids;
 mod btf;
 pub mod overlay_set;
 mod program_set;
 mod questions;
 mod route_maps;
 pub mod self_test;
+mod service_maps;
+pub mod service_set;
 mod tcx_link;
 
 pub use attach::TcAttach;
 pub(crate) use attach::{Attachment, Target, TcMode, detach_filter, detach_left};
 pub use overlay_set::{LoadOptions, OverlaySet};
 pub use program_set::{Hook, HookKind, Metadata, Outcome, Place, ProgramSet};
+pub use service_maps::KernelService;
+pub use service_set::ServiceSet;
 pub(crate) use tcx_link::TcxLinks;
 
 /// The compiled programs, when this binary was built with them.
 #[cfg(ebpf_embedded)]
 pub const OBJECT: Option<&[u8]> =
     Some(aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/overlay-ebpf.o")));
+/// The compiled programs of virtual service addresses, when this binary was built with them.
+#[cfg(ebpf_embedded)]
+pub const SERVICE_OBJECT: Option<&[u8]> =
+    Some(aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/service-ebpf.o")));
 /// The compiled programs, when this binary was built with them.
 #[cfg(not(ebpf_embedded))]
 pub const OBJECT: Option<&[u8]> = None;
+/// The compiled programs of virtual service addresses, when this binary was built with them.
+#[cfg(not(ebpf_embedded))]
+pub const SERVICE_OBJECT: Option<&[u8]> = None;

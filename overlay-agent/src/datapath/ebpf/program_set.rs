@@ -8,7 +8,7 @@ use aya::{
     Ebpf, EbpfLoader,
     maps::{Map, MapError},
     programs::{
-        ProgramError, ProgramInfo, SchedClassifier, TestRun as _, TestRunAttrs, TestRunOptions,
+        Program, ProgramError, ProgramInfo, SchedClassifier, TestRun as _, TestRunAttrs, TestRunOptions,
         TestRunResult, Xdp,
     },
 };
@@ -167,6 +167,11 @@ impl ProgramSet {
         result.with_context(|| format!("run {} on a test packet", hook.program))
     }
 
+    pub(super) fn program(&mut self, name: &str) -> Result<&mut Program> {
+        let lacks = format!("{} has no program {name}", self.name);
+        self.ebpf.program_mut(name).context(lacks)
+    }
+
     pub(super) fn tc(&mut self, hook: Hook) -> Result<&mut SchedClassifier> {
         let lacks = self.lacks(hook);
         Ok(self.ebpf.program_mut(hook.program).context(lacks)?.try_into()?)
@@ -216,7 +221,7 @@ fn forward_log(ebpf: &mut Ebpf) -> Result<JoinHandle<()>> {
 }
 
 /// The verifier's log is long; its reason stands at the end.
-fn verifier_error(program: &str, error: ProgramError) -> anyhow::Error {
+pub(super) fn verifier_error(program: &str, error: ProgramError) -> anyhow::Error {
     let ProgramError::LoadError { io_error, verifier_log } = &error else {
         return anyhow::Error::new(error).context(format!("load the program {program}"));
     };

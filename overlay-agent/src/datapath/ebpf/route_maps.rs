@@ -266,7 +266,7 @@ fn remove_from_hash(exact: &mut HashMap<MapData, PrefixBytes, NextHopBytes>, sub
 }
 
 /// An entry that another process removed is no error.
-fn if_present(removed: Result<(), MapError>) -> Result<()> {
+pub(super) fn if_present(removed: Result<(), MapError>) -> Result<()> {
     match removed {
         Err(MapError::SyscallError(error)) if error.io_error.kind() == ErrorKind::NotFound => Ok(()),
         removed => Ok(removed?),

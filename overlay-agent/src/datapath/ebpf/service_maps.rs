@@ -1,0 +1,329 @@
+//! The kernel's maps of virtual service addresses: written so that no connection meets a table that is half written.
+//!
+//! A change of a service goes to new slots under a new version of its table, then its entry switches to them in one step. The former
+//! slots stay for [`GRACE`], for programs that read the former entry.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, anyhow};
+use aya::maps::{Array, HashMap, MapData, MapError};
+use overlay_ebpf::service::abi::{
+    Address, Backend, MAX_SERVICES, MAX_SLOTS, MemberKey, ServiceEntry, ServiceKey, SlotKey,
+};
+
+use super::{ProgramSet, backend_ids::BackendIds, route_maps::if_present};
+use crate::service::front::{Front, Fronts, abi_address};
+
+// aya moves map keys and values as plain bytes, so that the types need not implement its marker trait.
+type ServiceKeyBytes = [u8; size_of::<ServiceKey>()];
+type EntryBytes = [u8; size_of::<ServiceEntry>()];
+type SlotKeyBytes = [u8; size_of::<SlotKey>()];
+type MemberKeyBytes = [u8; size_of::<MemberKey>()];
+type BackendBytes = [u8; size_of::<Backend>()];
+
+/// How long what is replaced stays. Programs run for microseconds.
+pub(super) const GRACE: Duration = Duration::from_secs(1);
+
+/// The maps, and what was written to them.
+pub(super) struct ServiceMaps {
+    services: HashMap<MapData, ServiceKeyBytes, EntryBytes>,
+    slots: HashMap<MapData, SlotKeyBytes, BackendBytes>,
+    members: HashMap<MapData, MemberKeyBytes, BackendBytes>,
+    connections: Array<MapData, u64>,
+    written: BTreeMap<ServiceKey, Written>,
+    retired: Vec<Retired>,
+    ids: BackendIds,
+    /// The version of the next table.
+    next_table: u32,
+    /// Numbers of services that are free, below `next_number`.
+    free_numbers: Vec<u32>,
+    next_number: u32,
+}
+
+/// A virtual port as it was written.
+struct Written {
+    front: Front,
+    entry: ServiceEntry,
+    backends: Vec<Backend>,
+}
+
+/// A table that no entry names any more.
+struct Retired {
+    table: u32,
+    slots: u32,
+    since: Instant,
+}
+
+/// A virtual port in the kernel, read back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KernelService {
+    /// Its entry.
+    pub entry: ServiceEntry,
+    /// The endpoints of all slots, in order.
+    pub slots: Vec<Address>,
+    /// The endpoints that keep clients and sockets, in order of their addresses.
+    pub members: Vec<Address>,
+}
+
+impl ServiceMaps {
+    pub(super) fn take(programs: &mut ProgramSet) -> Result<Self> {
+        Ok(Self {
+            services: programs.take_map("SERVICES")?,
+            slots: programs.take_map("SLOTS")?,
+            members: programs.take_map("MEMBERS")?,
+            connections: programs.take_map("CONNECTIONS")?,
+            written: BTreeMap::new(),
+            retired: Vec::new(),
+            ids: BackendIds::default(),
+            next_table: 0,
+            free_numbers: Vec::new(),
+            next_number: 0,
+        })
+    }
+
+    /// Writes what differs and returns the number of virtual ports that changed. What does not fit stays as it was, and the error
+    /// names the first. `now` is the time of the call.
+    pub(super) fn reconcile(&mut self, desired: &Fronts, now: Instant) -> Result<usize> {
+        self.collect(now)?;
+        let gone: Vec<ServiceKey> =
+            self.written.keys().filter(|key| !desired.contains_key(key)).copied().collect();
+        let mut changes = gone.len();
+        for key in gone {
+            self.remove(key, now)?;
+        }
+        let mut failures = Vec::new();
+        for (key, front) in desired {
+            if self.written.get(key).is_some_and(|written| written.front == *front) {
+                continue;
+            }
+            match self.write(*key, front, now) {
+                Ok(()) => changes += 1,
+                Err(error) => failures.push((*key, error)),
+            }
+        }
+        let count = failures.len();
+        match failures.into_iter().next() {
+            None => Ok(changes),
+            Some((key, error)) => {
+                let [a, b, c, d] = key.address.ip;
+                let port = u16::from_be_bytes(key.address.port);
+                Err(error.context(format!(
+                    "write the endpoints of {a}.{b}.{c}.{d}:{port} for the kernel; with it, {count} virtual ports stay as they were"
+                )))
+            }
+        }
+    }
+
+    /// Removes what was replaced more than [`GRACE`] ago.
+    pub(super) fn collect(&mut self, now: Instant) -> Result<()> {
+        let is_due = |since: Instant| now.saturating_duration_since(since) >= GRACE;
+        let (due, kept) =
+            std::mem::take(&mut self.retired).into_iter().partition(|retired| is_due(retired.since));
+        self.retired = kept;
+        for Retired { table, slots, .. } in due {
+            self.remove_slots(table, slots)?;
+        }
+        let connections = &self.connections;
+        self.ids.collect(is_due, |id| connections.get(&id, 0).unwrap_or(u64::MAX));
+        Ok(())
+    }
+
+    /// Open connections to an endpoint, as the programs count them; `None` when no service has it.
+    pub(super) fn connections(&self, protocol: u8, address: Address) -> Result<Option<u64>> {
+        let id = self.ids.get(protocol, address);
+        id.map(|id| self.connections.get(&id, 0).context("read the map CONNECTIONS")).transpose()
+    }
+
+    /// All virtual ports, and the number of slots of all tables, read from the kernel.
+    pub(super) fn read(&self) -> Result<(BTreeMap<ServiceKey, KernelService>, usize)> {
+        let mut slots = BTreeMap::new();
+        for entry in self.slots.iter() {
+            let (key, backend) = entry.context("read the map SLOTS")?;
+            let backend = bytemuck::cast::<BackendBytes, Backend>(backend);
+            slots.insert(bytemuck::cast::<SlotKeyBytes, SlotKey>(key), backend.address);
+        }
+        let mut members: BTreeMap<u32, Vec<Address>> = BTreeMap::new();
+        for entry in self.members.iter() {
+            let (key, _) = entry.context("read the map MEMBERS")?;
+            let key = bytemuck::cast::<MemberKeyBytes, MemberKey>(key);
+            members.entry(key.service).or_default().push(key.address);
+        }
+        let mut services = BTreeMap::new();
+        for entry in self.services.iter() {
+            let (key, entry) = entry.context("read the map SERVICES")?;
+            let entry = bytemuck::cast::<EntryBytes, ServiceEntry>(entry);
+            let of_table =
+                (0..entry.slots).filter_map(|slot| slots.get(&SlotKey { table: entry.table, slot }));
+            let mut members = members.remove(&entry.service).unwrap_or_default();
+            members.sort_unstable();
+            let service = KernelService { entry, slots: of_table.copied().collect(), members };
+            services.insert(bytemuck::cast::<ServiceKeyBytes, ServiceKey>(key), service);
+        }
+        Ok((services, slots.len()))
+    }
+
+    fn remove(&mut self, key: ServiceKey, now: Instant) -> Result<()> {
+        if_present(self.services.remove(&bytemuck::cast::<ServiceKey, ServiceKeyBytes>(key)))
+            .context("write the map SERVICES")?;
+        let Some(Written { entry, backends, .. }) = self.written.remove(&key) else { return Ok(()) };
+        self.retired.push(Retired { table: entry.table, slots: entry.slots, since: now });
+        self.free_numbers.push(entry.service);
+        for backend in backends {
+            self.ids.release(key.protocol, backend.address, now);
+            self.remove_member(entry.service, backend.address)?;
+        }
+        Ok(())
+    }
+
+    /// Writes a virtual port. After an error, it is as before.
+    fn write(&mut self, key: ServiceKey, front: &Front, now: Instant) -> Result<()> {
+        let former = self.written.get(&key).map(|written| written.entry.service);
+        let number = former.map_or_else(|| self.take_number(), Ok)?;
+        let result = self.prepare(key, front, number, now).and_then(|prepared| {
+            let entry = prepared.entry;
+            let key_bytes = bytemuck::cast::<ServiceKey, ServiceKeyBytes>(key);
+            let written = self.services.insert(key_bytes, bytemuck::cast::<_, EntryBytes>(entry), 0);
+            if let Err(error) = written {
+                self.undo(key, number, entry, &prepared.backends, now);
+                return Err(full_or(error, "SERVICES", MAX_SERVICES));
+            }
+            Ok(prepared)
+        });
+        let prepared = match result {
+            Ok(prepared) => prepared,
+            Err(error) => {
+                if former.is_none() {
+                    self.free_numbers.push(number);
+                }
+                return Err(error);
+            }
+        };
+        let kept: Vec<Address> = prepared.backends.iter().map(|backend| backend.address).collect();
+        if let Some(former) = self.written.insert(key, prepared) {
+            self.retired.push(Retired { table: former.entry.table, slots: former.entry.slots, since: now });
+            for backend in former.backends {
+                self.ids.release(key.protocol, backend.address, now);
+                if !kept.contains(&backend.address) {
+                    self.remove_member(number, backend.address)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the endpoints and a new table of a virtual port, which no entry names yet.
+    fn prepare(&mut self, key: ServiceKey, front: &Front, number: u32, now: Instant) -> Result<Written> {
+        let table = self.next_table;
+        self.next_table = table.wrapping_add(1);
+        let slots = front.slots();
+        let entry = ServiceEntry {
+            table,
+            slots: u32::try_from(slots.len()).context("too many slots")?,
+            service: number,
+            affinity_ttl_s: front.affinity_ttl_s,
+            policy: front.abi_policy() as u32,
+            flags: 0,
+        };
+        let mut backends = Vec::with_capacity(front.backends.len());
+        let prepared = self.write_members(key, front, number, &mut backends);
+        let prepared = prepared.and_then(|()| self.write_slots(table, &slots, &backends));
+        if let Err(error) = prepared {
+            self.undo(key, number, entry, &backends, now);
+            return Err(error);
+        }
+        Ok(Written { front: front.clone(), entry, backends })
+    }
+
+    fn write_members(
+        &mut self,
+        key: ServiceKey,
+        front: &Front,
+        number: u32,
+        backends: &mut Vec<Backend>,
+    ) -> Result<()> {
+        for backend in &front.backends {
+            let address = abi_address(backend.address);
+            let id = self.ids.acquire(key.protocol, address)?;
+            let backend = Backend { address, weight: backend.weight.max(1), id };
+            backends.push(backend);
+            let member = bytemuck::cast::<_, MemberKeyBytes>(MemberKey::new(number, address));
+            let written = self.members.insert(member, bytemuck::cast::<_, BackendBytes>(backend), 0);
+            written.map_err(|error| full_or(error, "MEMBERS", MAX_SLOTS))?;
+        }
+        Ok(())
+    }
+
+    fn write_slots(&mut self, table: u32, slots: &[u32], backends: &[Backend]) -> Result<()> {
+        for (slot, index) in (0..).zip(slots) {
+            let backend = backends.get(*index as usize).context("a slot of no endpoint")?;
+            let key = bytemuck::cast::<_, SlotKeyBytes>(SlotKey { table, slot });
+            let written = self.slots.insert(key, bytemuck::cast::<_, BackendBytes>(*backend), 0);
+            written.map_err(|error| full_or(error, "SLOTS", MAX_SLOTS))?;
+        }
+        Ok(())
+    }
+
+    /// Removes what [`Self::prepare`] wrote, as far as the virtual port did not have it before.
+    fn undo(
+        &mut self,
+        key: ServiceKey,
+        number: u32,
+        entry: ServiceEntry,
+        backends: &[Backend],
+        now: Instant,
+    ) {
+        // What cannot be removed now is tried again later.
+        let _ = self.remove_slots(entry.table, entry.slots);
+        for backend in backends {
+            self.ids.release(key.protocol, backend.address, now);
+            let former = self.written.get(&key).map(|written| written.backends.as_slice());
+            let is_kept = former.unwrap_or_default().iter().any(|former| former.address == backend.address);
+            if !is_kept {
+                let _ = self.remove_member(number, backend.address);
+            }
+        }
+    }
+
+    fn remove_slots(&mut self, table: u32, slots: u32) -> Result<()> {
+        for slot in 0..slots {
+            let key = bytemuck::cast::<_, SlotKeyBytes>(SlotKey { table, slot });
+            if_present(self.slots.remove(&key)).context("write the map SLOTS")?;
+        }
+        Ok(())
+    }
+
+    fn remove_member(&mut self, number: u32, address: Address) -> Result<()> {
+        let key = bytemuck::cast::<_, MemberKeyBytes>(MemberKey::new(number, address));
+        if_present(self.members.remove(&key)).context("write the map MEMBERS")
+    }
+
+    fn take_number(&mut self) -> Result<u32> {
+        if let Some(number) = self.free_numbers.pop() {
+            return Ok(number);
+        }
+        if self.next_number == MAX_SERVICES {
+            return Err(anyhow!(
+                "there are {MAX_SERVICES} virtual ports, no more are possible: remove services"
+            ));
+        }
+        let number = self.next_number;
+        self.next_number += 1;
+        Ok(number)
+    }
+}
+
+/// Names the limit when a map is full.
+fn full_or(error: MapError, map: &str, limit: u32) -> anyhow::Error {
+    let is_full = matches!(&error, MapError::SyscallError(error)
+        if error.io_error.raw_os_error() == Some(nix::libc::E2BIG));
+    let error = anyhow::Error::new(error);
+    match is_full {
+        true => error.context(format!(
+            "the kernel's map {map} is full with {limit} entries: use fewer services, endpoints or different weights"
+        )),
+        false => error.context(format!("write the map {map}")),
+    }
+}

@@ -1,0 +1,150 @@
+//! The set of programs of virtual service addresses: sockets of the whole machine reach endpoints, without a change of any packet.
+
+use std::{collections::BTreeMap, fs::File, path::Path, time::Instant};
+
+use anyhow::{Context as _, Result};
+use aya::programs::{CgroupAttachMode, CgroupSock, CgroupSockAddr, Program, ProgramError, links::FdLink};
+use nix::libc;
+use overlay_ebpf::service::abi::{Address, ServiceKey};
+
+use super::{
+    ProgramSet,
+    program_set::verifier_error,
+    service_maps::{KernelService, ServiceMaps},
+};
+use crate::service::{
+    Catalog, cgroup,
+    front::{Rules, fronts},
+};
+
+/// The programs, in the order in which they are attached: replies are translated before the first request is.
+pub const PROGRAMS: [&str; 9] = [
+    "svc_release",
+    "svc_recvmsg4",
+    "svc_recvmsg6",
+    "svc_peername4",
+    "svc_peername6",
+    "svc_sendmsg4",
+    "svc_sendmsg6",
+    "svc_connect4",
+    "svc_connect6",
+];
+
+/// The loaded programs and their maps. Dropping it detaches them: connections stay as they are, and virtual addresses reach no
+/// endpoints.
+pub struct ServiceSet {
+    programs: ProgramSet,
+    maps: ServiceMaps,
+    links: Vec<FdLink>,
+}
+
+impl ServiceSet {
+    /// Loads maps and programs. Fails when the kernel refuses one.
+    pub fn load(object: &[u8]) -> Result<Self> {
+        let mut programs = ProgramSet::load("services", object, &[], &[], false)?;
+        let maps = ServiceMaps::take(&mut programs)?;
+        for name in PROGRAMS {
+            load(&mut programs, name).context(
+                "virtual service addresses by eBPF need Linux 5.18 or later with CONFIG_CGROUP_BPF: without, \
+                 use the proxy in user space",
+            )?;
+        }
+        Ok(Self { programs, maps, links: Vec::new() })
+    }
+
+    /// Attaches the programs to a cgroup, or to the root of the hierarchy, so that they run for every socket of the machine. After an
+    /// error none is attached.
+    pub fn attach(&mut self, cgroup: Option<&Path>) -> Result<()> {
+        let path = cgroup.map_or_else(cgroup::root, |path| Ok(path.to_owned()))?;
+        let directory = File::open(&path).with_context(|| format!("open the cgroup {}", path.display()))?;
+        // Dropped with an error, they detach.
+        let mut links = Vec::with_capacity(PROGRAMS.len());
+        for name in PROGRAMS {
+            let link = attach(self.programs.program(name)?, &directory)
+                .map_err(|error| explain(error, name, &path))?;
+            links.push(link);
+        }
+        self.links = links;
+        Ok(())
+    }
+
+    /// Detaches the programs.
+    pub fn detach(&mut self) {
+        self.links.clear();
+    }
+
+    /// Balances connections as the catalog and the rules say, and returns the number of virtual ports that changed. Once it returns,
+    /// no new connection goes to an endpoint that the catalog lacks. What does not fit stays as it was, and is an error.
+    pub fn reconcile(&mut self, catalog: &Catalog, rules: &Rules) -> Result<usize> {
+        self.maps.reconcile(&fronts(catalog, rules), Instant::now())
+    }
+
+    /// Frees what was replaced more than a second ago; so does every [`Self::reconcile`].
+    pub fn collect(&mut self) -> Result<()> {
+        self.maps.collect(Instant::now())
+    }
+
+    /// All virtual ports, read from the kernel.
+    pub fn services(&self) -> Result<BTreeMap<ServiceKey, KernelService>> {
+        Ok(self.maps.read()?.0)
+    }
+
+    /// The slots of all tables in the kernel, including those that were replaced and are not freed yet.
+    pub fn slots(&self) -> Result<usize> {
+        Ok(self.maps.read()?.1)
+    }
+
+    /// Open connections to an endpoint from this node, as the programs count them; `None` when no service has it.
+    pub fn connections(&self, protocol: u8, address: Address) -> Result<Option<u64>> {
+        self.maps.connections(protocol, address)
+    }
+
+    /// How many instructions of each program the verifier has processed, and how many the program has after translation to bytes of
+    /// the machine; the latter in bytes.
+    pub fn sizes(&mut self) -> Result<Vec<(&'static str, u32, u32)>> {
+        let size = |name| {
+            let info = self.programs.program(name)?.info()?;
+            Ok((name, info.verified_instruction_count().unwrap_or(0), info.size_jitted()))
+        };
+        PROGRAMS.into_iter().map(size).collect()
+    }
+}
+
+fn load(programs: &mut ProgramSet, name: &'static str) -> Result<()> {
+    let program = programs.program(name)?;
+    let loaded = match <&mut CgroupSock>::try_from(&mut *program) {
+        Ok(program) => program.load(),
+        Err(_) => <&mut CgroupSockAddr>::try_from(program).and_then(CgroupSockAddr::load),
+    };
+    loaded.map_err(|error| verifier_error(name, error))
+}
+
+fn attach(program: &mut Program, cgroup: &File) -> Result<FdLink, ProgramError> {
+    // Links go beside those of other programs whatever the mode; with any other the kernel refuses links.
+    const MODE: CgroupAttachMode = CgroupAttachMode::Single;
+    // Without links (before Linux 5.7) the programs are not loaded in the first place.
+    let without_links = |_| ProgramError::UnexpectedProgramType;
+    if let Ok(program) = <&mut CgroupSock>::try_from(&mut *program) {
+        let id = program.attach(cgroup, MODE)?;
+        return program.take_link(id)?.try_into().map_err(without_links);
+    }
+    let program = <&mut CgroupSockAddr>::try_from(program)?;
+    let id = program.attach(cgroup, MODE)?;
+    program.take_link(id)?.try_into().map_err(without_links)
+}
+
+fn explain(error: ProgramError, name: &str, cgroup: &Path) -> anyhow::Error {
+    let code =
+        if let ProgramError::SyscallError(error) = &error { error.io_error.raw_os_error() } else { None };
+    let remedy = match code {
+        Some(libc::EBADF) => "; it is no directory of cgroup v2: name one, or let the agent find the root",
+        Some(libc::EPERM) => {
+            "; either the agent lacks CAP_NET_ADMIN or CAP_BPF, or a program is there that allows no others: find it (bpftool cgroup \
+             tree) and attach it with the flag multi"
+        }
+        Some(libc::E2BIG) => "; 64 programs are there already: detach some (bpftool cgroup detach)",
+        _ => "",
+    };
+    let context = format!("attach {name} to the cgroup {}{remedy}", cgroup.display());
+    anyhow::Error::new(error).context(context)
+}

@@ -1,0 +1,181 @@
+//! What the load balancer of a node does at each port of each virtual address, made of the catalog. Pure.
+
+use std::{collections::BTreeMap, net::SocketAddrV4};
+
+use overlay_ebpf::service::abi::{self, Address, ServiceKey};
+
+use super::{
+    catalog::{Backend, Catalog, Service},
+    record::{App, EndpointState, LoadBalancing, Locality, Policy, Port},
+    slots,
+};
+
+/// What the catalog does not say.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rules {
+    /// The policy of services that name none.
+    pub default: LoadBalancing,
+    /// This node, for services that prefer their client's.
+    pub node: String,
+    /// Its zone.
+    pub zone: Option<String>,
+    /// Whether connections to HTTP ports are balanced like others: where no proxy listens at them, which balances requests.
+    pub http: bool,
+}
+
+/// A port of a virtual address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Front {
+    /// How connections choose an endpoint.
+    pub policy: Policy,
+    /// Seconds without a connection after which the affinity of a client ends; 0 for no affinity.
+    pub affinity_ttl_s: u32,
+    /// The endpoints that take connections, no two with one address.
+    pub backends: Vec<Backend>,
+}
+
+/// All ports of virtual addresses.
+pub type Fronts = BTreeMap<ServiceKey, Front>;
+
+impl Front {
+    /// The table of slots, as indices of [`Self::backends`].
+    pub fn slots(&self) -> Vec<u32> {
+        slots::table(self.policy, &self.backends)
+    }
+
+    /// The policy as the programs know it.
+    pub fn abi_policy(&self) -> abi::Policy {
+        match self.policy {
+            Policy::RoundRobin => abi::Policy::RoundRobin,
+            Policy::Random => abi::Policy::Random,
+            Policy::LeastConn => abi::Policy::LeastConn,
+            Policy::SourceHash | Policy::Maglev => abi::Policy::ClientHash,
+        }
+    }
+}
+
+/// The address as the programs know it.
+pub fn abi_address(address: SocketAddrV4) -> Address {
+    Address { ip: address.ip().octets(), port: address.port().to_be_bytes() }
+}
+
+/// The ports of all virtual addresses of the catalog. One without usable endpoints is there, too: connections to it are refused.
+pub fn fronts(catalog: &Catalog, rules: &Rules) -> Fronts {
+    let mut fronts = Fronts::new();
+    for service in catalog.services.values() {
+        let Some(vip) = service.vip else { continue };
+        for port in service.spec.ports.iter().filter(|port| rules.http || port.app != App::Http) {
+            let address = abi_address(SocketAddrV4::new(vip, port.port.get()));
+            let affinity = service.spec.affinity.filter(|affinity| affinity.client_ip);
+            let front = Front {
+                policy: service.load_balancing(&rules.default).policy,
+                affinity_ttl_s: affinity.map_or(0, |affinity| affinity.ttl_s),
+                backends: backends(service, port, rules),
+            };
+            fronts.insert(ServiceKey::new(address, port.protocol.number()), front);
+        }
+    }
+    fronts
+}
+
+/// The endpoints that take connections from this node.
+fn backends(service: &Service, port: &Port, rules: &Rules) -> Vec<Backend> {
+    let mut found = match service.spec.locality {
+        Locality::Any => service.backends(port),
+        Locality::LocalOnly => near(service, rules, false).backends(port),
+        Locality::PreferNode => preferred(service, near(service, rules, false), port),
+        Locality::PreferZone => preferred(service, near(service, rules, true), port),
+    };
+    let mut seen = std::collections::BTreeSet::new();
+    found.retain(|backend| seen.insert(backend.address));
+    found
+}
+
+/// Those of `near` if one of them is ready, else all.
+fn preferred(service: &Service, near: Service, port: &Port) -> Vec<Backend> {
+    let is_ready = near
+        .endpoints
+        .iter()
+        .any(|endpoint| endpoint.spec.state == EndpointState::Ready && endpoint.spec.weight > 0);
+    if is_ready { near.backends(port) } else { service.backends(port) }
+}
+
+/// The service with only the endpoints of this node, or of its zone.
+fn near(service: &Service, rules: &Rules, zone: bool) -> Service {
+    let mut near = service.clone();
+    near.endpoints.retain(|endpoint| match zone {
+        true => rules.zone.is_some() && endpoint.spec.zone == rules.zone,
+        false => endpoint.name.node == rules.node,
+    });
+    near
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::{Kind, Record, Version};
+
+    fn records<K: Kind>(records: &[(&str, &str)]) -> Vec<Record<K>> {
+        let parse = |(key, value): &(&str, &str)| Record::parse(key, value.as_bytes(), Version::default());
+        records.iter().map(parse).collect()
+    }
+
+    fn catalog(service: &str, endpoints: &[(&str, &str)]) -> Catalog {
+        let vips = records(&[("10.251.0.1", "shop/web")]);
+        Catalog::new(&records(&[("shop/web", service)]), &vips, &records(endpoints), &Catalog::default())
+    }
+
+    fn key(port: u16, protocol: u8) -> ServiceKey {
+        ServiceKey::new(Address { ip: [10, 251, 0, 1], port: port.to_be_bytes() }, protocol)
+    }
+
+    const ENDPOINTS: [(&str, &str); 4] = [
+        ("shop/web/a/1", r#"{"overlay_ip":"10.244.1.2","zone":"east"}"#),
+        ("shop/web/a/2", r#"{"overlay_ip":"10.244.1.2","zone":"east"}"#),
+        ("shop/web/b/1", r#"{"overlay_ip":"10.244.2.2","zone":"east"}"#),
+        ("shop/web/c/1", r#"{"overlay_ip":"10.244.3.2","zone":"west"}"#),
+    ];
+
+    #[test]
+    fn each_port_has_its_own_front() {
+        let service = r#"{"v":1,"affinity":{"client_ip":true,"ttl_s":30},"lb":{"policy":"maglev"},"ports":[
+            {"name":"dns","port":53,"protocol":"udp","target_port":5353},
+            {"name":"dns-tcp","port":53,"protocol":"tcp"},
+            {"name":"http","port":80,"protocol":"tcp","app":"http"}]}"#;
+        let catalog = catalog(service, &ENDPOINTS);
+        let fronts = super::fronts(&catalog, &Rules::default());
+        assert_eq!(fronts.keys().copied().collect::<Vec<_>>(), [key(53, 6), key(53, 17)]);
+        let udp = &fronts[&key(53, 17)];
+        assert_eq!((udp.policy, udp.affinity_ttl_s), (Policy::Maglev, 30));
+        let addresses: Vec<String> = udp.backends.iter().map(|backend| backend.address.to_string()).collect();
+        assert_eq!(addresses, ["10.244.1.2:5353", "10.244.2.2:5353", "10.244.3.2:5353"]);
+        let with_http = super::fronts(&catalog, &Rules { http: true, ..Rules::default() });
+        assert_eq!(with_http.len(), 3);
+    }
+
+    #[test]
+    fn endpoints_nearby_are_preferred_as_the_service_says() {
+        let count = |locality: &str, node: &str, zone: Option<&str>| {
+            let service = format!(
+                r#"{{"v":1,"locality":"{locality}","ports":[{{"name":"p","port":1,"protocol":"tcp"}}]}}"#
+            );
+            let rules = Rules { node: node.to_owned(), zone: zone.map(str::to_owned), ..Rules::default() };
+            super::fronts(&catalog(&service, &ENDPOINTS), &rules)[&key(1, 6)].backends.len()
+        };
+        assert_eq!(count("any", "a", Some("east")), 3);
+        assert_eq!(count("local_only", "a", None), 1);
+        assert_eq!(count("local_only", "d", None), 0);
+        assert_eq!(count("prefer_node", "c", None), 1);
+        assert_eq!(count("prefer_node", "d", None), 3);
+        assert_eq!(count("prefer_zone", "d", Some("east")), 2);
+        assert_eq!(count("prefer_zone", "d", Some("north")), 3);
+        assert_eq!(count("prefer_zone", "d", None), 3);
+    }
+
+    #[test]
+    fn a_service_without_endpoints_refuses() {
+        let service = r#"{"v":1,"ports":[{"name":"p","port":1,"protocol":"tcp"}]}"#;
+        let fronts = super::fronts(&catalog(service, &[]), &Rules::default());
+        assert!(fronts[&key(1, 6)].slots().is_empty());
+    }
+}

@@ -1,0 +1,137 @@
+//! The maps that the agent fills, and the selection's view of them.
+#![allow(unsafe_code, reason = "map entries are shared with other CPUs and with the agent")]
+
+use core::intrinsics::{AtomicOrdering, atomic_xadd};
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::BPF_F_NO_PREALLOC,
+    helpers::{bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_ktime_get_ns},
+    macros::map,
+    maps::{Array, HashMap, LruHashMap},
+    programs::SockAddrContext,
+};
+use overlay_ebpf::service::{
+    abi::{
+        Affinity, Backend, ClientKey, MAX_BACKENDS, MAX_CLIENTS, MAX_SERVICES, MAX_SLOTS, MemberKey,
+        ServiceEntry, ServiceKey, SlotKey,
+    },
+    select::State,
+};
+
+// Not preallocated: memory follows the number of services, and a replaced entry stays as it is while a program reads it.
+
+#[map]
+static SERVICES: HashMap<ServiceKey, ServiceEntry> =
+    HashMap::with_max_entries(MAX_SERVICES, BPF_F_NO_PREALLOC);
+
+#[map]
+static SLOTS: HashMap<SlotKey, Backend> = HashMap::with_max_entries(MAX_SLOTS, BPF_F_NO_PREALLOC);
+
+#[map]
+static MEMBERS: HashMap<MemberKey, Backend> = HashMap::with_max_entries(MAX_SLOTS, BPF_F_NO_PREALLOC);
+
+/// By [`ServiceEntry::service`].
+#[map]
+static TURNS: Array<u64> = Array::with_max_entries(MAX_SERVICES, 0);
+
+/// Open connections, by [`Backend::id`].
+#[map]
+static CONNECTIONS: Array<u64> = Array::with_max_entries(MAX_BACKENDS, 0);
+
+#[map]
+static CLIENTS: LruHashMap<ClientKey, Affinity> = LruHashMap::with_max_entries(MAX_CLIENTS, 0);
+
+/// The service at a virtual port.
+#[inline(always)]
+pub(super) fn service(key: ServiceKey) -> Option<ServiceEntry> {
+    let entry = SERVICES.get_ptr(key)?;
+    // SAFETY: the kernel replaces entries and writes into none that a program may see.
+    Some(unsafe { *entry })
+}
+
+/// The client: the network namespace of its socket, because a socket that is about to connect has no address yet.
+#[inline(always)]
+pub(super) fn client(ctx: &SockAddrContext) -> u64 {
+    // SAFETY: the context is the one the kernel gave us.
+    unsafe { bpf_get_netns_cookie(ctx.as_ptr()) }
+}
+
+/// Counts one more connection to an endpoint.
+#[inline(always)]
+pub(super) fn opened(backend: u32) {
+    add(&CONNECTIONS, backend, 1);
+}
+
+/// Counts one connection less.
+#[inline(always)]
+pub(super) fn closed(backend: u32) {
+    add(&CONNECTIONS, backend, u64::MAX);
+}
+
+/// Adds to a counter, modulo 2^64, and returns what it was.
+#[inline(always)]
+fn add(map: &'static Array<u64>, index: u32, value: u64) -> u64 {
+    let Some(counter) = map.get_ptr_mut(index) else { return 0 };
+    // Not relaxed: for that order, LLVM 22 takes an instruction that does not return the former value, also where it is used.
+    // SAFETY: array entries live as long as the program and have 8 bytes of alignment; all accesses are atomic. The methods of atomic
+    // types are missing for this target, which has no compare-and-swap in its first version.
+    unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::AcqRel }>(counter, value) }
+}
+
+/// The kernel's maps, for the selection.
+pub(super) struct Maps;
+
+impl State for Maps {
+    #[inline(always)]
+    fn slot(&self, key: SlotKey) -> Option<Backend> {
+        let backend = SLOTS.get_ptr(key)?;
+        // SAFETY: the kernel replaces entries and writes into none that a program may see.
+        Some(unsafe { *backend })
+    }
+
+    #[inline(always)]
+    fn member(&self, key: MemberKey) -> Option<Backend> {
+        let backend = MEMBERS.get_ptr(key)?;
+        // SAFETY: the kernel replaces entries and writes into none that a program may see.
+        Some(unsafe { *backend })
+    }
+
+    #[inline(always)]
+    fn turn(&self, service: u32) -> u64 {
+        add(&TURNS, service, 1)
+    }
+
+    #[inline(always)]
+    fn random(&self) -> u32 {
+        // SAFETY: a helper without parameters.
+        unsafe { bpf_get_prandom_u32() }
+    }
+
+    #[inline(always)]
+    fn connections(&self, id: u32) -> u64 {
+        let Some(connections) = CONNECTIONS.get_ptr(id) else { return 0 };
+        // SAFETY: array entries live as long as the program; volatile because other CPUs change them. Reads of 8 bytes are whole.
+        unsafe { core::ptr::read_volatile(connections) }
+    }
+
+    #[inline(always)]
+    fn affinity(&self, key: ClientKey) -> Option<Affinity> {
+        let affinity = CLIENTS.get_ptr(key)?;
+        // SAFETY: a copy. The kernel may give the entry to another client meanwhile: whatever it says then, only an endpoint of the
+        // service is used.
+        Some(unsafe { *affinity })
+    }
+
+    #[inline(always)]
+    fn keep(&self, key: ClientKey, affinity: Affinity) {
+        // Without room in the map, the client has no affinity.
+        let _ = CLIENTS.insert(key, affinity, 0);
+    }
+
+    #[inline(always)]
+    fn now(&self) -> u64 {
+        // SAFETY: a helper without parameters.
+        unsafe { bpf_ktime_get_ns() }
+    }
+}

@@ -1,0 +1,83 @@
+//! What belongs to a socket: in the kernel's storage of that socket, so that it ends with the socket and no other displaces it.
+#![allow(unsafe_code, reason = "the kernel's storage of sockets")]
+
+use aya_ebpf::{
+    btf_maps::SkStorage,
+    helpers::bpf_sk_storage_get,
+    macros::btf_map,
+    programs::{SockAddrContext, SockContext},
+};
+use overlay_ebpf::service::translation::{Translation, Translations};
+
+use super::maps;
+
+/// The connection of a socket.
+#[btf_map]
+static CONNECTED: SkStorage<Translation> = SkStorage::new();
+
+/// Where the datagrams of an unconnected socket go.
+#[btf_map]
+static SENT: SkStorage<Translations> = SkStorage::new();
+
+/// The connection of the socket, if it ever had one.
+#[inline(always)]
+pub(super) fn connection(ctx: &SockAddrContext) -> Option<&mut Translation> {
+    // SAFETY: the context is the one the kernel gave us, and has a socket.
+    let connection = unsafe { CONNECTED.get_ptr_mut(ctx) };
+    // SAFETY: the storage lives as long as the socket, which is locked: no other reference exists.
+    unsafe { connection.as_mut() }
+}
+
+/// The same, made if it is missing. `None` when the kernel has no memory.
+#[inline(always)]
+pub(super) fn make_connection(ctx: &SockAddrContext) -> Option<&mut Translation> {
+    // SAFETY: the context is the one the kernel gave us, and has a socket.
+    let connection = unsafe { CONNECTED.get_or_insert_ptr_mut(ctx, None) };
+    // SAFETY: the storage lives as long as the socket, which is locked: no other reference exists.
+    unsafe { connection.as_mut() }
+}
+
+/// Where the datagrams of the socket went, if it ever sent to a virtual address.
+#[inline(always)]
+pub(super) fn sent(ctx: &SockAddrContext) -> Option<&mut Translations> {
+    // SAFETY: the context is the one the kernel gave us, and has a socket.
+    let sent = unsafe { SENT.get_ptr_mut(ctx) };
+    // SAFETY: the storage lives as long as the socket, which is locked: no other reference exists.
+    unsafe { sent.as_mut() }
+}
+
+/// The same, made if it is missing. `None` when the kernel has no memory.
+#[inline(always)]
+pub(super) fn make_sent(ctx: &SockAddrContext) -> Option<&mut Translations> {
+    // SAFETY: the context is the one the kernel gave us, and has a socket.
+    let sent = unsafe { SENT.get_or_insert_ptr_mut(ctx, None) };
+    // SAFETY: the storage lives as long as the socket, which is locked: no other reference exists.
+    unsafe { sent.as_mut() }
+}
+
+/// Ends all connections of a socket that is closed.
+#[inline(always)]
+pub(super) fn release(ctx: &SockContext) {
+    if let Some(connection) = of_closed(ctx, &CONNECTED)
+        && let Some(backend) = connection.counted()
+    {
+        maps::closed(backend);
+    }
+    if let Some(sent) = of_closed(ctx, &SENT) {
+        for translation in &sent.all {
+            if let Some(backend) = translation.counted() {
+                maps::closed(backend);
+            }
+        }
+    }
+}
+
+/// What a map has for a socket that is closed.
+#[inline(always)]
+fn of_closed<'a, T>(ctx: &'a SockContext, map: &'static SkStorage<T>) -> Option<&'a T> {
+    let map = core::ptr::from_ref(map).cast_mut().cast();
+    // SAFETY: the context is the socket itself.
+    let value = unsafe { bpf_sk_storage_get(map, ctx.sock.cast(), core::ptr::null_mut(), 0) };
+    // SAFETY: the storage lives as long as the socket; nothing else uses a socket that is closed.
+    unsafe { value.cast::<T>().as_ref() }
+}

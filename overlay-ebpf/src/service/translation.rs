@@ -1,0 +1,196 @@
+//! What a socket remembers: which virtual address stands for which endpoint. Lives and ends with the socket.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::abi::{Address, Backend};
+
+/// Endpoints that an unconnected UDP socket remembers, one or more for each service that it sends to. A socket that sends to more
+/// forgets the oldest, whose late replies then have the endpoint's address.
+pub const REMEMBERED: usize = 16;
+
+/// A virtual address that was replaced by an endpoint.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Translation {
+    /// What the program connected or sent to.
+    pub from: Address,
+    /// Where that went.
+    pub to: Address,
+    /// [`Backend::id`] of the endpoint.
+    pub backend: u32,
+    state: u32,
+}
+
+impl Translation {
+    const NONE: u32 = 0;
+    const CURRENT: u32 = 1;
+    /// New datagrams go elsewhere, replies are still expected.
+    const REPLIES: u32 = 2;
+
+    /// A translation of new connections or datagrams.
+    #[inline(always)]
+    pub const fn new(from: Address, backend: &Backend) -> Self {
+        Self { from, to: backend.address, backend: backend.id, state: Self::CURRENT }
+    }
+
+    /// The endpoint whose connections this is one of, if this is a translation.
+    #[inline(always)]
+    pub const fn counted(&self) -> Option<u32> {
+        match self.state {
+            Self::NONE => None,
+            _ => Some(self.backend),
+        }
+    }
+
+    /// The virtual address that stands for `address`.
+    #[inline(always)]
+    pub fn back(&self, address: Address) -> Option<Address> {
+        (self.state != Self::NONE && self.to == address).then_some(self.from)
+    }
+
+    #[inline(always)]
+    fn is_current(&self, from: Address) -> bool {
+        self.state == Self::CURRENT && self.from == from
+    }
+}
+
+/// Translations of an unconnected UDP socket.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Translations {
+    /// Index of the one that is replaced next, less than [`REMEMBERED`].
+    next: u32,
+    /// Index of the one that was used last.
+    last: u32,
+    /// All of them.
+    pub all: [Translation; REMEMBERED],
+}
+
+impl Translations {
+    /// The endpoint to which datagrams for a virtual address go.
+    #[inline(always)]
+    pub fn current(&mut self, from: Address) -> Option<Translation> {
+        for (index, translation) in (0..).zip(&self.all) {
+            if translation.is_current(from) {
+                self.last = index;
+                return Some(*translation);
+            }
+        }
+        None
+    }
+
+    /// Sends datagrams for the address elsewhere from now on, and still expects replies.
+    #[inline(always)]
+    pub fn retire(&mut self, from: Address) {
+        for translation in &mut self.all {
+            if translation.is_current(from) {
+                translation.state = Translation::REPLIES;
+            }
+        }
+    }
+
+    /// Remembers a translation. Returns the one that is forgotten for it; its state may be that of none.
+    #[inline(always)]
+    pub fn add(&mut self, translation: Translation) -> Translation {
+        let index = self.next as usize % REMEMBERED;
+        self.last = index as u32;
+        self.next = (index as u32 + 1) % REMEMBERED as u32;
+        match self.all.get_mut(index) {
+            Some(place) => core::mem::replace(place, translation),
+            None => Translation::default(),
+        }
+    }
+
+    /// The virtual address that stands for `address`. When several do, the one that was sent to last.
+    #[inline(always)]
+    pub fn back(&self, address: Address) -> Option<Address> {
+        let last = self.all.get(self.last as usize % REMEMBERED).and_then(|last| last.back(address));
+        if last.is_some() {
+            return last;
+        }
+        for translation in &self.all {
+            if let Some(from) = translation.back(address) {
+                return Some(from);
+            }
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn address(ip: [u8; 4], port: u16) -> Address {
+        Address { ip, port: port.to_be_bytes() }
+    }
+
+    fn endpoint(number: u8) -> Backend {
+        Backend { address: address([10, 244, 1, number], 53), weight: 1, id: u32::from(number) }
+    }
+
+    fn virtual_address(number: u8) -> Address {
+        address([10, 251, 0, number], 53)
+    }
+
+    #[test]
+    fn nothing_is_translated_at_first() {
+        let mut none = Translations::default();
+        assert_eq!(none.current(Address::default()), None);
+        assert_eq!(none.back(Address::default()), None);
+        assert_eq!(Translation::default().back(Address::default()), None);
+        assert_eq!(Translation::default().counted(), None);
+    }
+
+    #[test]
+    fn replies_have_the_address_that_was_sent_to() {
+        let mut sent = Translations::default();
+        for number in 1..=REMEMBERED as u8 {
+            let forgotten = sent.add(Translation::new(virtual_address(number), &endpoint(number)));
+            assert_eq!(forgotten.counted(), None);
+        }
+        for number in 1..=REMEMBERED as u8 {
+            let current = sent.current(virtual_address(number)).unwrap();
+            assert_eq!((current.to, current.counted()), (endpoint(number).address, Some(u32::from(number))));
+            assert_eq!(sent.back(endpoint(number).address), Some(virtual_address(number)));
+        }
+        let other_port = address(endpoint(1).address.ip, 54);
+        assert_eq!(sent.back(other_port), None);
+    }
+
+    #[test]
+    fn a_retired_endpoint_gets_nothing_new_and_may_still_reply() {
+        let mut sent = Translations::default();
+        sent.add(Translation::new(virtual_address(1), &endpoint(1)));
+        sent.retire(virtual_address(1));
+        assert_eq!(sent.current(virtual_address(1)), None);
+        sent.add(Translation::new(virtual_address(1), &endpoint(2)));
+        assert_eq!(sent.current(virtual_address(1)).unwrap().to, endpoint(2).address);
+        for number in [1, 2] {
+            assert_eq!(sent.back(endpoint(number).address), Some(virtual_address(1)));
+        }
+    }
+
+    #[test]
+    fn an_endpoint_of_two_services_replies_to_the_last() {
+        let mut sent = Translations::default();
+        for number in [1, 2] {
+            sent.add(Translation::new(virtual_address(number), &endpoint(1)));
+            assert_eq!(sent.back(endpoint(1).address), Some(virtual_address(number)));
+        }
+        sent.current(virtual_address(1)).unwrap();
+        assert_eq!(sent.back(endpoint(1).address), Some(virtual_address(1)));
+    }
+
+    #[test]
+    fn of_too_many_the_oldest_is_forgotten() {
+        let mut sent = Translations::default();
+        for number in 1..=200_u8 {
+            let forgotten = sent.add(Translation::new(virtual_address(number), &endpoint(number)));
+            let expected = number.checked_sub(REMEMBERED as u8).filter(|number| *number > 0);
+            assert_eq!(forgotten.counted(), expected.map(u32::from));
+        }
+        assert_eq!(sent.current(virtual_address(184)), None);
+        assert!(sent.current(virtual_address(185)).is_some());
+    }
+}
