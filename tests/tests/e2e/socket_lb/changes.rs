@@ -10,9 +10,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use overlay_agent::service::{Catalog, front::Rules};
-use overlay_ebpf::service::abi::{Address, ServiceKey, TCP, UDP};
+use overlay_ebpf::service::abi::{Address, MAX_SLOTS, ServiceKey, TCP, UDP};
 use overlay_tests::sandbox::Sandbox;
 
 use super::{
@@ -143,5 +143,40 @@ pub(super) fn read_back(sandbox: &Arc<Sandbox>) -> Result<()> {
     thread::sleep(Duration::from_millis(1100));
     stage.set.collect()?;
     ensure!(stage.set.services()?.is_empty() && stage.set.slots()? == 0, "something is left");
+    Ok(())
+}
+
+/// More Maglev tables than the kernel's map holds: those that fit are complete, the others are not there at all.
+pub(super) fn too_many_slots(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let mut stage = Stage::new(sandbox)?;
+    let _endpoints = stage.endpoints(1..=2)?;
+    let book = |services: u8| {
+        (1..=services).fold(Book::default(), |book, number| {
+            let name = format!("s{number}");
+            let vip = Ipv4Addr::new(10, 251, 0, number);
+            book.service(&name, vip, r#","lb":{"policy":"maglev"}"#).endpoints(&name, [1, 2], "")
+        })
+    };
+    // Two ports each: 128 services have 261,376 slots.
+    let most = MAX_SLOTS as usize / 1021;
+    let start = Instant::now();
+    let error = match stage.reconcile(&book(140).catalog()?) {
+        Ok(changes) => bail!("{changes} virtual ports fit"),
+        Err(error) => format!("{error:#}"),
+    };
+    println!("wrote {} slots in {:?}: {error}", most * 1021, start.elapsed());
+    ensure!(error.contains("is full") && error.contains(&format!("{} virtual ports", 280 - most)), "{error}");
+    let services = stage.set.services()?;
+    ensure!(services.len() == most && stage.set.slots()? == most * 1021, "{} services", services.len());
+    ensure!(
+        services.values().all(|service| service.slots.len() == 1021 && service.members.len() == 2),
+        "parts"
+    );
+    // Services go, and with time there is room again.
+    stage.reconcile(&book(100).catalog()?)?;
+    thread::sleep(Duration::from_millis(1100));
+    ensure!(stage.reconcile(&book(120).catalog()?)? == 40, "there is no room again");
+    ensure!(stage.set.slots()? == 240 * 1021, "{} slots", stage.set.slots()?);
+    ensure!(matches!(stage.netns.run(|| connect_and_ask(WEB))??, 1 | 2), "it does not work");
     Ok(())
 }
