@@ -71,16 +71,20 @@ impl Service {
         self.spec.ports.iter().find(|port| port.protocol == protocol && port.port.get() == number)
     }
 
-    /// The endpoints that take new connections on a port, in the order of [`Self::endpoints`]. When all that could are down, those
-    /// that are down: an error of the health check must not take down a service. Empty when there is none at all.
-    pub fn backends(&self, port: &Port) -> Vec<Backend> {
+    /// The endpoints that take new connections, in the order of [`Self::endpoints`]. When all that could are down, those that are
+    /// down: an error of the health check must not take down a service. Empty when there is none at all.
+    pub fn serving(&self) -> Vec<&Endpoint> {
         let of_state = |state: EndpointState| {
             let wanted = self.endpoints.iter().filter(|endpoint| endpoint.spec.state == state);
-            let wanted = wanted.filter(|endpoint| endpoint.spec.weight > 0);
-            wanted.map(|endpoint| endpoint.backend(port)).collect::<Vec<_>>()
+            wanted.filter(|endpoint| endpoint.spec.weight > 0).collect::<Vec<_>>()
         };
         let ready = of_state(EndpointState::Ready);
         if ready.is_empty() { of_state(EndpointState::Down) } else { ready }
+    }
+
+    /// Where connections to a port go: [`Self::serving`] with the port of each.
+    pub fn backends(&self, port: &Port) -> Vec<Backend> {
+        self.serving().into_iter().map(|endpoint| endpoint.backend(port)).collect()
     }
 
     /// The policy: that of the record, or else the network's.
