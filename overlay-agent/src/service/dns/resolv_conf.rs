@@ -242,7 +242,7 @@ impl Content {
         let mut search = self.search.clone();
         // The last of `search` and `domain` counts, and `domain` is a list of one.
         let list = |line| keyword(line, "search").or_else(|| keyword(line, "domain"));
-        let before = original.lines().filter_map(list).last().unwrap_or_default();
+        let before = original.lines().filter_map(list).next_back().unwrap_or_default();
         for domain in before.split_ascii_whitespace() {
             if !search.iter().any(|own| own.eq_ignore_ascii_case(domain)) {
                 search.push(domain.to_owned());

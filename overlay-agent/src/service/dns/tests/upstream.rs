@@ -87,8 +87,9 @@ impl Upstream {
 
 async fn over_udp(behaviour: Behaviour, query: &Message, client: SocketAddr, socket: &UdpSocket) {
     let mut response = good(query);
-    let send =
-        async |message: &Message| drop(socket.send_to(&message.to_vec().unwrap(), client).await.unwrap());
+    let send = async |message: &Message| {
+        socket.send_to(&message.to_vec().unwrap(), client).await.unwrap();
+    };
     match behaviour {
         Behaviour::Silent => return,
         Behaviour::Good => {}
