@@ -14,6 +14,7 @@ use crate::{
     printable::{LONGEST_NAME, LONGEST_REASON, printable},
     record::Record,
     route::{Subnet, overlaps, parse_prefix},
+    service::config::{self as services, ServicesConfig},
 };
 
 /// Default UDP port of the network (flannel's `Backend.Port` of type udp).
@@ -47,6 +48,7 @@ const IGNORED_KEYS: [(&str, Check, &str); 6] = [
 ];
 const NO_IPV4: &str = "the network config's EnableIPv4 is false: overlay-agent carries only IPv4, remove the key or set it to true";
 const NO_IPV6: &str = "EnableIPv6 is true: overlay-agent carries only IPv4, and ignores the keys for IPv6";
+const NO_POOL: &str = "services have no virtual addresses: the default of Services.Pool overlaps Network, set another one, for example {\"Services\":{\"Pool\":\"192.168.252.0/22\"}}";
 const NO_TYPE: &str = "the network config's Backend has no Type, which flannel refuses: write {\"Type\":\"udp\"} or remove Backend";
 const BACKEND_KEYS: [&str; 2] = ["Type", "Port"];
 
@@ -70,6 +72,8 @@ pub struct NetworkConfig {
     pub subnet_max: Ipv4Addr,
     /// UDP port of all hosts.
     pub port: u16,
+    /// How services work. flannel does not know it.
+    pub services: ServicesConfig,
 }
 
 /// Whether a JSON text is a value of this type.
@@ -130,42 +134,55 @@ impl NetworkConfig {
             let expected = format!("an address up to SubnetMax ({subnet_max})");
             return Err(invalid("SubnetMin", &subnet_min.to_string(), expected));
         }
-        Ok(Self { network, subnet_len, subnet_min, subnet_max, port: port(&record)? })
+        let services = services(&record, network)?;
+        Ok(Self { network, subnet_len, subnet_min, subnet_max, port: port(&record)?, services })
     }
 
-    /// What an operator should know about a config that agents can use: unknown keys, and IPv6.
+    /// What an operator should know about a config that agents can use: unknown keys, IPv6, and no virtual addresses.
     pub fn warnings(json: &str) -> Vec<String> {
         let unknown = Self::unknown_keys(json).into_iter().map(|key| {
             let key = printable(&key, LONGEST_NAME);
             format!("the key \"{key}\" is ignored: it is unknown to flannel and to overlay-agent")
         });
         let wants_ipv6 = serde_json::from_str(json).ok().and_then(|record: Record| record.get("EnableIPv6"));
-        unknown.chain((wants_ipv6 == Some(true)).then(|| NO_IPV6.to_owned())).collect()
+        let has_no_pool = Self::parse(json).is_ok_and(|config| config.services.pool.is_none());
+        let ipv6 = (wants_ipv6 == Some(true)).then(|| NO_IPV6.to_owned());
+        unknown.chain(ipv6).chain(has_no_pool.then(|| NO_POOL.to_owned())).collect()
     }
 
-    /// Keys that are not part of flannel's record, most often misspelled, as written. Keys of the backend are named
-    /// `Backend.KEY`. Empty when `json` is not an object.
+    /// Keys that are neither part of flannel's record nor of this agent's, most often misspelled, as written. Keys inside
+    /// others are named `Backend.KEY` and `Services.KEY`. Empty when `json` is not an object.
     pub fn unknown_keys(json: &str) -> Vec<String> {
         let Ok(Value::Object(record)) = serde_json::from_str(json) else { return Vec::new() };
         let unknown =
             |known: &[&str], name: &str| !known.iter().any(|known| known.eq_ignore_ascii_case(name));
-        let mut names: Vec<String> = record.keys().filter(|name| unknown(&KEYS, name)).cloned().collect();
-        let backends = record.iter().filter(|(name, _)| name.eq_ignore_ascii_case("Backend"));
-        for backend in backends.filter_map(|(_, backend)| backend.as_object()) {
-            let inner = backend.keys().filter(|name| unknown(&BACKEND_KEYS, name));
-            names.extend(inner.map(|name| format!("Backend.{name}")));
+        let is_unknown = |name: &&String| unknown(&KEYS, name) && unknown(&[services::KEY], name);
+        let mut names: Vec<String> = record.keys().filter(is_unknown).cloned().collect();
+        for (outer, known) in [("Backend", &BACKEND_KEYS[..]), (services::KEY, &services::KEYS)] {
+            let objects = record.iter().filter(|(name, _)| name.eq_ignore_ascii_case(outer));
+            for object in objects.filter_map(|(_, object)| object.as_object()) {
+                let inner = object.keys().filter(|name| unknown(known, name));
+                names.extend(inner.map(|name| format!("{outer}.{name}")));
+            }
         }
         names
     }
 
-    /// Keys of flannel's record that `json` sets, in flannel's spelling; the others have defaults.
+    /// Keys that `json` sets, in flannel's spelling; the others have defaults.
     pub fn named_keys(json: &str) -> Vec<&'static str> {
         let Ok(record) = serde_json::from_str::<Record>(json) else { return Vec::new() };
         let backend: Record = record.get("Backend").unwrap_or_default();
         let outer = KEYS.into_iter().filter(|key| given(&record, key).is_some());
         let inner = [("Type", "Backend.Type"), ("Port", "Backend.Port")];
         let inner = inner.into_iter().filter_map(|(key, name)| backend.text(key).map(|_| name));
-        outer.chain(inner).collect()
+        let services: Record = record.get(services::KEY).unwrap_or_default();
+        let own = [
+            ("Pool", "Services.Pool"),
+            ("Domain", "Services.Domain"),
+            ("LoadBalancing", "Services.LoadBalancing"),
+        ];
+        let own = own.into_iter().filter_map(|(key, name)| services.text(key).map(|_| name));
+        outer.chain(inner).chain(own).collect()
     }
 
     /// Whether `subnet` is one of [`Self::subnets`].
@@ -213,6 +230,17 @@ fn network(record: &Record) -> Result<Ipv4Net, ConfigError> {
         Some((block, what)) => {
             Err(ConfigError(format!("the network {network} overlaps {block}, {what}: choose another")))
         }
+    }
+}
+
+fn services(record: &Record, network: Ipv4Net) -> Result<ServicesConfig, ConfigError> {
+    let refuse = |refusal: services::Refusal| invalid(refusal.key, &refusal.value, refusal.expected);
+    let services = ServicesConfig::parse(record.text(services::KEY), network).map_err(refuse)?;
+    match services.pool.and_then(|pool| RESERVED.iter().find(|(block, _)| overlaps(pool, *block))) {
+        None => Ok(services),
+        Some((block, what)) => Err(ConfigError(format!(
+            "Services.Pool of the network config overlaps {block}, {what}: choose another"
+        ))),
     }
 }
 
@@ -274,7 +302,7 @@ mod tests {
                 "10.1.0.0/16 24 10.1.1.0 10.1.255.0 4",
             ),
         ] {
-            let NetworkConfig { network, subnet_len, subnet_min, subnet_max, port } = parse(json);
+            let NetworkConfig { network, subnet_len, subnet_min, subnet_max, port, .. } = parse(json);
             let found = format!("{network} {subnet_len} {subnet_min} {subnet_max} {port}");
             assert_eq!(found, expected, "{json}");
         }

@@ -66,7 +66,7 @@ struct Verdict {
     unknown_keys: Vec<String>,
     /// What an operator should know about it.
     warnings: Vec<String>,
-    /// All of flannel's keys with their values; `null` when the config cannot be used.
+    /// All of flannel's keys and this agent's with their values; `null` when the config cannot be used.
     effective: Option<Value>,
 }
 
@@ -125,6 +125,7 @@ impl Verdict {
                     "SubnetMin": config.subnet_min,
                     "SubnetMax": config.subnet_max,
                     "Backend": { "Type": "udp", "Port": config.port },
+                    "Services": config.services.json(),
                 })
             }),
             text,
@@ -149,33 +150,44 @@ pub(super) fn warn_of(warnings: &[String]) {
 
 /// Reads a config from a file, from standard input, or from the argument itself. Returns what it is, and its text.
 pub(super) fn read(input: &str) -> Result<(String, String)> {
+    read_input("config", input, LONGEST)
+}
+
+/// Reads a text of at most `longest` bytes from a file, from standard input, or from the argument itself when it begins with a brace
+/// or bracket. Returns a description that begins with "the `what`", and the text.
+pub(super) fn read_input(what: &str, input: &str, longest: u64) -> Result<(String, String)> {
     let (source, text) = match input.trim_start().as_bytes() {
-        [b'{' | b'[', ..] => ("the config on the command line".to_owned(), Ok(input.to_owned())),
-        b"-" => ("the config on standard input".to_owned(), read_limited(std::io::stdin())),
-        _ => (format!("the config {input}"), File::open(input).map_err(Into::into).and_then(read_limited)),
+        [b'{' | b'[', ..] => (format!("the {what} on the command line"), Ok(input.to_owned())),
+        b"-" => (format!("the {what} on standard input"), read_limited(std::io::stdin(), longest)),
+        _ => {
+            let file = File::open(input).map_err(Into::into);
+            (format!("the {what} {input}"), file.and_then(|file| read_limited(file, longest)))
+        }
     };
     let text = text.with_context(|| format!("read {source}"))?;
     Ok((source, text))
 }
 
-fn read_limited(from: impl Read) -> Result<String> {
+fn read_limited(from: impl Read, longest: u64) -> Result<String> {
     let mut text = String::new();
-    from.take(LONGEST + 1).read_to_string(&mut text)?;
-    if text.len() as u64 > LONGEST {
-        bail!("it is longer than {} KiB", LONGEST / 1024);
+    from.take(longest + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > longest {
+        bail!("it is longer than {} KiB", longest / 1024);
     }
     Ok(text)
 }
 
-pub(super) fn values(config: &NetworkConfig) -> [(&'static str, String); 6] {
-    [
+pub(super) fn values(config: &NetworkConfig) -> Vec<(&'static str, String)> {
+    let own = config.services.values();
+    let flannels = [
         ("Network", config.network.to_string()),
         ("SubnetLen", config.subnet_len.to_string()),
         ("SubnetMin", config.subnet_min.to_string()),
         ("SubnetMax", config.subnet_max.to_string()),
         ("Backend.Type", "udp".to_owned()),
         ("Backend.Port", config.port.to_string()),
-    ]
+    ];
+    flannels.into_iter().chain(own).collect()
 }
 
 /// The effective values of `text`, with defaults marked.
@@ -208,7 +220,8 @@ mod tests {
         let text = effective(r#"{"Network":"10.5.0.0/16","backend":{"type":"udp","port":4789}}"#).unwrap();
         let defaults = text.lines().filter(|line| line.contains("(default)"));
         let keys: Vec<_> = defaults.filter_map(|line| line.split_whitespace().next()).collect();
-        assert_eq!(keys, ["SubnetLen", "SubnetMin", "SubnetMax"]);
+        let own = ["Services.Pool", "Services.Domain", "Services.LoadBalancing"];
+        assert_eq!(keys, [&["SubnetLen", "SubnetMin", "SubnetMax"], &own[..]].concat());
         assert_eq!(effective("{}"), None);
     }
 }

@@ -14,8 +14,12 @@ use crate::{config::NetworkConfig, lease::LeaseRecord};
 pub(super) const SET_AFTER_HELP: &str = "\
 Examples:
   overlay-agent config set '{\"Network\":\"10.244.0.0/16\",\"Backend\":{\"Type\":\"udp\"}}'
+  overlay-agent config set '{\"Network\":\"10.244.0.0/16\",\"Services\":{\"Pool\":\"10.251.0.0/16\",\"Domain\":\"overlay\"}}'
   overlay-agent config set network.json --etcd-endpoints http://192.168.77.10:2379
   overlay-agent config set - --store dir:/var/lib/overlay < network.json
+
+Services is a key of this agent's, which flannel ignores: Pool has the virtual addresses of services, Domain their names, and \
+LoadBalancing ({\"policy\":\"round_robin\"}) how endpoints are chosen where a service does not say it.
 
 Agents read the config when they start. Hosts with another network or port cannot reach each other, so such a change needs \
 --force while hosts hold leases, and then a restart of all agents. So does the replacement of a config that agents cannot use, \
@@ -107,8 +111,9 @@ pub(super) async fn set(args: SetArgs) -> Result<()> {
 impl Affected {
     /// What `changed` affects.
     fn by(changed: &[ConfigChange], config: &NetworkConfig, records: &[LeaseRecord]) -> Self {
-        // Hosts keep their subnets when only the port changes.
-        let misfits = match changed.iter().all(|change| change.key == "Backend.Port") {
+        // Hosts keep their subnets when only the port or the services change.
+        let keeps = |key: &str| key == "Backend.Port" || key.starts_with("Services.");
+        let misfits = match changed.iter().all(|change| keeps(change.key)) {
             true => Vec::new(),
             false => misfits(config, records),
         };
@@ -229,8 +234,8 @@ mod tests {
         let change =
             ConfigChange { key: "Backend.Port", before: Some("8285".to_owned()), after: "4789".to_owned() };
         assert_eq!(changes(Some(BEFORE), &port), [change]);
-        assert_eq!(changes(Some("junk"), &port).len(), 6);
-        assert_eq!(changes(None, &port).len(), 6);
+        assert_eq!(changes(Some("junk"), &port).len(), 9);
+        assert_eq!(changes(None, &port).len(), 9);
     }
 
     #[test]

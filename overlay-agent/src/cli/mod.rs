@@ -3,12 +3,14 @@
 mod config;
 mod config_set;
 mod down;
+mod endpoints;
 mod etcd_args;
 mod flannel_args;
 mod host_args;
 mod leases;
 mod query;
 mod run;
+mod services;
 mod store_args;
 mod underlay_args;
 
@@ -17,7 +19,9 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use self::{config::ConfigCommand, leases::LeaseCommand};
+use self::{
+    config::ConfigCommand, endpoints::EndpointCommand, leases::LeaseCommand, services::ServiceCommand,
+};
 use crate::{
     control::{self, Query},
     datapath::ebpf,
@@ -32,6 +36,8 @@ Examples:
   overlay-agent counters -o json
   overlay-agent leases --etcd-endpoints http://192.168.77.10:2379
   overlay-agent config set network.json --store dir:/var/lib/overlay
+  overlay-agent service set web.yaml --store dir:/var/lib/overlay
+  overlay-agent endpoint add shop/web --address 10.244.1.2
   overlay-agent down
 
 Exit codes: 0 success, 1 refused or failed (one line on standard error gives the reason), 2 wrong usage.";
@@ -70,6 +76,12 @@ enum Command {
     /// Show, write or check the network config in the store
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// List, show, write or remove services in the store
+    #[command(subcommand)]
+    Service(ServiceCommand),
+    /// List, write, drain or remove endpoints of services in the store
+    #[command(subcommand)]
+    Endpoint(EndpointCommand),
     /// Stop the agent, if one runs, and remove everything that an agent left on this host
     Down(QueryArgs),
 }
@@ -164,6 +176,8 @@ fn dispatch(command: Command) -> Result<()> {
             Command::Config(ConfigCommand::Show(args)) => config::show(args).await,
             Command::Config(ConfigCommand::Set(args)) => config_set::set(args).await,
             Command::Config(ConfigCommand::Check(args)) => config::check(args).await,
+            Command::Service(command) => services::run(command).await,
+            Command::Endpoint(command) => endpoints::run(command).await,
             Command::Down(args) => down::down(&args).await,
         }
     });

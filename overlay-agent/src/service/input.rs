@@ -120,13 +120,10 @@ fn service(name: &ServiceName, mut object: Map<String, Value>) -> Result<Service
     let endpoints = object.remove("endpoints").unwrap_or(Value::Null);
     object.entry("v").or_insert_with(|| RECORD_VERSION.into());
     let service = strict::<Services, _>(Value::Object(object)).map_err(of_name)?;
-    let endpoints: Vec<Value> = match endpoints {
-        Value::Null => Vec::new(),
-        given => serde_json::from_value(given)
-            .map_err(|_| of_name("endpoints: expected a list such as [{address: 10.244.1.2}]".to_owned()))?,
-    };
+    let endpoints: Option<Vec<Value>> = serde_json::from_value(endpoints)
+        .map_err(|_| of_name("endpoints: expected a list such as [{address: 10.244.1.2}]".to_owned()))?;
     let mut named = BTreeMap::new();
-    for endpoint in endpoints {
+    for endpoint in endpoints.unwrap_or_default() {
         let (id, endpoint) =
             self::endpoint(&service, endpoint).map_err(|error| of_name(format!("endpoints: {error}")))?;
         if named.insert(id.clone(), endpoint).is_some() {

@@ -1,12 +1,13 @@
 //! Services: names, virtual addresses and load balancing, on the agent of the overlay.
 //!
-//! In reading order: `name` and `record` (what the store has), `catalog` (what that means), `index` and `follow` (the catalog as the
+//! In reading order: `config` (the network's), `name` and `record` (what the store has), `catalog` (what that means), `index` and `follow` (the catalog as the
 //! records change), `input` (services as operators write them), `vip` (which service gets which virtual address), `device` (the
 //! virtual addresses on this host), `slots` and `front` (what a load balancer does), `cgroup` (where its programs run), `dns` (the
 //! names of the services).
 
 pub mod catalog;
 pub mod cgroup;
+pub mod config;
 pub mod device;
 pub mod dns;
 pub mod follow;

@@ -313,7 +313,8 @@ impl Service {
 }
 
 impl Endpoint {
-    fn check(&self) -> Result<(), String> {
+    /// Fails when no host can have the address, or the weight is above [`MAX_WEIGHT`].
+    pub fn check(&self) -> Result<(), String> {
         let ip = self.overlay_ip;
         if ip.is_unspecified() || ip.is_loopback() || ip.is_multicast() || ip.is_broadcast() {
             return Err(format!("overlay_ip {ip} is no address of a host"));

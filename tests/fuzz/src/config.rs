@@ -19,7 +19,11 @@ pub(crate) fn check(input: &[u8]) {
         Err(error) => return check_error(&error.to_string()),
     };
     assert!(named.contains(&"Network"), "a config without a network is accepted");
-    let NetworkConfig { network, subnet_len, subnet_min, subnet_max, port } = config;
+    let NetworkConfig { network, subnet_len, subnet_min, subnet_max, port, ref services } = config;
+    if let Some(pool) = services.pool {
+        assert!((8..=30).contains(&pool.prefix_len()) && pool == pool.trunc(), "{pool}");
+        assert!(services.overlap([network]).is_none(), "{pool} overlaps {network}");
+    }
     assert!((1..=28).contains(&network.prefix_len()) && network == network.trunc(), "{network}");
     assert!((network.prefix_len() + 2..=30).contains(&subnet_len) && port != 0);
     assert!(subnet_min <= subnet_max, "no subnet can be assigned");
@@ -31,6 +35,9 @@ pub(crate) fn check(input: &[u8]) {
     let written = json!({
         "Network": network, "SubnetLen": subnet_len, "SubnetMin": subnet_min, "SubnetMax": subnet_max,
         "Backend": { "Type": "udp", "Port": port },
+        "Services": {
+            "Pool": services.pool, "Domain": services.domain, "LoadBalancing": services.load_balancing,
+        },
     });
     assert_eq!(NetworkConfig::parse(&written.to_string()), Ok(config), "its effective values are a config");
     assert!(NetworkConfig::of_network(network).is_ok(), "the defaults of {network}");

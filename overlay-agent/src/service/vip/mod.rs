@@ -8,7 +8,7 @@
 //!
 //! Clocks of hosts are never compared. In etcd the released record is attached to a lease that is not renewed, so etcd's own clock
 //! ends the quarantine. In a directory, an agent removes a record that it has seen unchanged for the quarantine by its own clock; an
-//! agent that restarts begins anew.
+//! agent that restarts starts counting again.
 
 mod assign;
 
