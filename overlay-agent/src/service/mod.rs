@@ -1,13 +1,15 @@
 //! Services: names, virtual addresses and load balancing, on the agent of the overlay.
 //!
 //! In reading order: `name` and `record` (what the store has), `catalog` (what that means), `device` (the virtual addresses),
-//! `slots` and `front` (what the load balancer does), `cgroup` (where its programs run).
+//! `slots` and `front` (what the load balancer does), `cgroup` (where its programs run), `proxy` (what serves
+//! connections that no program sees).
 
 pub mod catalog;
 pub mod cgroup;
 pub mod device;
 pub mod front;
 pub mod name;
+pub mod proxy;
 pub mod record;
 mod slots;
 
