@@ -21,6 +21,8 @@ pub struct Rules {
     pub zone: Option<String>,
     /// Whether connections to HTTP ports are balanced like others: where no proxy listens at them, which balances requests.
     pub http: bool,
+    /// Whether ports are included whose endpoints are told the client by the PROXY protocol: only the proxy does that.
+    pub proxy_protocol: bool,
 }
 
 /// A port of a virtual address.
@@ -64,7 +66,10 @@ pub fn fronts(catalog: &Catalog, rules: &Rules) -> Fronts {
     let mut fronts = Fronts::new();
     for service in catalog.services.values() {
         let Some(vip) = service.vip else { continue };
-        for port in service.spec.ports.iter().filter(|port| rules.http || port.app != App::Http) {
+        let is_included = |port: &&Port| {
+            (rules.http || port.app != App::Http) && (rules.proxy_protocol || !port.proxy_protocol)
+        };
+        for port in service.spec.ports.iter().filter(is_included) {
             let address = abi_address(SocketAddrV4::new(vip, port.port.get()));
             let affinity = service.spec.affinity.filter(|affinity| affinity.client_ip);
             let front = Front {
@@ -151,6 +156,17 @@ mod tests {
         assert_eq!(addresses, ["10.244.1.2:5353", "10.244.2.2:5353", "10.244.3.2:5353"]);
         let with_http = super::fronts(&catalog, &Rules { http: true, ..Rules::default() });
         assert_eq!(with_http.len(), 3);
+    }
+
+    #[test]
+    fn only_the_proxy_has_ports_with_the_proxy_protocol() {
+        let service = r#"{"v":1,"ports":[{"name":"a","port":1,"protocol":"tcp","proxy_protocol":true},
+            {"name":"b","port":2,"protocol":"tcp"}]}"#;
+        let catalog = catalog(service, &ENDPOINTS);
+        let fronts = super::fronts(&catalog, &Rules::default());
+        assert_eq!(fronts.into_keys().collect::<Vec<_>>(), [key(2, 6)]);
+        let fronts = super::fronts(&catalog, &Rules { proxy_protocol: true, ..Rules::default() });
+        assert_eq!(fronts.into_keys().collect::<Vec<_>>(), [key(1, 6), key(2, 6)]);
     }
 
     #[test]

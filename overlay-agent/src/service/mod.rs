@@ -1,9 +1,10 @@
 //! Services: names, virtual addresses and load balancing, on the agent of the overlay.
 //!
-//! In reading order: `config` (the network's), `name` and `record` (what the store has), `catalog` (what that means), `index` and `follow` (the catalog as the
-//! records change), `input` (services as operators write them), `vip` (which service gets which virtual address), `device` (the
-//! virtual addresses on this host), `slots` and `front` (what a load balancer does), `cgroup` (where its programs run), `dns` (the
-//! names of the services).
+//! In reading order: `config` (the network's), `name` and `record` (what the store has), `catalog` (what that means), `index` and
+//! `follow` (the catalog as the records change), `input` (services as operators write them), `vip` (which service gets which virtual
+//! address), `device` (the virtual addresses on this host), `slots` and `front` (what a load balancer does), `cgroup` (where its
+//! programs run), `proxy` (what serves connections that no program sees), `dns` (the names of the services), `node` (the task that
+//! keeps all of it on a node).
 
 pub mod catalog;
 pub mod cgroup;
@@ -15,6 +16,7 @@ pub mod front;
 mod index;
 pub mod input;
 pub mod name;
+pub mod proxy;
 pub mod record;
 mod slots;
 #[cfg(test)]

@@ -97,6 +97,15 @@ pub struct Port {
     /// What is spoken on it.
     #[serde(default)]
     pub app: App,
+    /// Whether each connection to an endpoint begins with a header of the PROXY protocol, version 2, that names the client. TCP only. Such
+    /// connections take the proxy.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub proxy_protocol: bool,
+}
+
+/// For `skip_serializing_if`.
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 /// A transport protocol.
@@ -295,6 +304,9 @@ impl Service {
             if port.app == App::Http && port.protocol != Protocol::Tcp {
                 return Err(format!("port {}: HTTP needs TCP", port.name));
             }
+            if port.proxy_protocol && port.protocol != Protocol::Tcp {
+                return Err(format!("port {}: proxy_protocol needs TCP", port.name));
+            }
         }
         if self.affinity.is_some_and(|affinity| affinity.client_ip && affinity.ttl_s == 0) {
             return Err("affinity.ttl_s is 0: expected seconds".to_owned());
@@ -474,6 +486,11 @@ mod tests {
             (
                 r#"{"v":1,"ports":[{"name":"a","port":1,"protocol":"udp","app":"http"}]}"#.to_owned(),
                 "needs TCP",
+            ),
+            (
+                r#"{"v":1,"ports":[{"name":"a","port":1,"protocol":"udp","proxy_protocol":true}]}"#
+                    .to_owned(),
+                "proxy_protocol needs TCP",
             ),
             (format!(r#"{{"v":1,"headless":true,"vip":"10.251.0.1","ports":[{port}]}}"#), "exclude"),
             (format!(r#"{{"v":1,"affinity":{{"client_ip":true,"ttl_s":0}},"ports":[{port}]}}"#), "ttl_s"),

@@ -1,0 +1,50 @@
+//! An endpoint of a port of a virtual address, as its connections know it.
+
+use std::{net::SocketAddrV4, sync::Arc, time::Duration};
+
+use tokio::{sync::watch, time::Instant};
+
+use super::counters::Tally;
+
+/// An endpoint.
+#[derive(Debug)]
+pub(super) struct Endpoint {
+    /// Where it listens.
+    pub(super) address: SocketAddrV4,
+    /// What is counted.
+    pub(super) tally: Arc<Tally>,
+    /// When its connections are reset, if it is removed or down.
+    reset_at: watch::Sender<Option<Instant>>,
+}
+
+impl Endpoint {
+    pub(super) fn new(address: SocketAddrV4) -> Self {
+        Self { address, tally: Arc::default(), reset_at: watch::Sender::new(None) }
+    }
+
+    /// Its connections stay.
+    pub(super) fn keep(&self) {
+        self.reset_at.send_if_modified(|at| at.take().is_some());
+    }
+
+    /// Its connections have this much time left, unless they had less.
+    pub(super) fn drain(&self, time: Duration) {
+        self.reset_at.send_if_modified(|at| match at {
+            Some(_) => false,
+            None => {
+                *at = Some(Instant::now() + time);
+                true
+            }
+        });
+    }
+
+    /// Whether it may keep its connections.
+    pub(super) fn is_kept(&self) -> bool {
+        self.reset_at.borrow().is_none()
+    }
+
+    /// Follows [`Self::drain`] and [`Self::keep`].
+    pub(super) fn reset_time(&self) -> watch::Receiver<Option<Instant>> {
+        self.reset_at.subscribe()
+    }
+}
