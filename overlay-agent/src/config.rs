@@ -48,7 +48,6 @@ const IGNORED_KEYS: [(&str, Check, &str); 6] = [
 ];
 const NO_IPV4: &str = "the network config's EnableIPv4 is false: overlay-agent carries only IPv4, remove the key or set it to true";
 const NO_IPV6: &str = "EnableIPv6 is true: overlay-agent carries only IPv4, and ignores the keys for IPv6";
-const NO_POOL: &str = "services have no virtual addresses: the default of Services.Pool overlaps Network, set another one, for example {\"Services\":{\"Pool\":\"192.168.252.0/22\"}}";
 const NO_TYPE: &str = "the network config's Backend has no Type, which flannel refuses: write {\"Type\":\"udp\"} or remove Backend";
 const BACKEND_KEYS: [&str; 2] = ["Type", "Port"];
 
@@ -72,8 +71,8 @@ pub struct NetworkConfig {
     pub subnet_max: Ipv4Addr,
     /// UDP port of all hosts.
     pub port: u16,
-    /// How services work. flannel does not know it.
-    pub services: ServicesConfig,
+    /// How services work; `None` in a network without the key, which has none. flannel does not know it.
+    pub services: Option<ServicesConfig>,
 }
 
 /// Whether a JSON text is a value of this type.
@@ -138,16 +137,14 @@ impl NetworkConfig {
         Ok(Self { network, subnet_len, subnet_min, subnet_max, port: port(&record)?, services })
     }
 
-    /// What an operator should know about a config that agents can use: unknown keys, IPv6, and no virtual addresses.
+    /// What an operator should know about a config that agents can use: unknown keys, and IPv6.
     pub fn warnings(json: &str) -> Vec<String> {
         let unknown = Self::unknown_keys(json).into_iter().map(|key| {
             let key = printable(&key, LONGEST_NAME);
             format!("the key \"{key}\" is ignored: it is unknown to flannel and to overlay-agent")
         });
         let wants_ipv6 = serde_json::from_str(json).ok().and_then(|record: Record| record.get("EnableIPv6"));
-        let has_no_pool = Self::parse(json).is_ok_and(|config| config.services.pool.is_none());
-        let ipv6 = (wants_ipv6 == Some(true)).then(|| NO_IPV6.to_owned());
-        unknown.chain(ipv6).chain(has_no_pool.then(|| NO_POOL.to_owned())).collect()
+        unknown.chain((wants_ipv6 == Some(true)).then(|| NO_IPV6.to_owned())).collect()
     }
 
     /// Keys that are neither part of flannel's record nor of this agent's, most often misspelled, as written. Keys inside
@@ -233,11 +230,12 @@ fn network(record: &Record) -> Result<Ipv4Net, ConfigError> {
     }
 }
 
-fn services(record: &Record, network: Ipv4Net) -> Result<ServicesConfig, ConfigError> {
+fn services(record: &Record, network: Ipv4Net) -> Result<Option<ServicesConfig>, ConfigError> {
+    let Some(text) = record.text(services::KEY) else { return Ok(None) };
     let refuse = |refusal: services::Refusal| invalid(refusal.key, &refusal.value, refusal.expected);
-    let services = ServicesConfig::parse(record.text(services::KEY), network).map_err(refuse)?;
-    match services.pool.and_then(|pool| RESERVED.iter().find(|(block, _)| overlaps(pool, *block))) {
-        None => Ok(services),
+    let services = ServicesConfig::parse(text, network).map_err(refuse)?;
+    match RESERVED.iter().find(|(block, _)| overlaps(services.pool, *block)) {
+        None => Ok(Some(services)),
         Some((block, what)) => Err(ConfigError(format!(
             "Services.Pool of the network config overlaps {block}, {what}: choose another"
         ))),

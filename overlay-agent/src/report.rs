@@ -1,6 +1,9 @@
 //! Answers of `status`, `routes` and `counters`. The JSON names are stable: scripts read them.
 
-use std::{collections::BTreeMap, net::Ipv4Addr};
+use std::{
+    collections::BTreeMap,
+    net::{Ipv4Addr, SocketAddr},
+};
 
 use ipnet::Ipv4Net;
 use overlay_ebpf::reason::{DropReason, PuntReason};
@@ -40,6 +43,9 @@ pub(crate) struct Status {
     /// What skips the host's stack.
     #[serde(default)]
     pub(crate) bypass: Option<Bypass>,
+    /// Services on this node; `null` when the network has none or this node ignores them.
+    #[serde(default)]
+    pub(crate) services: Option<Services>,
     /// Number of routes to peers.
     pub(crate) routes: usize,
     pub(crate) store: Store,
@@ -72,6 +78,21 @@ pub(crate) struct Bypass {
     pub(crate) containers: usize,
     /// What is left to the host's stack, and why.
     pub(crate) skipped: Vec<String>,
+}
+
+/// Services on a node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Services {
+    /// Services of the network.
+    pub(crate) services: usize,
+    /// Endpoints of all services.
+    pub(crate) endpoints: usize,
+    /// Records that are left out; `overlay-agent service list` has the reasons.
+    pub(crate) skipped: usize,
+    /// How connections to virtual addresses reach an endpoint, and why so.
+    pub(crate) load_balancer: String,
+    /// Where the DNS server of the node answers.
+    pub(crate) dns: Option<SocketAddr>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]

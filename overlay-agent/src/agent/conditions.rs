@@ -48,6 +48,8 @@ pub(super) enum Condition {
     Bypass,
     /// Firewall rules and the blackhole route.
     Firewall,
+    /// Services on this node.
+    Services,
     /// Rules that keep containers from sending what peers take for packets of this host.
     Guard,
 }

@@ -172,6 +172,11 @@ impl Membership {
         self.local
     }
 
+    /// The store; `None` when all peers were given on the command line.
+    pub(super) fn store(&self) -> Option<&Store> {
+        self.store.as_ref()
+    }
+
     /// Name of the store, for `status`.
     pub(super) fn store_name(&self) -> String {
         self.store.as_ref().map_or_else(|| "none".to_owned(), Store::name)

@@ -19,6 +19,7 @@ mod next_hops;
 mod notifier;
 mod options;
 mod retry;
+mod services;
 mod start;
 mod status;
 mod sysctl;
@@ -33,7 +34,7 @@ use tokio::{
 };
 use tracing::info;
 
-pub use options::{HostOptions, Options, StoreOption};
+pub use options::{HostOptions, Options, ServiceOptions, StoreOption};
 
 use crate::{
     capabilities,
@@ -49,6 +50,7 @@ use forwarding::Forwarding;
 use host::HostSetup;
 use membership::{Membership, News};
 use notifier::HealthNotifier;
+use services::Services;
 use start::Prepared;
 
 /// Interval of checks of the host's state.
@@ -84,15 +86,18 @@ pub async fn run(options: Options) -> Result<()> {
         }
     };
     // Not interrupted: half of it would stay. It takes a moment; a signal meanwhile ends the main loop at once.
-    let Prepared { options, mut membership, forwarding, host, underlay } = prepared.apply(&netlink).await?;
+    let Prepared { options, config, mut membership, forwarding, host, underlay } =
+        prepared.apply(&netlink).await?;
     let underlay_changes = underlay::watch(underlay.clone(), &options.underlay)?;
     let host_changes = host_watch::watch()?;
     membership.keep_lease();
+    let services = Services::start(&options, &config, membership.store(), &underlay, &netlink);
     let mut agent = Agent {
         netlink,
         membership,
         forwarding,
         host,
+        services,
         notifier,
         underlay_changes,
         host_changes,
@@ -141,6 +146,7 @@ struct Agent {
     membership: Membership,
     forwarding: Forwarding,
     host: HostSetup,
+    services: Services,
     notifier: HealthNotifier,
     underlay_changes: mpsc::Receiver<UnderlayChange>,
     /// Changes that may have been made to what the agent made.
@@ -255,6 +261,7 @@ impl Agent {
         let LocalNode { subnet, .. } = self.membership.local();
         let problem = sysctl::forwarding_problem(&self.netlink, &self.forwarding.spec.name, subnet).await;
         self.host.conditions.update(Condition::Forwarding, problem);
+        self.host.conditions.update(Condition::Services, self.services.problem());
         self.count_ingress().await;
     }
 
@@ -284,6 +291,7 @@ impl Agent {
 
     async fn stop(mut self) -> Result<()> {
         self.notifier.stopping();
+        self.services.stop().await;
         let removed = start::remove(&mut self.forwarding, &mut self.host, &self.netlink).await;
         self.membership.leave().await;
         removed

@@ -7,6 +7,7 @@ use ipnet::Ipv4Net;
 use crate::{
     datapath::{BypassRequest, Policy, Request, ebpf::TcAttach},
     route::{Routes, Subnet},
+    service::LbRequest,
     store::etcd::{EtcdOptions, RENEW_MARGIN},
     underlay,
 };
@@ -57,6 +58,27 @@ pub struct Options {
     pub run_dir: PathBuf,
     /// Firewall, routes and health server.
     pub host: HostOptions,
+    /// Services on this node.
+    pub services: ServiceOptions,
+}
+
+/// Services on this node, in a network whose config has them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServiceOptions {
+    /// How connections to virtual addresses reach an endpoint.
+    pub lb: LbRequest,
+    /// Name of the device that holds the virtual addresses.
+    pub device: String,
+    /// The cgroup whose processes can connect to virtual addresses; `None` for the root.
+    pub cgroup: Option<PathBuf>,
+    /// DNS servers for names that are none of services; empty for those of `/etc/resolv.conf`.
+    pub dns_upstreams: Vec<SocketAddr>,
+    /// Whether `/etc/resolv.conf` is replaced while the agent runs.
+    pub manage_resolv_conf: bool,
+    /// Name of this node, a DNS label.
+    pub node: String,
+    /// The zone in which it is.
+    pub zone: Option<String>,
 }
 
 /// Changes to the host beside the datapath.

@@ -14,6 +14,7 @@ use super::{
     notifier::HealthNotifier,
 };
 use crate::{
+    config::NetworkConfig,
     datapath::tun::{Endpoint, Socket},
     device,
     netlink::Netlink,
@@ -24,6 +25,7 @@ use crate::{
 /// The parts of an agent that has changed nothing on its host yet. Getting this far may take long: etcd may be away.
 pub(super) struct Prepared {
     pub(super) options: Options,
+    pub(super) config: NetworkConfig,
     pub(super) membership: Membership,
     pub(super) forwarding: Forwarding,
     pub(super) host: HostSetup,
@@ -48,7 +50,8 @@ impl Prepared {
         check_addresses(&options, &network.config, &underlay)?;
         device::preflight(netlink, &options.device, network.config.network).await?;
         let mtu = inner_mtu(&underlay.link)?;
-        let port = network.config.port;
+        let config = network.config.clone();
+        let port = config.port;
         let address = SocketAddrV4::new(underlay.local_ip, port);
         drop(Socket::bind(Endpoint { address, ifindex: underlay.link.index }, Arc::default())?);
         let membership = network.join(&options, underlay.public_ip, notifier).await?;
@@ -56,7 +59,7 @@ impl Prepared {
         info!("{} is {} in {}, MTU {mtu}, port {port}", local.public_ip, local.subnet, local.network);
         let forwarding = Forwarding::new(&options, netlink, local, &underlay, port, mtu)?;
         let host = HostSetup::new(&options);
-        Ok(Self { options, membership, forwarding, host, underlay })
+        Ok(Self { options, config, membership, forwarding, host, underlay })
     }
 
     /// Changes the host: datapath with its routes first, then firewall and routes.

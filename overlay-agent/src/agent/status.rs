@@ -84,6 +84,7 @@ impl Agent {
             egress,
             ingress,
             bypass: self.running.then(|| self.forwarding.bypass()),
+            services: self.services.report(),
             routes: self.forwarding.table.routes().len(),
             store: report::Store {
                 name: self.membership.store_name(),

@@ -13,7 +13,7 @@ use super::{
     query::{print, table},
     store_args::StoreArgs,
 };
-use crate::{config::NetworkConfig, printable::printable};
+use crate::{config::NetworkConfig, printable::printable, service::config::ServicesConfig};
 
 /// Size limit of a config in bytes; flannel's have about 100.
 const LONGEST: u64 = 64 * 1024;
@@ -125,7 +125,7 @@ impl Verdict {
                     "SubnetMin": config.subnet_min,
                     "SubnetMax": config.subnet_max,
                     "Backend": { "Type": "udp", "Port": config.port },
-                    "Services": config.services.json(),
+                    "Services": config.services.as_ref().map(ServicesConfig::json),
                 })
             }),
             text,
@@ -178,7 +178,7 @@ fn read_limited(from: impl Read, longest: u64) -> Result<String> {
 }
 
 pub(super) fn values(config: &NetworkConfig) -> Vec<(&'static str, String)> {
-    let own = config.services.values();
+    let own = config.services.as_ref().map(ServicesConfig::values);
     let flannels = [
         ("Network", config.network.to_string()),
         ("SubnetLen", config.subnet_len.to_string()),
@@ -187,7 +187,7 @@ pub(super) fn values(config: &NetworkConfig) -> Vec<(&'static str, String)> {
         ("Backend.Type", "udp".to_owned()),
         ("Backend.Port", config.port.to_string()),
     ];
-    flannels.into_iter().chain(own).collect()
+    flannels.into_iter().chain(own.into_iter().flatten()).collect()
 }
 
 /// The effective values of `text`, with defaults marked.
@@ -220,8 +220,10 @@ mod tests {
         let text = effective(r#"{"Network":"10.5.0.0/16","backend":{"type":"udp","port":4789}}"#).unwrap();
         let defaults = text.lines().filter(|line| line.contains("(default)"));
         let keys: Vec<_> = defaults.filter_map(|line| line.split_whitespace().next()).collect();
-        let own = ["Services.Pool", "Services.Domain", "Services.LoadBalancing"];
-        assert_eq!(keys, [&["SubnetLen", "SubnetMin", "SubnetMax"], &own[..]].concat());
+        assert_eq!(keys, ["SubnetLen", "SubnetMin", "SubnetMax"]);
+        let text = effective(r#"{"Network":"10.5.0.0/16","Services":{"Domain":"cluster.local"}}"#).unwrap();
+        assert!(text.lines().any(|line| line.contains("Services.Pool") && line.contains("(default)")));
+        assert!(text.lines().any(|line| line.contains("cluster.local") && !line.contains("(default)")));
         assert_eq!(effective("{}"), None);
     }
 }

@@ -9,6 +9,7 @@ use serde::Serialize;
 use super::{
     StoreQuery,
     query::{print, table},
+    service_args::host_name,
     services::{catalog, endpoint_columns, skipped_text},
 };
 use crate::{
@@ -165,10 +166,7 @@ pub(super) async fn run(command: EndpointCommand) -> Result<()> {
 
 async fn add(args: AddArgs) -> Result<()> {
     let AddArgs { service, address, id, node, ports, weight, zone, query } = args;
-    let node = match node {
-        Some(node) => node,
-        None => this_node()?,
-    };
+    let node = node.unwrap_or_else(host_name);
     let id = id.unwrap_or_else(|| default_id(address));
     let name = EndpointName::new(service.clone(), &node, &id)?;
     let endpoint = Endpoint {
@@ -300,15 +298,6 @@ fn list_text(list: &EndpointList) -> String {
 fn missing(name: &str, store: &Store) -> String {
     let name = printable(name, 2 * LONGEST_NAME);
     format!("there is no endpoint {name} in {}: `overlay-agent endpoint list` lists them", store.name())
-}
-
-/// This host's name up to the first dot.
-fn this_node() -> Result<String> {
-    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    match name.trim().split('.').next() {
-        Some(label) if !label.is_empty() => Ok(label.to_ascii_lowercase()),
-        _ => bail!("this host has no name: name the node with --node"),
-    }
 }
 
 fn parse_port(text: &str) -> Result<(String, NonZeroU16), String> {

@@ -10,6 +10,7 @@ mod host_args;
 mod leases;
 mod query;
 mod run;
+mod service_args;
 mod services;
 mod store_args;
 mod underlay_args;

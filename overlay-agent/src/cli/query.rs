@@ -95,6 +95,7 @@ pub(super) fn status(status: &Status) -> String {
         ("egress", status.egress.as_ref().map(rung)),
         ("ingress", status.ingress.as_ref().map(rung)),
         ("bypass", status.bypass.as_ref().map(bypass)),
+        ("services", status.services.as_ref().map(services)),
         ("routes", Some(routes)),
         ("store", Some(store)),
         ("packets dropped", Some(status.drops.to_string())),
@@ -105,6 +106,19 @@ pub(super) fn status(status: &Status) -> String {
         }
     }
     table.to_string()
+}
+
+fn services(services: &report::Services) -> String {
+    let report::Services { services, endpoints, skipped, load_balancer, dns } = services;
+    if *services == 0 {
+        return "none yet".to_owned();
+    }
+    let skipped = match skipped {
+        0 => String::new(),
+        _ => format!(", {skipped} records left out (`overlay-agent service list` says why)"),
+    };
+    let dns = dns.map_or_else(|| "no DNS server".to_owned(), |address| format!("DNS at {address}"));
+    format!("{services} with {endpoints} endpoints{skipped}; load balancing: {load_balancer}; {dns}")
 }
 
 fn bypass(bypass: &report::Bypass) -> String {

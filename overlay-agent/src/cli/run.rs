@@ -10,7 +10,10 @@ use clap::{
 use overlay_ebpf::abi::{SourceCheck, TosRule};
 use tracing_subscriber::EnvFilter;
 
-use super::{AgentArgs, host_args::HostArgs, store_args::StoreArgs, underlay_args::UnderlayArgs};
+use super::{
+    AgentArgs, host_args::HostArgs, service_args::ServiceArgs, store_args::StoreArgs,
+    underlay_args::UnderlayArgs,
+};
 use crate::{
     agent::{self, Options, StoreOption},
     datapath::{BypassRequest, Policy, Request, ebpf::TcAttach},
@@ -76,6 +79,8 @@ pub(super) struct RunArgs {
     subnet_lease_renew_margin: Option<u16>,
     #[command(flatten)]
     underlay: UnderlayArgs,
+    #[command(flatten)]
+    services: ServiceArgs,
     #[command(flatten)]
     host: HostArgs,
 }
@@ -179,6 +184,7 @@ impl RunArgs {
             subnet_file,
             run_dir: self.agent.run_dir,
             host: self.host.into(),
+            services: self.services.into(),
         })
     }
 }

@@ -270,7 +270,7 @@ async fn check_wanted(
     }
     // Agents report what they cannot use; here, the pool is only a hint.
     let config = store.config_text().await?.and_then(|text| NetworkConfig::parse(&text).ok());
-    let pool = config.and_then(|config| config.services.pool);
+    let pool = config.and_then(|config| config.services).map(|services| services.pool);
     let vips: Vec<Record<Vips>> = store.list().await?;
     for (vip, name) in wanted {
         if let Some(pool) = pool.filter(|pool| !vip::is_usable(*pool, vip)) {

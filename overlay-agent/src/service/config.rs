@@ -28,9 +28,8 @@ const LONGEST_DOMAIN: usize = 128;
 /// How the network's services work.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct ServicesConfig {
-    /// The virtual addresses; host bits are zero. `None` when the config names none and the default overlaps the network: then
-    /// services have no virtual addresses.
-    pub pool: Option<Ipv4Net>,
+    /// The virtual addresses; host bits are zero.
+    pub pool: Ipv4Net,
     /// The domain below which services have names: `web.shop.svc.<domain>`. In lower case, without a dot at its end.
     pub domain: String,
     /// How endpoints are chosen where a service does not say it.
@@ -38,14 +37,11 @@ pub struct ServicesConfig {
 }
 
 impl ServicesConfig {
-    /// Parses the value of the key, by Go's rules as the rest of the config. Without it, all is default.
+    /// Parses the value of the key, by Go's rules as the rest of the config. What it does not say has a default.
     /// Fails with a key, its value and what is expected of it.
-    pub(crate) fn parse(value: Option<&str>, network: Ipv4Net) -> Result<Self, Refusal> {
-        let record: Record = match value {
-            None => Record::default(),
-            Some(value) => serde_json::from_str(value)
-                .map_err(|_| Refusal::new(KEY, value, "an object such as {\"Pool\":\"10.251.0.0/16\"}"))?,
-        };
+    pub(crate) fn parse(value: &str, network: Ipv4Net) -> Result<Self, Refusal> {
+        let record: Record = serde_json::from_str(value)
+            .map_err(|_| Refusal::new(KEY, value, "an object such as {\"Pool\":\"10.251.0.0/16\"}"))?;
         Ok(Self {
             pool: pool(&record, network)?,
             domain: domain(&record)?,
@@ -59,7 +55,7 @@ impl ServicesConfig {
         let policy = json!(policy).as_str().map(str::to_owned).unwrap_or_default();
         let hash_key = hash_key.as_ref().map(|key| format!(" of {}", printable(key, LONGEST_REASON)));
         [
-            ("Services.Pool", self.pool.map_or_else(|| "none".to_owned(), |pool| pool.to_string())),
+            ("Services.Pool", self.pool.to_string()),
             ("Services.Domain", self.domain.clone()),
             ("Services.LoadBalancing", format!("{policy}{}", hash_key.unwrap_or_default())),
         ]
@@ -73,8 +69,7 @@ impl ServicesConfig {
     /// The first of `networks`, such as those of the underlay's addresses, that the pool overlaps: packets to hosts in it could be
     /// meant for services.
     pub fn overlap(&self, networks: impl IntoIterator<Item = Ipv4Net>) -> Option<Ipv4Net> {
-        let pool = self.pool?;
-        networks.into_iter().find(|network| overlaps(pool, *network))
+        networks.into_iter().find(|network| overlaps(self.pool, *network))
     }
 }
 
@@ -92,20 +87,23 @@ impl Refusal {
     }
 }
 
-fn pool(record: &Record, network: Ipv4Net) -> Result<Option<Ipv4Net>, Refusal> {
-    let refuse = |text, expected: String| Refusal::new("Services.Pool", text, expected);
-    let Some(text) = record.text("Pool") else {
-        return Ok(Some(DEFAULT_POOL).filter(|pool| !overlaps(*pool, network)));
+fn pool(record: &Record, network: Ipv4Net) -> Result<Ipv4Net, Refusal> {
+    let refuse = |text: &str, expected: String| Refusal::new("Services.Pool", text, expected);
+    let (text, pool) = match record.text("Pool") {
+        None => (format!("\"{DEFAULT_POOL}\" (the default)"), Some(DEFAULT_POOL)),
+        Some(text) => {
+            let pool = record.get("Pool").and_then(|text: String| parse_prefix(&text));
+            (text.to_owned(), pool.map(|pool| pool.trunc()))
+        }
     };
-    let pool = record.get("Pool").and_then(|text: String| parse_prefix(&text)).map(|pool| pool.trunc());
     let expected =
         "an IPv4 network without leading zeros, such as \"10.251.0.0/16\", with a prefix length from 8 to 30";
     let pool = pool.filter(|pool| (8..=30).contains(&pool.prefix_len()));
-    let pool = pool.ok_or_else(|| refuse(text, expected.to_owned()))?;
+    let pool = pool.ok_or_else(|| refuse(&text, expected.to_owned()))?;
     if overlaps(pool, network) {
-        return Err(refuse(text, format!("a network that does not overlap the overlay's, {network}")));
+        return Err(refuse(&text, format!("a network that does not overlap the overlay's, {network}")));
     }
-    Ok(Some(pool))
+    Ok(pool)
 }
 
 fn domain(record: &Record) -> Result<String, Refusal> {
@@ -135,14 +133,15 @@ mod tests {
 
     fn parse(services: &str) -> Result<ServicesConfig, String> {
         let text = format!(r#"{{"Network":"10.244.0.0/16","Services":{services}}}"#);
-        NetworkConfig::parse(&text).map(|config| config.services).map_err(|error| error.to_string())
+        let config = NetworkConfig::parse(&text).map_err(|error| error.to_string())?;
+        Ok(config.services.expect("the key is there"))
     }
 
     #[test]
     fn what_the_config_does_not_say_has_defaults() {
-        for text in ["null", "{}", r#"{"Pool":"10.251.7.1/16","domain":"OVERLAY."}"#] {
+        for text in ["{}", r#"{"Pool":"10.251.7.1/16","domain":"OVERLAY."}"#] {
             let config = parse(text).unwrap();
-            assert_eq!(config.pool, Some("10.251.0.0/16".parse().unwrap()), "{text}");
+            assert_eq!(config.pool, "10.251.0.0/16".parse().unwrap(), "{text}");
             assert_eq!(
                 (config.domain.as_str(), config.load_balancing.policy),
                 ("overlay", Policy::RoundRobin)
@@ -156,12 +155,14 @@ mod tests {
     }
 
     #[test]
-    fn a_default_pool_inside_the_network_is_none_and_a_warning() {
-        let text = r#"{"Network":"10.0.0.0/8"}"#;
-        let config = NetworkConfig::parse(text).unwrap().services;
-        assert_eq!((config.pool, config.overlap(["0.0.0.0/0".parse().unwrap()])), (None, None));
-        let warnings = NetworkConfig::warnings(text);
-        assert!(warnings[0].contains("Services.Pool") && warnings.len() == 1, "{warnings:?}");
+    fn a_network_without_the_key_has_no_services() {
+        for text in [r#"{"Network":"10.0.0.0/8"}"#, r#"{"Network":"10.0.0.0/8","Services":null}"#] {
+            assert_eq!(NetworkConfig::parse(text).unwrap().services, None);
+            assert!(NetworkConfig::warnings(text).is_empty());
+        }
+        let error =
+            NetworkConfig::parse(r#"{"Network":"10.0.0.0/8","Services":{}}"#).unwrap_err().to_string();
+        assert!(error.contains("Services.Pool is \"10.251.0.0/16\" (the default)"), "{error}");
     }
 
     #[test]

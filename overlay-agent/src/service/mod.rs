@@ -15,7 +15,9 @@ pub mod follow;
 pub mod front;
 mod index;
 pub mod input;
+mod lb;
 pub mod name;
+pub mod node;
 pub mod proxy;
 pub mod record;
 mod slots;
@@ -25,4 +27,5 @@ pub mod vip;
 
 pub use catalog::Catalog;
 pub use follow::{FollowState, Following, follow};
+pub use lb::LbRequest;
 pub use name::{EndpointName, ServiceName};

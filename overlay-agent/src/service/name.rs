@@ -108,7 +108,7 @@ impl FromStr for EndpointName {
 }
 
 /// Checks a DNS label. `what` names it in the error.
-pub(super) fn label<'a>(what: &str, text: &'a str) -> Result<&'a str, RecordError> {
+pub(crate) fn label<'a>(what: &str, text: &'a str) -> Result<&'a str, RecordError> {
     let is_inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
     let is_label = (1..=LONGEST_LABEL).contains(&text.len())
         && text.bytes().all(is_inner)

@@ -326,7 +326,7 @@ fn explain(error: &io::Error, port: &VirtualPort) -> String {
     }
     let remedy = match kind == io::ErrorKind::AddrNotAvailable {
         true => {
-            format!(": this host does not have the address: is the device {} there?", super::device::DEVICE)
+            ": this host does not have the address: the device of the virtual addresses is missing".to_owned()
         }
         false if kind == io::ErrorKind::PermissionDenied => {
             ": the agent needs CAP_NET_BIND_SERVICE".to_owned()

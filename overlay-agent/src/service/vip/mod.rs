@@ -34,7 +34,7 @@ pub const QUARANTINE: Duration = Duration::from_secs(120);
 /// How addresses are assigned.
 #[derive(Clone, Copy, Debug)]
 pub struct VipOptions {
-    /// The virtual addresses, without the first and the last, which are no hosts' in a network.
+    /// The virtual addresses, without the first and the last, which are no hosts' in a network, and [`dns_address`].
     pub pool: Ipv4Net,
     /// How long a released address is kept from other services. In etcd, of whole seconds.
     pub quarantine: Duration,
@@ -101,10 +101,14 @@ impl Work {
     }
 }
 
+/// The address of the nodes' DNS servers: the last one in the pool that a host of a network can have. No service gets it.
+pub fn dns_address(pool: Ipv4Net) -> Ipv4Addr {
+    Ipv4Addr::from(u32::from(pool.broadcast()).saturating_sub(1))
+}
+
 /// The addresses of the pool that services may have, as numbers.
 fn usable(pool: Ipv4Net) -> std::ops::Range<u32> {
-    let (first, last) = (u32::from(pool.network()), u32::from(pool.broadcast()));
-    first.saturating_add(1)..last
+    u32::from(pool.network()).saturating_add(1)..u32::from(dns_address(pool))
 }
 
 /// Whether services may have an address.

@@ -1,0 +1,107 @@
+//! Services on this node, in a network whose config has them.
+
+use super::{Options, ServiceOptions};
+use crate::{
+    config::NetworkConfig,
+    netlink::Netlink,
+    report,
+    service::{
+        LbRequest,
+        device::ServiceDevice,
+        front::Rules,
+        node::{NodeOptions, ServiceNode},
+    },
+    store::Store,
+    underlay::Underlay,
+};
+
+/// What runs for services on this node.
+pub(super) enum Services {
+    /// The network has none, this node ignores them, or there is no store.
+    Off,
+    /// Why there are none, although the network has them.
+    Refused(String),
+    Running(ServiceNode),
+}
+
+impl Services {
+    /// Starts what the network's config and the options say.
+    pub(super) fn start(
+        options: &Options,
+        config: &NetworkConfig,
+        store: Option<&Store>,
+        underlay: &Underlay,
+        netlink: &Netlink,
+    ) -> Self {
+        let Some((options, store)) = node_options(options, config).zip(store) else { return Self::Off };
+        let own = [underlay.local_ip, underlay.public_ip];
+        if let Some(address) = own.into_iter().find(|address| options.pool.contains(address)) {
+            return Self::Refused(format!(
+                "services are off: their pool {} contains this host's address {address}: choose another pool in the network's config \
+                 (Services.Pool)",
+                options.pool
+            ));
+        }
+        match ServiceNode::start(options, netlink.clone(), store) {
+            Ok(node) => Self::Running(node),
+            Err(error) => Self::Refused(format!("services are off: {error:#}")),
+        }
+    }
+
+    /// What does not work.
+    pub(super) fn problem(&self) -> Option<String> {
+        match self {
+            Self::Off => None,
+            Self::Refused(why) => Some(why.clone()),
+            Self::Running(node) => {
+                let problems = node.state().problems;
+                (!problems.is_empty()).then(|| format!("services: {}", problems.join("; ")))
+            }
+        }
+    }
+
+    /// For `status`; `None` when there are no services.
+    pub(super) fn report(&self) -> Option<report::Services> {
+        let Self::Running(node) = self else { return None };
+        let state = node.state();
+        Some(report::Services {
+            services: state.services,
+            endpoints: state.endpoints,
+            skipped: state.skipped,
+            load_balancer: state.balancers,
+            dns: state.dns,
+        })
+    }
+
+    /// Removes what was made for services.
+    pub(super) async fn stop(self) {
+        if let Self::Running(node) = self {
+            node.stop().await;
+        }
+    }
+}
+
+/// What this node is to do for services; `None` when the network has none, or this node ignores them.
+fn node_options(options: &Options, config: &NetworkConfig) -> Option<NodeOptions> {
+    let ServiceOptions { lb, device, cgroup, dns_upstreams, manage_resolv_conf, node, zone } =
+        &options.services;
+    let services = config.services.as_ref().filter(|_| *lb != LbRequest::Off)?;
+    let rules = Rules {
+        default: services.load_balancing.clone(),
+        node: node.clone(),
+        zone: zone.clone(),
+        // No part of the agent balances HTTP requests.
+        http: true,
+        proxy_protocol: false,
+    };
+    Some(NodeOptions {
+        device: ServiceDevice::new(device, &options.device),
+        pool: services.pool,
+        domain: services.domain.clone(),
+        lb: *lb,
+        rules,
+        cgroup: cgroup.clone(),
+        dns_upstreams: dns_upstreams.clone(),
+        manage_resolv_conf: *manage_resolv_conf,
+    })
+}

@@ -1,0 +1,201 @@
+//! Services on this node: a task that keeps the virtual addresses, the load balancers and the DNS server as the catalog says.
+//!
+//! Nothing is made before the network has a service.
+
+mod balancers;
+mod names;
+
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+
+use anyhow::Result;
+use ipnet::Ipv4Net;
+use tokio::{
+    sync::{oneshot, watch},
+    task::JoinHandle,
+    time::{MissedTickBehavior, interval, timeout},
+};
+use tracing::{info, warn};
+
+use self::{balancers::Balancers, names::NameServer};
+use super::{
+    Catalog, LbRequest,
+    device::ServiceDevice,
+    follow::{Following, follow},
+    front::Rules,
+    vip::{self, VipKeeper, VipOptions},
+};
+use crate::{netlink::Netlink, store::Store};
+
+/// Interval of attempts to make what is missing.
+const RETRY: Duration = Duration::from_secs(2);
+/// How long the end of the agent waits for the removal.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What this node does for services.
+#[derive(Clone, Debug)]
+pub struct NodeOptions {
+    /// The device of the virtual addresses.
+    pub device: ServiceDevice,
+    /// The virtual addresses of the network.
+    pub pool: Ipv4Net,
+    /// The domain below which services have names.
+    pub domain: String,
+    /// How connections to virtual addresses reach an endpoint.
+    pub lb: LbRequest,
+    /// What the catalog does not say about the choice.
+    pub rules: Rules,
+    /// The cgroup whose processes can connect to virtual addresses; `None` for the root.
+    pub cgroup: Option<PathBuf>,
+    /// DNS servers for names that are none of services; empty for those of `/etc/resolv.conf`.
+    pub dns_upstreams: Vec<SocketAddr>,
+    /// Whether `/etc/resolv.conf` is replaced while the agent runs.
+    pub manage_resolv_conf: bool,
+}
+
+/// Services as this node has them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NodeState {
+    /// Number of services.
+    pub services: usize,
+    /// Number of endpoints of all nodes.
+    pub endpoints: usize,
+    /// Records that are left out.
+    pub skipped: usize,
+    /// How connections to virtual addresses reach an endpoint.
+    pub balancers: String,
+    /// Where the DNS server answers, once it does.
+    pub dns: Option<SocketAddr>,
+    /// What does not work, with the remedy.
+    pub problems: Vec<String>,
+}
+
+/// The running task.
+#[derive(Debug)]
+pub struct ServiceNode {
+    state: watch::Receiver<NodeState>,
+    stop: oneshot::Sender<()>,
+    task: JoinHandle<()>,
+}
+
+impl ServiceNode {
+    /// Starts the task, which follows the services of the store.
+    /// Fails when the options cannot be used.
+    pub fn start(options: NodeOptions, netlink: Netlink, store: &Store) -> Result<Self> {
+        let (sender, state) = watch::channel(NodeState::default());
+        let (stop, stopped) = oneshot::channel();
+        // What a killed agent left.
+        names::restore();
+        let address = vip::dns_address(options.pool);
+        let names = NameServer::new(&options, address)?;
+        let following = follow(store, options.pool);
+        let vip_options = VipOptions { pool: options.pool, quarantine: vip::QUARANTINE };
+        let vips = vip::keep(store, vip_options, following.work.clone());
+        let balancers = Balancers::new(options.lb, options.cgroup.clone());
+        let keeper =
+            Keeper { options, netlink, following, vips, balancers, names, state: sender, is_active: false };
+        Ok(Self { state, stop, task: tokio::spawn(keeper.run(stopped)) })
+    }
+
+    /// The present state.
+    pub fn state(&self) -> NodeState {
+        self.state.borrow().clone()
+    }
+
+    /// Removes what the task made, and ends it.
+    pub async fn stop(mut self) {
+        // The task may have ended.
+        let _ = self.stop.send(());
+        if timeout(SHUTDOWN_TIMEOUT, &mut self.task).await.is_err() {
+            warn!(
+                "services: their removal takes longer than {} s: `overlay-agent down` removes the rest",
+                SHUTDOWN_TIMEOUT.as_secs()
+            );
+            self.task.abort();
+        }
+    }
+}
+
+struct Keeper {
+    options: NodeOptions,
+    netlink: Netlink,
+    following: Following,
+    vips: VipKeeper,
+    balancers: Balancers,
+    names: NameServer,
+    state: watch::Sender<NodeState>,
+    /// Whether there has been a service.
+    is_active: bool,
+}
+
+impl Keeper {
+    async fn run(mut self, mut stop: oneshot::Receiver<()>) {
+        let catalog = tokio::select! {
+            catalog = self.following.catalog() => catalog,
+            _ = &mut stop => None,
+        };
+        if let Some(catalog) = catalog {
+            self.follow(catalog, &mut stop).await;
+        }
+        self.remove().await;
+    }
+
+    async fn follow(&mut self, mut catalog: watch::Receiver<Arc<Catalog>>, stop: &mut oneshot::Receiver<()>) {
+        let mut retry = interval(RETRY);
+        retry.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let present = Arc::clone(&catalog.borrow_and_update());
+            if self.is_active || !present.services.is_empty() {
+                self.is_active = true;
+                self.reconcile(&present, &catalog).await;
+            }
+            tokio::select! {
+                _ = &mut *stop => return,
+                changed = catalog.changed() => if changed.is_err() { return },
+                _ = retry.tick() => {}
+            }
+        }
+    }
+
+    async fn reconcile(&mut self, present: &Catalog, catalog: &watch::Receiver<Arc<Catalog>>) {
+        let mut problems = Vec::new();
+        let NodeOptions { device, pool, rules, .. } = &self.options;
+        match device.reconcile(&self.netlink, *pool).await {
+            Ok(true) => info!("the device {} holds the virtual addresses {pool}", device.name()),
+            Ok(false) => {}
+            Err(error) => problems.push(format!("{error:#}")),
+        }
+        problems.extend(self.balancers.reconcile(present, rules).await);
+        if let Err(error) = self.names.reconcile(catalog).await {
+            problems.push(format!("{error:#}"));
+        }
+        let unassigned = self.vips.problems.borrow().clone();
+        problems.extend(unassigned.into_iter().map(|(name, why)| format!("{name}: {why}")));
+        let lost = self.following.state.borrow().lost.clone();
+        problems.extend(lost.map(|why| format!("services cannot be read, the last known ones stay: {why}")));
+        let state = NodeState {
+            services: present.services.len(),
+            endpoints: present.services.values().map(|service| service.endpoints.len()).sum(),
+            skipped: present.skipped.len(),
+            balancers: self.balancers.describe(),
+            dns: self.names.address(),
+            problems,
+        };
+        self.state.send_if_modified(|before| {
+            let differs = *before != state;
+            *before = state;
+            differs
+        });
+    }
+
+    async fn remove(self) {
+        if !self.is_active {
+            return;
+        }
+        let Self { options, netlink, balancers, mut names, .. } = self;
+        names.stop();
+        balancers.stop().await;
+        if let Err(error) = options.device.remove(&netlink).await {
+            warn!("remove the device {}: {error:#}", options.device.name());
+        }
+    }
+}
