@@ -60,7 +60,7 @@ fn flags() -> impl Iterator<Item = (&'static str, Kind)> {
 }
 
 /// Commands other than `run` that access the store, and so take flanneld's flags for etcd.
-const STORE_COMMANDS: [&str; 3] = ["leases", "lease", "config"];
+const STORE_COMMANDS: [&str; 5] = ["leases", "lease", "config", "service", "endpoint"];
 
 /// The arguments for this program's parser. Only the arguments of `run`, of a program invoked as `flanneld` and of commands
 /// that access the store are translated.

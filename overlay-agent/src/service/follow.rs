@@ -190,3 +190,56 @@ fn publish<T>(sender: &watch::Sender<Arc<T>>, value: Arc<T>) {
         changed
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::store::{Record, Version};
+
+    const LONG: Duration = Duration::from_secs(20);
+
+    #[tokio::test]
+    async fn nothing_is_published_before_every_kind_was_listed() {
+        let directory = tempfile::tempdir().unwrap();
+        let (services, service_events) = mpsc::channel(4);
+        let (vips, vip_events) = mpsc::channel(4);
+        let (endpoints, endpoint_events) = mpsc::channel(4);
+        let (catalogs, mut catalog) = watch::channel(Arc::default());
+        let (works, mut work) = watch::channel(Arc::default());
+        let (states, mut state) = watch::channel(FollowState::default());
+        let follower = Follower {
+            store: Store::dir(directory.path().to_owned()),
+            index: Index::new("10.251.0.0/16".parse().unwrap()),
+            services: Source::new(service_events),
+            vips: Source::new(vip_events),
+            endpoints: Source::new(endpoint_events),
+            catalogs,
+            works,
+            states,
+        };
+        tokio::spawn(follower.run());
+        let web = br#"{"v":1,"ports":[{"name":"http","port":80,"protocol":"tcp"}]}"#;
+        let web = Record::parse("shop/web", web, Version::default());
+        services.send(Event::Snapshot(vec![web])).await.unwrap();
+        endpoints.send(Event::Snapshot(Vec::new())).await.unwrap();
+        sleep(Duration::from_millis(200)).await;
+        assert!(!catalog.has_changed().unwrap() && !work.has_changed().unwrap() && !state.borrow().ready);
+        // Whether its address is released or assigned depends on this.
+        let held = Record::parse("10.251.0.7", b"shop/web", Version::default());
+        vips.send(Event::Snapshot(vec![held])).await.unwrap();
+        drop(timeout(LONG, state.wait_for(|state| state.ready)).await.unwrap().unwrap());
+        assert_eq!(catalog.borrow_and_update().vips().len(), 1);
+        assert_eq!(**work.borrow_and_update(), Work::default());
+
+        // A kind that is lost holds back the others.
+        vips.send(Event::Lost("away".to_owned())).await.unwrap();
+        services.send(Event::Snapshot(Vec::new())).await.unwrap();
+        drop(timeout(LONG, state.wait_for(|state| state.lost.is_some())).await.unwrap().unwrap());
+        sleep(Duration::from_millis(200)).await;
+        assert!(!catalog.has_changed().unwrap() && !work.has_changed().unwrap() && state.borrow().ready);
+        vips.send(Event::Snapshot(Vec::new())).await.unwrap();
+        timeout(LONG, catalog.wait_for(|catalog| catalog.services.is_empty())).await.unwrap().unwrap();
+    }
+}

@@ -1,8 +1,8 @@
 //! Services: names, virtual addresses and load balancing, on the agent of the overlay.
 //!
 //! In reading order: `config` (the network's), `name` and `record` (what the store has), `catalog` (what that means), `index` and
-//! `follow` (the catalog as the records change), `input` (services as operators write them), `vip` (which service gets which virtual
-//! address), `device` (the virtual addresses on this host), `slots` and `front` (what a load balancer does), `cgroup` (where its
+//! `follow` (the catalog as the records change), `input` (services as operators write them), `files` (those of this node's files), `vip` (which service
+//! gets which virtual address), `device` (the virtual addresses on this host), `slots` and `front` (what a load balancer does), `cgroup` (where its
 //! programs run), `proxy` (what serves connections that no program sees), `dns` (the names of the services), `node` (the task that
 //! keeps all of it on a node).
 
@@ -11,6 +11,7 @@ pub mod cgroup;
 pub mod config;
 pub mod device;
 pub mod dns;
+pub mod files;
 pub mod follow;
 pub mod front;
 mod index;

@@ -182,6 +182,34 @@ async fn a_released_address_goes_to_no_other_service_before_the_quarantine_ends(
 }
 
 #[tokio::test]
+async fn work_that_is_out_of_date_does_nothing() {
+    let fixture = Fixture::new();
+    let version = crate::store::Version::default();
+    let record = |key: &str, value: &str| crate::store::Record::parse(key, value.as_bytes(), version);
+    fixture.write("services/shop/web", WEB);
+    fixture.write("services/shop/api", WEB);
+    fixture.write("vips/10.251.0.7", "shop/web");
+    let held = fixture.store.list::<Vips>().await.unwrap().remove(0);
+    let services = fixture.store.list().await.unwrap();
+    // The service was written since, and another one has changed.
+    let missing = vec![crate::store::Record { version, ..services[0].clone() }];
+    let surplus = vec![vip::Surplus { vip: held.clone(), service: None }];
+    let stale = vip::Work { missing, surplus, ..vip::Work::default() };
+    let (sender, work) = watch::channel(Arc::new(stale.clone()));
+    let options = VipOptions { pool: POOL.parse().unwrap(), quarantine: Duration::from_secs(100) };
+    let _keeper = vip::keep(&fixture.store, options, work);
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(fixture.vips().await, [("10.251.0.7".to_owned(), Vip::Held("shop/web".parse().unwrap()))]);
+
+    // An address that was taken since is not taken from its holder.
+    let free = vip::Surplus { vip: record("10.251.0.7", "shop/old"), service: None };
+    sender.send_replace(Arc::new(vip::Work { missing: Vec::new(), surplus: vec![free], ..stale }));
+    tokio::time::sleep(Duration::from_millis(800)).await;
+    assert_eq!(fixture.vips().await.len(), 1);
+    assert_eq!(fixture.store.list::<Vips>().await.unwrap(), [held]);
+}
+
+#[tokio::test]
 async fn a_wanted_address_that_cannot_be_had_is_a_problem_of_its_service_alone() {
     let fixture = Fixture::new();
     let wants = |vip: &str| {

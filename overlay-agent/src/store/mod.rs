@@ -31,6 +31,8 @@ pub use own::{OwnRecords, OwnState};
 pub use record::{Change, Event, Kind, Lifetime, LifetimeId, Record, RecordError, Version, Writable};
 pub use write::Condition;
 
+pub(crate) use dir::KeyWatch as DirectoryWatch;
+
 use backend::{Backend, Expected, Write};
 use dir::Dir;
 use etcd::{Etcd, EtcdOptions};

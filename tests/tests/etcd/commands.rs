@@ -16,29 +16,29 @@ use crate::{
 };
 
 /// What came of a command.
-struct Answer {
-    code: Option<i32>,
-    stdout: String,
-    stderr: String,
+pub(crate) struct Answer {
+    pub(crate) code: Option<i32>,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
 }
 
 impl Answer {
-    fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("{error}: {}", self.all()))
     }
 
-    fn all(&self) -> String {
+    pub(crate) fn all(&self) -> String {
         format!("exit code {:?}\n{}{}", self.code, self.stdout, self.stderr)
     }
 
     /// Standard output of a command that was done.
-    fn done(self) -> String {
+    pub(crate) fn done(self) -> String {
         assert_eq!(self.code, Some(0), "{}", self.all());
         self.stdout
     }
 
     /// The one line that says why it was refused.
-    fn refused(self) -> String {
+    pub(crate) fn refused(self) -> String {
         assert_eq!(self.code, Some(1), "{}", self.all());
         let errors: Vec<_> = self.stderr.lines().filter(|line| !line.starts_with("warning:")).collect();
         assert!(errors.len() == 1 && errors[0].starts_with("error: "), "{}", self.all());
@@ -47,7 +47,7 @@ impl Answer {
 }
 
 /// Runs the agent's binary without any variable of this process's.
-fn run(arguments: &[&str], variables: &[(&str, &str)], input: &str) -> Answer {
+pub(crate) fn run(arguments: &[&str], variables: &[(&str, &str)], input: &str) -> Answer {
     let mut command = Command::new(binary().unwrap());
     command.args(arguments).env_clear().envs(variables.iter().copied());
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -60,11 +60,11 @@ fn run(arguments: &[&str], variables: &[(&str, &str)], input: &str) -> Answer {
 }
 
 /// Runs it on the test's server.
-fn on(network: &Network, arguments: &[&str]) -> Answer {
+pub(crate) fn on(network: &Network, arguments: &[&str]) -> Answer {
     run(arguments, &[("FLANNELD_ETCD_ENDPOINTS", &network.etcd.endpoint())], "")
 }
 
-fn on_directory(directory: &Path, arguments: &[&str]) -> Answer {
+pub(crate) fn on_directory(directory: &Path, arguments: &[&str]) -> Answer {
     run(arguments, &[("OVERLAY_AGENT_STORE", &format!("dir:{}", directory.display()))], "")
 }
 

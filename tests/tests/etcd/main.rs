@@ -22,6 +22,8 @@ mod proxy;
 mod records;
 mod reservations;
 mod security;
+mod service_commands;
+mod services;
 mod tls;
 mod tls_refusals;
 mod users;

@@ -22,6 +22,8 @@ use crate::{
 const JITTER: Duration = Duration::from_millis(300);
 /// Pause before another attempt at work that is left over.
 const RETRY: Duration = Duration::from_secs(5);
+/// Services after which an agent looks whether others have done some of the work.
+const LOOK: usize = 32;
 
 /// Services without an address, with the reason.
 pub type Problems = BTreeMap<ServiceName, String>;
@@ -88,14 +90,7 @@ impl Keeper {
         if let Some(lifetime) = lifetime.filter(|_| !is_used) {
             self.store.revoke_lifetime(lifetime).await;
         }
-        let mut taken = work.taken.clone();
-        let mut problems = Problems::new();
-        for service in &work.missing {
-            let Ok(name) = &service.id else { continue };
-            if let Err(why) = self.assign(name, service, &mut taken).await? {
-                problems.insert(name.clone(), why);
-            }
-        }
+        let Some(problems) = self.assign_all(work).await? else { return Ok(()) };
         self.problems.send_if_modified(|before| {
             let changed = *before != problems;
             *before = problems;
@@ -104,12 +99,41 @@ impl Keeper {
         Ok(())
     }
 
-    /// Assigns an address to a service. The inner error is the reason why it cannot have one.
+    /// Assigns addresses to all services that need one. `None` when newer work has come meanwhile.
+    async fn assign_all(&self, work: &Work) -> Result<Option<Problems>, StoreError> {
+        let mut taken = work.taken.clone();
+        let earlier = work.released.iter().filter_map(|record| match (&record.id, &record.value) {
+            (Ok(vip), Ok(Vip::Released(Released { by, .. }))) => Some((by, *vip)),
+            _ => None,
+        });
+        let earlier: BTreeMap<_, _> = earlier.filter(|(_, vip)| is_usable(self.options.pool, *vip)).collect();
+        let mut problems = Problems::new();
+        // Agents that have the same work begin at different places.
+        let first = rand::random_range(0..work.missing.len().max(1));
+        let (before, behind) = work.missing.split_at_checked(first).unwrap_or_default();
+        let mut is_full = false;
+        for (number, service) in behind.iter().chain(before).enumerate() {
+            if number % LOOK == LOOK - 1 && self.work.has_changed().unwrap_or(true) {
+                return Ok(None);
+            }
+            let Ok(name) = &service.id else { continue };
+            let earlier = earlier.get(name).copied();
+            if let Err(why) = self.assign(name, service, earlier, &mut taken, &mut is_full).await? {
+                problems.insert(name.clone(), why);
+            }
+        }
+        Ok(Some(problems))
+    }
+
+    /// Assigns an address to a service, if it wants no other its `earlier` one. The inner error is the reason why it cannot have one.
+    /// `is_full` remembers that no address is free.
     async fn assign(
         &self,
         name: &ServiceName,
         service: &Record<Services>,
+        earlier: Option<Ipv4Addr>,
         taken: &mut BTreeMap<Ipv4Addr, Record<Vips>>,
+        is_full: &mut bool,
     ) -> Result<Result<(), String>, StoreError> {
         let pool = self.options.pool;
         let was_ours = |record: &Record<Vips>| matches!(&record.value, Ok(Vip::Released(Released { by, .. })) if by == name);
@@ -128,9 +152,8 @@ impl Keeper {
                 },
             };
         }
-        let earlier = taken.iter().find(|(vip, record)| is_usable(pool, **vip) && was_ours(record));
-        let earlier = earlier.map(|(vip, _)| *vip);
-        for vip in earlier.into_iter().chain(candidates(pool, name)) {
+        let others = candidates(pool, name).take(if *is_full { 0 } else { usize::MAX });
+        for vip in earlier.into_iter().chain(others) {
             let known = taken.get(&vip);
             if known.is_some_and(|record| !was_ours(record)) {
                 continue;
@@ -147,6 +170,7 @@ impl Keeper {
                 Taken::Other(record) => drop(taken.insert(vip, record)),
             }
         }
+        *is_full = true;
         let count = usable(pool).len();
         Ok(Err(format!(
             "all {count} addresses of the pool {pool} are in use, or were released less than {} s ago: remove services, or set a \

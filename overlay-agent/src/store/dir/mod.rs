@@ -255,7 +255,7 @@ async fn watch_and_list<K: Kind>(dir: &Arc<Dir>, events: &mpsc::Sender<Event<K>>
 }
 
 /// Notifications about one directory, and those inside it that [`Self::enter`] found.
-pub(super) struct KeyWatch {
+pub(crate) struct KeyWatch {
     directory: PathBuf,
     watches: Watches,
     /// The directory itself.
@@ -264,7 +264,8 @@ pub(super) struct KeyWatch {
 }
 
 impl KeyWatch {
-    fn new(directory: PathBuf) -> Result<Self> {
+    /// Fails when the directory cannot be watched.
+    pub(crate) fn new(directory: PathBuf) -> Result<Self> {
         let inotify = Inotify::init()
             .context("start inotify: raise fs.inotify.max_user_instances if it is exhausted")?;
         let mut watches = inotify.watches();
@@ -285,7 +286,7 @@ impl KeyWatch {
     }
 
     /// Returns after a change, and at least every [`RESYNC`].
-    pub(super) async fn changed(&mut self) -> Result<(), StoreError> {
+    pub(crate) async fn changed(&mut self) -> Result<(), StoreError> {
         let gone = EventMask::DELETE_SELF | EventMask::MOVE_SELF | EventMask::IGNORED;
         let failed = |why: String| StoreError::failed(format!("watch {}", self.directory.display()), why);
         match tokio::time::timeout(RESYNC, self.changes.next()).await {
