@@ -1,7 +1,7 @@
 //! The server with clients and upstream servers on loopback.
 
 use std::{
-    net::{Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -29,7 +29,8 @@ use crate::service::{
     record::{Endpoints, Services, Vips},
 };
 
-const LOCAL: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+/// Of 127.0.0.1, other programs may hold all ports.
+const LOCAL: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(127, 0, 53, 1)), 0);
 
 /// A running server.
 struct Server {
@@ -159,6 +160,32 @@ async fn changes_of_the_catalog_are_answered() {
     drop(catalog);
     let server = Server { address, statistics, catalog: watch::channel(Arc::default()).0, _task };
     assert_eq!(server.udp(&asked).await.answers.len(), 1, "the last catalog stays");
+}
+
+#[tokio::test]
+async fn repeated_queries_get_their_own_identifier_and_the_latest_records() {
+    let server = Server::start(|_| ()).await;
+    let mut asked = query("web.shop.svc.overlay.", RecordType::A);
+    for id in [1, 2, 3] {
+        asked.metadata.id = id;
+        assert_eq!(texts(&server.udp(&asked).await.answers), ["30 10.251.0.9"]);
+    }
+    assert!(server.udp(&with_edns(asked.clone(), 1232)).await.edns.is_some());
+    assert!(server.udp(&asked).await.edns.is_none());
+    let mut first = std::collections::BTreeSet::new();
+    for id in 0..2 {
+        let mut asked = query("db.data.svc.overlay.", RecordType::A);
+        asked.metadata.id = id;
+        first.insert(texts(&server.udp(&asked).await.answers)[0].clone());
+    }
+    assert_eq!(first.len(), 2, "several addresses are in turn the first one");
+    server.catalog.send(Arc::default()).unwrap();
+    let start = Instant::now();
+    while server.udp(&asked).await.metadata.response_code != ResponseCode::NXDomain {
+        assert!(start.elapsed() < Duration::from_secs(5));
+    }
+    let counters = server.statistics.snapshot();
+    assert_eq!(counters.queries, counters.no_error + counters.no_name);
 }
 
 #[tokio::test]
