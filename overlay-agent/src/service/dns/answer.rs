@@ -151,6 +151,12 @@ impl Reply {
         &self.message
     }
 
+    /// Whether the same query has the same response as long as the records are the same, and asks for a name that exists. The order of
+    /// several records depends on the query's identifier, and of names that do not exist there is no end.
+    pub(super) fn is_stable(&self) -> bool {
+        self.message.metadata.response_code == ResponseCode::NoError && self.message.answers.len() <= 1
+    }
+
     /// Writes the response into `buffer` and returns whether it is truncated. `udp_payload` is the largest datagram that this server
     /// sends, in bytes; `None` is for TCP. Addresses of other names are left out first, which is no truncation (RFC 2181 section 9).
     /// When it cannot be encoded, `buffer` is empty.

@@ -11,12 +11,13 @@
 //! the same below the domain; shorter names need the search list (`zone.rs` says why). [`resolv_conf`] gives it to this host.
 //!
 //! In reading order: `zone` and `records` (what there is at a name), `answer` (what is answered to a message; pure), `wire` and
-//! `cache` (answers of upstream servers as bytes), `forward` (asking them), `udp` and `tcp`, `server`.
+//! `cache` (answers of upstream servers as bytes), `forward` (asking them), `udp` (with `memo`) and `tcp`, `server`.
 
 mod answer;
 mod cache;
 mod counters;
 mod forward;
+mod memo;
 mod records;
 pub mod resolv_conf;
 mod server;

@@ -29,6 +29,8 @@ use crate::service::Catalog;
 
 /// Room in the kernel for queries that wait, in bytes: about 2,000.
 const RECEIVE_BUFFER: usize = 2 << 20;
+/// Most attempts to find a port that is free for UDP and TCP.
+const FREE_PORTS: u32 = 100;
 
 /// What a server is told.
 #[derive(Clone, Debug)]
@@ -167,10 +169,15 @@ impl DnsServer {
 }
 
 impl Shared {
+    /// The records now.
+    pub(super) fn records(&self) -> Arc<Records> {
+        self.records.load_full()
+    }
+
     /// Decides about a message, and counts it.
-    pub(super) fn answer(&self, query: &[u8]) -> Answer {
+    pub(super) fn answer(&self, query: &[u8], records: &Records) -> Answer {
         self.counters.queries.add();
-        let answer = answer(query, &self.records.load());
+        let answer = answer(query, records);
         if matches!(answer, Answer::None) {
             self.counters.ignored.add();
         }
@@ -207,11 +214,21 @@ async fn listen(address: SocketAddr) -> Result<(UdpSocket, TcpListener)> {
     if address.ip().is_unspecified() {
         bail!("listen for DNS at {address}: name one or more addresses of this host instead");
     }
-    let udp = UdpSocket::bind(address).await.map_err(|error| explain(error, "UDP", address))?;
-    enlarge_buffer(&udp);
-    let address = udp.local_addr().context("read the address of the DNS server")?;
-    let tcp = TcpListener::bind(address).await.map_err(|error| explain(error, "TCP", address))?;
-    Ok((udp, tcp))
+    let mut attempts = if address.port() == 0 { FREE_PORTS } else { 1 };
+    loop {
+        attempts -= 1;
+        let udp = UdpSocket::bind(address).await.map_err(|error| explain(error, "UDP", address))?;
+        let bound = udp.local_addr().context("read the address of the DNS server")?;
+        match TcpListener::bind(bound).await {
+            Ok(tcp) => {
+                enlarge_buffer(&udp);
+                return Ok((udp, tcp));
+            }
+            // A port that is free for UDP may be taken for TCP.
+            Err(error) if attempts > 0 && error.kind() == io::ErrorKind::AddrInUse => {}
+            Err(error) => return Err(explain(error, "TCP", bound)),
+        }
+    }
 }
 
 /// More than `net.core.rmem_max` needs `CAP_NET_ADMIN`; without, the kernel gives what it permits.

@@ -110,7 +110,7 @@ async fn converse(stream: TcpStream, client: SocketAddr, shared: &Arc<Shared>) -
             let Ok(Ok(query)) = timeout(idle, read_message(&mut reader)).await else { break };
             while forwarded.try_join_next().is_some() {}
             let mut response = Vec::new();
-            match shared.answer(&query) {
+            match shared.answer(&query, &shared.records()) {
                 // Whatever sends responses or less than a header does not speak DNS as a client.
                 Answer::None => break,
                 Answer::Reply(reply) => {

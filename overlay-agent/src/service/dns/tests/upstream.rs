@@ -45,9 +45,14 @@ pub(super) struct Upstream {
 
 impl Upstream {
     pub(super) async fn start(behaviour: Behaviour) -> Self {
-        let udp = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let (udp, tcp) = loop {
+            let udp = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+            // A port that is free for UDP may be taken for TCP.
+            if let Ok(tcp) = TcpListener::bind(udp.local_addr().unwrap()).await {
+                break (udp, tcp);
+            }
+        };
         let address = udp.local_addr().unwrap();
-        let tcp = TcpListener::bind(address).await.unwrap();
         let queries = Arc::new(AtomicUsize::new(0));
         let mut tasks = JoinSet::new();
         let counter = Arc::clone(&queries);
