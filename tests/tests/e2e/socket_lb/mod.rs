@@ -27,6 +27,7 @@ pub(crate) fn register(suite: &mut Suite) {
     suite.add("service_lb_policies_choose_as_they_say", NEEDS, policies::shares);
     suite.add("service_lb_turns_are_exact_on_all_cpus", NEEDS, policies::exact_turns);
     suite.add("service_lb_a_removed_endpoint_gets_no_new_connection", NEEDS, changes::removed_under_load);
+    suite.add("service_lb_no_connection_meets_a_table_in_parts", NEEDS, changes::whole_tables);
     suite.add("service_lb_the_kernel_has_what_the_catalog_says", NEEDS, changes::read_back);
     suite.add("service_lb_a_full_map_takes_whole_tables_only", NEEDS, changes::too_many_slots);
     suite.add("service_lb_a_call_costs_little", NEEDS, cost::of_calls);
