@@ -1,7 +1,7 @@
 //! Changes of the catalog while sockets connect.
 
 use std::{
-    net::{Ipv4Addr, TcpStream},
+    net::{Ipv4Addr, TcpStream, UdpSocket},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -93,6 +93,55 @@ pub(super) fn removed_under_load(sandbox: &Arc<Sandbox>) -> Result<()> {
     thread::sleep(Duration::from_millis(1100));
     stage.set.collect()?;
     ensure!(stage.set.slots()? == 4, "{} slots", stage.set.slots()?);
+    Ok(())
+}
+
+/// UDP sockets connect as fast as they can while tables of many slots are replaced: a slot that is missing would refuse one.
+pub(super) fn whole_tables(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let mut stage = Stage::new(sandbox)?;
+    let catalog = |policy: &str, numbers: &[u8]| {
+        let book = Book::default().service("dns", VIP, &format!(r#","lb":{{"policy":"{policy}"}}"#));
+        book.endpoints("dns", numbers.iter().copied(), "").catalog()
+    };
+    stage.reconcile(&catalog("maglev", &[1, 2])?)?;
+    // Endpoints need a route, and connecting sends nothing.
+    stage.netns.tool("ip route add local 10.244.1.0/24 dev lo")?;
+    let stop = AtomicBool::new(false);
+    let connect = || -> Result<usize> {
+        let socket = UdpSocket::bind("0.0.0.0:0")?;
+        let mut connections = 0;
+        while !stop.load(Ordering::Relaxed) {
+            socket.connect((VIP, 53)).with_context(|| format!("connection {connections}"))?;
+            connections += 1;
+        }
+        Ok(connections)
+    };
+    let (set, netns) = (&mut stage.set, &stage.netns);
+    let mut change = || -> Result<usize> {
+        let mut changes = 0;
+        for round in 0..60 {
+            let policy = ["maglev", "random", "maglev", "least_conn"][round % 4];
+            let numbers: &[u8] = [&[1, 2][..], &[2, 3, 4], &[5], &[1, 2, 3, 4, 5, 6, 7]][round / 2 % 4];
+            changes += set.reconcile(&catalog(policy, numbers)?, &Rules::default())?;
+            // What is replaced has to be removed under load, too.
+            thread::sleep(Duration::from_millis(20));
+        }
+        Ok(changes)
+    };
+    let (connections, changes) = netns.run(|| {
+        thread::scope(|scope| {
+            let threads: Vec<_> = (0..2).map(|_| scope.spawn(connect)).collect();
+            let changes = change();
+            stop.store(true, Ordering::Relaxed);
+            let results = threads
+                .into_iter()
+                .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+            let connections = results.sum::<Result<usize>>()?;
+            Ok::<_, anyhow::Error>((connections, changes?))
+        })
+    })??;
+    println!("{connections} connections during {changes} changes of virtual ports");
+    ensure!(connections > 10_000 && changes >= 100, "{connections} connections, {changes} changes");
     Ok(())
 }
 
