@@ -79,6 +79,8 @@ pub struct ServiceOptions {
     pub node: String,
     /// The zone in which it is.
     pub zone: Option<String>,
+    /// Directory of files of services and of this node's endpoints.
+    pub files: Option<PathBuf>,
 }
 
 /// Changes to the host beside the datapath.

@@ -8,6 +8,7 @@ use crate::{
     service::{
         LbRequest,
         device::ServiceDevice,
+        files::FileOptions,
         front::Rules,
         node::{NodeOptions, ServiceNode},
     },
@@ -83,7 +84,7 @@ impl Services {
 
 /// What this node is to do for services; `None` when the network has none, or this node ignores them.
 fn node_options(options: &Options, config: &NetworkConfig) -> Option<NodeOptions> {
-    let ServiceOptions { lb, device, cgroup, dns_upstreams, manage_resolv_conf, node, zone } =
+    let ServiceOptions { lb, device, cgroup, dns_upstreams, manage_resolv_conf, node, zone, files } =
         &options.services;
     let services = config.services.as_ref().filter(|_| *lb != LbRequest::Off)?;
     let rules = Rules {
@@ -103,5 +104,10 @@ fn node_options(options: &Options, config: &NetworkConfig) -> Option<NodeOptions
         cgroup: cgroup.clone(),
         dns_upstreams: dns_upstreams.clone(),
         manage_resolv_conf: *manage_resolv_conf,
+        files: files.clone().map(|directory| FileOptions {
+            directory,
+            state_file: options.run_dir.join(format!("{}.services", options.device)),
+            node: node.clone(),
+        }),
     })
 }

@@ -1,5 +1,7 @@
 //! `overlay-agent config set`: writes the network config, and refuses what running hosts would suffer from.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context as _, Result, bail};
 use clap::{Args, builder::NonEmptyStringValueParser};
 use serde::Serialize;
@@ -183,13 +185,14 @@ fn held(records: &[LeaseRecord]) -> Vec<String> {
 
 fn changes(before: Option<&str>, after: &NetworkConfig) -> Vec<ConfigChange> {
     let before = before.and_then(|text| NetworkConfig::parse(text).ok());
-    let before = before.iter().flat_map(values).map(|(_, value)| Some(value));
-    values(after)
-        .into_iter()
-        .zip(before.chain(std::iter::repeat(None)))
-        .map(|((key, after), before)| ConfigChange { key, before, after })
-        .filter(|change| change.before.as_ref() != Some(&change.after))
-        .collect()
+    let mut before: BTreeMap<_, _> = before.iter().flat_map(values).collect();
+    let after = values(after).into_iter().map(|(key, after)| (key, before.remove(key), after));
+    let mut changes: Vec<_> = after.map(|(key, before, after)| ConfigChange { key, before, after }).collect();
+    // Only the part about services can be missing.
+    let removed = before.into_iter().map(|(key, before)| (key, Some(before), "none".to_owned()));
+    changes.extend(removed.map(|(key, before, after)| ConfigChange { key, before, after }));
+    changes.retain(|change| change.before.as_ref() != Some(&change.after));
+    changes
 }
 
 fn written_text(written: &Written) -> String {
@@ -234,8 +237,13 @@ mod tests {
         let change =
             ConfigChange { key: "Backend.Port", before: Some("8285".to_owned()), after: "4789".to_owned() };
         assert_eq!(changes(Some(BEFORE), &port), [change]);
-        assert_eq!(changes(Some("junk"), &port).len(), 9);
-        assert_eq!(changes(None, &port).len(), 9);
+        assert_eq!(changes(Some("junk"), &port).len(), 6);
+        assert_eq!(changes(None, &port).len(), 6);
+        let services = parse(r#"{"Network":"10.5.0.0/16","Services":{}}"#);
+        assert_eq!(changes(Some(BEFORE), &services).len(), 3);
+        let removed = changes(Some(r#"{"Network":"10.5.0.0/16","Services":{}}"#), &parse(BEFORE));
+        let pool = removed.iter().find(|change| change.key == "Services.Pool").unwrap();
+        assert_eq!((pool.before.as_deref(), pool.after.as_str()), (Some("10.251.0.0/16"), "none"));
     }
 
     #[test]

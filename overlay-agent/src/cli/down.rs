@@ -15,6 +15,7 @@ use crate::{
     device::{self, DeviceAlias},
     firewall,
     netlink::Netlink,
+    service,
 };
 
 /// How long a running agent may take to shut down.
@@ -56,6 +57,14 @@ pub(super) async fn down(QueryArgs { agent: args, output }: &QueryArgs) -> Resul
             detach_filter(underlay, TcAttachType::Ingress, alias.port);
         }
         detach_left(&netlink, alias.port, &LOCAL).await?;
+    }
+    for device in service::device::left(&netlink, &args.device).await? {
+        if device.remove(&netlink).await? {
+            removed.push(format!("the device {}", device.name()));
+        }
+    }
+    if service::node::restore_resolv_conf() {
+        removed.push("the agent's resolv.conf".to_owned());
     }
     if control::remove(&socket)? {
         removed.push(format!("the socket {}", socket.display()));

@@ -33,6 +33,10 @@ pub(super) struct ServiceArgs {
     /// The zone in which this node is, for services that prefer the endpoints of the client's zone
     #[arg(long, env = "OVERLAY_AGENT_ZONE", value_name = "NAME")]
     zone: Option<String>,
+    /// Directory of YAML or JSON files of services and of endpoints on this node, as for `overlay-agent service set`, which the
+    /// agent keeps in the store
+    #[arg(long, env = "OVERLAY_AGENT_SERVICES_DIR", value_name = "DIR")]
+    services_dir: Option<PathBuf>,
 }
 
 impl From<ServiceArgs> for ServiceOptions {
@@ -45,6 +49,7 @@ impl From<ServiceArgs> for ServiceOptions {
             manage_resolv_conf: args.manage_resolv_conf,
             node: args.node.unwrap_or_else(host_name),
             zone: args.zone,
+            files: args.services_dir,
         }
     }
 }

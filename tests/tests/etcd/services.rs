@@ -128,7 +128,7 @@ async fn agents_that_race_give_each_service_one_address() {
 
     // Two services that want one address: the first to get it keeps it.
     let wants = r#"{"v":1,"vip":"10.251.0.VIP","ports":[{"name":"http","port":80,"protocol":"tcp"}]}"#;
-    let free = (1..15).find(|last| !catalogs[0].vips().iter().any(|vip| vip.octets()[3] == *last)).unwrap();
+    let free = (1..14).find(|last| !catalogs[0].vips().iter().any(|vip| vip.octets()[3] == *last)).unwrap();
     let wants = wants.replace("VIP", &free.to_string());
     network.write("services/bank/a", &wants).await;
     network.write("services/bank/b", &wants).await;

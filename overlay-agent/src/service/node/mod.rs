@@ -5,6 +5,8 @@
 mod balancers;
 mod names;
 
+pub(crate) use names::restore as restore_resolv_conf;
+
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::Result;
@@ -20,6 +22,7 @@ use self::{balancers::Balancers, names::NameServer};
 use super::{
     Catalog, LbRequest,
     device::ServiceDevice,
+    files::{self, FileOptions, ServiceFiles},
     follow::{Following, follow},
     front::Rules,
     vip::{self, VipKeeper, VipOptions},
@@ -50,6 +53,8 @@ pub struct NodeOptions {
     pub dns_upstreams: Vec<SocketAddr>,
     /// Whether `/etc/resolv.conf` is replaced while the agent runs.
     pub manage_resolv_conf: bool,
+    /// Files of services and of this node's endpoints.
+    pub files: Option<FileOptions>,
 }
 
 /// Services as this node has them.
@@ -81,7 +86,7 @@ impl ServiceNode {
     /// Starts the task, which follows the services of the store.
     /// Fails when the options cannot be used.
     pub fn start(options: NodeOptions, netlink: Netlink, store: &Store) -> Result<Self> {
-        let (sender, state) = watch::channel(NodeState::default());
+        let (sender, receiver) = watch::channel(NodeState::default());
         let (stop, stopped) = oneshot::channel();
         // What a killed agent left.
         names::restore();
@@ -90,10 +95,12 @@ impl ServiceNode {
         let following = follow(store, options.pool);
         let vip_options = VipOptions { pool: options.pool, quarantine: vip::QUARANTINE };
         let vips = vip::keep(store, vip_options, following.work.clone());
+        let files = options.files.clone().map(|options| files::keep(store, options));
         let balancers = Balancers::new(options.lb, options.cgroup.clone());
+        let state = sender;
         let keeper =
-            Keeper { options, netlink, following, vips, balancers, names, state: sender, is_active: false };
-        Ok(Self { state, stop, task: tokio::spawn(keeper.run(stopped)) })
+            Keeper { options, netlink, following, vips, files, balancers, names, state, is_active: false };
+        Ok(Self { state: receiver, stop, task: tokio::spawn(keeper.run(stopped)) })
     }
 
     /// The present state.
@@ -120,6 +127,7 @@ struct Keeper {
     netlink: Netlink,
     following: Following,
     vips: VipKeeper,
+    files: Option<ServiceFiles>,
     balancers: Balancers,
     names: NameServer,
     state: watch::Sender<NodeState>,
@@ -170,6 +178,12 @@ impl Keeper {
         }
         let unassigned = self.vips.problems.borrow().clone();
         problems.extend(unassigned.into_iter().map(|(name, why)| format!("{name}: {why}")));
+        if let Some(files) = &self.files {
+            let state = files.state.borrow().clone();
+            problems.extend(state.skipped.into_iter().map(|(what, why)| format!("{what}: {why}")));
+            problems.extend(state.problem);
+            problems.extend(files.endpoints.borrow().problem.clone());
+        }
         let lost = self.following.state.borrow().lost.clone();
         problems.extend(lost.map(|why| format!("services cannot be read, the last known ones stay: {why}")));
         let state = NodeState {
@@ -188,10 +202,13 @@ impl Keeper {
     }
 
     async fn remove(self) {
-        if !self.is_active {
+        let Self { options, netlink, files, balancers, mut names, is_active, .. } = self;
+        if let Some(files) = files {
+            files.stop().await;
+        }
+        if !is_active {
             return;
         }
-        let Self { options, netlink, balancers, mut names, .. } = self;
         names.stop();
         balancers.stop().await;
         if let Err(error) = options.device.remove(&netlink).await {

@@ -92,11 +92,17 @@ impl NameServer {
     }
 }
 
-/// Puts the host's `resolv.conf` back, also what a killed agent left.
-pub(super) fn restore() {
+/// Puts the host's `resolv.conf` back, also what a killed agent left. Returns whether there was something to do.
+pub(crate) fn restore() -> bool {
     match ResolvConf::at(Path::new(resolv_conf::PATH)).and_then(|file| file.restore()) {
-        Ok(true) => info!("{} is as it was before", resolv_conf::PATH),
-        Ok(false) => {}
-        Err(error) => warn!("{error:#}"),
+        Ok(true) => {
+            info!("{} is as it was before", resolv_conf::PATH);
+            true
+        }
+        Ok(false) => false,
+        Err(error) => {
+            warn!("{error:#}");
+            false
+        }
     }
 }
