@@ -53,10 +53,12 @@ impl ServiceSet {
     }
 
     /// Attaches the programs to a cgroup, or to the root of the hierarchy, so that they run for every socket of the machine. After an
-    /// error none is attached.
+    /// error none is attached. They leave the cgroup that they were attached to before.
     pub fn attach(&mut self, cgroup: Option<&Path>) -> Result<()> {
         let path = cgroup.map_or_else(cgroup::root, |path| Ok(path.to_owned()))?;
         let directory = File::open(&path).with_context(|| format!("open the cgroup {}", path.display()))?;
+        // Twice on one socket, the second would forget what the first has translated.
+        self.detach();
         // Dropped with an error, they detach.
         let mut links = Vec::with_capacity(PROGRAMS.len());
         for name in PROGRAMS {
@@ -74,7 +76,8 @@ impl ServiceSet {
     }
 
     /// Balances connections as the catalog and the rules say, and returns the number of virtual ports that changed. Once it returns,
-    /// no new connection goes to an endpoint that the catalog lacks. What does not fit stays as it was, and is an error.
+    /// no new connection goes to an endpoint that the catalog lacks. What does not fit stays as it was, and is an error: a second later, when
+    /// what was replaced has made room, it may fit.
     pub fn reconcile(&mut self, catalog: &Catalog, rules: &Rules) -> Result<usize> {
         self.maps.reconcile(&fronts(catalog, rules), Instant::now())
     }

@@ -33,7 +33,8 @@ fn svc_sendmsg4(ctx: SockAddrContext) -> i32 {
     translate::send::<V4>(&ctx)
 }
 
-/// The same of an IPv6 socket. For v4-mapped addresses the kernel calls the IPv4 hook, too; whichever is first translates.
+/// The same of an IPv6 socket. Linux 6.18 hands v4-mapped addresses to the IPv4 hook alone (`udpv6_sendmsg` in net/ipv6/udp.c); this
+/// one is here so that no translation depends on that.
 #[cgroup_sock_addr(sendmsg6)]
 fn svc_sendmsg6(ctx: SockAddrContext) -> i32 {
     translate::send::<V6>(&ctx)

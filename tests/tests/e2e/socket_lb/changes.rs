@@ -1,7 +1,7 @@
 //! Changes of the catalog while sockets connect.
 
 use std::{
-    net::{Ipv4Addr, TcpStream},
+    net::{Ipv4Addr, TcpStream, UdpSocket},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -10,9 +10,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use overlay_agent::service::{Catalog, front::Rules};
-use overlay_ebpf::service::abi::{Address, ServiceKey, TCP, UDP};
+use overlay_ebpf::service::abi::{Address, MAX_SLOTS, ServiceKey, TCP, UDP};
 use overlay_tests::sandbox::Sandbox;
 
 use super::{
@@ -96,6 +96,55 @@ pub(super) fn removed_under_load(sandbox: &Arc<Sandbox>) -> Result<()> {
     Ok(())
 }
 
+/// UDP sockets connect as fast as they can while tables of many slots are replaced: a slot that is missing would refuse one.
+pub(super) fn whole_tables(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let mut stage = Stage::new(sandbox)?;
+    let catalog = |policy: &str, numbers: &[u8]| {
+        let book = Book::default().service("dns", VIP, &format!(r#","lb":{{"policy":"{policy}"}}"#));
+        book.endpoints("dns", numbers.iter().copied(), "").catalog()
+    };
+    stage.reconcile(&catalog("maglev", &[1, 2])?)?;
+    // Endpoints need a route, and connecting sends nothing.
+    stage.netns.tool("ip route add local 10.244.1.0/24 dev lo")?;
+    let stop = AtomicBool::new(false);
+    let connect = || -> Result<usize> {
+        let socket = UdpSocket::bind("0.0.0.0:0")?;
+        let mut connections = 0;
+        while !stop.load(Ordering::Relaxed) {
+            socket.connect((VIP, 53)).with_context(|| format!("connection {connections}"))?;
+            connections += 1;
+        }
+        Ok(connections)
+    };
+    let (set, netns) = (&mut stage.set, &stage.netns);
+    let mut change = || -> Result<usize> {
+        let mut changes = 0;
+        for round in 0..60 {
+            let policy = ["maglev", "random", "maglev", "least_conn"][round % 4];
+            let numbers: &[u8] = [&[1, 2][..], &[2, 3, 4], &[5], &[1, 2, 3, 4, 5, 6, 7]][round / 2 % 4];
+            changes += set.reconcile(&catalog(policy, numbers)?, &Rules::default())?;
+            // What is replaced has to be removed under load, too.
+            thread::sleep(Duration::from_millis(20));
+        }
+        Ok(changes)
+    };
+    let (connections, changes) = netns.run(|| {
+        thread::scope(|scope| {
+            let threads: Vec<_> = (0..2).map(|_| scope.spawn(connect)).collect();
+            let changes = change();
+            stop.store(true, Ordering::Relaxed);
+            let results = threads
+                .into_iter()
+                .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+            let connections = results.sum::<Result<usize>>()?;
+            Ok::<_, anyhow::Error>((connections, changes?))
+        })
+    })??;
+    println!("{connections} connections during {changes} changes of virtual ports");
+    ensure!(connections > 10_000 && changes >= 100, "{connections} connections, {changes} changes");
+    Ok(())
+}
+
 fn address(number: u8) -> Address {
     Address { ip: [10, 244, 1, number], port: TARGET.to_be_bytes() }
 }
@@ -143,5 +192,40 @@ pub(super) fn read_back(sandbox: &Arc<Sandbox>) -> Result<()> {
     thread::sleep(Duration::from_millis(1100));
     stage.set.collect()?;
     ensure!(stage.set.services()?.is_empty() && stage.set.slots()? == 0, "something is left");
+    Ok(())
+}
+
+/// More Maglev tables than the kernel's map holds: those that fit are complete, the others are not there at all.
+pub(super) fn too_many_slots(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let mut stage = Stage::new(sandbox)?;
+    let _endpoints = stage.endpoints(1..=2)?;
+    let book = |services: u8| {
+        (1..=services).fold(Book::default(), |book, number| {
+            let name = format!("s{number}");
+            let vip = Ipv4Addr::new(10, 251, 0, number);
+            book.service(&name, vip, r#","lb":{"policy":"maglev"}"#).endpoints(&name, [1, 2], "")
+        })
+    };
+    // Two ports each: 128 services have 261,376 slots.
+    let most = MAX_SLOTS as usize / 1021;
+    let start = Instant::now();
+    let error = match stage.reconcile(&book(140).catalog()?) {
+        Ok(changes) => bail!("{changes} virtual ports fit"),
+        Err(error) => format!("{error:#}"),
+    };
+    println!("wrote {} slots in {:?}: {error}", most * 1021, start.elapsed());
+    ensure!(error.contains("is full") && error.contains(&format!("{} virtual ports", 280 - most)), "{error}");
+    let services = stage.set.services()?;
+    ensure!(services.len() == most && stage.set.slots()? == most * 1021, "{} services", services.len());
+    ensure!(
+        services.values().all(|service| service.slots.len() == 1021 && service.members.len() == 2),
+        "parts"
+    );
+    // Services go, and with time there is room again.
+    stage.reconcile(&book(100).catalog()?)?;
+    thread::sleep(Duration::from_millis(1100));
+    ensure!(stage.reconcile(&book(120).catalog()?)? == 40, "there is no room again");
+    ensure!(stage.set.slots()? == 240 * 1021, "{} slots", stage.set.slots()?);
+    ensure!(matches!(stage.netns.run(|| connect_and_ask(WEB))??, 1 | 2), "it does not work");
     Ok(())
 }

@@ -24,15 +24,15 @@ fn count(numbers: &[u8], number: u8) -> usize {
 pub(super) fn affinity(sandbox: &Arc<Sandbox>) -> Result<()> {
     let mut stage = Stage::new(sandbox)?;
     let _endpoints = stage.endpoints(1..=3)?;
-    let sticky = Book::default().service("web", VIP, r#","affinity":{"client_ip":true,"ttl_s":1}"#);
+    let sticky = Book::default().service("web", VIP, r#","affinity":{"client_ip":true,"ttl_s":2}"#);
     stage.reconcile(&sticky.clone().endpoints("web", 1..=3, "").catalog()?)?;
     ensure!(connect(&stage.netns, 10)? == [1; 10], "a client has moved");
     // Each connection renews it: in all, this takes longer than it lasts.
-    for _ in 0..4 {
-        thread::sleep(Duration::from_millis(400));
+    for _ in 0..3 {
+        thread::sleep(Duration::from_millis(900));
         ensure!(connect(&stage.netns, 1)? == [1], "a client has moved although it did not pause");
     }
-    thread::sleep(Duration::from_millis(1200));
+    thread::sleep(Duration::from_millis(2200));
     ensure!(connect(&stage.netns, 5)? == [2; 5], "a client that paused has stayed, or moves about");
     // Its endpoint leaves.
     stage.reconcile(&sticky.endpoints("web", [1, 3], "").catalog()?)?;

@@ -6,6 +6,7 @@ mod containers;
 mod decisions;
 mod fields;
 mod neighbours;
+mod services;
 mod shells;
 
 use super::change::Change;
@@ -20,6 +21,7 @@ pub(super) fn all() -> impl Iterator<Item = &'static Change> {
         containers::CHANGES,
         bypass::CHANGES,
         neighbours::CHANGES,
+        services::CHANGES,
     ]
     .into_iter()
     .flatten()
