@@ -2,11 +2,10 @@
 //!
 //! In reading order: `config` (the network's), `name` and `record` (what the store has), `catalog` (what that means), `index` and
 //! `follow` (the catalog as the records change), `input` (services as operators write them), `files` (those of this node's files), `vip` (which service
-//! gets which virtual address), `device` (the virtual addresses on this host), `slots` and `front` (what a load balancer does), `balancer` (the same in user space), `cgroup` (where its
+//! gets which virtual address), `device` (the virtual addresses on this host), `slots` and `front` (what a load balancer does), `cgroup` (where its
 //! programs run), `proxy` (what serves connections that no program sees), `dns` (the names of the services), `node` (the task that
 //! keeps all of it on a node).
 
-pub mod balancer;
 pub mod catalog;
 pub mod cgroup;
 pub mod config;

@@ -15,7 +15,7 @@ use overlay_ebpf::service::{
     select::{State, select},
 };
 
-use super::{aging::AgeOrder, counters::Tally, endpoint::Endpoint, shared::Shared};
+use super::{aging::AgeOrder, counters::Tally, endpoint::Endpoint, plan::Wanted, shared::Shared};
 use crate::service::{
     ServiceName,
     front::{Front, abi_address},
@@ -78,6 +78,13 @@ impl Table {
         let endpoints: Vec<(Backend, Arc<Endpoint>)> = with_id.collect();
         let by_address = endpoints.iter().map(|(backend, _)| (backend.address, backend.id)).collect();
         Self { service, tally, proxy_protocol, front, entry, slots, endpoints, by_address }
+    }
+
+    /// Whether it is what the port should have.
+    pub(super) fn is_of(&self, wanted: &Wanted) -> bool {
+        self.service == wanted.service
+            && self.proxy_protocol == wanted.proxy_protocol
+            && self.front == wanted.front
     }
 
     fn by_id(&self, id: u32) -> Option<&(Backend, Arc<Endpoint>)> {

@@ -10,8 +10,10 @@ use tokio::{
 
 use super::stage::*;
 use crate::service::{
+    Catalog,
+    front::Rules,
     proxy::{Options, Proxy},
-    record::EndpointState,
+    record::{EndpointState, LoadBalancing, Policy},
 };
 
 const DRAIN: Duration = Duration::from_millis(600);
@@ -209,4 +211,30 @@ async fn a_hundred_services_come_and_go() {
     }
     apply(&proxy, &specs).await;
     assert!(connect(specs[0].address()).await.is_err());
+}
+
+#[tokio::test]
+async fn services_that_are_shared_by_catalogs_follow_the_default_policy_and_nothing_else() {
+    let servers = Server::several(2).await;
+    let (web, api) = (Spec::tcp(&addresses(&servers)), Spec::tcp(&addresses(&servers)));
+    let api = Spec { name: "shop/api".to_owned(), ..api };
+    let proxy = proxy(options(), &[web.clone(), api.clone()]).await;
+    let both = catalog(&[web.clone(), api.clone()]);
+    let apply = async |services: &Catalog, policy| {
+        let default = LoadBalancing { policy, ..LoadBalancing::default() };
+        proxy.reconcile(services, &Rules { default, ..Rules::default() }).await;
+    };
+    apply(&both, Policy::RoundRobin).await;
+    let mut only_web = Catalog::clone(&both);
+    only_web.services.remove(&"shop/api".parse().unwrap());
+    for services in [&only_web, &both, &only_web] {
+        apply(services, Policy::RoundRobin).await;
+        assert_eq!(connect(api.address()).await.is_ok(), services.services.len() == 2);
+        let names = [name(web.address()).await, name(web.address()).await];
+        assert_ne!(names[0], names[1]);
+    }
+    apply(&only_web, Policy::SourceHash).await;
+    let names = [name(web.address()).await, name(web.address()).await, name(web.address()).await];
+    assert!(names[0] == names[1] && names[1] == names[2], "{names:?}");
+    assert_eq!(proxy.counters().services.len(), 1);
 }
