@@ -19,9 +19,7 @@ use super::{
     shared::Shared,
     tcp, udp,
 };
-use crate::service::{
-    Catalog, ServiceName, catalog::Service, front::Rules, record::Protocol,
-};
+use crate::service::{Catalog, ServiceName, catalog::Service, front::Rules, record::Protocol};
 
 /// All listeners.
 #[derive(Debug, Default)]
