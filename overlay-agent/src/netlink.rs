@@ -7,14 +7,14 @@ use anyhow::{Context as _, Result, ensure};
 use futures_util::{Stream, StreamExt as _, TryStreamExt as _};
 use ipnet::Ipv4Net;
 use nix::{
-    libc::{EACCES, EBUSY, EHOSTUNREACH, EINVAL, ENETUNREACH, ENODEV, ESRCH},
+    libc::{EACCES, EBUSY, EHOSTUNREACH, EINVAL, ENETUNREACH, ENODEV, EOPNOTSUPP, ESRCH},
     sys::socket::{
         setsockopt,
         sockopt::{RcvBuf, RcvBufForce},
     },
 };
 use rtnetlink::{
-    Handle, LinkDummy, LinkUnspec, MulticastGroup, RouteMessageBuilder,
+    Handle, LinkBridge, LinkDummy, LinkUnspec, MulticastGroup, RouteMessageBuilder,
     packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
@@ -391,10 +391,16 @@ impl Netlink {
         request.execute().await.with_context(|| format!("set the device up with MTU {mtu}"))
     }
 
-    /// Makes a dummy device with this hardware address, and sets it up.
+    /// Makes a device that leads nowhere, with this hardware address, and sets it up: a dummy device, or a bridge without ports where
+    /// the kernel has no dummy devices.
     pub(crate) async fn add_dummy(&self, name: &str, mac: [u8; 6]) -> Result<()> {
-        let message = LinkDummy::new(name).address(mac.to_vec()).up().build();
-        self.handle.link().add(message).execute().await.with_context(|| format!("make the device {name}"))
+        let dummy = LinkDummy::new(name).address(mac.to_vec()).up().build();
+        let bridge = LinkBridge::new(name).address(mac.to_vec()).up().build();
+        let made = match self.handle.link().add(dummy).execute().await {
+            Err(error) if errno(&error) == Some(EOPNOTSUPP) => self.handle.link().add(bridge).execute().await,
+            made => made,
+        };
+        made.with_context(|| format!("make the device {name}"))
     }
 
     /// Makes all addresses of a network addresses of this host, on a device and until that is removed.

@@ -1,4 +1,4 @@
-//! The device of the virtual addresses: a dummy device through which the whole pool belongs to this host, so that its addresses can
+//! The device of the virtual addresses: one that leads nowhere, through which the whole pool belongs to this host, so that its addresses can
 //! be bound, connected to and pinged on every node.
 
 use anyhow::{Result, bail};
@@ -8,8 +8,8 @@ use crate::netlink::{Link, Netlink};
 
 /// The default name.
 pub const DEFAULT_NAME: &str = "svc0";
-/// The kind of the device.
-const KIND: &str = "dummy";
+/// The kinds of the device: see [`Netlink::add_dummy`].
+const KINDS: [&str; 2] = ["dummy", "bridge"];
 
 /// The device as it should be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,7 +37,7 @@ impl ServiceDevice {
     }
 
     fn is_ours(&self, link: &Link) -> bool {
-        link.kind.as_deref() == Some(KIND) && link.mac == Some(self.mac)
+        link.kind.as_deref().is_some_and(|kind| KINDS.contains(&kind)) && link.mac == Some(self.mac)
     }
 
     /// Makes the device with the addresses of `pool`, unless it is there and complete. Returns whether something was done.
@@ -88,7 +88,8 @@ mod tests {
     #[test]
     fn a_device_shows_which_agent_made_it() {
         let device = ServiceDevice::new("svc0", "ovl0");
-        let link = Link { kind: Some(KIND.to_owned()), mac: Some(device.mac), ..Link::ethernet(7, "svc0") };
+        let link =
+            Link { kind: Some("bridge".to_owned()), mac: Some(device.mac), ..Link::ethernet(7, "svc0") };
         assert!(device.is_ours(&link));
         assert!(!ServiceDevice::new("svc0", "ovl1").is_ours(&link));
         assert!(!device.is_ours(&Link { kind: None, ..link.clone() }));

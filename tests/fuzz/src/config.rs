@@ -20,7 +20,8 @@ pub(crate) fn check(input: &[u8]) {
     };
     assert!(named.contains(&"Network"), "a config without a network is accepted");
     let NetworkConfig { network, subnet_len, subnet_min, subnet_max, port, ref services } = config;
-    if let Some(pool) = services.pool {
+    if let Some(services) = services {
+        let pool = services.pool;
         assert!((8..=30).contains(&pool.prefix_len()) && pool == pool.trunc(), "{pool}");
         assert!(services.overlap([network]).is_none(), "{pool} overlaps {network}");
     }
@@ -35,9 +36,9 @@ pub(crate) fn check(input: &[u8]) {
     let written = json!({
         "Network": network, "SubnetLen": subnet_len, "SubnetMin": subnet_min, "SubnetMax": subnet_max,
         "Backend": { "Type": "udp", "Port": port },
-        "Services": {
+        "Services": services.as_ref().map(|services| json!({
             "Pool": services.pool, "Domain": services.domain, "LoadBalancing": services.load_balancing,
-        },
+        })),
     });
     assert_eq!(NetworkConfig::parse(&written.to_string()), Ok(config), "its effective values are a config");
     assert!(NetworkConfig::of_network(network).is_ok(), "the defaults of {network}");

@@ -30,6 +30,7 @@ mod policy;
 mod privileges;
 mod refusals;
 mod repair;
+mod services;
 mod shells;
 mod snapshot;
 mod socket_lb;
@@ -90,5 +91,6 @@ fn main() -> ExitCode {
     flannel_proxy::register(&mut suite);
     forward_policy::register(&mut suite);
     socket_lb::register(&mut suite);
+    services::register(&mut suite);
     run(&arguments, suite.into_trials()).exit_code()
 }

@@ -179,7 +179,7 @@ impl Zone {
         name.trim_to(2 + usize::from(prefix / 8))
     }
 
-    /// The domain, for [`Place::Domain`].
+    /// The domain.
     pub fn domain(&self) -> &Name {
         &self.domain
     }

@@ -8,6 +8,8 @@ mod stage;
 mod tcp;
 mod udp;
 
+pub(crate) use stage::Cgroup;
+
 use crate::{machine::Need, suite::Suite};
 
 const NEEDS: &[Need] = &[Need::Ebpf, Need::CgroupV2];

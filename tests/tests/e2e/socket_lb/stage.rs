@@ -67,15 +67,21 @@ pub(super) fn load() -> Result<ServiceSet> {
 }
 
 /// A cgroup that this process is in until it is dropped.
-struct Cgroup(PathBuf);
+pub(crate) struct Cgroup(PathBuf);
 
 impl Cgroup {
-    fn enter() -> Result<Self> {
+    /// Makes it.
+    pub(crate) fn enter() -> Result<Self> {
         let path = cgroup::root()?.join(format!("overlay-test-{}", process::id()));
         fs::create_dir(&path).with_context(|| format!("create the cgroup {}", path.display()))?;
         let cgroup = Self(path);
         cgroup.move_to(&cgroup.0)?;
         Ok(cgroup)
+    }
+
+    /// Its directory.
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
     }
 
     fn move_to(&self, path: &Path) -> Result<()> {
