@@ -2,7 +2,6 @@
 #![allow(clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 mod changes;
-mod cost;
 mod policies;
 mod stage;
 mod tcp;
@@ -32,5 +31,4 @@ pub(crate) fn register(suite: &mut Suite) {
     suite.add("socket_lb::no_connection_meets_a_table_in_parts", NEEDS, changes::whole_tables);
     suite.add("socket_lb::the_kernel_has_what_the_catalog_says", NEEDS, changes::read_back);
     suite.add("socket_lb::a_full_map_takes_whole_tables_only", NEEDS, changes::too_many_slots);
-    suite.add("socket_lb::a_call_costs_little", NEEDS, cost::of_calls);
 }

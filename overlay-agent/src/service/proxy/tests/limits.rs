@@ -65,7 +65,8 @@ async fn a_slow_reader_delays_no_other_connection_and_fills_no_memory() {
         let mut received = Vec::new();
         fast.read_to_end(&mut received).await.unwrap();
         assert_eq!(received.len(), 1 << 20);
-        assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+        // The slow one reads nothing meanwhile: behind it, this would take without end.
+        assert!(start.elapsed() < Duration::from_secs(30), "{:?}", start.elapsed());
     }
     // The slow one still gets all that it reads.
     let mut block = vec![0; 8 << 20];
