@@ -223,6 +223,13 @@ async fn set(SetArgs { input, query }: SetArgs) -> Result<()> {
         })?;
         written.push(Written { name, change });
     }
+    let config = store.config_text().await?.and_then(|text| NetworkConfig::parse(&text).ok());
+    if config.is_some_and(|config| config.services.is_none()) {
+        eprintln!(
+            "warning: the network config has no key Services, so agents ignore services: add it with `overlay-agent config set`, for \
+             example \"Services\":{{}}, and restart the agents"
+        );
+    }
     print(query.output, &written, |written| {
         let line = |Written { name, change }: &Written| match change {
             WrittenChange::Created => format!("wrote {name}, which is new"),

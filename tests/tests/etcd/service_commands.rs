@@ -25,6 +25,8 @@ fn services_are_written_listed_and_removed(command: &dyn Fn(&[&str]) -> Answer) 
     let file = directory.path().join("services.yaml");
     std::fs::write(&file, YAML).unwrap();
     let file = file.to_str().unwrap();
+    let config = r#"{"Network":"10.5.0.0/16","Services":{}}"#;
+    command(&["config", "set", config]).done();
     assert_eq!(command(&["service", "list"]).done().trim(), "no services");
     let text = command(&["service", "set", file]).done();
     assert!(text.contains("wrote bank/db, which is new") && text.contains("wrote shop/web"), "{text}");
