@@ -148,16 +148,17 @@ async fn a_record_is_removed_only_as_it_was_listed() {
     let missing = Store::dir(fixture.directory.path().join("other"));
     assert!(missing.list::<Lease>().await.unwrap_err().to_string().contains("no store"));
     assert!(fixture.list().await.is_empty());
+    // The acquired subnet is a random /24: the others are none.
     fixture.acquire(1).await;
-    std::fs::write(fixture.file("10.244.2.0-24"), "old").unwrap();
+    std::fs::write(fixture.file("10.244.2.0-25"), "old").unwrap();
     nix::unistd::mkfifo(&fixture.file("pipe"), nix::sys::stat::Mode::S_IRUSR).unwrap();
-    std::fs::create_dir(fixture.file("10.244.8.0-24")).unwrap();
+    std::fs::create_dir(fixture.file("10.244.8.0-25")).unwrap();
     let listed = fixture.list().await;
     assert_eq!(listed.len(), 4, "{listed:?}");
     let find = |key: &str| listed.iter().find(|record| record.key == key).unwrap();
-    assert!(find("10.244.8.0-24").value.is_err());
-    std::fs::write(fixture.file("10.244.2.0-24"), "new").unwrap();
-    assert!(!fixture.store.remove(find("10.244.2.0-24")).await.unwrap());
+    assert!(find("10.244.8.0-25").value.is_err());
+    std::fs::write(fixture.file("10.244.2.0-25"), "new").unwrap();
+    assert!(!fixture.store.remove(find("10.244.2.0-25")).await.unwrap());
     assert!(fixture.store.remove(find("pipe")).await.unwrap() && !fixture.file("pipe").exists());
 }
 
