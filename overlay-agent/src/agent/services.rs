@@ -1,5 +1,7 @@
 //! Services on this node, in a network whose config has them.
 
+use ipnet::Ipv4Net;
+
 use super::{Options, ServiceOptions};
 use crate::{
     config::NetworkConfig,
@@ -35,12 +37,13 @@ impl Services {
         netlink: &Netlink,
     ) -> Self {
         let Some((options, store)) = node_options(options, config).zip(store) else { return Self::Off };
-        let own = [underlay.local_ip, underlay.public_ip];
-        if let Some(address) = own.into_iter().find(|address| options.pool.contains(address)) {
+        let own = [underlay.local_ip, underlay.public_ip].map(Ipv4Net::from);
+        if let Some(address) = config.services.as_ref().and_then(|services| services.overlap(own)) {
             return Self::Refused(format!(
-                "services are off: their pool {} contains this host's address {address}: choose another pool in the network's config \
+                "services are off: their pool {} contains this host's address {}: choose another pool in the network's config \
                  (Services.Pool)",
-                options.pool
+                options.pool,
+                address.addr()
             ));
         }
         match ServiceNode::start(options, netlink.clone(), store) {

@@ -4,6 +4,7 @@ use std::net::Ipv4Addr;
 
 use anyhow::{Context as _, Result, bail};
 use clap::{Args, Subcommand, builder::NonEmptyStringValueParser};
+use ipnet::Ipv4Net;
 use serde::Serialize;
 
 use super::{
@@ -210,7 +211,10 @@ async fn set(SetArgs { input, query }: SetArgs) -> Result<()> {
     let store = query.store.open().await?;
     // Fails when there is no such store.
     let existing: Vec<Record<Services>> = store.list().await?;
-    check_wanted(&store, &services).await?;
+    let config = store.config_text().await?.and_then(|text| NetworkConfig::parse(&text).ok());
+    let has_services = config.as_ref().is_none_or(|config| config.services.is_some());
+    let pool = config.and_then(|config| config.services).map(|services| services.pool);
+    check_wanted(&store, &services, pool).await?;
     let mut written = Vec::new();
     for (name, service) in services {
         let known = existing.iter().find(|record| record.id.as_ref() == Ok(&name));
@@ -223,8 +227,7 @@ async fn set(SetArgs { input, query }: SetArgs) -> Result<()> {
         })?;
         written.push(Written { name, change });
     }
-    let config = store.config_text().await?.and_then(|text| NetworkConfig::parse(&text).ok());
-    if config.is_some_and(|config| config.services.is_none()) {
+    if !has_services {
         eprintln!(
             "warning: the network config has no key Services, so agents ignore services: add it with `overlay-agent config set`, for \
              example \"Services\":{{}}, and restart the agents"
@@ -264,6 +267,7 @@ async fn write(
 async fn check_wanted(
     store: &Store,
     services: &std::collections::BTreeMap<ServiceName, record::Service>,
+    pool: Option<Ipv4Net>,
 ) -> Result<()> {
     let mut wanted: std::collections::BTreeMap<Ipv4Addr, &ServiceName> = std::collections::BTreeMap::new();
     for (name, service) in services {
@@ -276,8 +280,6 @@ async fn check_wanted(
         return Ok(());
     }
     // Agents report what they cannot use; here, the pool is only a hint.
-    let config = store.config_text().await?.and_then(|text| NetworkConfig::parse(&text).ok());
-    let pool = config.and_then(|config| config.services).map(|services| services.pool);
     let vips: Vec<Record<Vips>> = store.list().await?;
     for (vip, name) in wanted {
         if let Some(pool) = pool.filter(|pool| !vip::is_usable(*pool, vip)) {

@@ -208,11 +208,12 @@ fn skip(prefix: &str, key: &str, reason: &dyn ToString) -> Skipped {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::store::Version;
 
-    fn records<K: crate::store::Kind>(records: &[(&str, &str)]) -> Vec<Record<K>> {
+    /// Records of these keys and values.
+    pub(in crate::service) fn records<K: crate::store::Kind>(records: &[(&str, &str)]) -> Vec<Record<K>> {
         let parse = |(key, value): &(&str, &str)| Record::parse(key, value.as_bytes(), Version::default());
         records.iter().map(parse).collect()
     }

@@ -4,6 +4,7 @@
 use anyhow::{Result, bail};
 use ipnet::Ipv4Net;
 
+use super::vip::fnv1a;
 use crate::netlink::{Link, Netlink};
 
 /// The default name.
@@ -23,11 +24,7 @@ pub struct ServiceDevice {
 impl ServiceDevice {
     /// The device with this name of the agent with the overlay device `owner`.
     pub fn new(name: &str, owner: &str) -> Self {
-        // FNV-1a, which is the same in every version of the agent.
-        let hash = owner
-            .bytes()
-            .fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
-        let [a, b, c, d] = hash.to_be_bytes();
+        let [.., a, b, c, d] = fnv1a(owner.as_bytes()).to_be_bytes();
         Self { name: name.to_owned(), mac: [0x02, b'v', a, b, c, d] }
     }
 

@@ -118,12 +118,7 @@ fn near(service: &Service, rules: &Rules, zone: bool) -> Service {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::{Kind, Record, Version};
-
-    fn records<K: Kind>(records: &[(&str, &str)]) -> Vec<Record<K>> {
-        let parse = |(key, value): &(&str, &str)| Record::parse(key, value.as_bytes(), Version::default());
-        records.iter().map(parse).collect()
-    }
+    use crate::service::catalog::tests::records;
 
     fn catalog(service: &str, endpoints: &[(&str, &str)]) -> Catalog {
         let vips = records(&[("10.251.0.1", "shop/web")]);

@@ -55,8 +55,7 @@ impl Balancers {
         }
         if matches!(self.request, LbRequest::Auto | LbRequest::Proxy) {
             let proxy = self.proxy.get_or_insert_with(|| Proxy::start(proxy::Options::default()));
-            // Only the proxy speaks the PROXY protocol.
-            proxy.reconcile(catalog, &Rules { proxy_protocol: true, ..rules.clone() }).await;
+            proxy.reconcile(catalog, rules).await;
             problems.extend(
                 proxy
                     .problems()

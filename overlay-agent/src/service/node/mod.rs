@@ -97,9 +97,18 @@ impl ServiceNode {
         let vips = vip::keep(store, vip_options, following.work.clone());
         let files = options.files.clone().map(|options| files::keep(store, options));
         let balancers = Balancers::new(options.lb, options.cgroup.clone());
-        let state = sender;
-        let keeper =
-            Keeper { options, netlink, following, vips, files, balancers, names, state, is_active: false };
+        let keeper = Keeper {
+            options,
+            netlink,
+            following,
+            vips,
+            files,
+            balancers,
+            names,
+            state: sender,
+            host_problems: Vec::new(),
+            is_active: false,
+        };
         Ok(Self { state: receiver, stop, task: tokio::spawn(keeper.run(stopped)) })
     }
 
@@ -131,6 +140,8 @@ struct Keeper {
     balancers: Balancers,
     names: NameServer,
     state: watch::Sender<NodeState>,
+    /// What is missing on this host.
+    host_problems: Vec<String>,
     /// Whether there has been a service.
     is_active: bool,
 }
@@ -150,32 +161,42 @@ impl Keeper {
     async fn follow(&mut self, mut catalog: watch::Receiver<Arc<Catalog>>, stop: &mut oneshot::Receiver<()>) {
         let mut retry = interval(RETRY);
         retry.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut is_due = true;
         loop {
             let present = Arc::clone(&catalog.borrow_and_update());
             if self.is_active || !present.services.is_empty() {
+                // Not at every change of the catalog: it lists the host's devices and routes.
+                if is_due || !self.is_active {
+                    self.check_host(&catalog).await;
+                }
                 self.is_active = true;
-                self.reconcile(&present, &catalog).await;
+                self.reconcile(&present).await;
             }
-            tokio::select! {
+            is_due = tokio::select! {
                 _ = &mut *stop => return,
-                changed = catalog.changed() => if changed.is_err() { return },
-                _ = retry.tick() => {}
-            }
+                changed = catalog.changed() => if changed.is_err() { return } else { false },
+                _ = retry.tick() => true,
+            };
         }
     }
 
-    async fn reconcile(&mut self, present: &Catalog, catalog: &watch::Receiver<Arc<Catalog>>) {
-        let mut problems = Vec::new();
-        let NodeOptions { device, pool, rules, .. } = &self.options;
+    /// Makes what is missing on this host: the device of the virtual addresses, and the DNS server.
+    async fn check_host(&mut self, catalog: &watch::Receiver<Arc<Catalog>>) {
+        let NodeOptions { device, pool, .. } = &self.options;
+        self.host_problems.clear();
         match device.reconcile(&self.netlink, *pool).await {
             Ok(true) => info!("the device {} holds the virtual addresses {pool}", device.name()),
             Ok(false) => {}
-            Err(error) => problems.push(format!("{error:#}")),
+            Err(error) => self.host_problems.push(format!("{error:#}")),
         }
-        problems.extend(self.balancers.reconcile(present, rules).await);
         if let Err(error) = self.names.reconcile(catalog).await {
-            problems.push(format!("{error:#}"));
+            self.host_problems.push(format!("{error:#}"));
         }
+    }
+
+    async fn reconcile(&mut self, present: &Catalog) {
+        let mut problems = self.host_problems.clone();
+        problems.extend(self.balancers.reconcile(present, &self.options.rules).await);
         let unassigned = self.vips.problems.borrow().clone();
         problems.extend(unassigned.into_iter().map(|(name, why)| format!("{name}: {why}")));
         if let Some(files) = &self.files {

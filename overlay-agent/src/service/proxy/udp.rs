@@ -14,7 +14,7 @@ use tokio::{
     select,
     sync::watch,
     task::{JoinSet, yield_now},
-    time::{Instant, sleep, sleep_until},
+    time::{Instant, sleep},
 };
 use tracing::debug;
 
@@ -24,6 +24,7 @@ use super::{
     sessions::Session,
     shared::Shared,
 };
+use crate::timer::sleep_until_some;
 
 /// Datagrams that a socket passes on before the other tasks of its thread have their turn.
 const TURN: u32 = 64;
@@ -237,14 +238,8 @@ fn lock(sessions: &ByClient) -> std::sync::MutexGuard<'_, HashMap<SocketAddrV4, 
 async fn reset(mut reset_at: watch::Receiver<Option<Instant>>) {
     loop {
         let at = *reset_at.borrow_and_update();
-        let reached = async {
-            match at {
-                Some(at) => sleep_until(at).await,
-                None => std::future::pending().await,
-            }
-        };
         select! {
-            () = reached => return,
+            () = sleep_until_some(at) => return,
             changed = reset_at.changed() => if changed.is_err() { return },
         }
     }

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, net::Ipv4Addr, sync::Arc, time::Duration};
 use tokio::{
     sync::watch,
     task::JoinHandle,
-    time::{Instant, sleep, sleep_until},
+    time::{Instant, sleep},
 };
 use tracing::{debug, info};
 
@@ -16,6 +16,7 @@ use crate::{
         record::{Released, Services, Vip, Vips},
     },
     store::{Condition, LifetimeId, Record, Store, StoreError, Version},
+    timer::sleep_until_some,
 };
 
 /// Agents act at different times after a change: the first one does the work, the others find it done.
@@ -74,7 +75,7 @@ impl Keeper {
             let next = ends.chain(retry).min();
             tokio::select! {
                 changed = self.work.changed() => if changed.is_err() { return },
-                () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {}
+                () = sleep_until_some(next) => {}
             }
             sleep(rand::random_range(Duration::ZERO..JITTER)).await;
         }

@@ -128,7 +128,7 @@ fn candidates(pool: Ipv4Net, name: &ServiceName) -> impl Iterator<Item = Ipv4Add
 }
 
 /// FNV-1a with 64 bits (draft-eastlake-fnv): the same in all versions of this program, unlike the standard library's hashes.
-fn fnv1a(bytes: &[u8]) -> u64 {
+pub(super) fn fnv1a(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
     })

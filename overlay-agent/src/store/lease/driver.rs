@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::JoinHandle,
-    time::{Instant, sleep_until},
+    time::Instant,
 };
 use tracing::debug;
 
@@ -21,6 +21,7 @@ use crate::{
         Store, StoreError,
         backend::{Backend, KeyWatch},
     },
+    timer::sleep_until_some,
 };
 
 impl Store {
@@ -154,12 +155,7 @@ impl Driver {
             }
             Some(_) => {}
         }
-        let due = async {
-            match until {
-                Some(until) => sleep_until(until).await,
-                None => std::future::pending().await,
-            }
-        };
+        let due = sleep_until_some(until);
         let changed = async {
             match &mut self.watch {
                 Some(watch) => watch.changed().await,

@@ -14,18 +14,7 @@ use hickory_proto::{
 };
 
 use super::{Records, Zone};
-use crate::{
-    service::{
-        Catalog,
-        record::{Endpoints, Services, Vips},
-    },
-    store::{Kind, Record, Version},
-};
-
-fn records<K: Kind>(records: &[(&str, &str)]) -> Vec<Record<K>> {
-    let parse = |(key, value): &(&str, &str)| Record::parse(key, value.as_bytes(), Version::default());
-    records.iter().map(parse).collect()
-}
+use crate::service::{Catalog, catalog::tests::records};
 
 /// Services with a virtual address, without one yet, headless, headless with all endpoints down, and without endpoints.
 fn catalog() -> Catalog {
@@ -33,15 +22,15 @@ fn catalog() -> Catalog {
     let plain = format!(r#"{{"v":1,{ports}}}"#);
     let headless = format!(r#"{{"v":1,"headless":true,{ports}}}"#);
     Catalog::new(
-        &records::<Services>(&[
+        &records(&[
             ("shop/web", &plain),
             ("shop/late", &plain),
             ("data/db", &headless),
             ("data/down", &headless),
             ("data/empty", &headless),
         ]),
-        &records::<Vips>(&[("10.251.0.9", "shop/web")]),
-        &records::<Endpoints>(&[
+        &records(&[("10.251.0.9", "shop/web")]),
+        &records(&[
             ("shop/web/node-a/1", r#"{"overlay_ip":"10.244.1.2"}"#),
             ("data/db/node-a/1", r#"{"overlay_ip":"10.244.1.3","weight":3}"#),
             ("data/db/node-b/1", r#"{"overlay_ip":"10.244.2.3","ports":{"http":9090}}"#),
