@@ -4,7 +4,7 @@
 //! `follow` (the catalog as the records change), `input` (services as operators write them), `files` (those of this node's files), `vip` (which service
 //! gets which virtual address), `device` (the virtual addresses on this host), `slots` and `front` (what a load balancer does), `cgroup` (where its
 //! programs run), `proxy` (what serves connections that no program sees), `dns` (the names of the services), `node` (the task that
-//! keeps all of it on a node).
+//! keeps all of it on a node). `outcome` is what became of connections.
 
 pub mod catalog;
 pub mod cgroup;
@@ -19,6 +19,7 @@ pub mod input;
 mod lb;
 pub mod name;
 pub mod node;
+pub mod outcome;
 pub mod proxy;
 pub mod record;
 mod slots;
