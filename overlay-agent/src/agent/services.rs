@@ -94,8 +94,7 @@ fn node_options(options: &Options, config: &NetworkConfig) -> Option<NodeOptions
         default: services.load_balancing.clone(),
         node: node.clone(),
         zone: zone.clone(),
-        // No part of the agent balances HTTP requests.
-        http: true,
+        http: false,
         proxy_protocol: false,
     };
     Some(NodeOptions {

@@ -20,6 +20,7 @@ use crate::{
         catalog::{Endpoint, Service, Skipped},
         input::{self, LONGEST_INPUT},
         record::{self, EndpointState, Endpoints, Services, Vip, Vips},
+        route::Route,
         vip,
     },
     store::{Record, Store, StoreError},
@@ -52,6 +53,9 @@ The input is one service with its name, or a map of services by their names:
     affinity: {client_ip: true, ttl_s: 600}
     locality: any                            # prefer_node, prefer_zone, local_only
     health: {kind: http, path: /healthz}     # or kind: tcp
+  shop/front:
+    ports:
+      - {name: http, port: 80, app: http, routes: [{host: '*.shop.example', path_prefix: /api, service: shop/web, port: http}]}
   bank/db: {ports: [{name: pg, port: 5432}]}
 
 Input that cannot be used is refused as a whole: then no service is written. Endpoints are written with `overlay-agent endpoint`.";
@@ -354,6 +358,13 @@ fn port(port: &record::Port) -> String {
     format!("{} {}/{}{target}", port.name, port.port, port.protocol.name())
 }
 
+/// A route: `*.shop.example/api -> shop/web, port http`.
+fn route(route: &Route) -> String {
+    let host = route.host.as_deref().unwrap_or("any host");
+    let prefix = route.path_prefix.as_deref().unwrap_or_default();
+    format!("{host}{prefix} -> {}", route.describe())
+}
+
 fn ports(ports: &[record::Port]) -> String {
     ports.iter().map(port).collect::<Vec<_>>().join(", ")
 }
@@ -401,6 +412,11 @@ fn shown_text(shown: &Shown) -> String {
     facts.add_row(["service", &name.to_string()]);
     facts.add_row(["address", &address(*vip, service.headless)]);
     facts.add_row(["ports", &ports(&service.ports)]);
+    for port in &service.ports {
+        for route in &port.routes {
+            facts.add_row([&format!("route of {}", port.name), &self::route(route)]);
+        }
+    }
     let lb = service.lb.as_ref().map(|lb| json(serde_json::to_value(lb)));
     facts.add_row(["load balancing", lb.as_deref().unwrap_or("the network's default")]);
     if let Some(affinity) = service.affinity.filter(|affinity| affinity.client_ip) {

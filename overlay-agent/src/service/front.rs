@@ -19,7 +19,8 @@ pub struct Rules {
     pub node: String,
     /// Its zone.
     pub zone: Option<String>,
-    /// Whether connections to HTTP ports are balanced like others: where no proxy listens at them, which balances requests.
+    /// Whether HTTP ports are included: in the proxy, which balances their requests, and where there is no proxy, so that at least their
+    /// connections are balanced.
     pub http: bool,
     /// Whether ports are included whose endpoints are told the client by the PROXY protocol: only the proxy does that.
     pub proxy_protocol: bool,
@@ -71,16 +72,20 @@ pub fn fronts(catalog: &Catalog, rules: &Rules) -> Fronts {
         };
         for port in service.spec.ports.iter().filter(is_included) {
             let address = abi_address(SocketAddrV4::new(vip, port.port.get()));
-            let affinity = service.spec.affinity.filter(|affinity| affinity.client_ip);
-            let front = Front {
-                policy: service.load_balancing(&rules.default).policy,
-                affinity_ttl_s: affinity.map_or(0, |affinity| affinity.ttl_s),
-                backends: backends(service, port, rules),
-            };
-            fronts.insert(ServiceKey::new(address, port.protocol.number()), front);
+            fronts.insert(ServiceKey::new(address, port.protocol.number()), front(service, port, rules));
         }
     }
     fronts
+}
+
+/// A port of a service, wherever its clients are from.
+pub(super) fn front(service: &Service, port: &Port, rules: &Rules) -> Front {
+    let affinity = service.spec.affinity.filter(|affinity| affinity.client_ip);
+    Front {
+        policy: service.load_balancing(&rules.default).policy,
+        affinity_ttl_s: affinity.map_or(0, |affinity| affinity.ttl_s),
+        backends: backends(service, port, rules),
+    }
 }
 
 /// The endpoints that take connections from this node.

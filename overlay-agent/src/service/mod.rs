@@ -1,6 +1,6 @@
 //! Services: names, virtual addresses and load balancing, on the agent of the overlay.
 //!
-//! In reading order: `config` (the network's), `name` and `record` (what the store has), `catalog` (what that means), `index` and
+//! In reading order: `config` (the network's), `name`, `record` and `route` (what the store has), `catalog` (what that means), `index` and
 //! `follow` (the catalog as the records change), `input` (services as operators write them), `files` (those of this node's files), `vip` (which service
 //! gets which virtual address), `device` (the virtual addresses on this host), `slots` and `front` (what a load balancer does), `cgroup` (where its
 //! programs run), `proxy` (what serves connections that no program sees), `dns` (the names of the services), `node` (the task that
@@ -22,6 +22,7 @@ pub mod node;
 pub mod outcome;
 pub mod proxy;
 pub mod record;
+pub mod route;
 mod slots;
 #[cfg(test)]
 mod tests;

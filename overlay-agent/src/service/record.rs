@@ -11,7 +11,10 @@ use std::{
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::name::{EndpointName, ServiceName, label};
+use super::{
+    name::{EndpointName, ServiceName, label},
+    route::{MAX_ROUTES, Route, check_header},
+};
 use crate::{
     printable::{LONGEST_REASON, printable},
     store::{Kind, RecordError, Writable},
@@ -101,6 +104,9 @@ pub struct Port {
     /// connections take the proxy.
     #[serde(default, skip_serializing_if = "is_false")]
     pub proxy_protocol: bool,
+    /// With HTTP, requests that go to other services. All others go to the endpoints of this one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub routes: Vec<Route>,
 }
 
 /// For `skip_serializing_if`.
@@ -153,7 +159,8 @@ pub enum App {
 pub struct LoadBalancing {
     /// The rule.
     pub policy: Policy,
-    /// With HTTP and a hash policy, the header that is hashed.
+    /// With HTTP and a hash policy, the header that is hashed. Requests without it are hashed by the client's address; those with it have no
+    /// affinity.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hash_key: Option<String>,
 }
@@ -307,6 +314,10 @@ impl Service {
             if port.proxy_protocol && port.protocol != Protocol::Tcp {
                 return Err(format!("port {}: proxy_protocol needs TCP", port.name));
             }
+            port.check_routes().map_err(|reason| format!("port {}: {reason}", port.name))?;
+        }
+        if let Some(name) = self.lb.as_ref().and_then(|lb| lb.hash_key.as_ref()) {
+            check_header(name)?;
         }
         if self.affinity.is_some_and(|affinity| affinity.client_ip && affinity.ttl_s == 0) {
             return Err("affinity.ttl_s is 0: expected seconds".to_owned());
@@ -321,6 +332,20 @@ impl Service {
             }
         }
         Ok(())
+    }
+}
+
+impl Port {
+    fn check_routes(&self) -> Result<(), String> {
+        if !self.routes.is_empty() && self.app != App::Http {
+            return Err("routes need app: http".to_owned());
+        }
+        if self.routes.len() > MAX_ROUTES {
+            return Err(format!("{} routes are more than {MAX_ROUTES}", self.routes.len()));
+        }
+        (1..).zip(&self.routes).try_for_each(|(number, route)| {
+            route.check().map_err(|reason| format!("route {number}: {reason}"))
+        })
     }
 }
 
@@ -463,7 +488,8 @@ mod tests {
     #[test]
     fn a_full_record_is_read() {
         let json = r#"{"v":1,"vip":"10.251.0.9","headless":false,"future":1,
-            "ports":[{"name":"http","port":80,"protocol":"tcp","target_port":8080,"app":"http"},
+            "ports":[{"name":"http","port":80,"protocol":"tcp","target_port":8080,"app":"http",
+                      "routes":[{"host":"*.shop.example","path_prefix":"/api","service":"shop/api","port":"web"}]},
                      {"name":"dns","port":80,"protocol":"udp"}],
             "lb":{"policy":"maglev","hash_key":"x-user"},"affinity":{"client_ip":true,"ttl_s":600},
             "locality":"prefer_zone",
@@ -492,6 +518,21 @@ mod tests {
                     .to_owned(),
                 "proxy_protocol needs TCP",
             ),
+            (
+                r#"{"v":1,"ports":[{"name":"a","port":1,"routes":[{"service":"shop/api"}]}]}"#.to_owned(),
+                "routes need app: http",
+            ),
+            (
+                r#"{"v":1,"ports":[{"name":"a","port":1,"app":"http","routes":[{"service":"api"}]}]}"#
+                    .to_owned(),
+                "NAMESPACE/NAME",
+            ),
+            (
+                r#"{"v":1,"ports":[{"name":"a","port":1,"app":"http","routes":[{"service":"a/b"},{"service":"a/b","host":"a:1"}]}]}"#
+                    .to_owned(),
+                "port a: route 2: host",
+            ),
+            (format!(r#"{{"v":1,"lb":{{"policy":"maglev","hash_key":"a b"}},"ports":[{port}]}}"#), "hash_key"),
             (format!(r#"{{"v":1,"headless":true,"vip":"10.251.0.1","ports":[{port}]}}"#), "exclude"),
             (format!(r#"{{"v":1,"affinity":{{"client_ip":true,"ttl_s":0}},"ports":[{port}]}}"#), "ttl_s"),
             (format!(r#"{{"v":1,"lb":{{"policy":"best"}},"ports":[{port}]}}"#), "unknown variant"),

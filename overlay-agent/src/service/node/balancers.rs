@@ -11,8 +11,10 @@ use crate::{
     datapath::ebpf::{SERVICE_OBJECT, ServiceSet},
     service::{
         Catalog, LbRequest,
+        catalog::Service,
         front::Rules,
         proxy::{self, Proxy},
+        record::{App, Port},
     },
 };
 
@@ -25,6 +27,26 @@ pub(super) struct Balancers {
     cgroup: Option<PathBuf>,
     programs: Programs,
     proxy: Option<Proxy>,
+    /// Whether there are HTTP ports of which only connections are balanced.
+    has_unread_http: bool,
+}
+
+fn http_ports(catalog: &Catalog) -> impl Iterator<Item = (&Service, &Port)> {
+    let services = catalog.services.values().filter(|service| service.vip.is_some());
+    let ports = services.flat_map(|service| service.spec.ports.iter().map(move |port| (&**service, port)));
+    ports.filter(|(_, port)| port.app == App::Http)
+}
+
+/// Routes that nothing follows, because no proxy reads requests.
+fn unread_routes(catalog: &Catalog) -> Vec<String> {
+    let unread = http_ports(catalog).filter(|(_, port)| !port.routes.is_empty());
+    let reason = |(service, port): (&Service, &Port)| {
+        format!(
+            "{}, port {}: its routes need the proxy, which does not run with --lb ebpf: use --lb auto",
+            service.name, port.name
+        )
+    };
+    unread.map(reason).collect()
 }
 
 /// The programs, or why there are none.
@@ -44,13 +66,20 @@ impl Balancers {
             LbRequest::Auto | LbRequest::Ebpf => Programs::Due(Instant::now()),
             LbRequest::Proxy | LbRequest::Off => Programs::NotWanted,
         };
-        Self { request, cgroup, programs, proxy: None }
+        Self { request, cgroup, programs, proxy: None, has_unread_http: false }
     }
 
     /// Starts what is missing, and balances as the catalog says. Returns what does not work.
     pub(super) async fn reconcile(&mut self, catalog: &Catalog, rules: &Rules) -> Vec<String> {
         let mut problems = Vec::new();
-        if let Err(error) = self.reconcile_programs(catalog, rules) {
+        // Connections to HTTP ports end at the proxy, which reads the requests. Where there is none, they are balanced like others.
+        let is_without_proxy = self.request == LbRequest::Ebpf;
+        let of_programs = Rules { http: is_without_proxy, ..rules.clone() };
+        self.has_unread_http = is_without_proxy && http_ports(catalog).next().is_some();
+        if is_without_proxy {
+            problems.extend(unread_routes(catalog));
+        }
+        if let Err(error) = self.reconcile_programs(catalog, &of_programs) {
             problems.push(format!("{error:#}"));
         }
         if matches!(self.request, LbRequest::Auto | LbRequest::Proxy) {
@@ -107,7 +136,12 @@ impl Balancers {
     /// How connections reach endpoints now, and why.
     pub(super) fn describe(&self) -> String {
         match (&self.programs, &self.proxy) {
-            (Programs::Attached(_), Some(_)) => "ebpf, and the proxy for forwarded connections".to_owned(),
+            (Programs::Attached(_), Some(_)) => {
+                "ebpf, and the proxy for HTTP and forwarded connections".to_owned()
+            }
+            (Programs::Attached(_), None) if self.has_unread_http => {
+                "ebpf (--lb ebpf): HTTP ports are balanced by connection, not by request".to_owned()
+            }
             (Programs::Attached(_), None) => "ebpf (--lb ebpf)".to_owned(),
             (Programs::Missing(why), _) => format!("proxy ({why})"),
             (Programs::NotWanted, Some(_)) => "proxy (--lb proxy)".to_owned(),

@@ -7,6 +7,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use arc_swap::ArcSwap;
@@ -14,8 +15,11 @@ use overlay_ebpf::service::{
     abi::{Address, Affinity, Backend, ClientKey, MemberKey, ServiceEntry, SlotKey},
     select::{State, select},
 };
+use tokio::{sync::watch, time::Instant};
 
-use super::{aging::AgeOrder, counters::Tally, endpoint::Endpoint, plan::Wanted, shared::Shared};
+use super::{
+    aging::AgeOrder, counters::Tally, endpoint::Endpoint, http::HttpPort, plan::Wanted, shared::Shared,
+};
 use crate::service::{
     ServiceName,
     front::{Front, abi_address},
@@ -34,6 +38,8 @@ pub(super) struct VirtualPort {
     turn: AtomicU64,
     table: ArcSwap<Table>,
     problem: Mutex<Option<String>>,
+    /// When the HTTP connections of clients are reset, once the port is removed.
+    reset_at: watch::Sender<Option<Instant>>,
 }
 
 /// Where connections to a port go. Never changed, only replaced.
@@ -45,6 +51,8 @@ pub(super) struct Table {
     pub(super) tally: Arc<Tally>,
     /// Whether endpoints are told the client.
     pub(super) proxy_protocol: bool,
+    /// What requests do, if it is an HTTP port.
+    pub(super) http: Option<HttpPort>,
     /// What the table is made of.
     pub(super) front: Front,
     entry: ServiceEntry,
@@ -58,12 +66,11 @@ pub(super) struct Table {
 impl Table {
     /// The table of a front. `endpoint` gives the endpoint at an address.
     pub(super) fn new(
-        service: ServiceName,
+        wanted: Wanted,
         tally: Arc<Tally>,
-        proxy_protocol: bool,
-        front: Front,
         mut endpoint: impl FnMut(SocketAddrV4) -> Arc<Endpoint>,
     ) -> Self {
+        let Wanted { service, proxy_protocol, http, front, .. } = wanted;
         let slots = front.slots();
         let entry = ServiceEntry {
             slots: u32::try_from(slots.len()).unwrap_or(u32::MAX),
@@ -77,13 +84,14 @@ impl Table {
         });
         let endpoints: Vec<(Backend, Arc<Endpoint>)> = with_id.collect();
         let by_address = endpoints.iter().map(|(backend, _)| (backend.address, backend.id)).collect();
-        Self { service, tally, proxy_protocol, front, entry, slots, endpoints, by_address }
+        Self { service, tally, proxy_protocol, http, front, entry, slots, endpoints, by_address }
     }
 
     /// Whether it is what the port should have.
     pub(super) fn is_of(&self, wanted: &Wanted) -> bool {
         self.service == wanted.service
             && self.proxy_protocol == wanted.proxy_protocol
+            && self.http == wanted.http
             && self.front == wanted.front
     }
 
@@ -95,7 +103,18 @@ impl Table {
 impl VirtualPort {
     pub(super) fn new(address: SocketAddrV4, protocol: Protocol, number: u32, table: Table) -> Self {
         let (turn, table) = (AtomicU64::new(0), ArcSwap::from_pointee(table));
-        Self { address, protocol, number, turn, table, problem: Mutex::default() }
+        let reset_at = watch::Sender::new(None);
+        Self { address, protocol, number, turn, table, problem: Mutex::default(), reset_at }
+    }
+
+    /// The port is removed: HTTP connections of clients end with the request that they are at, or after this time.
+    pub(super) fn close(&self, time: Duration) {
+        self.reset_at.send_replace(Some(Instant::now() + time));
+    }
+
+    /// Follows [`Self::close`].
+    pub(super) fn reset_time(&self) -> watch::Receiver<Option<Instant>> {
+        self.reset_at.subscribe()
     }
 
     /// Where connections go now.
@@ -124,9 +143,26 @@ impl VirtualPort {
     /// Chooses the endpoints for a connection of `client`; `None` when there are none.
     pub(super) fn choose(&self, client: Ipv4Addr, shared: &Shared) -> Option<Choice> {
         let table = self.table();
-        let view = View { port: self, table: &table, shared };
         let entry = ServiceEntry { service: self.number, ..table.entry };
-        let backend = select(&entry, u64::from(client.to_bits()), &view)?;
+        self.choose_of(table, entry, u64::from(client.to_bits()), shared)
+    }
+
+    /// Chooses the endpoints for a request that is hashed by `key` and not by its client. It has no affinity.
+    pub(super) fn choose_by_key(&self, key: u64, shared: &Shared) -> Option<Choice> {
+        let table = self.table();
+        let entry = ServiceEntry { service: self.number, affinity_ttl_s: 0, ..table.entry };
+        self.choose_of(table, entry, key, shared)
+    }
+
+    fn choose_of(
+        &self,
+        table: Arc<Table>,
+        entry: ServiceEntry,
+        client: u64,
+        shared: &Shared,
+    ) -> Option<Choice> {
+        let view = View { port: self, table: &table, shared };
+        let backend = select(&entry, client, &view)?;
         let first = usize::try_from(backend.id).ok()?;
         let attempts = shared.options.attempts.min(table.endpoints.len());
         Some(Choice { table, first, tried: 0, attempts })

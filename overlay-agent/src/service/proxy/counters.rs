@@ -11,6 +11,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use super::http::{HttpCounts, HttpTally};
 use crate::service::{ServiceName, record::Protocol};
 
 /// The proxy's counters at one time. All but those named "open" only grow while the proxy runs.
@@ -33,6 +34,9 @@ pub struct ServiceCounts {
     pub total: Counts,
     /// Of its endpoints, in order of protocol and address.
     pub endpoints: Vec<EndpointCounts>,
+    /// Of the requests to its HTTP ports.
+    #[serde(default)]
+    pub http: HttpCounts,
 }
 
 /// The counters of an endpoint.
@@ -53,7 +57,7 @@ pub struct Counts {
     pub connections: u64,
     /// Connections that could not be made, and UDP datagrams that could not be sent.
     pub failures: u64,
-    /// Connections that are open or being opened.
+    /// Connections that are open or being opened; of HTTP ports, requests that are not answered to the end.
     pub open: u64,
     /// Payload from clients to endpoints.
     pub bytes_to_endpoints: u64,
@@ -69,6 +73,8 @@ pub(super) struct Tally {
     open: AtomicU64,
     to_endpoints: AtomicU64,
     to_clients: AtomicU64,
+    /// Of a service.
+    pub(super) http: HttpTally,
 }
 
 impl Tally {

@@ -4,7 +4,7 @@ use std::{net::SocketAddrV4, sync::Arc, time::Duration};
 
 use tokio::{sync::watch, time::Instant};
 
-use super::counters::Tally;
+use super::{counters::Tally, http::Pool};
 
 /// An endpoint.
 #[derive(Debug)]
@@ -13,13 +13,15 @@ pub(super) struct Endpoint {
     pub(super) address: SocketAddrV4,
     /// What is counted.
     pub(super) tally: Arc<Tally>,
+    /// HTTP connections to it that wait for a request.
+    pub(super) pool: Pool,
     /// When its connections are reset, if it is removed or down.
     reset_at: watch::Sender<Option<Instant>>,
 }
 
 impl Endpoint {
     pub(super) fn new(address: SocketAddrV4) -> Self {
-        Self { address, tally: Arc::default(), reset_at: watch::Sender::new(None) }
+        Self { address, tally: Arc::default(), pool: Pool::default(), reset_at: watch::Sender::new(None) }
     }
 
     /// Its connections stay.
@@ -36,6 +38,7 @@ impl Endpoint {
                 true
             }
         });
+        self.pool.clear();
     }
 
     /// Whether it may keep its connections.

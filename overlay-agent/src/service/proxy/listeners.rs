@@ -15,11 +15,17 @@ use super::{
     balancer::{Table, VirtualPort},
     counters::Tally,
     endpoint::Endpoint,
-    plan::{Wanted, wanted},
+    http::{Targets, port_of, routes},
+    plan::{Wanted, target, wanted},
     shared::Shared,
     tcp, udp,
 };
-use crate::service::{Catalog, ServiceName, catalog::Service, front::Rules, record::Protocol};
+use crate::service::{
+    Catalog, ServiceName,
+    catalog::Service,
+    front::{Rules, abi_address},
+    record::Protocol,
+};
 
 /// All listeners.
 #[derive(Debug, Default)]
@@ -30,6 +36,8 @@ pub(super) struct Listeners {
     pub(super) tallies: BTreeMap<ServiceName, Arc<Tally>>,
     /// Endpoints of ports that are gone, with connections that are drained.
     drained: BTreeMap<ServiceKey, Endpoints>,
+    /// Ports without a virtual address, to which routes lead.
+    pub(super) hidden: Hidden,
     /// What the listeners are made of: a service that is the same `Arc` again has not changed.
     services: BTreeMap<ServiceName, Arc<Service>>,
     rules: Rules,
@@ -45,7 +53,10 @@ pub(super) struct Listener {
     pub(super) endpoints: Endpoints,
 }
 
-type Endpoints = BTreeMap<SocketAddrV4, Arc<Endpoint>>;
+pub(super) type Endpoints = BTreeMap<SocketAddrV4, Arc<Endpoint>>;
+
+/// By service and name of the port.
+type Hidden = BTreeMap<(ServiceName, String), (Arc<VirtualPort>, Endpoints)>;
 
 impl Listeners {
     /// Makes them what the catalog says. Looks only at services that have changed. Tasks that end are added to `closing`.
@@ -76,6 +87,7 @@ impl Listeners {
         for key in gone {
             let Some(listener) = self.by_key.remove(&key) else { continue };
             listener.task.abort();
+            listener.port.close(shared.options.drain);
             closing.push(listener.task);
             listener.endpoints.values().for_each(|endpoint| endpoint.drain(shared.options.drain));
             self.drained.insert(key, listener.endpoints);
@@ -90,6 +102,74 @@ impl Listeners {
         }
         self.services.clone_from(&catalog.services);
         self.rules.clone_from(rules);
+        self.reconcile_targets(catalog, rules, shared);
+    }
+
+    /// Finds the ports to which routes lead, those with a virtual address among the listeners.
+    fn reconcile_targets(&mut self, catalog: &Catalog, rules: &Rules, shared: &Shared) {
+        let mut targets = Targets::new();
+        let mut unused = std::mem::take(&mut self.hidden);
+        for route in routes(catalog) {
+            let of_service = targets.entry(route.service.clone()).or_default();
+            if of_service.contains_key(&route.port) {
+                continue;
+            }
+            let Some((service, port)) = port_of(catalog, route) else { continue };
+            let key = service.vip.map(|vip| {
+                let address = abi_address(SocketAddrV4::new(vip, port.port.get()));
+                ServiceKey::new(address, port.protocol.number())
+            });
+            if let Some(listener) = key.and_then(|key| self.by_key.get(&key)) {
+                of_service.insert(route.port.clone(), Arc::clone(&listener.port));
+                continue;
+            }
+            let name = (service.name.clone(), port.name.clone());
+            let earlier = self.hidden.remove(&name).or_else(|| unused.remove(&name));
+            let hidden = self.hidden_port(earlier, target(service, port, rules), shared);
+            of_service.insert(route.port.clone(), Arc::clone(&hidden.0));
+            self.hidden.insert(name, hidden);
+        }
+        for endpoint in unused.values().flat_map(|(_, endpoints)| endpoints.values()) {
+            endpoint.drain(shared.options.drain);
+        }
+        shared.targets.store(Arc::new(targets));
+    }
+
+    fn hidden_port(
+        &mut self,
+        earlier: Option<(Arc<VirtualPort>, Endpoints)>,
+        wanted: Wanted,
+        shared: &Shared,
+    ) -> (Arc<VirtualPort>, Endpoints) {
+        let (earlier, mut endpoints) = earlier.unzip();
+        let endpoints_of = endpoints.get_or_insert_default();
+        keep_endpoints(endpoints_of, &wanted, shared);
+        let port = match earlier {
+            Some(port) if port.table().is_of(&wanted) => port,
+            Some(port) => {
+                port.set_table(self.table(wanted, endpoints_of));
+                port
+            }
+            None => {
+                let (address, protocol) = (wanted.address, wanted.protocol);
+                let table = self.table(wanted, endpoints_of);
+                Arc::new(VirtualPort::new(address, protocol, self.number(), table))
+            }
+        };
+        (port, endpoints.unwrap_or_default())
+    }
+
+    fn table(&mut self, wanted: Wanted, endpoints: &mut Endpoints) -> Table {
+        let tally = Arc::clone(self.tallies.entry(wanted.service.clone()).or_default());
+        Table::new(wanted, tally, |address| {
+            Arc::clone(endpoints.entry(address).or_insert_with(|| Arc::new(Endpoint::new(address))))
+        })
+    }
+
+    fn number(&mut self) -> u32 {
+        let number = self.next_number;
+        self.next_number = number.wrapping_add(1);
+        number
     }
 
     fn reconcile_port(&mut self, key: ServiceKey, wanted: Wanted, shared: &Arc<Shared>) {
@@ -97,34 +177,31 @@ impl Listeners {
             Some(listener) => std::mem::take(&mut listener.endpoints),
             None => self.drained.remove(&key).unwrap_or_default(),
         };
-        endpoints.retain(|address, endpoint| {
-            let is_kept = wanted.kept.contains(address);
-            if is_kept {
-                endpoint.keep();
-            } else {
-                endpoint.drain(shared.options.drain);
-            }
-            is_kept || endpoint.tally.open() > 0
-        });
-        let tally = Arc::clone(self.tallies.entry(wanted.service.clone()).or_default());
+        keep_endpoints(&mut endpoints, &wanted, shared);
         let (address, protocol) = (wanted.address, wanted.protocol);
-        let table = |wanted: Wanted| {
-            let endpoint = |address| {
-                Arc::clone(endpoints.entry(address).or_insert_with(|| Arc::new(Endpoint::new(address))))
-            };
-            Table::new(wanted.service, tally, wanted.proxy_protocol, wanted.front, endpoint)
-        };
+        let is_same = self.by_key.get(&key).is_some_and(|listener| listener.port.table().is_of(&wanted));
+        let table = (!is_same).then(|| self.table(wanted, &mut endpoints));
         if let Some(listener) = self.by_key.get_mut(&key) {
-            if !listener.port.table().is_of(&wanted) {
-                listener.port.set_table(table(wanted));
-            }
+            table.into_iter().for_each(|table| listener.port.set_table(table));
             listener.endpoints = endpoints;
-            return;
+        } else if let Some(table) = table {
+            let port = Arc::new(VirtualPort::new(address, protocol, self.number(), table));
+            self.by_key.insert(key, Listener::start(port, endpoints, shared));
         }
-        let port = Arc::new(VirtualPort::new(address, protocol, self.next_number, table(wanted)));
-        self.next_number = self.next_number.wrapping_add(1);
-        self.by_key.insert(key, Listener::start(port, endpoints, shared));
     }
+}
+
+/// Drains the endpoints that the port does not keep, and forgets those without connections.
+fn keep_endpoints(endpoints: &mut Endpoints, wanted: &Wanted, shared: &Shared) {
+    endpoints.retain(|address, endpoint| {
+        let is_kept = wanted.kept.contains(address);
+        if is_kept {
+            endpoint.keep();
+        } else {
+            endpoint.drain(shared.options.drain);
+        }
+        is_kept || endpoint.tally.open() > 0
+    });
 }
 
 impl Listener {

@@ -4,13 +4,14 @@
 //! elsewhere. Both choose endpoints by the same code, `overlay_ebpf::service::select`.
 //!
 //! In reading order: `plan` (what to listen on, pure), `listeners`, `balancer` and `endpoint` (the choice of an endpoint), `tcp`, `relay` and `header`,
-//! `udp` and `sessions`, `counters`. A task for each listener, each TCP connection and each UDP session: none waits for another.
+//! `udp` and `sessions`, `http` (requests instead of connections), `counters`. A task for each listener, each TCP connection and each UDP session: none waits for another.
 
 mod aging;
 mod balancer;
 mod counters;
 mod endpoint;
 mod header;
+mod http;
 mod listeners;
 mod plan;
 mod relay;
@@ -38,6 +39,7 @@ use tracing::warn;
 
 pub use self::{
     counters::{Counters, Counts, EndpointCounts, ServiceCounts},
+    http::{HttpCounts, Limits},
     shared::Options,
 };
 use self::{
@@ -92,13 +94,13 @@ impl Proxy {
 
     /// Makes listeners and endpoints what the catalog says. Connections stay where that allows it. When it returns, removed ports are
     /// closed. A port that cannot be bound is among [`Self::problems`] and is tried again. Ports with the PROXY protocol are always
-    /// included, whatever `rules` says.
+    /// included, and HTTP ports, whatever `rules` says.
     pub async fn reconcile(&self, catalog: &Catalog, rules: &Rules) {
         if *self.shared.stop.borrow() {
             return;
         }
         let mut closing = Vec::new();
-        let rules = &Rules { proxy_protocol: true, ..rules.clone() };
+        let rules = &Rules { http: true, proxy_protocol: true, ..rules.clone() };
         self.shared.vips.store(Arc::new(catalog.vips()));
         self.listeners().reconcile(catalog, rules, &self.shared, &mut closing);
         close(closing).await;
@@ -114,7 +116,8 @@ impl Proxy {
             let looping = backends.filter(|address| self.shared.is_virtual(*address.ip())).map(|address| {
                 format!("the endpoint {address} is a virtual address: give the endpoint its own address")
             });
-            problems.extend(port.problem().into_iter().chain(looping).map(|reason| Problem {
+            let routes = self.shared.missing_targets(&table);
+            problems.extend(port.problem().into_iter().chain(looping).chain(routes).map(|reason| Problem {
                 service: table.service.clone(),
                 address: port.address,
                 protocol: port.protocol,
@@ -130,9 +133,12 @@ impl Proxy {
         let open = |most: usize| most.saturating_sub(self.shared.places.available_permits()) as u64;
         let mut services: BTreeMap<ServiceName, ServiceCounts> = BTreeMap::new();
         for (name, tally) in &listeners.tallies {
-            services.entry(name.clone()).or_default().total = tally.snapshot();
+            let of_service = services.entry(name.clone()).or_default();
+            (of_service.total, of_service.http) = (tally.snapshot(), tally.http.snapshot());
         }
-        for Listener { port, endpoints, .. } in listeners.by_key.values() {
+        let listening = listeners.by_key.values().map(|Listener { port, endpoints, .. }| (port, endpoints));
+        let hidden = listeners.hidden.values().map(|(port, endpoints)| (port, endpoints));
+        for (port, endpoints) in listening.chain(hidden) {
             let protocol = port.protocol;
             let of_service = services.entry(port.table().service.clone()).or_default();
             of_service.endpoints.extend(endpoints.values().map(|endpoint| {

@@ -2,15 +2,17 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::SocketAddrV4,
+    net::{Ipv4Addr, SocketAddrV4},
 };
 
 use overlay_ebpf::service::abi::ServiceKey;
 
+use super::http::HttpPort;
 use crate::service::{
     Catalog, ServiceName,
-    front::{Front, Rules, abi_address, fronts},
-    record::{EndpointState, Protocol},
+    catalog::Service,
+    front::{Front, Rules, abi_address, front, fronts},
+    record::{EndpointState, Port, Protocol},
 };
 
 /// A port of a virtual address, as it should be.
@@ -24,6 +26,8 @@ pub(super) struct Wanted {
     pub(super) protocol: Protocol,
     /// Whether endpoints are told the client.
     pub(super) proxy_protocol: bool,
+    /// What requests do, if it is an HTTP port.
+    pub(super) http: Option<HttpPort>,
     /// How connections choose an endpoint.
     pub(super) front: Front,
     /// The endpoints that keep their connections: those that take new ones, and those that are neither down nor removed.
@@ -40,20 +44,29 @@ pub(super) fn wanted(catalog: &Catalog, rules: &Rules) -> BTreeMap<ServiceKey, W
             let address = SocketAddrV4::new(vip, port.port.get());
             let key = ServiceKey::new(abi_address(address), port.protocol.number());
             let Some(front) = fronts.remove(&key) else { continue };
-            let up = service.endpoints.iter().filter(|endpoint| endpoint.spec.state != EndpointState::Down);
-            let mut kept: BTreeSet<SocketAddrV4> =
-                up.map(|endpoint| endpoint.backend(port).address).collect();
-            kept.extend(front.backends.iter().map(|backend| backend.address));
-            let port = Wanted {
-                service: service.name.clone(),
-                address,
-                protocol: port.protocol,
-                proxy_protocol: port.proxy_protocol,
-                front,
-                kept,
-            };
-            wanted.insert(key, port);
+            wanted.insert(key, of_port(service, port, address, front, rules));
         }
     }
     wanted
+}
+
+/// A port to which only routes lead.
+pub(super) fn target(service: &Service, port: &Port, rules: &Rules) -> Wanted {
+    let address = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port.port.get());
+    of_port(service, port, address, front(service, port, rules), rules)
+}
+
+fn of_port(service: &Service, port: &Port, address: SocketAddrV4, front: Front, rules: &Rules) -> Wanted {
+    let up = service.endpoints.iter().filter(|endpoint| endpoint.spec.state != EndpointState::Down);
+    let mut kept: BTreeSet<SocketAddrV4> = up.map(|endpoint| endpoint.backend(port).address).collect();
+    kept.extend(front.backends.iter().map(|backend| backend.address));
+    Wanted {
+        service: service.name.clone(),
+        address,
+        protocol: port.protocol,
+        proxy_protocol: port.proxy_protocol,
+        http: HttpPort::new(service, port, rules),
+        front,
+        kept,
+    }
 }

@@ -35,7 +35,7 @@ pub(super) async fn relay(
     reset_at: watch::Receiver<Option<Instant>>,
     shared: &Shared,
 ) -> io::Result<()> {
-    let activity = Activity { start: Instant::now(), last_ms: AtomicU64::new(0) };
+    let activity = Activity::new();
     let (from_client, to_client) = client.split();
     let (from_server, to_server) = server.split();
     let forward = OneWay { opened, direction: Direction::ToEndpoint, activity: &activity };
@@ -53,19 +53,24 @@ pub(super) async fn relay(
 }
 
 /// When bytes last moved.
-struct Activity {
+#[derive(Debug)]
+pub(super) struct Activity {
     start: Instant,
     last_ms: AtomicU64,
 }
 
 impl Activity {
-    fn note(&self) {
+    pub(super) fn new() -> Self {
+        Self { start: Instant::now(), last_ms: AtomicU64::new(0) }
+    }
+
+    pub(super) fn note(&self) {
         let now = u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.last_ms.store(now, Ordering::Relaxed);
     }
 
     /// Returns when nothing has moved for `idle`, or at `reset_at`.
-    async fn limits(&self, idle: Duration, mut reset_at: watch::Receiver<Option<Instant>>) {
+    pub(super) async fn limits(&self, idle: Duration, mut reset_at: watch::Receiver<Option<Instant>>) {
         loop {
             let idle_at = self.start + Duration::from_millis(self.last_ms.load(Ordering::Relaxed)) + idle;
             let reset = *reset_at.borrow_and_update();

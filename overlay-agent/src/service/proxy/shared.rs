@@ -16,7 +16,11 @@ use tokio::{
     time::Instant,
 };
 
-use super::{balancer::Affinities, sessions::Sessions};
+use super::{
+    balancer::Affinities,
+    http::{Limits, Targets},
+    sessions::Sessions,
+};
 
 /// Bytes that are moved at once.
 pub(super) const BUFFER: usize = 64 << 10;
@@ -44,6 +48,8 @@ pub struct Options {
     pub max_clients: usize,
     /// The time between two attempts to listen on a port that is in use.
     pub bind_retry: Duration,
+    /// Of HTTP ports.
+    pub http: Limits,
 }
 
 impl Default for Options {
@@ -58,6 +64,7 @@ impl Default for Options {
             max_sessions: 16_384,
             max_clients: 65_536,
             bind_retry: Duration::from_secs(2),
+            http: Limits::default(),
         }
     }
 }
@@ -75,6 +82,8 @@ pub(super) struct Shared {
     pub(super) sessions: Sessions,
     /// The virtual addresses, which are no endpoints.
     pub(super) vips: ArcSwap<BTreeSet<Ipv4Addr>>,
+    /// Where routes lead.
+    pub(super) targets: ArcSwap<Targets>,
     /// Becomes true when the proxy stops.
     pub(super) stop: watch::Sender<bool>,
     start: Instant,
@@ -89,6 +98,7 @@ impl Shared {
             affinities: Affinities::new(options.max_clients),
             sessions: Sessions::new(options.max_sessions),
             vips: ArcSwap::default(),
+            targets: ArcSwap::default(),
             stop: watch::Sender::new(false),
             start: Instant::now(),
             options,

@@ -12,7 +12,7 @@ use tokio::{
 use tracing::{debug, warn};
 
 use super::{
-    balancer::VirtualPort, counters::Opened, endpoint::Endpoint, header::tcp_over_ipv4, relay::relay,
+    balancer::VirtualPort, counters::Opened, endpoint::Endpoint, header::tcp_over_ipv4, http, relay::relay,
     shared::Shared,
 };
 
@@ -54,8 +54,14 @@ pub(super) async fn accept(listener: &TcpListener, port: &Arc<VirtualPort>, shar
         };
         let (port, shared) = (Arc::clone(port), Arc::clone(shared));
         tokio::spawn(async move {
+            let served = async {
+                match port.table().http.is_some() {
+                    true => http::serve(client, peer, &port, &shared).await,
+                    false => serve(client, peer, &port, &shared).await,
+                }
+            };
             select! {
-                () = serve(client, peer, &port, &shared) => {}
+                () = served => {}
                 () = shared.stopped() => {}
             }
             drop(place);
@@ -127,7 +133,11 @@ async fn connect(
     None
 }
 
-async fn connect_to(address: SocketAddrV4, header: Option<&[u8]>, shared: &Shared) -> io::Result<TcpStream> {
+pub(super) async fn connect_to(
+    address: SocketAddrV4,
+    header: Option<&[u8]>,
+    shared: &Shared,
+) -> io::Result<TcpStream> {
     if shared.is_virtual(*address.ip()) {
         return Err(io::Error::other("the endpoint is a virtual address"));
     }

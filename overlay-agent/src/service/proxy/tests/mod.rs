@@ -2,6 +2,7 @@
 
 mod balancing;
 mod changes;
+mod http;
 mod limits;
 mod stage;
 mod tcp;
