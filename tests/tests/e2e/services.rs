@@ -23,7 +23,7 @@ use overlay_tests::{
 
 use crate::{machine::Need, socket_lb::Cgroup, suite::Suite, wait::wait_until};
 
-const CONFIG: &str = r#"{"Network":"10.244.0.0/16","Services":{"Pool":"10.251.0.0/24"}}"#;
+pub(crate) const CONFIG: &str = r#"{"Network":"10.244.0.0/16","Services":{"Pool":"10.251.0.0/24"}}"#;
 /// Where the DNS servers of the pool above answer.
 const DNS: &str = "10.251.0.254:53";
 const DEVICE: &str = "svc0";
@@ -40,18 +40,18 @@ pub(crate) fn register(suite: &mut Suite) {
 }
 
 /// Two hosts on a directory store, the first with services.
-struct Scene {
-    agent: Agent,
+pub(crate) struct Scene {
+    pub(crate) agent: Agent,
     _other: Agent,
     store: Store,
-    topology: Topology,
+    pub(crate) topology: Topology,
     // Behind the agents.
     cgroup: Cgroup,
     directory: String,
 }
 
 impl Scene {
-    fn start(sandbox: &Arc<Sandbox>, config: &str, lb: &str) -> Result<Self> {
+    pub(crate) fn start(sandbox: &Arc<Sandbox>, config: &str, lb: &str) -> Result<Self> {
         let cgroup = Cgroup::enter()?;
         let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
         let store = Store::create(sandbox)?;
@@ -68,7 +68,7 @@ impl Scene {
     }
 
     /// Runs a command of an operator on the store.
-    fn operate(&self, arguments: &[&str]) -> Result<String> {
+    pub(crate) fn operate(&self, arguments: &[&str]) -> Result<String> {
         let output = Command::new(binary()?).args(arguments).args(["--store", &self.directory]).output()?;
         ensure!(
             output.status.success(),
@@ -105,13 +105,13 @@ impl Scene {
     }
 
     /// The `services` part of the agent's status.
-    fn services(&self) -> Result<String> {
+    pub(crate) fn services(&self) -> Result<String> {
         let status = self.agent.site().output("status", &["-o", "json"])?;
         let status: serde_json::Value = serde_json::from_str(&status)?;
         Ok(status.get("services").map(ToString::to_string).unwrap_or_default())
     }
 
-    fn problems(&self) -> Result<String> {
+    pub(crate) fn problems(&self) -> Result<String> {
         Ok(self.agent.status()?.problems.join("; "))
     }
 
@@ -121,7 +121,7 @@ impl Scene {
     }
 
     /// Waits until the name has an address.
-    fn wait_for_name(&self) -> Result<Ipv4Addr> {
+    pub(crate) fn wait_for_name(&self) -> Result<Ipv4Addr> {
         let mut found = None;
         wait_until("the name of the service has an address", || {
             found = self.resolve()?;

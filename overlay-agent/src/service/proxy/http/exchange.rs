@@ -1,6 +1,6 @@
 //! A request and its response.
 
-use std::{fmt, io, sync::Arc, time::Duration};
+use std::{error::Error as _, fmt, io, sync::Arc, time::Duration};
 
 use hyper::{
     Method, Request, Response, StatusCode,
@@ -227,12 +227,10 @@ impl Passing<'_> {
                     outgoing.put_back(request);
                 }
                 let error = error.into_error();
-                // The only code of ours that hyper runs is the body.
-                Err(if error.is_user() && !outgoing.can_be_sent() {
-                    Failure::Body(error)
-                } else {
-                    Failure::Lost(error)
-                })
+                // hyper calls an error of the body one of its user, and one whose cause is an error of the client's connection.
+                let is_of_body =
+                    error.is_user() && error.source().is_some_and(|cause| cause.is::<hyper::Error>());
+                Err(if is_of_body { Failure::Body(error) } else { Failure::Lost(error) })
             }
         }
     }
