@@ -254,6 +254,10 @@ mod tests {
                 "the key lb.hash is unknown",
             ),
             ("name: shop/web\nports: [{name: http, port: 80, prot: udp}]\n", "the key ports.prot is unknown"),
+            (
+                "name: shop/web\nports: [{name: a, port: 80, app: http, routes: [{hots: b, service: shop/b}]}]\n",
+                "the key ports.routes.hots is unknown",
+            ),
             (&format!("shop/web: {{{port}}}\nshop/db: 7\n"), "shop/db: expected a service"),
             (
                 &format!("shop/web: {{{port}}}\nshop/db: {{ports: []}}\n"),

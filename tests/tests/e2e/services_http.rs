@@ -36,6 +36,7 @@ pub(crate) fn register(suite: &mut Suite) {
     suite.add("services_http::the_proxy_alone_does_the_same", needs, |sandbox| turns(sandbox, "proxy"));
     suite.add("services_http::routes_lead_to_other_services", needs, routes);
     suite.add("services_http::without_a_proxy_connections_are_balanced", needs, without_proxy);
+    suite.add("services_http::a_port_in_use_is_balanced_by_connection", needs, port_in_use);
 }
 
 /// An HTTP server of a pod. It answers requests with its name, the path and the client that the request names.
@@ -245,6 +246,32 @@ fn routes(sandbox: &Arc<Sandbox>) -> Result<()> {
     ensure!(status == 503 && text.contains("shop/old, which is missing"), "{status}: {text}");
     wait_until("the status names the missing service", || {
         Ok(scene.problems()?.contains("route 2 leads to shop/old, which is missing"))
+    })
+}
+
+/// A process of the host keeps the proxy from the port.
+fn port_in_use(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let scene = Scene::start(sandbox, CONFIG, "auto")?;
+    let (a, b) = (&scene.topology.a, &scene.topology.b);
+    let foreign = Server::start(&a.host, Ipv4Addr::UNSPECIFIED, 80, "foreign")?;
+    let _servers =
+        [Server::start(&a.pod, a.pod_address, PORT, "a")?, Server::start(&b.pod, b.pod_address, PORT, "b")?];
+    publish(&scene, "shop/web", WEB, PORT)?;
+    let vip = scene.wait_for_name()?;
+    wait_until("connections take turns", || {
+        let ask = || Client::connect(&a.pod, vip).and_then(|mut client| client.name()).unwrap_or_default();
+        let mut names = [ask(), ask()];
+        names.sort();
+        Ok(names == ["a", "b"])
+    })?;
+    wait_until("the status names the port", || {
+        Ok(scene.problems()?.contains("another process of this host"))
+    })?;
+    drop(foreign);
+    wait_until("requests of one connection take turns", || {
+        let Ok(mut client) = Client::connect(&a.pod, vip) else { return Ok(false) };
+        let names = [client.name(), client.name()].map(Result::unwrap_or_default);
+        Ok(names.contains(&"a".to_owned()) && names.contains(&"b".to_owned()))
     })
 }
 

@@ -1,7 +1,7 @@
 //! The two ways of connections to virtual addresses: eBPF programs for the sockets of this node, and the proxy in user space for those
 //! that the programs do not see. Both choose endpoints alike.
 
-use std::{path::PathBuf, time::Duration};
+use std::{borrow::Cow, collections::BTreeSet, net::SocketAddrV4, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result};
 use tokio::time::Instant;
@@ -35,6 +35,23 @@ fn http_ports(catalog: &Catalog) -> impl Iterator<Item = (&Service, &Port)> {
     let services = catalog.services.values().filter(|service| service.vip.is_some());
     let ports = services.flat_map(|service| service.spec.ports.iter().map(move |port| (&**service, port)));
     ports.filter(|(_, port)| port.app == App::Http)
+}
+
+/// The catalog for programs while the proxy cannot listen at some ports: of those that are HTTP ports, at least the connections are balanced. Not
+/// of those with routes, whose requests could reach the wrong service.
+fn by_connection<'a>(catalog: &'a Catalog, unserved: &BTreeSet<SocketAddrV4>) -> Cow<'a, Catalog> {
+    let mut changed = Cow::Borrowed(catalog);
+    for (service, port) in http_ports(catalog).filter(|(_, port)| port.routes.is_empty()) {
+        let address = service.vip.map(|vip| SocketAddrV4::new(vip, port.port.get()));
+        if address.is_none_or(|address| !unserved.contains(&address)) {
+            continue;
+        }
+        let own = changed.to_mut().services.get_mut(&service.name).map(Arc::make_mut);
+        for own in own.into_iter().flat_map(|own| &mut own.spec.ports).filter(|own| own.name == port.name) {
+            own.app = App::Tcp;
+        }
+    }
+    changed
 }
 
 /// Routes that nothing follows, because no proxy reads requests.
@@ -79,18 +96,20 @@ impl Balancers {
         if is_without_proxy {
             problems.extend(unread_routes(catalog));
         }
-        if let Err(error) = self.reconcile_programs(catalog, &of_programs) {
-            problems.push(format!("{error:#}"));
-        }
+        let mut unserved = BTreeSet::new();
         if matches!(self.request, LbRequest::Auto | LbRequest::Proxy) {
             let proxy = self.proxy.get_or_insert_with(|| Proxy::start(proxy::Options::default()));
             proxy.reconcile(catalog, rules).await;
+            unserved = proxy.unserved();
             problems.extend(
                 proxy
                     .problems()
                     .into_iter()
                     .map(|problem| format!("{} at {}: {}", problem.service, problem.address, problem.reason)),
             );
+        }
+        if let Err(error) = self.reconcile_programs(&by_connection(catalog, &unserved), &of_programs) {
+            problems.push(format!("{error:#}"));
         }
         problems
     }
@@ -155,5 +174,31 @@ impl Balancers {
         if let Some(proxy) = self.proxy {
             proxy.stop().await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::service::{catalog::tests::records, front::fronts};
+
+    #[test]
+    fn programs_get_the_http_ports_that_the_proxy_cannot_serve() {
+        let services = records(&[(
+            "shop/web",
+            r#"{"v":1,"ports":[{"name":"a","port":1,"app":"http"},{"name":"b","port":2,"app":"http"},{"name":"c","port":3},
+                {"name":"d","port":4,"app":"http","routes":[{"service":"shop/api"}]}]}"#,
+        )]);
+        let vips = records(&[("10.251.0.1", "shop/web")]);
+        let catalog = Catalog::new(&services, &vips, &[], &Catalog::default());
+        let ports = |unserved: &[u16]| {
+            let address = |port: &u16| SocketAddrV4::new([10, 251, 0, 1].into(), *port);
+            let catalog = by_connection(&catalog, &unserved.iter().map(address).collect());
+            let fronts = fronts(&catalog, &Rules::default());
+            fronts.keys().map(|key| u16::from_be_bytes(key.address.port)).collect::<Vec<_>>()
+        };
+        assert_eq!(ports(&[]), [3]);
+        assert_eq!(ports(&[1]), [1, 3]);
+        assert_eq!(ports(&[1, 2, 3, 4]), [1, 2, 3]);
     }
 }

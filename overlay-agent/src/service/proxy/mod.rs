@@ -23,7 +23,7 @@ mod tests;
 mod udp;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::SocketAddrV4,
     sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
     time::Duration,
@@ -125,6 +125,14 @@ impl Proxy {
             }));
         }
         problems
+    }
+
+    /// The TCP ports at which it cannot listen now.
+    pub fn unserved(&self) -> BTreeSet<SocketAddrV4> {
+        let listeners = self.listeners();
+        let ports = listeners.by_key.values().map(|listener| &listener.port);
+        let unserved = ports.filter(|port| port.protocol == Protocol::Tcp && port.problem().is_some());
+        unserved.map(|port| port.address).collect()
     }
 
     /// What was counted so far.
