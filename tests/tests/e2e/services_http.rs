@@ -86,7 +86,7 @@ fn serve(stream: TcpStream, name: &str) -> Option<()> {
         let (begin, headers) = head(&mut stream).ok()?;
         let client = headers.iter().find_map(|line| line.strip_prefix("x-forwarded-for: "));
         let path = begin.split(' ').nth(1)?;
-        let body = format!("{name} {path} {}", client.unwrap_or("nobody"));
+        let body = format!("{name} {path} {}", client.unwrap_or("no client"));
         let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len());
         stream.get_mut().write_all(answer.as_bytes()).ok()?;
     }
