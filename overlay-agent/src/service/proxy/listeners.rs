@@ -37,7 +37,7 @@ pub(super) struct Listeners {
     /// Endpoints of ports that are gone, with connections that are drained.
     drained: BTreeMap<ServiceKey, Endpoints>,
     /// Ports without a virtual address, to which routes lead.
-    pub(super) hidden: Hidden,
+    hidden: Hidden,
     /// What the listeners are made of: a service that is the same `Arc` again has not changed.
     services: BTreeMap<ServiceName, Arc<Service>>,
     rules: Rules,
@@ -59,6 +59,12 @@ pub(super) type Endpoints = BTreeMap<SocketAddrV4, Arc<Endpoint>>;
 type Hidden = BTreeMap<(ServiceName, String), (Arc<VirtualPort>, Endpoints)>;
 
 impl Listeners {
+    /// All ports with their endpoints: those that listen, and those to which only routes lead.
+    pub(super) fn ports(&self) -> impl Iterator<Item = (&Arc<VirtualPort>, &Endpoints)> {
+        let listening = self.by_key.values().map(|listener| (&listener.port, &listener.endpoints));
+        listening.chain(self.hidden.values().map(|(port, endpoints)| (port, endpoints)))
+    }
+
     /// Makes them what the catalog says. Looks only at services that have changed. Tasks that end are added to `closing`.
     pub(super) fn reconcile(
         &mut self,

@@ -144,9 +144,7 @@ impl Proxy {
             let of_service = services.entry(name.clone()).or_default();
             (of_service.total, of_service.http) = (tally.snapshot(), tally.http.snapshot());
         }
-        let listening = listeners.by_key.values().map(|Listener { port, endpoints, .. }| (port, endpoints));
-        let hidden = listeners.hidden.values().map(|(port, endpoints)| (port, endpoints));
-        for (port, endpoints) in listening.chain(hidden) {
+        for (port, endpoints) in listeners.ports() {
             let protocol = port.protocol;
             let of_service = services.entry(port.table().service.clone()).or_default();
             of_service.endpoints.extend(endpoints.values().map(|endpoint| {

@@ -176,8 +176,11 @@ async fn endpoints_and_ports_that_go_leave_nothing_behind() {
     }
     let pooled = || {
         let listeners = proxy.listeners();
-        let endpoints = listeners.by_key.values().flat_map(|listener| listener.endpoints.values());
-        endpoints.map(|endpoint| endpoint.pool.len()).sum::<usize>()
+        listeners
+            .ports()
+            .flat_map(|(_, endpoints)| endpoints.values())
+            .map(|endpoint| endpoint.pool.len())
+            .sum::<usize>()
     };
     eventually("both connections wait", || pooled() == 2).await;
     // A removed endpoint loses its connections at once.
@@ -200,8 +203,11 @@ async fn connections_that_wait_for_long_are_closed() {
     get(&spec, "/").await;
     let pooled = || {
         let listeners = proxy.listeners();
-        let endpoints = listeners.by_key.values().flat_map(|listener| listener.endpoints.values());
-        endpoints.map(|endpoint| endpoint.pool.len()).sum::<usize>()
+        listeners
+            .ports()
+            .flat_map(|(_, endpoints)| endpoints.values())
+            .map(|endpoint| endpoint.pool.len())
+            .sum::<usize>()
     };
     assert_eq!(pooled(), 1);
     eventually("the connection is closed", || pooled() == 0).await;
