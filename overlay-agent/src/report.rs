@@ -40,6 +40,9 @@ pub(crate) struct Status {
     pub(crate) egress: Option<Choice>,
     /// Rung of outer packets that arrive.
     pub(crate) ingress: Option<Choice>,
+    /// What happens when the agent ends.
+    #[serde(default)]
+    pub(crate) without_agent: Option<WithoutAgent>,
     /// What skips the host's stack.
     #[serde(default)]
     pub(crate) bypass: Option<Bypass>,
@@ -63,6 +66,15 @@ impl Status {
             ..Self::default()
         }
     }
+}
+
+/// What happens when the agent ends.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct WithoutAgent {
+    /// Whether packets are forwarded all the same, by the routes of that moment.
+    pub(crate) forwards: bool,
+    /// Why, or why not.
+    pub(crate) why: String,
 }
 
 /// The bypass of the host's stack.

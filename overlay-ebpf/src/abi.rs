@@ -17,7 +17,7 @@ pub const MAX_ROUTES: u32 = 1 << 20;
 
 /// Version of everything in this file. Increment it when the layout or the meaning of a map's key or value, or of the mark of
 /// XDP, changes: agents and programs of different versions must not share maps. It is part of the path of pinned objects.
-pub const ABI_VERSION: u16 = 4;
+pub const ABI_VERSION: u16 = 5;
 
 /// Most containers of this host that the programs know.
 pub const MAX_ENDPOINTS: u32 = 16384;

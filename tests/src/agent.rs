@@ -137,6 +137,10 @@ impl Site {
         let mut command = Command::new(&self.binary);
         command.arg("run").arg("--run-dir").arg(self.run_directory()).args(["--device", &self.device]);
         command.arg("--subnet-file").arg(self.subnet_file()).args(arguments);
+        // Tests of what stays name it.
+        if !arguments.iter().any(|argument| argument == "--on-exit") {
+            command.args(["--on-exit", "remove"]);
+        }
         // Tests match the default log.
         command.env_remove("RUST_LOG").stdin(Stdio::null());
         command

@@ -25,7 +25,7 @@ use super::{
     retry::Retry,
 };
 use crate::{
-    datapath::{Choice, Datapath, Desired, UnderlayDevice},
+    datapath::{Choice, Datapath, Desired, UnderlayDevice, ebpf::Pins},
     device::{DeviceAlias, DeviceSpec},
     icmp::{Problem, Report},
     lease::Lease,
@@ -60,6 +60,10 @@ pub(super) struct Forwarding {
     pub(super) options: Options,
     /// For the bypass.
     pub(super) containers: ContainerWatch,
+    /// Whether an earlier agent left programs that forward packets.
+    pub(super) is_adopting: bool,
+    /// Why programs cannot outlive the agent.
+    pub(super) unpinned: Option<String>,
     /// Whether a snapshot of the records was seen: from then on, no route is missing.
     has_snapshot: bool,
     /// Whether the last reconciliation succeeded, and nothing has failed since.
@@ -84,11 +88,16 @@ impl Forwarding {
         mtu: u32,
     ) -> Result<Self> {
         let (sender, failures) = mpsc::channel(2);
+        let (pins, unpinned) = match Pins::open(&options.device) {
+            Ok(pins) => (Some(pins), None),
+            Err(error) => (None, Some(format!("{error:#}"))),
+        };
+        let is_adopting = pins.as_ref().is_some_and(Pins::has_links);
         let alias = DeviceAlias { network: local.network, port, underlays: vec![underlay.link.name.clone()] };
         Ok(Self {
             table: RouteTable::new(local, options.peers.clone()),
             routes: watch::Sender::new(options.peers.clone()),
-            datapath: Datapath::new(netlink.clone(), sender),
+            datapath: Datapath::new(netlink.clone(), sender, pins),
             failures,
             spec: DeviceSpec { name: options.device.clone(), alias, subnet: local.subnet, mtu },
             underlay: UnderlayDevice { link: underlay.link.clone(), local_ip: underlay.local_ip },
@@ -96,6 +105,8 @@ impl Forwarding {
             next_hops: NextHopTable::new(underlay.local_ip, port)?,
             options: options.clone(),
             containers: ContainerWatch::new(options),
+            is_adopting,
+            unpinned,
             has_snapshot: false,
             up: false,
             retry: Retry::default(),
@@ -294,6 +305,9 @@ impl Forwarding {
     /// Attaches programs again that another program detached, and reads what the kernel dropped before a device may be gone.
     pub(super) async fn check_programs(&mut self) {
         if let Err(error) = self.datapath.observe_device().await {
+            debug!("{error:#}");
+        }
+        if let Err(error) = self.datapath.show_alive() {
             debug!("{error:#}");
         }
         if self.retry.at.is_none() && !self.datapath.has_programs().await {

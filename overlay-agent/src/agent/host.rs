@@ -136,6 +136,13 @@ impl HostSetup {
         self.conditions.update(Condition::Firewall, (!problems.is_empty()).then(|| problems.join("; ")));
     }
 
+    /// Leaves firewall rules and the blackhole route to the next agent.
+    pub(super) async fn leave(&mut self) {
+        if let Some(keeper) = self.keeper.take() {
+            keeper.end().await;
+        }
+    }
+
     /// Removes firewall rules and the blackhole route.
     pub(super) async fn clear(&mut self, netlink: &Netlink) {
         let device = &self.options.device;

@@ -182,9 +182,21 @@ impl Membership {
         self.store.as_ref().map_or_else(|| "none".to_owned(), Store::name)
     }
 
-    /// The first records; `None` when the store does not answer in time.
-    pub(super) async fn first_records(&mut self) -> Option<Event<Lease>> {
+    /// The first records; `None` when the store does not answer in time. With `wait`, that time has no end.
+    pub(super) async fn first_records(&mut self, wait: bool) -> Option<Event<Lease>> {
+        if wait {
+            return self.first_snapshot().await;
+        }
         timeout(FIRST_SNAPSHOT, self.records.recv()).await.ok().flatten()
+    }
+
+    async fn first_snapshot(&mut self) -> Option<Event<Lease>> {
+        loop {
+            match self.records.recv().await {
+                Some(Event::Lost(why)) => warn!("routes stay as an earlier agent left them: {why}"),
+                event => return event,
+            }
+        }
     }
 
     /// Starts to keep the lease.
@@ -467,7 +479,7 @@ mod tests {
     #[tokio::test]
     async fn a_network_without_a_store_has_no_records_and_no_news() {
         let mut membership = membership();
-        assert_eq!(membership.first_records().await, Some(Event::Snapshot(Vec::new())));
+        assert_eq!(membership.first_records(false).await, Some(Event::Snapshot(Vec::new())));
         assert!(timeout(Duration::from_millis(50), membership.next()).await.is_err());
     }
 }

@@ -34,7 +34,7 @@ use tokio::{
 };
 use tracing::info;
 
-pub use options::{HostOptions, Options, ServiceOptions, StoreOption};
+pub use options::{HostOptions, OnExit, Options, ServiceOptions, StoreOption};
 
 use crate::{
     capabilities,
@@ -58,7 +58,7 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(5);
 /// Interval of checks of what changes without a message of the kernel: attached programs, and switches.
 const SILENT_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Runs until SIGTERM or SIGINT, then removes what it made. The lease stays for the next start.
+/// Runs until SIGTERM or SIGINT, then leaves or removes what it made, as [`Options::on_exit`] says. The lease stays for the next start.
 /// Fails when the agent cannot start: the host is then as it was before.
 pub async fn run(options: Options) -> Result<()> {
     check_capabilities(options.datapath)?;
@@ -292,6 +292,16 @@ impl Agent {
     async fn stop(mut self) -> Result<()> {
         self.notifier.stopping();
         self.services.stop().await;
+        if self.forwarding.options.on_exit == OnExit::Keep && self.forwarding.datapath.is_pinned() {
+            info!(
+                "the eBPF programs go on with {} routes: `overlay-agent down` removes them",
+                self.forwarding.table.routes().len()
+            );
+            self.forwarding.datapath.leave();
+            self.host.leave().await;
+            self.membership.leave().await;
+            return Ok(());
+        }
         let removed = start::remove(&mut self.forwarding, &mut self.host, &self.netlink).await;
         self.membership.leave().await;
         removed

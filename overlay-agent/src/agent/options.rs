@@ -60,6 +60,8 @@ pub struct Options {
     pub host: HostOptions,
     /// Services on this node.
     pub services: ServiceOptions,
+    /// What SIGTERM leaves.
+    pub on_exit: OnExit,
 }
 
 /// Services on this node, in a network whose config has them.
@@ -81,6 +83,16 @@ pub struct ServiceOptions {
     pub zone: Option<String>,
     /// Directory of files of services and of this node's endpoints.
     pub files: Option<PathBuf>,
+}
+
+/// What the end of the agent leaves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum OnExit {
+    /// Device, programs, routes and firewall rules stay, and the eBPF rungs go on with the last routes
+    #[default]
+    Keep,
+    /// All that the agent made is removed
+    Remove,
 }
 
 /// Changes to the host beside the datapath.

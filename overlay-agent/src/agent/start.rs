@@ -68,6 +68,12 @@ impl Prepared {
         match self.try_apply(netlink).await {
             Ok(()) => Ok(self),
             Err(error) => {
+                if self.forwarding.is_adopting {
+                    // An earlier agent's programs forward packets.
+                    self.forwarding.datapath.leave();
+                    self.host.leave().await;
+                    return Err(error);
+                }
                 remove(&mut self.forwarding, &mut self.host, netlink).await.unwrap_or_else(|error| {
                     warn!("{error:#}");
                 });
@@ -78,8 +84,8 @@ impl Prepared {
     }
 
     async fn try_apply(&mut self, netlink: &Netlink) -> Result<()> {
-        // The programs get their routes before they see a packet.
-        if let Some(event) = self.membership.first_records().await {
+        // The programs get their routes before they see a packet. Those of an earlier agent have routes, which must not be replaced by none.
+        if let Some(event) = self.membership.first_records(self.forwarding.is_adopting).await {
             self.forwarding.on_records(event).await;
         }
         self.forwarding.start().await?;

@@ -4,7 +4,7 @@ use serde::Serialize;
 use tokio::time::Instant;
 use tracing::debug;
 
-use super::{Agent, Condition, Options, StoreOption};
+use super::{Agent, Condition, OnExit, Options, StoreOption};
 use crate::{
     control::{Answer, Query},
     datapath::PathCounters,
@@ -83,6 +83,7 @@ impl Agent {
             slow_routes: self.forwarding.next_hops.slow_routes(),
             egress,
             ingress,
+            without_agent: Some(self.without_agent()),
             bypass: self.running.then(|| self.forwarding.bypass()),
             services: self.services.report(),
             routes: self.forwarding.table.routes().len(),
@@ -93,6 +94,19 @@ impl Agent {
             drops: counters.as_ref().map_or(0, report::errors),
             ..Status::starting()
         }
+    }
+
+    /// What happens when this process ends.
+    fn without_agent(&self) -> report::WithoutAgent {
+        let why = match (&self.forwarding.unpinned, self.forwarding.options.on_exit) {
+            (Some(why), _) => why.clone(),
+            (None, _) if !self.forwarding.datapath.is_pinned() => "the tun rung needs the agent".to_owned(),
+            (None, OnExit::Remove) => "--on-exit remove; only a kill leaves the eBPF programs".to_owned(),
+            (None, OnExit::Keep) => "the eBPF programs are pinned in the BPF file system".to_owned(),
+        };
+        let forwards =
+            self.forwarding.datapath.is_pinned() && self.forwarding.options.on_exit == OnExit::Keep;
+        report::WithoutAgent { forwards, why }
     }
 
     /// The problems of all parts, in order of their subjects.

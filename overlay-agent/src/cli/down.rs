@@ -11,7 +11,7 @@ use serde_json::json;
 use super::{AgentArgs, QueryArgs, query::print};
 use crate::{
     capabilities, control,
-    datapath::ebpf::{detach_filter, detach_left, overlay_set::LOCAL},
+    datapath::ebpf::{Pins, detach_filter, detach_left, overlay_set::LOCAL},
     device::{self, DeviceAlias},
     firewall,
     netlink::Netlink,
@@ -34,6 +34,11 @@ pub(super) async fn down(QueryArgs { agent: args, output }: &QueryArgs) -> Resul
         tokio::task::spawn_blocking(move || stop(pid)).await.context("wait for the agent")??;
         removed.push(format!("the agent (process {pid})"));
         check_holder(&netlink, args, None).await?;
+    }
+    if let Some(pins) = Pins::find(&args.device)?
+        && pins.remove()?
+    {
+        removed.push(format!("the eBPF programs of {}", args.device));
     }
     if device::remove(&netlink, &args.device).await? {
         removed.push(format!("the device {}", args.device));

@@ -94,6 +94,7 @@ pub(super) fn status(status: &Status) -> String {
         ("other underlay devices", other_underlays),
         ("egress", status.egress.as_ref().map(rung)),
         ("ingress", status.ingress.as_ref().map(rung)),
+        ("without the agent", status.without_agent.as_ref().map(without_agent)),
         ("bypass", status.bypass.as_ref().map(bypass)),
         ("services", status.services.as_ref().map(services)),
         ("routes", Some(routes)),
@@ -106,6 +107,11 @@ pub(super) fn status(status: &Status) -> String {
         }
     }
     table.to_string()
+}
+
+fn without_agent(without: &report::WithoutAgent) -> String {
+    let verb = if without.forwards { "forwarding goes on" } else { "forwarding stops" };
+    format!("{verb} ({})", without.why)
 }
 
 fn services(services: &report::Services) -> String {

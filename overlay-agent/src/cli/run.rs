@@ -15,7 +15,7 @@ use super::{
     underlay_args::UnderlayArgs,
 };
 use crate::{
-    agent::{self, Options, StoreOption},
+    agent::{self, OnExit, Options, StoreOption},
     datapath::{BypassRequest, Policy, Request, ebpf::TcAttach},
     route::{Peer, Routes, Subnet, SubnetError},
 };
@@ -57,6 +57,9 @@ pub(super) struct RunArgs {
     /// Which inner sources a packet from a peer may have
     #[arg(long, env = "OVERLAY_AGENT_SOURCE_CHECK", value_enum, default_value_t)]
     source_check: SourceCheckArg,
+    /// What stays when the agent ends on SIGTERM: `overlay-agent down` removes it
+    #[arg(long, env = "OVERLAY_AGENT_ON_EXIT", value_enum, default_value_t)]
+    on_exit: OnExit,
     /// Log failures inside the eBPF programs (rate-limited)
     #[arg(long, env = "OVERLAY_AGENT_DATAPATH_LOG", value_parser = clap::builder::FalseyValueParser::new())]
     datapath_log: bool,
@@ -185,6 +188,7 @@ impl RunArgs {
             run_dir: self.agent.run_dir,
             host: self.host.into(),
             services: self.services.into(),
+            on_exit: self.on_exit,
         })
     }
 }

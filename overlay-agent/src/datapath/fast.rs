@@ -12,9 +12,9 @@ use tracing::{debug, info, warn};
 use super::{
     Choice, Report, Request, Rung,
     ebpf::{
-        self, Attachment, LoadOptions, OverlaySet, Target, TcxLinks,
+        self, Attachment, LoadOptions, OverlaySet, Pins, Target, TcxLinks,
         overlay_set::{EGRESS, INGRESS, XDP},
-        self_test,
+        self_test, unpin,
     },
     local::LocalPrograms,
     plan::{Plan, Refusals, Step, next_step},
@@ -23,7 +23,7 @@ use crate::{
     capabilities,
     containers::Containers,
     netlink::{Link, Netlink, device_name},
-    route::{NextHops, RouteChange},
+    route::{NextHops, RouteChange, diff},
 };
 
 /// The route map is read back at most in this share of the time: 1 in 1000.
@@ -39,6 +39,10 @@ pub(super) struct FastPath {
     /// On the devices of containers.
     local: LocalPrograms,
     set: Option<OverlaySet>,
+    /// Where programs and maps outlive the agent.
+    pins: Option<Pins>,
+    /// Whether an earlier agent's programs are attached, which no reconciliation has replaced yet.
+    is_adopting: bool,
     /// The configuration that was written.
     config: Option<Config>,
     plan: Option<Plan>,
@@ -53,7 +57,7 @@ pub(super) struct FastPath {
 }
 
 impl FastPath {
-    pub(super) fn new(netlink: Netlink) -> Self {
+    pub(super) fn new(netlink: Netlink, pins: Option<Pins>) -> Self {
         let choice = Choice { rung: Rung::Tun, why: "not started".to_owned() };
         Self {
             egress: choice.clone(),
@@ -62,6 +66,8 @@ impl FastPath {
             attachments: Vec::new(),
             local: LocalPrograms::default(),
             set: None,
+            is_adopting: pins.as_ref().is_some_and(Pins::has_links),
+            pins,
             config: None,
             plan: None,
             missing: None,
@@ -85,8 +91,10 @@ impl FastPath {
         let started = !self.attachments.is_empty();
         let done = self.take_steps(plan, config, routes, report).await;
         if done.is_err() && !started {
-            self.unload();
+            // An earlier agent's programs are better than none.
+            if self.is_adopting { self.leave() } else { self.unload() }
         }
+        self.is_adopting &= done.is_err();
         if request == Request::Auto {
             return done;
         }
@@ -158,6 +166,20 @@ impl FastPath {
         Ok(())
     }
 
+    /// Detaches what an earlier agent left at other hooks.
+    pub(super) fn unpin_others(&self) -> Result<()> {
+        let Some(pins) = &self.pins else { return Ok(()) };
+        let own = self.attachments.iter().chain(self.local.attachments());
+        let own: Vec<_> = own.filter_map(Attachment::pin).collect();
+        for link in pins.links()? {
+            if !own.contains(&link.as_path()) {
+                unpin(&link)?;
+                info!("an earlier agent's {} is detached", link.display());
+            }
+        }
+        Ok(())
+    }
+
     /// Loads and tests the tc programs, unless they are loaded.
     fn load(&mut self, plan: &Plan, config: &Config) -> Result<()> {
         if let Some(underlay) = plan.underlays.first().filter(|underlay| !underlay.ethernet) {
@@ -177,7 +199,8 @@ impl FastPath {
     /// Loads maps and programs, without the bypass when the kernel cannot have it.
     fn load_set(&mut self, object: &[u8], plan: &Plan, config: &Config) -> Result<OverlaySet> {
         let load = |bypass| {
-            let mut set = OverlaySet::load_for(object, LoadOptions { bypass, log: plan.log }, config)?;
+            let options = LoadOptions { bypass, log: plan.log };
+            let mut set = OverlaySet::load_for(object, options, config, self.pins.as_ref())?;
             for hook in [EGRESS, INGRESS] {
                 set.programs.load_program(hook)?;
             }
@@ -209,6 +232,8 @@ impl FastPath {
         let first = plan.underlays.first().map(|link| link.index);
         let value =
             |link: &Link| Some((link.index, UnderlayValue::new(link.mac?, first == Some(link.index))));
+        // Attached programs find it alive from the first packet on.
+        set.show_alive()?;
         set.set_underlays(&plan.underlays.iter().filter_map(value).collect())?;
         if set.config()? != *config {
             set.set_config(config)?;
@@ -223,6 +248,11 @@ impl FastPath {
             if foreign > 0 {
                 report.repaired.push(format!("{foreign} routes in the kernel's map"));
             }
+        }
+        if self.is_adopting {
+            let left = set.routes()?;
+            let changes = diff(&left, routes).len();
+            info!("took over {} routes of an earlier agent, of which {changes} change", left.len());
         }
         report.routes_behind = set.set_routes(routes).err().map(|error| format!("{error:#}"));
         self.behind = report.routes_behind.is_some();
@@ -315,6 +345,24 @@ impl FastPath {
         Ok(sum)
     }
 
+    /// Tells the programs that the agent is there.
+    pub(super) fn show_alive(&mut self) -> Result<()> {
+        self.set.as_mut().map_or(Ok(()), OverlaySet::show_alive)
+    }
+
+    /// Whether programs are attached that would go on without this process.
+    pub(super) fn is_pinned(&self) -> bool {
+        !self.attachments.is_empty() && self.attachments.iter().all(|attachment| attachment.pin().is_some())
+    }
+
+    /// Leaves programs and maps in the kernel, where those that are pinned go on.
+    pub(super) fn leave(&mut self) {
+        self.local.leave();
+        self.attachments.iter_mut().for_each(Attachment::keep);
+        self.attachments.clear();
+        (self.set, self.config, self.next_read_back) = (None, None, None);
+    }
+
     /// Detaches all programs, XDP first, and closes their maps.
     pub(super) fn unload(&mut self) {
         self.local.detach();
@@ -324,6 +372,12 @@ impl FastPath {
             Err(error) => warn!("the counters of the eBPF programs are lost: {error:#}"),
         }
         (self.set, self.config, self.next_read_back) = (None, None, None);
+        // Maps of an earlier agent, too, and what it left attached.
+        if let Some(pins) = &self.pins
+            && let Err(error) = pins.remove()
+        {
+            warn!("{error:#}");
+        }
     }
 }
 

@@ -83,6 +83,17 @@ impl LocalPrograms {
         true
     }
 
+    /// The programs.
+    pub(super) fn attachments(&self) -> impl Iterator<Item = &Attachment> {
+        self.attachments.iter()
+    }
+
+    /// Leaves pinned programs in the kernel.
+    pub(super) fn leave(&mut self) {
+        self.attachments.iter_mut().for_each(Attachment::keep);
+        self.detach();
+    }
+
     /// Detaches all programs.
     pub(super) fn detach(&mut self) {
         self.attachments.clear();

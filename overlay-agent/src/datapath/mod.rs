@@ -34,7 +34,7 @@ use crate::{
     netlink::{Netlink, Route},
     route::{NextHops, RouteChange},
 };
-use ebpf::{detach_left, overlay_set::LOCAL};
+use ebpf::{Pins, detach_left, overlay_set::LOCAL};
 use fast::FastPath;
 use losses::{DeviceLosses, SocketLosses};
 
@@ -59,10 +59,10 @@ pub struct Datapath {
 
 impl Datapath {
     /// A datapath without device and programs. When its slow path has to stop, the reason comes through `failures`; the next
-    /// [`Datapath::reconcile`] makes what was lost again.
-    pub fn new(netlink: Netlink, failures: mpsc::Sender<String>) -> Self {
+    /// [`Datapath::reconcile`] makes what was lost again. With `pins`, programs and maps can outlive the process.
+    pub fn new(netlink: Netlink, failures: mpsc::Sender<String>, pins: Option<Pins>) -> Self {
         Self {
-            fast: FastPath::new(netlink.clone()),
+            fast: FastPath::new(netlink.clone(), pins),
             netlink,
             failures,
             slow: None,
@@ -107,9 +107,12 @@ impl Datapath {
         if !self.is_swept {
             // They would go on with the routes and containers of that time.
             detach_left(&self.netlink, desired.device.alias.port, &LOCAL).await?;
-            self.is_swept = true;
         }
         self.fast.set_containers(desired.containers, &mut report).await?;
+        if !self.is_swept {
+            self.fast.unpin_others()?;
+            self.is_swept = true;
+        }
         let found =
             diversion::find(&self.netlink, &others_routes, ifindex, desired.device, desired.routes).await;
         // The next check is not far.
@@ -264,6 +267,26 @@ impl Datapath {
             self.device_losses.observe(index, drops);
         }
         Ok(())
+    }
+
+    /// Tells the programs that the agent keeps up to date what only an agent can. To be called at least every few seconds: otherwise the
+    /// programs leave neighbours and containers to the kernel. Fails when the kernel refuses it.
+    pub(crate) fn show_alive(&mut self) -> Result<()> {
+        self.fast.show_alive()
+    }
+
+    /// Whether programs are attached that would go on without this process.
+    pub(crate) fn is_pinned(&self) -> bool {
+        self.fast.is_pinned()
+    }
+
+    /// Leaves programs, maps and device in the kernel, which forwards packets by the routes of this moment, and stops the threads. What
+    /// is not pinned is removed.
+    pub fn leave(&mut self) {
+        self.fast.leave();
+        self.slow = None;
+        self.sockets.clear();
+        self.device = None;
     }
 
     /// Detaches the programs, stops the threads and removes the overlay device, in this order: nothing may redirect to a

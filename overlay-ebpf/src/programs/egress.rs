@@ -21,7 +21,7 @@ use overlay_ebpf::{
 };
 
 use super::{
-    TO_THE_SLOW_PATH, discard, flows,
+    TO_THE_SLOW_PATH, discard, flows, heartbeat,
     log::log_failure,
     maps::{self, RouteMap},
     memory::{self, Packet},
@@ -117,7 +117,7 @@ pub(super) fn redirect<const LINK: usize>(ctx: &TcContext, encap: &Encap, len: u
         }
     });
     let ifindex = encap.next_hop.ifindex;
-    let action = match encap.next_hop.has(NextHop::RESOLVED) {
+    let action = match encap.next_hop.has(NextHop::RESOLVED) && heartbeat::is_agent_alive() {
         // SAFETY: a helper without pointers.
         true => unsafe { bpf_redirect(ifindex, 0) },
         // SAFETY: no parameters: the kernel looks up the next hop of the outer destination itself.

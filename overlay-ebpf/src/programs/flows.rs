@@ -7,7 +7,7 @@
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{BPF_EXIST, BPF_NOEXIST},
-    helpers::{bpf_jiffies64, bpf_probe_read_kernel},
+    helpers::bpf_probe_read_kernel,
     macros::map,
     maps::{LruHashMap, RingBuf},
     programs::TcContext,
@@ -18,7 +18,7 @@ use overlay_ebpf::{
     wire::Ipv4,
 };
 
-use super::memory::Packet;
+use super::{heartbeat::now, memory::Packet};
 
 /// Flows that may skip the host's stack, or are to be observed in it.
 #[map]
@@ -35,10 +35,6 @@ static QUESTIONS: RingBuf = RingBuf::with_byte_size(QUESTION_BYTES, 0);
 /// Offset in bytes of `_nfct` in the kernel's `struct sk_buff`; 0 when the kernel has no connection tracking. Set by the loader.
 #[unsafe(no_mangle)]
 static NFCT_OFFSET: u32 = 0;
-
-/// Nanoseconds of the kernel's tick. Set by the loader.
-#[unsafe(no_mangle)]
-static TICK: u32 = 0;
 
 /// At the entrance: whether the packet at `offset` in `packet` may skip the host's stack. Remembers its flow otherwise.
 #[inline(always)]
@@ -110,14 +106,4 @@ fn tracking(ctx: &TcContext) -> Option<Tracking> {
     // SAFETY: the kernel's `struct sk_buff` is at the address that the program has as its context; the helper checks the access.
     let read = unsafe { bpf_probe_read_kernel(ctx.as_ptr().cast::<u8>().add(offset as usize).cast::<u64>()) };
     read.ok().map(Tracking)
-}
-
-/// The time in nanoseconds, as exact as the kernel's tick.
-#[inline(always)]
-fn now() -> u64 {
-    // SAFETY: a static; volatile because the loader writes it where the compiler cannot see.
-    let tick = unsafe { core::ptr::read_volatile(&raw const TICK) };
-    // SAFETY: a helper without parameters. The verifier replaces it by a read of the kernel's variable; helpers that read a clock
-    // would cost more than the rest of what is done about flows.
-    unsafe { bpf_jiffies64() }.wrapping_mul(tick as u64)
 }

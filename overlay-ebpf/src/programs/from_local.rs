@@ -10,7 +10,7 @@ use overlay_ebpf::{
 };
 
 use super::{
-    TO_THE_SLOW_PATH, egress, flows,
+    TO_THE_SLOW_PATH, egress, flows, heartbeat,
     maps::{self, EndpointMap, RouteMap},
     memory::{self, Packet},
 };
@@ -31,7 +31,10 @@ pub(super) fn run(ctx: &TcContext) -> i32 {
     };
     // SAFETY: the kernel hands the program a valid context.
     let (ifindex, vlan) = unsafe { ((*ctx.skb.skb).ifindex, (*ctx.skb.skb).vlan_present) };
-    if vlan != 0 || !bypass::leaves_container(ethernet, header, ifindex, config, &EndpointMap) {
+    if vlan != 0
+        || !heartbeat::is_agent_alive()
+        || !bypass::leaves_container(ethernet, header, ifindex, config, &EndpointMap)
+    {
         return TO_THE_STACK;
     }
     if maps::bypasses(Bypass::Flows) && !flows::may_bypass(&packet, Ethernet::LEN, header) {

@@ -19,7 +19,7 @@ use overlay_ebpf::{
 };
 
 use super::{
-    TO_THE_SLOW_PATH, discard, flows,
+    TO_THE_SLOW_PATH, discard, flows, heartbeat,
     log::log_failure,
     maps::{self, RouteMap},
     memory::{self, Packet},
@@ -119,7 +119,7 @@ fn deliver_decapped(ctx: &TcContext, config: &Config) -> i32 {
 /// through the stack, too.
 #[inline(always)]
 fn hand_over(ctx: &TcContext, packet: &mut Packet) -> Option<i32> {
-    if maps::bypasses(Bypass::Off) {
+    if maps::bypasses(Bypass::Off) || !heartbeat::is_agent_alive() {
         return None;
     }
     let inner = *packet.view::<Ipv4>(Ethernet::LEN)?;

@@ -4,6 +4,7 @@
 mod egress;
 mod flows;
 mod from_local;
+mod heartbeat;
 mod ingress;
 mod log;
 mod maps;
@@ -50,6 +51,13 @@ fn ovl_from_local(ctx: TcContext) -> i32 {
 #[classifier]
 fn ovl_to_local(ctx: TcContext) -> i32 {
     to_local::run(&ctx)
+}
+
+/// Attached to no device: the agent runs it to show that it is alive.
+#[classifier]
+fn ovl_heartbeat(_ctx: TcContext) -> i32 {
+    heartbeat::beat();
+    TC_ACT_UNSPEC
 }
 
 /// Native XDP of the underlay: decapsulates packets before the kernel allocates a socket buffer.

@@ -1,6 +1,7 @@
 //! Traffic between two namespaces: verified transfers, and rates.
 
 pub mod checksum;
+pub mod numbered;
 pub mod payload;
 pub mod ping;
 pub mod rate;

@@ -70,7 +70,7 @@ impl<'a> Host<'a> {
         let alias = DeviceAlias { network: "10.244.0.0/16".parse()?, port: 8285, underlays };
         Ok(Self {
             netns: &side.host,
-            datapath: Datapath::new(netlink.clone(), sender),
+            datapath: Datapath::new(netlink.clone(), sender, None),
             netlink,
             failures,
             spec: DeviceSpec { name: DEVICE.to_owned(), alias, subnet: side.subnet.parse()?, mtu: 1472 },

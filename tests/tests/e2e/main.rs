@@ -30,6 +30,7 @@ mod policy;
 mod privileges;
 mod refusals;
 mod repair;
+mod restart;
 mod services;
 mod services_http;
 mod shells;
@@ -74,6 +75,7 @@ fn main() -> ExitCode {
     refusals::register(&mut suite);
     node::register(&mut suite);
     repair::register(&mut suite);
+    restart::register(&mut suite);
     policy::register(&mut suite);
     privileges::register(&mut suite);
     subnet_file::register(&mut suite);

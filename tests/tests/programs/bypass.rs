@@ -40,6 +40,7 @@ impl Host {
         let guard = runtime.enter();
         let mut set = OverlaySet::load(&object(), LoadOptions { bypass, log: false }).unwrap();
         drop(guard);
+        set.show_alive().unwrap();
         let own = Prefix::new([10, 244, 1, 0], 24);
         let config = Config::new(OWN, Prefix::new([10, 244, 0, 0], 16), own, 8285).with_device(OVERLAY);
         set.set_config(&config).unwrap();

@@ -30,7 +30,7 @@ fn config(network: u8, length: u8) -> Config {
 #[test]
 fn a_large_network_has_room_for_all_of_its_subnets() {
     let config = config(8, 30);
-    let mut programs = OverlaySet::load_for(&object(), LoadOptions::default(), &config).unwrap();
+    let mut programs = OverlaySet::load_for(&object(), LoadOptions::default(), &config, None).unwrap();
     programs.set_config(&config).unwrap();
     let routes: NextHops = (0..200_000).map(|number| (subnet(number), PEER)).collect();
     let start = std::time::Instant::now();
@@ -50,7 +50,7 @@ fn a_full_route_map_says_so_and_still_follows_what_it_holds() {
 }
 
 fn fill(config: &Config) {
-    let mut programs = OverlaySet::load_for(&object(), LoadOptions::default(), config).unwrap();
+    let mut programs = OverlaySet::load_for(&object(), LoadOptions::default(), config, None).unwrap();
     programs.set_config(config).unwrap();
     let mut routes: NextHops = (0..DEFAULT_ROUTES).map(|number| (subnet(number), PEER)).collect();
     programs.set_routes(&routes).unwrap();

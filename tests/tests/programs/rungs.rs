@@ -191,7 +191,7 @@ impl Kernel {
 
     /// With maps made for the network of `config`.
     pub(crate) fn load_for(hook: Hook, config: &Config, routes: &NextHops) -> Self {
-        let set = OverlaySet::load_for(&object(), LoadOptions::default(), config).unwrap();
+        let set = OverlaySet::load_for(&object(), LoadOptions::default(), config, None).unwrap();
         Self::fill(hook, set, config, routes)
     }
 

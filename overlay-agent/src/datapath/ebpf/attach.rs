@@ -1,5 +1,7 @@
 //! Attaching: tcx links where the kernel has them (6.6), clsact filters before, native XDP and nothing else.
 
+use std::path::{Path, PathBuf};
+
 use anyhow::{Context as _, Result, bail};
 use aya::{
     programs::{
@@ -10,9 +12,11 @@ use aya::{
     util::KernelVersion,
 };
 use nix::libc;
+use tracing::warn;
 
 use super::{
     Hook, HookKind, Place, ProgramSet,
+    pins::{pin_link, pinned_link, unpin},
     tcx_link::{self, TcxLinks},
 };
 use crate::netlink::{Netlink, device_name};
@@ -51,18 +55,41 @@ pub(crate) struct Target {
     pub(crate) mode: TcMode,
 }
 
-/// An attached program. Dropping it detaches.
+/// An attached program. Dropping it detaches, unless [`Attachment::keep`] was called.
 pub(crate) struct Attachment {
     pub(crate) target: Target,
     link: Link,
+    /// Where the link is pinned.
+    pin: Option<PathBuf>,
 }
 
-/// The kernel removes tcx and XDP links with their last file descriptor, so also when the agent is killed. A clsact filter
-/// stays until it is removed.
+impl Attachment {
+    /// A pinned link stays when this value is dropped.
+    pub(crate) fn keep(&mut self) {
+        self.pin = None;
+    }
+
+    /// Where the link is pinned.
+    pub(crate) fn pin(&self) -> Option<&Path> {
+        self.pin.as_deref()
+    }
+}
+
+impl Drop for Attachment {
+    fn drop(&mut self) {
+        if let Some(pin) = &self.pin
+            && let Err(error) = unpin(pin)
+        {
+            warn!("{} stays attached: {error:#}", self.target.hook.program);
+        }
+    }
+}
+
+/// The kernel removes tcx and XDP links with their last file descriptor and pin. A clsact filter stays until it is removed.
 enum Link {
     Tcx(FdLink),
     Clsact { handle: u16, _link: SchedClassifierLink },
-    Xdp { _link: FdLink },
+    Xdp(FdLink),
 }
 
 impl TcAttach {
@@ -82,12 +109,22 @@ impl ProgramSet {
     pub(crate) async fn attach(&mut self, netlink: &Netlink, target: Target) -> Result<Attachment> {
         let device = device_name(target.ifindex)?;
         self.load_program(target.hook)?;
+        let has_link = target.mode == TcMode::Tcx || target.hook.kind == HookKind::Xdp;
+        let pins = self.pins().filter(|_| has_link);
+        let pin = pins.map(|pins| pins.link(target.hook.program, target.ifindex));
+        let left = pin.as_deref().map(|pin| left_link(pin, target.ifindex)).transpose()?.flatten();
+        let adopted = left.is_some();
         let link = match target.hook.kind {
-            HookKind::TcIngress => self.attach_tc(target, TcAttachType::Ingress, &device)?,
-            HookKind::TcEgress => self.attach_tc(target, TcAttachType::Egress, &device)?,
-            HookKind::Xdp => self.attach_xdp(target, &device)?,
+            HookKind::TcIngress => self.attach_tc(target, TcAttachType::Ingress, &device, left)?,
+            HookKind::TcEgress => self.attach_tc(target, TcAttachType::Egress, &device, left)?,
+            HookKind::Xdp => self.attach_xdp(target, &device, left)?,
         };
-        let attachment = Attachment { target, link };
+        let link = match (link, &pin) {
+            (Link::Tcx(link), Some(pin)) if !adopted => Link::Tcx(pin_link(link, pin)?),
+            (Link::Xdp(link), Some(pin)) if !adopted => Link::Xdp(pin_link(link, pin)?),
+            (link, _) => link,
+        };
+        let attachment = Attachment { target, link, pin };
         if !self.runs(netlink, &attachment).await? {
             let program = target.hook.program;
             bail!("attach {program} to {device}: the kernel took the program but does not list it");
@@ -104,17 +141,17 @@ impl ProgramSet {
     ) -> Result<bool> {
         let is_there = match &attachment.link {
             Link::Tcx(link) => links.has(link, attachment.target.ifindex)?,
-            Link::Clsact { .. } | Link::Xdp { .. } => true,
+            Link::Clsact { .. } | Link::Xdp(_) => true,
         };
         Ok(is_there && self.runs(netlink, attachment).await?)
     }
 
     /// Whether the kernel runs our program by this attachment, wherever that is.
     async fn runs(&self, netlink: &Netlink, attachment: &Attachment) -> Result<bool> {
-        let Attachment { target: Target { hook, ifindex, .. }, link } = attachment;
+        let Attachment { target: Target { hook, ifindex, .. }, link, .. } = attachment;
         let own = self.info(*hook)?.id();
         match link {
-            Link::Xdp { .. } => Ok(netlink.xdp_program(*ifindex).await? == Some(own)),
+            Link::Xdp(_) => Ok(netlink.xdp_program(*ifindex).await? == Some(own)),
             Link::Tcx(link) => tcx_link::runs(link, own),
             Link::Clsact { handle, .. } => {
                 let egress = hook.kind == HookKind::TcEgress;
@@ -123,7 +160,14 @@ impl ProgramSet {
         }
     }
 
-    fn attach_tc(&mut self, target: Target, direction: TcAttachType, device: &str) -> Result<Link> {
+    /// `left` is a link that an earlier agent left: its program is replaced, so that no packet passes without.
+    fn attach_tc(
+        &mut self,
+        target: Target,
+        direction: TcAttachType,
+        device: &str,
+        left: Option<FdLink>,
+    ) -> Result<Link> {
         let options = match target.mode {
             TcMode::Tcx => TcAttachOptions::TcxOrder(match target.hook.place {
                 Place::First => LinkOrder::first(),
@@ -141,7 +185,11 @@ impl ProgramSet {
         };
         let context = || format!("attach {} to {device}", target.hook.program);
         let program = self.tc(target.hook)?;
-        let id = program.attach_with_options(device, direction, options).with_context(context)?;
+        let attached = match left {
+            Some(left) => program.attach_to_link(left.try_into().with_context(context)?),
+            None => program.attach_with_options(device, direction, options),
+        };
+        let id = attached.with_context(context)?;
         let link = program.take_link(id).with_context(context)?;
         Ok(match target.mode {
             TcMode::Tcx => Link::Tcx(FdLink::try_from(link).with_context(context)?),
@@ -149,10 +197,13 @@ impl ProgramSet {
         })
     }
 
-    fn attach_xdp(&mut self, target: Target, device: &str) -> Result<Link> {
+    fn attach_xdp(&mut self, target: Target, device: &str, left: Option<FdLink>) -> Result<Link> {
         let program = self.xdp(target.hook)?;
         let context = || format!("attach {} to {device}", target.hook.program);
-        let attached = program.attach_to_if_index(target.ifindex, XdpMode::Driver);
+        let attached = match left {
+            Some(left) => program.attach_to_link(left.try_into().with_context(context)?),
+            None => program.attach_to_if_index(target.ifindex, XdpMode::Driver),
+        };
         if let Err(ProgramError::SyscallError(error)) = &attached {
             match error.io_error.raw_os_error() {
                 Some(libc::EBUSY | libc::EEXIST) => bail!(
@@ -169,8 +220,18 @@ impl ProgramSet {
         let link = program.take_link(id)?;
         let link = FdLink::try_from(link)
             .with_context(|| format!("{}: the kernel has no XDP links (5.9)", context()))?;
-        Ok(Link::Xdp { _link: link })
+        Ok(Link::Xdp(link))
     }
+}
+
+/// The link that an earlier agent pinned at `pin`, if it is still attached to the device `ifindex`; otherwise the pin is removed.
+fn left_link(pin: &Path, ifindex: u32) -> Result<Option<FdLink>> {
+    let Some(link) = pinned_link(pin)? else { return Ok(None) };
+    if TcxLinks::read()?.has(&link, ifindex)? {
+        return Ok(Some(link));
+    }
+    unpin(pin)?;
+    Ok(None)
 }
 
 /// Removes the filter with this handle that a killed agent left, if there is one. tcx and XDP links leave nothing.

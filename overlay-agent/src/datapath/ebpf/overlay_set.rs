@@ -11,10 +11,11 @@ use nix::{
 use overlay_ebpf::{
     abi::{Config, Counters, Endpoint, MAX_ENDPOINTS, MAX_FLOWS, NextHop, UnderlayValue},
     bypass::Bypass,
+    wire::Ethernet,
 };
 
 use super::{
-    Hook, HookKind, Place, ProgramSet, btf,
+    Hook, HookKind, Pinned, Pins, Place, ProgramSet, btf,
     questions::{self, Answering},
     route_maps::{Capacity, RouteMaps},
 };
@@ -34,6 +35,8 @@ pub const FROM_LOCAL: Hook =
 pub const TO_LOCAL: Hook = Hook { program: "ovl_to_local", kind: HookKind::TcEgress, place: Place::Last };
 /// Those on devices of containers.
 pub(crate) const LOCAL: [Hook; 2] = [FROM_LOCAL, TO_LOCAL];
+/// Attached nowhere: see [`OverlaySet::show_alive`].
+const HEARTBEAT: Hook = Hook { program: "ovl_heartbeat", kind: HookKind::TcIngress, place: Place::Last };
 /// XDP of an underlay device; needs [`INGRESS`] behind it.
 pub const XDP: Hook = Hook { program: "ovl_xdp", kind: HookKind::Xdp, place: Place::First };
 
@@ -42,6 +45,19 @@ type ConfigBytes = [u8; size_of::<Config>()];
 type CountersBytes = [u8; size_of::<Counters>()];
 type EndpointBytes = [u8; size_of::<Endpoint>()];
 type UnderlayBytes = [u8; size_of::<UnderlayValue>()];
+
+/// The maps that outlive the agent. Questions to the agent and lines of the log do not.
+const PINNED: [&str; 9] = [
+    "CONFIG",
+    "ROUTES",
+    "PREFIXES",
+    "UNDERLAYS",
+    "ENDPOINTS",
+    "COUNTERS",
+    "FLOWS",
+    "RELEASED",
+    "ALIVE_UNTIL",
+];
 
 /// The underlay devices, by index.
 pub type Underlays = BTreeMap<u32, UnderlayValue>;
@@ -79,15 +95,30 @@ impl OverlaySet {
     /// Loads the maps, with room for the routes of any but the largest networks; see [`ProgramSet::load`]. With [`Bypass::Flows`], it
     /// panics outside of a tokio runtime, and fails when the kernel does not describe its types.
     pub fn load(object: &[u8], options: LoadOptions) -> Result<Self> {
-        Self::load_with(object, options, Capacity::default())
+        Self::load_with(object, options, Capacity::default(), None)
     }
 
-    /// As [`Self::load`], with room for the routes of the network of `config`.
-    pub fn load_for(object: &[u8], options: LoadOptions, config: &Config) -> Result<Self> {
-        Self::load_with(object, options, Capacity::of(config))
+    /// As [`Self::load`], with room for the routes of the network of `config`. With `pins`, maps and links outlive this process, and what an
+    /// earlier agent left in the maps is taken over: it stays until other values are set.
+    pub fn load_for(
+        object: &[u8],
+        options: LoadOptions,
+        config: &Config,
+        pins: Option<&Pins>,
+    ) -> Result<Self> {
+        let mut set = Self::load_with(object, options, Capacity::of(config), pins)?;
+        if pins.is_some() {
+            set.adopt()?;
+        }
+        Ok(set)
     }
 
-    fn load_with(object: &[u8], options: LoadOptions, capacity: Capacity) -> Result<Self> {
+    fn load_with(
+        object: &[u8],
+        options: LoadOptions,
+        capacity: Capacity,
+        pins: Option<&Pins>,
+    ) -> Result<Self> {
         let LoadOptions { bypass, log } = options;
         let (nfct, flows) = match bypass {
             Bypass::Flows => (btf::offset("sk_buff", "_nfct")?.unwrap_or(0), MAX_FLOWS),
@@ -99,7 +130,14 @@ impl OverlaySet {
         let tick = u32::try_from(tick.num_nanoseconds()).context("the kernel's tick takes seconds")?;
         let constants = [("BYPASS", bypass as u32), ("NFCT_OFFSET", nfct), ("TICK", tick)];
         let sizes = [&capacity.sizes()[..], &[("FLOWS", flows), ("RELEASED", flows)]].concat();
-        let mut programs = ProgramSet::load("overlay", object, &constants, &sizes, log)?;
+        let mut programs = ProgramSet::load(
+            "overlay",
+            object,
+            &constants,
+            &sizes,
+            log,
+            pins.map(|pins| Pinned { pins, maps: &PINNED }),
+        )?;
         let answering = match bypass {
             Bypass::Flows => {
                 Some(questions::answer(programs.take_map("QUESTIONS")?, programs.take_map("RELEASED")?)?)
@@ -117,6 +155,25 @@ impl OverlaySet {
             counters: programs.take_map("COUNTERS")?,
             programs,
         })
+    }
+
+    /// Reads what the maps hold.
+    fn adopt(&mut self) -> Result<()> {
+        let config = self.config.get(&0, 0).context("read the map CONFIG")?;
+        let config = bytemuck::cast::<ConfigBytes, Config>(config);
+        self.written = config.with_other_lengths(false).with_first_underlay(0, [0; 6]);
+        let first = self.underlays()?.into_iter().find(|(_, value)| value.is_first());
+        self.first = first.map_or((0, [0; 6]), |(index, value)| (index, value.mac));
+        self.routes.adopt(config.subnet)
+    }
+
+    /// Tells the programs that the agent keeps neighbours and containers up to date for the next five seconds. Without, packets take the
+    /// host's stack, and the kernel looks up the neighbour of each. Fails when the kernel refuses the program.
+    pub fn show_alive(&mut self) -> Result<()> {
+        self.programs.load_program(HEARTBEAT)?;
+        // The kernel takes nothing shorter than an Ethernet header.
+        self.programs.test_run(HEARTBEAT, &[0; Ethernet::LEN], 0)?;
+        Ok(())
     }
 
     /// Writes this host's configuration. When its subnet has another length than before, routes move between maps; no destination

@@ -1,7 +1,7 @@
 //! A set of eBPF programs that share maps: loaded as one object, each program when it is first needed. Nothing here knows
 //! what a particular set does.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 use anyhow::{Context as _, Result, anyhow};
 use aya::{
@@ -14,6 +14,9 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 use tokio::task::JoinHandle;
+use tracing::info;
+
+use super::pins::{Pins, difference, unpin};
 
 /// How often to look for lines of the programs, which are rate-limited and few.
 const LOG_INTERVAL: Duration = Duration::from_millis(100);
@@ -73,18 +76,31 @@ pub struct ProgramSet {
     ebpf: Ebpf,
     /// Forwards what the programs log. Holds the map, so it ends with the set.
     log: Option<JoinHandle<()>>,
+    /// Where links are pinned.
+    pins: Option<Pins>,
+}
+
+/// What is pinned of a set.
+#[derive(Clone, Copy, Debug)]
+pub struct Pinned<'a> {
+    /// Where.
+    pub pins: &'a Pins,
+    /// The maps: those of an earlier agent are taken over if they have the same shape.
+    pub maps: &'a [&'static str],
 }
 
 impl ProgramSet {
     /// Loads the maps of `object`, with `constants` in its variables of these names, and with room for so many entries in the maps of
     /// `sizes`. With `log`, the programs log failures, and a task of the current tokio runtime forwards the
-    /// lines; it panics outside of one. Fails when the kernel refuses a map, or `object` cannot log.
+    /// lines; it panics outside of one. With `pinned`, maps and links outlive this process. Fails when the kernel refuses a map, or
+    /// `object` cannot log.
     pub fn load(
         name: &'static str,
         object: &[u8],
         constants: &[(&str, u32)],
         sizes: &[(&str, u32)],
         log: bool,
+        pinned: Option<Pinned<'_>>,
     ) -> Result<Self> {
         let log_failures = u32::from(log);
         let mut loader = EbpfLoader::new();
@@ -94,12 +110,23 @@ impl ProgramSet {
         for (map, entries) in sizes {
             loader.map_max_entries(map, *entries);
         }
-        let loaded = loader.override_global("LOG_FAILURES", &log_failures, log).load(object);
-        let mut ebpf = loaded.with_context(|| {
-            format!("load the eBPF maps of {name}: kernel 5.10 or later is needed, with eBPF")
-        })?;
+        loader.override_global("LOG_FAILURES", &log_failures, log);
+        let context = || format!("load the eBPF maps of {name}: kernel 5.10 or later is needed, with eBPF");
+        if let Some(Pinned { pins, maps }) = pinned {
+            let directory = pins.maps()?;
+            unpin_others(&directory, maps, || loader.load(object).with_context(context))?;
+            for map in maps {
+                loader.map_pin_path(map, directory.join(map));
+            }
+        }
+        let mut ebpf = loader.load(object).with_context(context)?;
         let log = if log { Some(forward_log(&mut ebpf)?) } else { None };
-        Ok(Self { name, ebpf, log })
+        Ok(Self { name, ebpf, log, pins: pinned.map(|pinned| pinned.pins.clone()) })
+    }
+
+    /// Where links are pinned.
+    pub(super) fn pins(&self) -> Option<&Pins> {
+        self.pins.as_ref()
     }
 
     /// Takes a map out of the set; it must live as long as the set loads programs.
@@ -193,6 +220,25 @@ impl Drop for ProgramSet {
             task.abort();
         }
     }
+}
+
+/// Removes the pins of maps that have another shape than those of `fresh`, a set that nothing else uses. The programs that use such a map
+/// keep it until others take their place.
+fn unpin_others(directory: &Path, maps: &[&str], fresh: impl FnOnce() -> Result<Ebpf>) -> Result<()> {
+    let present: Vec<_> =
+        maps.iter().map(|map| (map, directory.join(map))).filter(|(_, path)| path.exists()).collect();
+    if present.is_empty() {
+        return Ok(());
+    }
+    let fresh = fresh()?;
+    for (map, path) in present {
+        let made = fresh.map(map).with_context(|| format!("there is no map {map}"))?;
+        if let Some(why) = difference(&path, made)? {
+            info!("the map {map} of an earlier agent is made again: {why}");
+            unpin(&path)?;
+        }
+    }
+    Ok(())
 }
 
 /// `struct __sk_buff` (linux/bpf.h) with nothing but this.

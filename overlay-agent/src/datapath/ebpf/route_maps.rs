@@ -77,6 +77,12 @@ impl RouteMaps {
         })
     }
 
+    /// Takes over what the maps hold, of a host with the subnet `own`.
+    pub(super) fn adopt(&mut self, own: Prefix) -> Result<()> {
+        self.own = own;
+        self.check().map(drop)
+    }
+
     /// Whether the trie has routes.
     pub(super) fn has_other_lengths(&self) -> bool {
         !self.in_trie.is_empty()

@@ -41,7 +41,7 @@ pub struct ServiceSet {
 impl ServiceSet {
     /// Loads maps and programs. Fails when the kernel refuses one.
     pub fn load(object: &[u8]) -> Result<Self> {
-        let mut programs = ProgramSet::load("services", object, &[], &[], false)?;
+        let mut programs = ProgramSet::load("services", object, &[], &[], false, None)?;
         let maps = ServiceMaps::take(&mut programs)?;
         for name in PROGRAMS {
             load(&mut programs, name).context(

@@ -122,7 +122,7 @@ impl Subject {
         let hops = hops?;
         let mut sets = BTreeMap::new();
         for bypass in [Bypass::Off, Bypass::All, Bypass::Flows] {
-            let mut set = OverlaySet::load_for(&object, LoadOptions { bypass, log: false }, &config)?;
+            let mut set = OverlaySet::load_for(&object, LoadOptions { bypass, log: false }, &config, None)?;
             for program in PROGRAMS.iter().filter(|program| program.bypass == bypass) {
                 set.programs.load_program(program.hook)?;
             }

@@ -7,6 +7,7 @@ pub(crate) mod health;
 mod networks;
 mod outage;
 mod own_record;
+mod pinned;
 mod records;
 mod server;
 mod subnets;
@@ -32,6 +33,7 @@ pub(crate) fn register(suite: &mut Suite) {
     records::register(suite);
     networks::register(suite);
     own_record::register(suite);
+    pinned::register(suite);
     credentials::register(suite);
     flanneld::register(suite);
     health::register(suite);

@@ -1,0 +1,189 @@
+//! Pins: maps and links of an overlay device's programs in the BPF file system, where they outlive the agent.
+//!
+//! `/sys/fs/bpf/overlay-agent/<device>:<network namespace>/` has the links, and below it the maps of one ABI version. A
+//! program is detached when the pin of its link is removed and no process holds the link, so removing the directory of an agent that is gone
+//! removes its programs.
+
+use std::{
+    fs::{self, DirBuilder},
+    io::{self, ErrorKind},
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result};
+use aya::{
+    maps::{Map, MapData, MapInfo},
+    programs::links::{FdLink, PinnedLink},
+};
+use nix::{
+    mount::{MsFlags, mount},
+    sys::statfs::{BPF_FS_MAGIC, statfs},
+};
+use overlay_ebpf::abi::ABI_VERSION;
+
+/// Where the BPF file system is, by convention (Documentation/bpf/bpf_devel_QA.rst, systemd).
+const FILE_SYSTEM: &str = "/sys/fs/bpf";
+/// The directory of all agents.
+const DIRECTORY: &str = "overlay-agent";
+/// Only root reads and writes pins.
+const MODE: u32 = 0o700;
+
+/// The directory of an overlay device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pins(PathBuf);
+
+impl Pins {
+    /// Opens the directory of the overlay device `device` in this network namespace, and mounts the file system if it is missing.
+    /// Fails when the kernel has no such file system, or this process may not write there.
+    pub fn open(device: &str) -> Result<Self> {
+        if !is_mounted() {
+            mount(Some("bpf"), FILE_SYSTEM, Some("bpf"), MsFlags::empty(), Some("mode=0700")).with_context(
+                || format!("mount the BPF file system at {FILE_SYSTEM} (mount -t bpf bpf {FILE_SYSTEM})"),
+            )?;
+        }
+        let pins = Self::of(device)?;
+        make_directory(&pins.0)?;
+        Ok(pins)
+    }
+
+    /// The directory of a device, if there is one.
+    pub fn find(device: &str) -> Result<Option<Self>> {
+        let pins = Self::of(device)?;
+        let exists =
+            is_mounted() && fs::exists(&pins.0).with_context(|| format!("look for {}", pins.0.display()))?;
+        Ok(exists.then_some(pins))
+    }
+
+    fn of(device: &str) -> Result<Self> {
+        // Devices of two network namespaces may have one name. The file system allows no dots in names (kernel/bpf/inode.c), and
+        // names of devices have neither colons nor percent signs.
+        let namespace = fs::metadata("/proc/self/ns/net").context("look up this network namespace")?.ino();
+        Ok(Self(
+            Path::new(FILE_SYSTEM).join(DIRECTORY).join(format!("{}:{namespace}", device.replace('.', "%"))),
+        ))
+    }
+
+    /// The directory of the maps of this version, made if it is missing.
+    pub(super) fn maps(&self) -> Result<PathBuf> {
+        let directory = self.0.join(format!("v{ABI_VERSION}"));
+        make_directory(&directory)?;
+        Ok(directory)
+    }
+
+    /// Where the link of a program on the device with this index is pinned.
+    pub(super) fn link(&self, program: &str, ifindex: u32) -> PathBuf {
+        self.0.join(format!("{program}:{ifindex}"))
+    }
+
+    /// The pins of all links, those of XDP first: what XDP passes on needs the program behind it.
+    pub(crate) fn links(&self) -> Result<Vec<PathBuf>> {
+        let mut paths = files(&self.0)?;
+        let is_xdp =
+            |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().contains("_xdp:"));
+        paths.sort_by_key(|path| (!is_xdp(path), path.clone()));
+        Ok(paths)
+    }
+
+    /// Whether programs are attached by pinned links.
+    pub(crate) fn has_links(&self) -> bool {
+        self.links().is_ok_and(|links| !links.is_empty())
+    }
+
+    /// Removes links, then maps, then the directory. Programs are detached unless a process holds their links. Returns whether there was
+    /// something.
+    pub(crate) fn remove(&self) -> Result<bool> {
+        let context = || format!("remove {}", self.0.display());
+        for link in self.links().with_context(context)? {
+            fs::remove_file(link).with_context(context)?;
+        }
+        match fs::remove_dir_all(&self.0) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error).with_context(context),
+        }
+    }
+}
+
+/// What is pinned as a link at `path`; `None` when nothing is.
+pub(super) fn pinned_link(path: &Path) -> Result<Option<FdLink>> {
+    if !fs::exists(path).with_context(|| format!("look for {}", path.display()))? {
+        return Ok(None);
+    }
+    let link =
+        PinnedLink::from_pin(path).with_context(|| format!("open the pinned link {}", path.display()))?;
+    Ok(Some(link.into()))
+}
+
+/// Pins a link.
+pub(super) fn pin_link(link: FdLink, path: &Path) -> Result<FdLink> {
+    Ok(link.pin(path).with_context(|| format!("pin a link as {}", path.display()))?.into())
+}
+
+/// Removes a pin; that there is none is no error.
+pub(crate) fn unpin(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("remove the pin {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Why the pinned map at `path` cannot take the place of `map`, which was just made; `None` if it can. Fails when there is none.
+pub(super) fn difference(path: &Path, map: &Map) -> Result<Option<String>> {
+    let data: &MapData =
+        map_data(map).with_context(|| format!("{}: a map of an unknown type", path.display()))?;
+    let wanted = data.info()?;
+    let pinned =
+        MapInfo::from_pin(path).with_context(|| format!("open the pinned map {}", path.display()))?;
+    let shape = |info: &MapInfo| {
+        anyhow::Ok((
+            info.map_type()?,
+            info.key_size(),
+            info.value_size(),
+            info.max_entries(),
+            info.map_flags(),
+        ))
+    };
+    let (wanted, pinned) = (shape(&wanted)?, shape(&pinned)?);
+    Ok((wanted != pinned).then(|| format!("it is {pinned:?} instead of {wanted:?}")))
+}
+
+/// The kernel's map behind a value of the library.
+fn map_data(map: &Map) -> Option<&MapData> {
+    if let Map::Array(data)
+    | Map::HashMap(data)
+    | Map::LpmTrie(data)
+    | Map::LruHashMap(data)
+    | Map::PerCpuArray(data) = map
+    {
+        return Some(data);
+    }
+    None
+}
+
+fn is_mounted() -> bool {
+    statfs(FILE_SYSTEM).is_ok_and(|state| state.filesystem_type() == BPF_FS_MAGIC)
+}
+
+fn make_directory(path: &Path) -> Result<()> {
+    let made = DirBuilder::new().recursive(true).mode(MODE).create(path);
+    made.with_context(|| format!("make the directory {}", path.display()))
+}
+
+/// The files of a directory; none if it is missing.
+fn files(directory: &Path) -> io::Result<Vec<PathBuf>> {
+    let entries = match fs::read_dir(directory) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries?,
+    };
+    let mut paths = Vec::new();
+    for entry in entries {
+        let entry = entry?;
+        if !entry.file_type()?.is_dir() {
+            paths.push(entry.path());
+        }
+    }
+    Ok(paths)
+}
