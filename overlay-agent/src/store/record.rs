@@ -95,8 +95,8 @@ pub(super) fn key_text(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len());
     for chunk in bytes.utf8_chunks() {
         for character in chunk.valid().chars() {
-            let is_plain =
-                matches!(character, '"' | '\'') || character != '\\' && character.escape_debug().count() == 1;
+            let is_plain = matches!(character, ' '..='~') || character.escape_debug().count() == 1;
+            let is_plain = is_plain && character != '\\';
             match is_plain {
                 true => text.push(character),
                 false => escape(&mut text, character.encode_utf8(&mut [0; 4]).as_bytes()),

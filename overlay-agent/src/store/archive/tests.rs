@@ -1,3 +1,5 @@
+//! The archive: what is written is read again, whatever is damaged is refused, and only what is true is written.
+
 use std::{
     fs,
     os::unix::process::ExitStatusExt as _,
