@@ -1,4 +1,5 @@
 //! Hosts that boot while etcd is away: they start from the snapshot on disk, and go on with etcd when it is back.
+#![allow(clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 use std::{
     fs,

@@ -46,7 +46,10 @@ impl ArchiveKeeper {
 pub(in crate::store) fn keep(archive: Arc<Archive>, path: PathBuf) -> ArchiveKeeper {
     let (problems, problem) = watch::channel(None);
     let (stop, stopped) = oneshot::channel();
-    let changes = archive.changes.subscribe();
+    let mut changes = archive.changes.subscribe();
+    if *changes.borrow() > 0 {
+        changes.mark_changed();
+    }
     let mut keeper = Keeper { archive, path: Arc::new(path), problems, changes, is_behind: false };
     let task = tokio::spawn(async move {
         let mut stopped = stopped;

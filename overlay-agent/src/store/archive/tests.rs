@@ -430,8 +430,9 @@ async fn the_file_is_written_after_a_change_and_at_the_end() {
     let archive = Arc::new(Archive::new(identity()));
     archive.list::<Lease>(5, vec![lease(2, Lifetime::Unlimited)], |_| false);
     archive.set_config(None);
-    let mut keeper = keep(Arc::clone(&archive), path.clone());
     archive.set_own(Some(own()));
+    // All of it was there before the task.
+    let mut keeper = keep(Arc::clone(&archive), path.clone());
     let deadline = Instant::now() + Duration::from_secs(20);
     while !path.exists() {
         assert!(Instant::now() < deadline, "no file after a change");
