@@ -56,24 +56,28 @@ pub(super) async fn open(
     public_ip: Ipv4Addr,
     notifier: &mut HealthNotifier,
 ) -> Result<Opened> {
-    let (usable, refusal) = match look(store, options, public_ip).await {
-        Ok(usable) => (usable, String::new()),
-        Err(why) => {
-            (None, format!("; the snapshot {} is not used: {why}", options.snapshot_file().display()))
+    loop {
+        let (usable, refusal) = match look(store, options, public_ip).await {
+            Ok(usable) => (usable, String::new()),
+            Err(why) => {
+                (None, format!("; the snapshot {} is not used: {why}", options.snapshot_file().display()))
+            }
+        };
+        let why = match ask(store, options, usable.as_ref().map(|_| PATIENCE), &refusal, notifier).await? {
+            Answer::Config(config) => return Ok(Opened::Answered(config)),
+            Answer::Away(why) => why,
+        };
+        // A store without a config may have been asked for longer than the lease lasts.
+        if let Some((saved, config)) = usable.filter(|(saved, _)| !saved.has_ended(SystemTime::now())) {
+            warn!(
+                "the store does not answer: this host starts from the snapshot of {} with {} records at revision {}: {why}",
+                humantime::format_rfc3339_seconds(saved.written()),
+                saved.records(),
+                saved.revision()
+            );
+            return Ok(Opened::Recalled(Box::new(Recalled { saved, config, why })));
         }
-    };
-    let why = match ask(store, options, usable.as_ref().map(|_| PATIENCE), &refusal, notifier).await? {
-        Answer::Config(config) => return Ok(Opened::Answered(config)),
-        Answer::Away(why) => why,
-    };
-    let (saved, config) = usable.context("the store does not answer")?;
-    warn!(
-        "the store does not answer: this host starts from the snapshot of {} with {} records at revision {}: {why}",
-        humantime::format_rfc3339_seconds(saved.written()),
-        saved.records(),
-        saved.revision()
-    );
-    Ok(Opened::Recalled(Box::new(Recalled { saved, config, why })))
+    }
 }
 
 /// The snapshot, if there is one.

@@ -54,6 +54,12 @@ pub(super) struct OwnLease {
     pub(super) expires: Option<Time>,
 }
 
+impl OwnLease {
+    fn has_ended(&self, now: SystemTime) -> bool {
+        self.expires.is_some_and(|end| SystemTime::from(end) <= now)
+    }
+}
+
 /// A time of the wall clock, in milliseconds since 1970: a monotonic clock does not survive a reboot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -117,7 +123,7 @@ struct State {
     knows_own: bool,
 }
 
-/// The records of one network, as the store reports them. Clones of a [`super::Store`] share it.
+/// The records of one network, as the store reports them. Clones of a [`super::Store`] share it; one task at a time follows a kind.
 #[derive(Debug)]
 pub(super) struct Archive {
     identity: Identity,

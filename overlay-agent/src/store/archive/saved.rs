@@ -101,8 +101,8 @@ impl Saved {
         if written > now + CLOCK_STEP {
             return Err(Why::Clock(written));
         }
-        if let Some(ended) = own.expires.map(SystemTime::from).filter(|ended| *ended <= now) {
-            return Err(Why::Expired { subnet: own.subnet, ended });
+        if let Some(end) = own.expires.filter(|_| own.has_ended(now)) {
+            return Err(Why::Expired { subnet: own.subnet, ended: end.into() });
         }
         if let Some(part) = content.parts.get_mut(Lease::PREFIX)
             && now.duration_since(part.seen.into()).is_ok_and(|age| age >= ttl)
@@ -141,6 +141,11 @@ impl Saved {
     /// The public address of this host's lease.
     pub fn public_ip(&self) -> Ipv4Addr {
         self.own.public_ip
+    }
+
+    /// Whether the lease has ended at the time `now`.
+    pub fn has_ended(&self, now: SystemTime) -> bool {
+        self.own.has_ended(now)
     }
 
     /// Whether the lease is a reservation, which has no end.
