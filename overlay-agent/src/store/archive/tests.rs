@@ -452,12 +452,19 @@ async fn the_file_is_written_after_a_change_and_at_the_end() {
     assert!(problem.contains("--state-dir") && problem.contains("--no-snapshot"), "{problem}");
 }
 
+/// Memory of this process in MiB.
+fn memory() -> usize {
+    let statm = fs::read_to_string("/proc/self/statm").unwrap();
+    statm.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096 / (1 << 20)
+}
+
 /// A measurement with a wide limit: `cargo test --release -p overlay-agent a_large_network_is_written -- --nocapture`.
 #[test]
 fn a_large_network_is_written_and_read_in_little_time() {
     let service = br#"{"v":1,"ports":[{"name":"http","port":80,"protocol":"tcp","target_port":8080}]}"#;
     let endpoint = br#"{"overlay_ip":"10.244.1.2","state":"ready","ports":{"http":8080}}"#;
     let archive = Archive::new(identity());
+    let before = memory();
     let services = (0..10_000).map(|number| {
         raw(&format!("services/ns-{}/service-{number}", number % 100), service, number, Lifetime::Unlimited)
     });
@@ -477,7 +484,7 @@ fn a_large_network_is_written_and_read_in_little_time() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("a.snapshot");
     let started = Instant::now();
-    let content = archive.complete(now()).unwrap();
+    let (kept, content) = (memory().saturating_sub(before), archive.complete(now()).unwrap());
     let copied = started.elapsed();
     write(&path, &identity(), now(), &content).unwrap();
     let written = started.elapsed();
@@ -486,7 +493,7 @@ fn a_large_network_is_written_and_read_in_little_time() {
     let changed = started.elapsed();
     let read = read_content(&path).unwrap();
     println!(
-        "copied in {copied:?}, {} bytes written in {:?}, a change meanwhile {:?}, read in {:?}",
+        "kept in {kept} MiB, copied in {copied:?}, {} bytes written in {:?}, a change meanwhile {:?}, read in {:?}",
         fs::metadata(&path).unwrap().len(),
         written - copied,
         changed - written,
