@@ -30,4 +30,5 @@ pub mod subnet_env;
 pub mod systemd;
 mod timer;
 pub mod underlay;
+mod whole_file;
 pub mod xfrm;

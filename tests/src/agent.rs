@@ -103,6 +103,16 @@ impl Site {
         self.directory.join("run")
     }
 
+    /// The agent's state directory, which survives a reboot.
+    pub fn state_directory(&self) -> PathBuf {
+        self.directory.join("state")
+    }
+
+    /// The agent's snapshot.
+    pub fn snapshot_file(&self) -> PathBuf {
+        self.state_directory().join(format!("{}.snapshot", self.device))
+    }
+
     /// Path of the control socket.
     pub fn socket(&self) -> PathBuf {
         self.run_directory().join(format!("{}.sock", self.device))
@@ -136,6 +146,7 @@ impl Site {
     pub fn run_command(&self, arguments: &[String]) -> Command {
         let mut command = Command::new(&self.binary);
         command.arg("run").arg("--run-dir").arg(self.run_directory()).args(["--device", &self.device]);
+        command.arg("--state-dir").arg(self.state_directory());
         command.arg("--subnet-file").arg(self.subnet_file()).args(arguments);
         // Tests of what stays name it.
         if !arguments.iter().any(|argument| argument == "--on-exit") {

@@ -50,6 +50,8 @@ pub(super) enum Condition {
     Firewall,
     /// Services on this node.
     Services,
+    /// The snapshot on disk.
+    Snapshot,
     /// Rules that keep containers from sending what peers take for packets of this host.
     Guard,
 }

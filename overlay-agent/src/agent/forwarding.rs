@@ -1,6 +1,6 @@
 //! Forwarding: routes from records, and the datapath that follows them.
 
-use std::net::Ipv4Addr;
+use std::{net::Ipv4Addr, time::SystemTime};
 
 use anyhow::{Result, bail};
 use overlay_ebpf::{
@@ -28,7 +28,7 @@ use crate::{
     datapath::{Choice, Datapath, Desired, UnderlayDevice, ebpf::Pins},
     device::{DeviceAlias, DeviceSpec},
     icmp::{Problem, Report},
-    lease::Lease,
+    lease::{Lease, LeaseRecord},
     netlink::Netlink,
     report,
     route::{LocalNode, RouteChange, Routes},
@@ -66,6 +66,8 @@ pub(super) struct Forwarding {
     pub(super) unpinned: Option<String>,
     /// Whether a snapshot of the records was seen: from then on, no route is missing.
     has_snapshot: bool,
+    /// Of when the records are, while they are those of an earlier run.
+    recalled: Option<SystemTime>,
     /// Whether the last reconciliation succeeded, and nothing has failed since.
     up: bool,
     retry: Retry,
@@ -108,6 +110,7 @@ impl Forwarding {
             is_adopting,
             unpinned,
             has_snapshot: false,
+            recalled: None,
             up: false,
             retry: Retry::default(),
             failed_on: None,
@@ -340,22 +343,37 @@ impl Forwarding {
         match event {
             Event::Snapshot(records) => {
                 self.conditions.clear(Condition::Store);
-                self.has_snapshot = true;
-                let outcome = self.table.replace(records);
-                self.apply(&outcome).await;
-                self.check_own_subnet();
+                self.recalled = None;
+                self.replace_records(records).await;
+            }
+            Event::Recalled { records, seen } => {
+                self.recalled = Some(seen);
+                self.replace_records(records).await;
+                self.set_store_lost("it does not answer");
             }
             Event::Changes(changes) => {
                 let outcome = self.table.apply(changes);
                 self.apply(&outcome).await;
                 self.check_own_subnet();
             }
-            Event::Lost(why) => {
-                let routes = self.table.routes().len();
-                let why = format!("the store cannot be read, {routes} routes stay as they are: {why}");
-                self.conditions.set(Condition::Store, why);
-            }
+            Event::Lost(why) => self.set_store_lost(&why),
         }
+    }
+
+    async fn replace_records(&mut self, records: Vec<LeaseRecord>) {
+        self.has_snapshot = true;
+        let outcome = self.table.replace(records);
+        self.apply(&outcome).await;
+        self.check_own_subnet();
+    }
+
+    fn set_store_lost(&mut self, why: &str) {
+        let routes = self.table.routes().len();
+        let state = self.recalled.map_or_else(String::new, |seen| {
+            format!(" state is of {},", humantime::format_rfc3339_seconds(seen))
+        });
+        let why = format!("the store cannot be read,{state} {routes} routes stay as they are: {why}");
+        self.conditions.set(Condition::Store, why);
     }
 
     /// This host has another subnet or public address.

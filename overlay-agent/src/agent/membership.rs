@@ -2,11 +2,12 @@
 
 use std::{
     net::Ipv4Addr,
+    path::PathBuf,
     time::{Duration, SystemTime},
 };
 
 use anyhow::{Context as _, Result, bail};
-use backon::{ExponentialBuilder, Retryable as _};
+use backon::Retryable as _;
 use tokio::{
     sync::mpsc,
     time::{Instant, timeout},
@@ -19,18 +20,18 @@ use super::{
     config_watch::ConfigWatch,
     log_window::LogWindow,
     notifier::HealthNotifier,
+    recall::{self, Opened, Recalled},
 };
 use crate::{
     config::NetworkConfig,
     lease::Lease,
     route::{LocalNode, Subnet},
-    store::{Event, Held, LeaseEvent, LeaseKeeper, Store, StoreError, SubnetRequest},
+    store::{
+        ArchiveKeeper, Event, Held, LeaseEvent, LeaseKeeper, RecalledLease, Store, StoreError, SubnetRequest,
+    },
     subnet_env,
 };
 
-/// First and longest pause between attempts to reach etcd.
-const FIRST_PAUSE: Duration = Duration::from_millis(500);
-const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// Time for the last requests to the store at shutdown.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
 /// Most lines about a lost lease in a window: other programs may remove our record again and again.
@@ -42,6 +43,8 @@ const FIRST_SNAPSHOT: Duration = Duration::from_secs(5);
 pub(super) struct Network {
     store: Option<Store>,
     pub(super) config: NetworkConfig,
+    /// What an earlier run knew, where the store does not answer.
+    recalled: Option<Recalled>,
 }
 
 /// Whether the subnet is ours, as far as the store tells.
@@ -59,6 +62,8 @@ enum OwnLease {
     /// Without a store there is nothing to keep.
     Fixed,
     Held(Box<Held>),
+    /// That of an earlier run, which the store has not confirmed yet.
+    Recalled(Box<RecalledLease>),
     Kept(LeaseKeeper),
 }
 
@@ -90,21 +95,36 @@ pub(super) struct Membership {
     /// With less than this left, an unconfirmed lease is a danger.
     margin: Duration,
     lease_log: LogWindow,
+    /// The file of the snapshot, unless there is to be none, and the task that writes it.
+    snapshot_file: Option<PathBuf>,
+    snapshot: Option<ArchiveKeeper>,
     pub(super) conditions: Conditions,
 }
 
 impl Network {
     /// Opens the store and reads the network's configuration. While etcd is away or has no configuration yet, this waits and
-    /// reports the reason.
+    /// reports the reason; but when etcd does not answer, the snapshot of an earlier run at `public_ip` takes its place.
     /// Fails when waiting does not help.
-    pub(super) async fn open(options: &Options, notifier: &mut HealthNotifier) -> Result<Self> {
+    pub(super) async fn open(
+        options: &Options,
+        public_ip: Ipv4Addr,
+        notifier: &mut HealthNotifier,
+    ) -> Result<Self> {
         let store = match &options.store {
             StoreOption::None => None,
             StoreOption::Dir(root) => Some(Store::dir(root.clone())),
-            StoreOption::Etcd(etcd) => Some(retry(notifier, || Store::etcd((**etcd).clone())).await?),
+            StoreOption::Etcd(etcd) => Some(Store::etcd_unreached((**etcd).clone()).context("the store")?),
         };
+        let mut recalled = None;
         let mut config = match (&store, options.network) {
-            (Some(store), _) => retry(notifier, || store.config(options.network)).await?,
+            (Some(store), _) => match recall::open(store, options, public_ip, notifier).await? {
+                Opened::Answered(config) => config,
+                Opened::Recalled(found) => {
+                    let config = found.config.clone();
+                    recalled = Some(*found);
+                    config
+                }
+            },
             (None, Some(network)) => NetworkConfig::of_network(network)?,
             (None, None) => bail!(
                 "without --store, name the network with --network, this host's part with --subnet and the others with --peer"
@@ -118,7 +138,7 @@ impl Network {
             Some(port) => config.port = port,
             None => {}
         }
-        Ok(Self { store, config })
+        Ok(Self { store, config, recalled })
     }
 
     /// Acquires a subnet for the host at `public_ip`, and follows all records.
@@ -129,9 +149,12 @@ impl Network {
         public_ip: Ipv4Addr,
         notifier: &mut HealthNotifier,
     ) -> Result<Membership> {
-        let Self { store, config } = self;
+        let Self { mut store, config, recalled } = self;
         let network = config.network;
-        let (lease, subnet, records, config) = match (&store, options.subnet) {
+        // The address may be another one by now.
+        let mut recalled = recalled.filter(|recalled| recalled.saved.public_ip() == public_ip);
+        let mut unconfirmed = None;
+        let (lease, subnet, records, config) = match (&mut store, options.subnet) {
             (None, Some(subnet)) => (OwnLease::Fixed, subnet, no_records(), None),
             (None, None) => bail!("without --store, name this host's part of the network with --subnet"),
             (Some(store), wanted) => {
@@ -144,13 +167,30 @@ impl Network {
                 if let Some(network) = options.network {
                     store.ensure_config(network).await?;
                 }
-                let held = retry(notifier, || store.acquire(&request, public_ip)).await?;
-                let subnet = held.subnet;
+                let (lease, subnet) = match &recalled {
+                    Some(Recalled { saved, why, .. }) => {
+                        let lease = RecalledLease::new(saved, request, SystemTime::now());
+                        unconfirmed = Some(LeaseEvent::Unconfirmed {
+                            why: why.clone(),
+                            expires_in: lease.expires_in(),
+                        });
+                        let subnet = lease.subnet();
+                        (OwnLease::Recalled(Box::new(lease)), subnet)
+                    }
+                    None => {
+                        let held = retry(notifier, || store.acquire(&request, public_ip)).await?;
+                        let subnet = held.subnet;
+                        (OwnLease::Held(Box::new(held)), subnet)
+                    }
+                };
+                if options.snapshot {
+                    *store = store.clone().archived(recalled.take().map(|recalled| recalled.saved));
+                }
                 let config = ConfigWatch::start(store, config);
-                (OwnLease::Held(Box::new(held)), subnet, store.follow(), Some(config))
+                (lease, subnet, store.follow(), Some(config))
             }
         };
-        Ok(Membership {
+        let mut membership = Membership {
             store,
             lease,
             records,
@@ -161,8 +201,14 @@ impl Network {
             state: LeaseState::Held,
             margin: options.lease_margin(),
             lease_log: LogWindow::default(),
+            snapshot_file: options.snapshot.then(|| options.snapshot_file()),
+            snapshot: None,
             conditions: Conditions::default(),
-        })
+        };
+        if let Some(event) = unconfirmed {
+            membership.on_lease(event);
+        }
+        Ok(membership)
     }
 }
 
@@ -199,13 +245,22 @@ impl Membership {
         }
     }
 
-    /// Starts to keep the lease.
+    /// Starts to keep the lease, and the snapshot.
     pub(super) fn keep_lease(&mut self) {
-        if let Some(store) = &self.store
-            && let OwnLease::Held(held) = &self.lease
-        {
-            self.lease = OwnLease::Kept(store.keep((**held).clone()));
-        }
+        let Some(store) = &self.store else { return };
+        let keeper = match &self.lease {
+            OwnLease::Held(held) => store.keep((**held).clone()),
+            OwnLease::Recalled(lease) => store.keep_recalled((**lease).clone()),
+            OwnLease::Fixed | OwnLease::Kept(_) => return,
+        };
+        self.lease = OwnLease::Kept(keeper);
+        self.snapshot = self.snapshot_file.take().and_then(|path| store.keep_archive(path));
+    }
+
+    /// Reports a snapshot that cannot be written.
+    pub(super) fn check_snapshot(&mut self) {
+        let problem = self.snapshot.as_ref().and_then(|snapshot| snapshot.problem.borrow().clone());
+        self.conditions.update(Condition::Snapshot, problem);
     }
 
     /// The next news.
@@ -213,7 +268,7 @@ impl Membership {
         let lease = async {
             match &mut self.lease {
                 OwnLease::Kept(keeper) => keeper.events.recv().await,
-                OwnLease::Fixed | OwnLease::Held(_) => None,
+                OwnLease::Fixed | OwnLease::Held(_) | OwnLease::Recalled(_) => None,
             }
         };
         let config = async {
@@ -312,7 +367,7 @@ impl Membership {
                 "our address is {public_ip}, and peers know this host by {recorded}: they are out of reach until they are given \
                  --peer {subnet}={public_ip}"
             ),
-            OwnLease::Held(_) | OwnLease::Kept(_) => format!(
+            OwnLease::Held(_) | OwnLease::Recalled(_) | OwnLease::Kept(_) => format!(
                 "our address is {public_ip}, and the store still says {recorded}: peers are out of reach until it follows"
             ),
         });
@@ -362,6 +417,9 @@ impl Membership {
                 warn!("etcd does not answer: another host can use our address only after a delay");
             }
         }
+        if let Some(snapshot) = self.snapshot {
+            snapshot.stop().await;
+        }
     }
 }
 
@@ -379,12 +437,7 @@ async fn retry<T, F: Future<Output = Result<T, StoreError>>>(
     request: impl FnMut() -> F,
 ) -> Result<T> {
     request
-        .retry(
-            ExponentialBuilder::new()
-                .with_min_delay(FIRST_PAUSE)
-                .with_max_delay(LONGEST_PAUSE)
-                .without_max_times(),
-        )
+        .retry(recall::pauses())
         .when(StoreError::is_transient)
         .notify(|error, _| notifier.waiting(&error.to_string()))
         .await
@@ -411,6 +464,8 @@ mod tests {
             state: LeaseState::Held,
             margin: Duration::from_secs(60),
             lease_log: LogWindow::default(),
+            snapshot_file: None,
+            snapshot: None,
             conditions: Conditions::default(),
         }
     }

@@ -18,6 +18,7 @@ mod membership;
 mod next_hops;
 mod notifier;
 mod options;
+mod recall;
 mod retry;
 mod services;
 mod start;
@@ -262,6 +263,7 @@ impl Agent {
         let problem = sysctl::forwarding_problem(&self.netlink, &self.forwarding.spec.name, subnet).await;
         self.host.conditions.update(Condition::Forwarding, problem);
         self.host.conditions.update(Condition::Services, self.services.problem());
+        self.membership.check_snapshot();
         self.count_ingress().await;
     }
 

@@ -56,6 +56,10 @@ pub struct Options {
     pub subnet_file: Option<PathBuf>,
     /// Directory of the control socket.
     pub run_dir: PathBuf,
+    /// Directory of what has to survive a reboot.
+    pub state_dir: PathBuf,
+    /// Whether the records in etcd are kept there for a start without etcd.
+    pub snapshot: bool,
     /// Firewall, routes and health server.
     pub host: HostOptions,
     /// Services on this node.
@@ -113,6 +117,16 @@ pub struct HostOptions {
 }
 
 impl Options {
+    /// The file of the snapshot.
+    pub(super) fn snapshot_file(&self) -> PathBuf {
+        self.state_dir.join(format!("{}.snapshot", self.device))
+    }
+
+    /// The file in which this agent remembers the services that it wrote.
+    pub(super) fn services_file(&self) -> PathBuf {
+        self.state_dir.join(format!("{}.services", self.device))
+    }
+
     /// With less than this left, a lease that cannot be renewed is about to be lost. At most flannel's default margin: an
     /// earlier renewal is not an earlier danger.
     pub(super) fn lease_margin(&self) -> Duration {

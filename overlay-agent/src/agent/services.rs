@@ -108,7 +108,7 @@ fn node_options(options: &Options, config: &NetworkConfig) -> Option<NodeOptions
         manage_resolv_conf: *manage_resolv_conf,
         files: files.clone().map(|directory| FileOptions {
             directory,
-            state_file: options.run_dir.join(format!("{}.services", options.device)),
+            state_file: options.services_file(),
             node: node.clone(),
         }),
     })

@@ -41,11 +41,11 @@ impl Prepared {
         notifier: &mut HealthNotifier,
     ) -> Result<Self> {
         // Looked up now to refuse at once what cannot work, and again when etcd, perhaps hours later, has answered.
-        Underlay::find(netlink, &options.underlay).await?;
+        let underlay = Underlay::find(netlink, &options.underlay).await?;
         if let Some(file) = &options.subnet_file {
             subnet_env::check(file)?;
         }
-        let network = Network::open(&options, notifier).await?;
+        let network = Network::open(&options, underlay.public_ip, notifier).await?;
         let underlay = Underlay::find(netlink, &options.underlay).await?;
         check_addresses(&options, &network.config, &underlay)?;
         device::preflight(netlink, &options.device, network.config.network).await?;

@@ -12,6 +12,7 @@ mod query;
 mod run;
 mod service_args;
 mod services;
+mod state_args;
 mod store_args;
 mod underlay_args;
 
@@ -83,7 +84,7 @@ enum Command {
     /// List, write, drain or remove endpoints of services in the store
     #[command(subcommand)]
     Endpoint(EndpointCommand),
-    /// Stop the agent, if one runs, and remove everything that an agent left on this host
+    /// Stop the agent, if one runs, and remove everything that an agent left on this host, but the snapshot in its --state-dir
     Down(QueryArgs),
 }
 

@@ -11,7 +11,7 @@ use overlay_ebpf::abi::{SourceCheck, TosRule};
 use tracing_subscriber::EnvFilter;
 
 use super::{
-    AgentArgs, host_args::HostArgs, service_args::ServiceArgs, store_args::StoreArgs,
+    AgentArgs, host_args::HostArgs, service_args::ServiceArgs, state_args::StateArgs, store_args::StoreArgs,
     underlay_args::UnderlayArgs,
 };
 use crate::{
@@ -75,6 +75,8 @@ pub(super) struct RunArgs {
     // Before the groups with a heading: a heading applies to all arguments that follow.
     #[command(flatten)]
     agent: AgentArgs,
+    #[command(flatten)]
+    state: StateArgs,
     #[command(flatten)]
     store: StoreArgs,
     /// Renew the lease when it has this many minutes left [default: 60]
@@ -186,6 +188,8 @@ impl RunArgs {
             datapath_log: self.datapath_log,
             subnet_file,
             run_dir: self.agent.run_dir,
+            state_dir: self.state.state_dir,
+            snapshot: !self.state.no_snapshot,
             host: self.host.into(),
             services: self.services.into(),
             on_exit: self.on_exit,

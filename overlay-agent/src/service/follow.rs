@@ -89,19 +89,27 @@ async fn prepare(store: &Store) {
 struct Source<K: Indexed> {
     events: mpsc::Receiver<Event<K>>,
     listed: bool,
+    /// Whether the records are still those of an earlier run.
+    recalled: bool,
     lost: Option<String>,
 }
 
 impl<K: Indexed> Source<K> {
     fn new(events: mpsc::Receiver<Event<K>>) -> Self {
-        Self { events, listed: false, lost: None }
+        Self { events, listed: false, recalled: false, lost: None }
     }
 
     fn take(&mut self, event: Event<K>, index: &mut Index) {
         match event {
             Event::Snapshot(records) => {
                 index.replace(records);
-                (self.listed, self.lost) = (true, None);
+                (self.listed, self.recalled, self.lost) = (true, false, None);
+            }
+            Event::Recalled { records, seen } => {
+                index.replace(records);
+                (self.listed, self.recalled) = (true, true);
+                let seen = humantime::format_rfc3339_seconds(seen);
+                self.lost = Some(format!("the store does not answer, and the state is of {seen}"));
             }
             Event::Changes(changes) => index.apply(changes),
             Event::Lost(why) => self.lost = Some(why),
@@ -160,17 +168,21 @@ impl Follower {
     }
 
     /// Publishes what has changed, once all kinds were listed and while none of them is lost: parts of different times would not
-    /// fit each other.
+    /// fit each other. Those of an earlier run do, and make a catalog; but addresses are assigned and released by what the store has.
     fn publish(&mut self) {
         let lost = [&self.services.lost, &self.vips.lost, &self.endpoints.lost].into_iter().flatten().next();
         let listed = self.services.listed && self.vips.listed && self.endpoints.listed;
+        let recalled = self.services.recalled && self.vips.recalled && self.endpoints.recalled;
         let lost = lost.cloned();
         if listed && lost.is_none() {
             let catalog = self.index.catalog();
             publish(&self.catalogs, catalog);
             publish(&self.works, self.index.work());
+        } else if recalled {
+            publish(&self.catalogs, self.index.catalog());
         }
-        let state = FollowState { ready: listed && lost.is_none() || self.states.borrow().ready, lost };
+        let is_whole = listed && lost.is_none() || recalled;
+        let state = FollowState { ready: is_whole || self.states.borrow().ready, lost };
         self.states.send_if_modified(|before| {
             let changed = *before != state;
             if changed {
@@ -200,17 +212,19 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(20);
 
-    #[tokio::test]
-    async fn nothing_is_published_before_every_kind_was_listed() {
-        let directory = tempfile::tempdir().unwrap();
+    type Sender<K> = mpsc::Sender<Event<K>>;
+
+    /// A follower of these events.
+    fn follow() -> (Sender<Services>, Sender<Vips>, Sender<Endpoints>, Following) {
         let (services, service_events) = mpsc::channel(4);
         let (vips, vip_events) = mpsc::channel(4);
         let (endpoints, endpoint_events) = mpsc::channel(4);
-        let (catalogs, mut catalog) = watch::channel(Arc::default());
-        let (works, mut work) = watch::channel(Arc::default());
-        let (states, mut state) = watch::channel(FollowState::default());
+        let (catalogs, catalog) = watch::channel(Arc::default());
+        let (works, work) = watch::channel(Arc::default());
+        let (states, state) = watch::channel(FollowState::default());
         let follower = Follower {
-            store: Store::dir(directory.path().to_owned()),
+            // It need not exist.
+            store: Store::dir("/nonexistent".into()),
             index: Index::new("10.251.0.0/16".parse().unwrap()),
             services: Source::new(service_events),
             vips: Source::new(vip_events),
@@ -220,9 +234,51 @@ mod tests {
             states,
         };
         tokio::spawn(follower.run());
+        (services, vips, endpoints, Following { state, work, catalog })
+    }
+
+    fn web() -> Record<Services> {
         let web = br#"{"v":1,"ports":[{"name":"http","port":80,"protocol":"tcp"}]}"#;
-        let web = Record::parse("shop/web", web, Version::default());
-        services.send(Event::Snapshot(vec![web])).await.unwrap();
+        Record::parse("shop/web", web, Version::default())
+    }
+
+    #[tokio::test]
+    async fn records_of_an_earlier_run_make_a_catalog_and_no_work() {
+        let (services, vips, endpoints, Following { mut state, mut work, mut catalog }) = follow();
+        let seen = std::time::SystemTime::UNIX_EPOCH;
+        let bank = Record::parse(
+            "bank/api",
+            br#"{"v":1,"ports":[{"name":"a","port":1,"protocol":"tcp"}]}"#,
+            Version::default(),
+        );
+        // Of two addresses, one is held for nothing, and a service has none.
+        let held =
+            ["10.251.0.7", "10.251.0.8"].map(|vip| Record::parse(vip, b"shop/web", Version::default()));
+        services.send(Event::Recalled { records: vec![bank.clone(), web()], seen }).await.unwrap();
+        vips.send(Event::Recalled { records: held.to_vec(), seen }).await.unwrap();
+        sleep(Duration::from_millis(200)).await;
+        assert!(!catalog.has_changed().unwrap() && !state.borrow().ready);
+        endpoints.send(Event::Recalled { records: Vec::new(), seen }).await.unwrap();
+        let now = timeout(LONG, state.wait_for(|state| state.ready)).await.unwrap().unwrap().clone();
+        assert!(now.lost.unwrap().contains("1970-01-01T00:00:00Z"));
+        assert_eq!(catalog.borrow_and_update().services.len(), 2);
+        // The store answers for some kinds only.
+        services.send(Event::Snapshot(vec![bank, web()])).await.unwrap();
+        vips.send(Event::Snapshot(held.to_vec())).await.unwrap();
+        endpoints.send(Event::Lost("away".to_owned())).await.unwrap();
+        sleep(Duration::from_millis(200)).await;
+        assert!(!work.has_changed().unwrap(), "addresses are assigned by what an earlier run knew");
+        endpoints.send(Event::Snapshot(Vec::new())).await.unwrap();
+        drop(timeout(LONG, state.wait_for(|state| state.lost.is_none())).await.unwrap().unwrap());
+        let work = work.borrow_and_update().clone();
+        assert_eq!((work.missing.len(), work.surplus.len()), (1, 1));
+        assert!(!catalog.has_changed().unwrap(), "the store has what the earlier run knew");
+    }
+
+    #[tokio::test]
+    async fn nothing_is_published_before_every_kind_was_listed() {
+        let (services, vips, endpoints, Following { mut state, mut work, mut catalog }) = follow();
+        services.send(Event::Snapshot(vec![web()])).await.unwrap();
         endpoints.send(Event::Snapshot(Vec::new())).await.unwrap();
         sleep(Duration::from_millis(200)).await;
         assert!(!catalog.has_changed().unwrap() && !work.has_changed().unwrap() && !state.borrow().ready);

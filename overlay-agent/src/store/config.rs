@@ -151,6 +151,9 @@ impl Store {
         loop {
             let Snapshot { revision, mut records } = self.backend.get(vec![CONFIG.to_owned()]).await?;
             let config = records.pop().flatten().map(into_text);
+            if let Some(archive) = &self.archive {
+                archive.set_config(config.clone());
+            }
             if sent.as_ref() != Some(&config) {
                 // A closed receiver ends the task.
                 let _ = sender.send(config.clone()).await;

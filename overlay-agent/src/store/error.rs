@@ -73,11 +73,15 @@ impl StoreError {
         )
     }
 
+    /// Whether the store did not answer at all: what it holds is unknown.
+    pub fn is_away(&self) -> bool {
+        matches!(self, Self::Unreachable { .. } | Self::Away { .. })
+    }
+
     /// Whether the two tell an operator to do the same. Texts may differ from attempt to attempt.
     pub(super) fn is_like(&self, other: &Self) -> bool {
-        let is_away = |error: &Self| matches!(error, Self::Unreachable { .. } | Self::Away { .. });
         let heals = |error: &Self| matches!(error, Self::Unusable { heals: true, .. });
-        is_away(self) && is_away(other)
+        self.is_away() && other.is_away()
             || mem::discriminant(self) == mem::discriminant(other) && heals(self) == heals(other)
     }
 

@@ -2,8 +2,10 @@
 //!
 //! In reading order: `record` (kinds, versions, events), `backend` (the primitives), `etcd` and `dir` (the two stores), and
 //! [`Store`], which the rest of the program uses: everybody's records here, writes of any kind in `write`, the network's
-//! configuration in `config`, this host's own lease in `lease`, and its other records in `own`.
+//! configuration in `config`, this host's own lease in `lease`, and its other records in `own`. `archive` keeps a copy of all on
+//! disk.
 
+mod archive;
 mod backend;
 mod backoff;
 mod config;
@@ -17,22 +19,25 @@ mod write;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    path::PathBuf,
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use tokio::{sync::mpsc, task::JoinSet};
 use tracing::debug;
 
+pub use archive::{ArchiveKeeper, Saved, Unusable};
 pub use error::StoreError;
-pub use lease::{Held, LeaseEvent, LeaseKeeper, SubnetRequest};
+pub use lease::{Held, LeaseEvent, LeaseKeeper, RecalledLease, SubnetRequest};
 pub use own::{OwnRecords, OwnState};
 pub use record::{Change, Event, Kind, Lifetime, LifetimeId, Record, RecordError, Version, Writable};
 pub use write::Condition;
 
 pub(crate) use dir::KeyWatch as DirectoryWatch;
 
+use archive::Archive;
 use backend::{Backend, Expected, Write};
 use dir::Dir;
 use etcd::{Etcd, EtcdOptions};
@@ -48,6 +53,8 @@ pub struct Store {
     times: Times,
     /// Identity of this host among hosts with the same address.
     instance: String,
+    /// Where everything that is followed is kept for a start without the store.
+    archive: Option<Arc<Archive>>,
 }
 
 impl Store {
@@ -59,14 +66,31 @@ impl Store {
     /// Connects to an etcd endpoint that answers.
     /// Fails when the options cannot be used, etcd refuses the user, or no endpoint can be used.
     pub async fn etcd(options: EtcdOptions) -> Result<Self, StoreError> {
-        let etcd = Etcd::connect(options.clone()).await?;
+        let store = Self::etcd_unreached(options)?;
+        store.reach().await?;
+        Ok(store)
+    }
+
+    /// The store in etcd, without a connection yet: [`Self::reach`] makes one, or the first request.
+    /// Fails when the options cannot be used.
+    pub fn etcd_unreached(options: EtcdOptions) -> Result<Self, StoreError> {
+        let etcd = Etcd::new(options.clone())?;
         Ok(Self::new(Backend::Etcd(Arc::new(etcd)), &options))
+    }
+
+    /// Connects to an etcd endpoint that answers, unless there is a connection. A directory needs none.
+    /// Fails when etcd refuses the user, or no endpoint can be used.
+    pub async fn reach(&self) -> Result<(), StoreError> {
+        match &self.backend {
+            Backend::Dir(_) => Ok(()),
+            Backend::Etcd(etcd) => etcd.reach().await,
+        }
     }
 
     fn new(backend: Backend, options: &EtcdOptions) -> Self {
         let EtcdOptions { lease_ttl, renew_margin, owner_ttl: claim_ttl, .. } = *options;
         let instance = options.instance.clone().unwrap_or_else(lease::this_instance);
-        Self { backend, times: Times { lease_ttl, renew_margin, claim_ttl }, instance }
+        Self { backend, times: Times { lease_ttl, renew_margin, claim_ttl }, instance, archive: None }
     }
 
     /// Name of the store, for messages.
@@ -75,6 +99,39 @@ impl Store {
             Backend::Dir(dir) => format!("dir:{}", dir.root.display()),
             Backend::Etcd(etcd) => format!("etcd at {}", etcd.endpoints()),
         }
+    }
+
+    /// What an earlier run of this host has left in the file at `path`; `None` when there is no file, and for a directory store,
+    /// whose records are on this host anyway. The lease must be of `public_ip`, and not have ended at the time `now`.
+    /// Fails when the file cannot be used.
+    pub fn saved(
+        &self,
+        path: &Path,
+        public_ip: Ipv4Addr,
+        now: SystemTime,
+    ) -> Result<Option<Saved>, Unusable> {
+        match &self.backend {
+            Backend::Dir(_) => Ok(None),
+            Backend::Etcd(etcd) => Saved::read(path, etcd.identity(), public_ip, self.times.lease_ttl, now),
+        }
+    }
+
+    /// Collects from now on what [`Self::keep_archive`] writes: records that are followed, the configuration and this host's
+    /// lease. With what an earlier run has `saved`, [`Self::follow`] begins with its records.
+    #[must_use]
+    pub fn archived(self, saved: Option<Saved>) -> Self {
+        let archive = match (&self.backend, saved) {
+            (Backend::Dir(_), _) => None,
+            (Backend::Etcd(_), Some(saved)) => Some(saved.into_archive()),
+            (Backend::Etcd(etcd), None) => Some(Archive::new(etcd.identity())),
+        };
+        Self { archive: archive.map(Arc::new), ..self }
+    }
+
+    /// Keeps the file at `path` in a task; `None` when nothing is collected.
+    pub fn keep_archive(&self, path: PathBuf) -> Option<ArchiveKeeper> {
+        let archive = Arc::clone(self.archive.as_ref()?);
+        Some(archive::keep(archive, path))
     }
 
     /// Whether the store exists. A directory is created with the first write; etcd exists once it is connected.
@@ -112,12 +169,14 @@ impl Store {
     }
 
     /// Follows all records of a kind in a task that ends when the receiver is dropped: a snapshot first, then changes. After
-    /// [`Event::Lost`] a snapshot follows when the store can be read again.
+    /// [`Event::Recalled`] and [`Event::Lost`] a snapshot follows when the store can be read again.
     pub fn follow<K: Kind>(&self) -> mpsc::Receiver<Event<K>> {
         let (sender, receiver) = mpsc::channel(4);
         match &self.backend {
             Backend::Dir(dir) => drop(tokio::spawn(dir::follow(Arc::clone(dir), sender))),
-            Backend::Etcd(etcd) => drop(tokio::spawn(etcd::follow(Arc::clone(etcd), sender))),
+            Backend::Etcd(etcd) => {
+                drop(tokio::spawn(etcd::follow(Arc::clone(etcd), self.archive.clone(), sender)));
+            }
         }
         receiver
     }

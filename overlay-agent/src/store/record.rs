@@ -1,6 +1,9 @@
 //! Records of any kind: parsed once, where they enter, and identified by a version for compare-and-swap.
 
-use std::fmt::{Debug, Write as _};
+use std::{
+    fmt::{Debug, Write as _},
+    time::SystemTime,
+};
 
 use bstr::ByteVec as _;
 use thiserror::Error;
@@ -92,8 +95,8 @@ pub(super) fn key_text(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len());
     for chunk in bytes.utf8_chunks() {
         for character in chunk.valid().chars() {
-            let is_plain =
-                matches!(character, '"' | '\'') || character != '\\' && character.escape_debug().count() == 1;
+            let is_plain = matches!(character, ' '..='~') || character.escape_debug().count() == 1;
+            let is_plain = is_plain && character != '\\';
             match is_plain {
                 true => text.push(character),
                 false => escape(&mut text, character.encode_utf8(&mut [0; 4]).as_bytes()),
@@ -168,6 +171,14 @@ pub enum Change<K: Kind> {
 pub enum Event<K: Kind> {
     /// All records, in order of their keys.
     Snapshot(Vec<Record<K>>),
+    /// All records as they were at an earlier time: the store does not answer, and they are those that an earlier run of this host
+    /// has left on disk. Only ever the first event.
+    Recalled {
+        /// In order of their keys.
+        records: Vec<Record<K>>,
+        /// When they were known to be so.
+        seen: SystemTime,
+    },
     /// Changes since the last event, in order.
     Changes(Vec<Change<K>>),
     /// The store cannot be read, with the reason. Known records stay valid; a snapshot follows when it can be read again.

@@ -90,6 +90,7 @@ fn start(sandbox: &Sandbox, side: &Side, bin: &Path, endpoint: &str) -> Result<A
     command.arg(format!("-subnet-file={}", site.subnet_file().display()));
     // The containers already have addresses.
     command.env("OVERLAY_AGENT_SUBNET", side.subnet).env("OVERLAY_AGENT_RUN_DIR", site.run_directory());
+    command.env("OVERLAY_AGENT_STATE_DIR", site.state_directory());
     command.env_remove("RUST_LOG").stdin(Stdio::null());
     let mut agent = site.launch(command)?;
     agent.wait_until_running()?;

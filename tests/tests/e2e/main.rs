@@ -3,6 +3,7 @@
 //! One binary, one topology per test, one test at a time: they share two CPUs, and rates and losses count.
 
 mod addressing;
+mod autonomy;
 mod bypass;
 mod bypass_containers;
 mod checksums;
@@ -96,5 +97,6 @@ fn main() -> ExitCode {
     socket_lb::register(&mut suite);
     services::register(&mut suite);
     services_http::register(&mut suite);
+    autonomy::register(&mut suite);
     run(&arguments, suite.into_trials()).exit_code()
 }

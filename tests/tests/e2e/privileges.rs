@@ -354,5 +354,7 @@ fn unit_grants_what_is_needed() -> Result<()> {
         let line = format!("\n{setting}={four}\n");
         ensure!(unit.matches(setting).count() == 1 && unit.contains(&line), "{setting} is not {four}");
     }
+    // The default of --state-dir, which ProtectSystem= would protect from the agent, too.
+    ensure!(unit.contains("\nStateDirectory=overlay-agent\n") && unit.contains("\nProtectSystem=strict\n"));
     Ok(())
 }

@@ -151,13 +151,13 @@ fn start(
 }
 
 /// Servers at ports of a pod. Each answers 32 bytes with its port, the address of its client and the bytes.
-struct Servers {
+pub(crate) struct Servers {
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Servers {
-    fn start(pod: &Netns, address: Ipv4Addr, ports: &[u16]) -> Result<Self> {
+    pub(crate) fn start(pod: &Netns, address: Ipv4Addr, ports: &[u16]) -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let mut threads = Vec::new();
         for port in ports {
@@ -194,7 +194,7 @@ fn answer(mut stream: TcpStream, client: SocketAddr, port: u16) {
     }
 }
 
-fn ask(vip: Ipv4Addr) -> Result<(u16, Ipv4Addr)> {
+pub(crate) fn ask(vip: Ipv4Addr) -> Result<(u16, Ipv4Addr)> {
     let address = SocketAddrV4::new(vip, 80);
     let mut stream = TcpStream::connect_timeout(&address.into(), TIMEOUT)
         .with_context(|| format!("connect to {address}"))?;
@@ -209,7 +209,7 @@ fn ask(vip: Ipv4Addr) -> Result<(u16, Ipv4Addr)> {
 }
 
 /// Asks for the A record of a name (RFC 1035 section 4.1). `None` when there is none, or no answer.
-fn resolve(name: &str) -> Result<Option<Ipv4Addr>> {
+pub(crate) fn resolve(name: &str) -> Result<Option<Ipv4Addr>> {
     let id: [u8; 2] = rand::random();
     let mut query = [&id[..], &[1, 0, 0, 1, 0, 0, 0, 0, 0, 0]].concat();
     for label in name.split('.') {

@@ -10,6 +10,7 @@
 )]
 
 mod acquire;
+mod archive;
 mod authority;
 mod commands;
 mod endpoints;

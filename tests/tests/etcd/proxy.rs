@@ -61,7 +61,7 @@ async fn an_outage_behind_a_proxy_is_survived() {
             Event::Changes(changes) => changes
                 .iter()
                 .any(|change| matches!(change, Change::Put(record) if record.key == "10.5.200.0-24")),
-            Event::Lost(_) => false,
+            Event::Recalled { .. } | Event::Lost(_) => false,
         };
         if found {
             break;

@@ -42,6 +42,7 @@ impl Follower {
                     };
                 }
             }
+            Event::Recalled { .. } => panic!("not from disk"),
             Event::Lost(why) => {
                 assert!(!why.is_empty());
                 self.lost += 1;

@@ -30,7 +30,10 @@ use super::{
     name::{EndpointName, ServiceName},
     record::{Endpoint, Endpoints, Service, Services},
 };
-use crate::store::{DirectoryWatch, Kind as _, OwnRecords, OwnState, Record, Store, Writable as _};
+use crate::{
+    store::{DirectoryWatch, Kind as _, OwnRecords, OwnState, Record, Store, Writable as _},
+    whole_file,
+};
 
 /// Pause before another attempt after a failure.
 const RETRY: Duration = Duration::from_secs(2);
@@ -348,17 +351,8 @@ fn read_state(path: &Path) -> Result<Brought> {
 
 /// Writes the file whole or not at all.
 fn write_state(path: &Path, text: &str) -> Result<()> {
-    let write = || -> std::io::Result<()> {
-        let directory =
-            path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        std::fs::create_dir_all(directory)?;
-        let mut file = tempfile::NamedTempFile::new_in(directory)?;
-        file.write_all(text.as_bytes())?;
-        file.as_file().sync_all()?;
-        file.persist(path)?;
-        Ok(())
-    };
-    write().with_context(|| format!("write {}", path.display()))
+    whole_file::replace(path, |file| file.write_all(text.as_bytes()))
+        .with_context(|| format!("write {}", path.display()))
 }
 
 #[cfg(test)]

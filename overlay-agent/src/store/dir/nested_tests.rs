@@ -114,7 +114,7 @@ async fn new_directories_are_followed() {
     let mut events = fixture.store.follow::<Endpoints>();
     let mut next = async || match events.recv().await.unwrap() {
         Event::Snapshot(records) => records.into_iter().map(|record| record.key).collect::<Vec<_>>(),
-        other @ (Event::Changes(_) | Event::Lost(_)) => panic!("{other:?}"),
+        other @ (Event::Recalled { .. } | Event::Changes(_) | Event::Lost(_)) => panic!("{other:?}"),
     };
     assert!(next().await.is_empty());
     for (key, known) in [("shop/web/a/1", 1), ("shop/web/b/1", 2), ("bank/web/a/1", 3), ("shop/web/b/2", 4)] {

@@ -171,7 +171,7 @@ async fn a_follower_sees_changes_and_a_lost_directory_loses_nothing() {
     let mut next = async || match events.recv().await.unwrap() {
         Event::Snapshot(records) => records.into_iter().map(|record| record.key).collect::<Vec<_>>(),
         Event::Lost(why) => vec![format!("lost: {why}")],
-        Event::Changes(_) => panic!("the directory store sends snapshots"),
+        Event::Recalled { .. } | Event::Changes(_) => panic!("the directory store sends snapshots"),
     };
     assert_eq!(next().await, ["10.244.1.0-24"]);
     fixture.store.acquire(&request("10.244.2.0/24"), host(2)).await.unwrap();

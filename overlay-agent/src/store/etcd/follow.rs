@@ -6,7 +6,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use backon::ExponentialBackoff;
-use etcd_client::{EventType, GetOptions, WatchOptions, WatchResponse};
+use etcd_client::{EventType, GetOptions, ResponseHeader, WatchOptions, WatchResponse};
 use tokio::{
     sync::mpsc,
     time::{Instant, sleep, sleep_until},
@@ -16,16 +16,23 @@ use tracing::warn;
 use super::{Etcd, error, store_error};
 use crate::store::{
     StoreError,
+    archive::{Archive, Recalled},
     backend::Snapshot,
     backoff::{STEADY, backoff},
-    record::{Change, Event, Kind, Record},
+    record::{Change, Event, Kind, RawRecord, Record},
 };
 
 /// Sends events until their receiver is closed: a snapshot first, then changes; [`Event::Lost`] once for each kind of reason why
-/// etcd cannot be read, and a snapshot when it can again.
-pub(in crate::store) async fn follow<K: Kind>(etcd: Arc<Etcd>, events: mpsc::Sender<Event<K>>) {
+/// etcd cannot be read, and a snapshot when it can again. All that is known goes to `archive`, too; when that begins with records of
+/// an earlier run, these come before everything else, and are treated as if etcd had had them.
+pub(in crate::store) async fn follow<K: Kind>(
+    etcd: Arc<Etcd>,
+    archive: Option<Arc<Archive>>,
+    events: mpsc::Sender<Event<K>>,
+) {
     let mut follower = Follower {
         etcd,
+        archive,
         events: events.clone(),
         known: BTreeMap::new(),
         remembered: BTreeMap::new(),
@@ -40,6 +47,7 @@ pub(in crate::store) async fn follow<K: Kind>(etcd: Arc<Etcd>, events: mpsc::Sen
 
 struct Follower<K: Kind> {
     etcd: Arc<Etcd>,
+    archive: Option<Arc<Archive>>,
     events: mpsc::Sender<Event<K>>,
     /// The records that etcd last had.
     known: BTreeMap<String, Record<K>>,
@@ -53,8 +61,15 @@ struct Follower<K: Kind> {
 impl<K: Kind> Follower<K> {
     async fn run(&mut self) {
         let mut pauses = backoff();
+        if let Some(Recalled { records, seen }) = self.archive.as_ref().and_then(|archive| archive.follow()) {
+            self.known = records.iter().map(|record| (record.key.clone(), record.clone())).collect();
+            self.send(Event::Recalled { records, seen }).await;
+        }
         loop {
             if let Err(error) = self.list_and_watch(&mut pauses).await {
+                if let Some(archive) = &self.archive {
+                    archive.lose::<K>();
+                }
                 // Another kind of error calls for another remedy.
                 if self.lost.as_ref().is_none_or(|before| !before.is_like(&error)) {
                     self.send(Event::Lost(error.to_string())).await;
@@ -67,10 +82,13 @@ impl<K: Kind> Follower<K> {
 
     /// Returns when etcd no longer has the history since the list.
     async fn list_and_watch(&mut self, pauses: &mut ExponentialBackoff) -> Result<(), StoreError> {
-        let Snapshot { revision, records } = self.etcd.list::<K>().await?;
+        let is_archived = self.archive.is_some();
+        let parse = |raw: RawRecord| (is_archived.then(|| raw.clone()), Record::<K>::from(raw));
+        let Snapshot { revision, records } = self.etcd.list_as(K::PREFIX, parse).await?;
         if !self.is_same_history().await? {
             self.remember();
         }
+        let (raws, records): (Vec<_>, Vec<_>) = records.into_iter().unzip();
         self.known = records.into_iter().map(|record| (record.key.clone(), record)).collect();
         self.remembered.retain(|key, _| !self.known.contains_key(key));
         // Opened before the snapshot is sent: a failure now must not be reported as a snapshot and a loss.
@@ -84,6 +102,10 @@ impl<K: Kind> Follower<K> {
         tokio::pin!(steady);
         let mut is_steady = false;
         self.lost = None;
+        if let Some(archive) = &self.archive {
+            let raws = raws.into_iter().flatten().collect();
+            archive.list::<K>(revision, raws, |key| self.remembered.contains_key(key));
+        }
         self.send(self.snapshot()).await;
         loop {
             tokio::select! {
@@ -101,6 +123,7 @@ impl<K: Kind> Follower<K> {
                 }
                 () = sleep_until(self.remembered_until), if !self.remembered.is_empty() => {
                     warn!("{} records from before etcd lost its data were not written again", self.remembered.len());
+                    self.forget_in_archive(revision);
                     self.remembered.clear();
                     self.send(self.snapshot()).await;
                 }
@@ -147,8 +170,29 @@ impl<K: Kind> Follower<K> {
         Event::Snapshot(records)
     }
 
+    /// The remembered records are of no use any more.
+    fn forget_in_archive(&self, revision: i64) {
+        if let Some(archive) = &self.archive {
+            let gone = self.remembered.keys().map(|key| Err(format!("{}{key}", K::PREFIX)));
+            archive.apply::<K>(revision, gone.collect());
+        }
+    }
+
     fn apply(&mut self, answer: &WatchResponse) -> Vec<Change<K>> {
         let mut changes = Vec::new();
+        if let Some(archive) = &self.archive {
+            let raws = answer.events().iter().filter_map(|event| {
+                let raw = self.etcd.raw(event.kv()?);
+                Some(match event.event_type() {
+                    EventType::Put => Ok(raw),
+                    EventType::Delete => Err(raw.key),
+                })
+            });
+            let raws: Vec<_> = raws.collect();
+            if !raws.is_empty() {
+                archive.apply::<K>(answer.header().map_or(0, ResponseHeader::revision), raws);
+            }
+        }
         for event in answer.events() {
             let Some(kv) = event.kv() else { continue };
             let record = Record::from(self.etcd.raw(kv));

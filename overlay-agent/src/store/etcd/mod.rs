@@ -81,10 +81,20 @@ impl Etcd {
     }
 
     pub(super) async fn list<K: Kind>(&self) -> Result<Snapshot<Vec<Record<K>>>, StoreError> {
-        let prefix = self.keys.full(K::PREFIX);
-        let operation = format!("list {} in etcd", self.keys.location(K::PREFIX));
+        let Snapshot { revision, records } = self.list_as(K::PREFIX, Record::from).await?;
+        Ok(Snapshot { revision, records })
+    }
+
+    /// All records below a prefix, each as `make` has it: of a large network, no second copy is needed.
+    async fn list_as<T>(
+        &self,
+        prefix: &str,
+        make: impl Fn(RawRecord) -> T,
+    ) -> Result<Snapshot<Vec<T>>, StoreError> {
+        let operation = format!("list {} in etcd", self.keys.location(prefix));
+        let prefix = self.keys.full(prefix);
         for _ in 0..LIST_ATTEMPTS {
-            if let Some(snapshot) = self.list_once(&prefix, &operation).await? {
+            if let Some(snapshot) = self.list_once(&prefix, &operation, &make).await? {
                 return Ok(snapshot);
             }
         }
@@ -92,11 +102,12 @@ impl Etcd {
     }
 
     /// Reads pages of one revision; `None` when etcd compacted that revision between two pages.
-    async fn list_once<K: Kind>(
+    async fn list_once<T>(
         &self,
         prefix: &[u8],
         operation: &str,
-    ) -> Result<Option<Snapshot<Vec<Record<K>>>>, StoreError> {
+        make: &impl Fn(RawRecord) -> T,
+    ) -> Result<Option<Snapshot<Vec<T>>>, StoreError> {
         let mut start = prefix.to_vec();
         let mut snapshot = Snapshot { revision: 0, records: Vec::new() };
         let mut limit = PAGE;
@@ -117,7 +128,7 @@ impl Etcd {
             if snapshot.revision == 0 {
                 snapshot.revision = page.header().map_or(0, |header| header.revision());
             }
-            snapshot.records.extend(page.kvs().iter().map(|kv| Record::from(self.raw(kv))));
+            snapshot.records.extend(page.kvs().iter().map(|kv| make(self.raw(kv))));
             match page.kvs().last() {
                 Some(last) if page.more() => {
                     start = last.key().to_vec();

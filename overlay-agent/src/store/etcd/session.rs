@@ -19,7 +19,7 @@ use super::{
     server::Server,
     tls::Tls,
 };
-use crate::store::StoreError;
+use crate::store::{StoreError, archive::Identity};
 
 /// Time for one request. etcd itself gives up a request after 5 s plus two elections, and says so.
 pub(super) const REQUEST: Duration = Duration::from_secs(8);
@@ -49,8 +49,9 @@ pub(super) struct Connection {
 }
 
 impl Etcd {
-    /// Connects to an endpoint that answers. The first one is random: the agents of a network spread over the servers.
-    pub(in crate::store) async fn connect(options: EtcdOptions) -> Result<Self, StoreError> {
+    /// No connection yet. The endpoint that is tried first is a random one: the agents of a network spread over the servers.
+    /// Fails when the options cannot be used.
+    pub(in crate::store) fn new(options: EtcdOptions) -> Result<Self, StoreError> {
         options.check_times()?;
         options.user()?;
         let servers = options.servers()?;
@@ -61,9 +62,18 @@ impl Etcd {
         let next = rand::random_range(0..servers.len().max(1));
         let current = Mutex::new(Current { next, ..Current::default() });
         let (keys, warned_of_users) = (Keys::new(&options.prefix), AtomicBool::new(false));
-        let etcd = Self { keys, options, servers, current, warned_of_users };
-        etcd.connection().await?;
-        Ok(etcd)
+        Ok(Self { keys, options, servers, current, warned_of_users })
+    }
+
+    /// Connects to an endpoint that answers, unless there is a connection.
+    pub(in crate::store) async fn reach(&self) -> Result<(), StoreError> {
+        self.connection().await.map(drop)
+    }
+
+    /// What the records on disk belong to.
+    pub(in crate::store) fn identity(&self) -> Identity {
+        let endpoints = self.servers.iter().map(Server::to_string).collect();
+        Identity { prefix: self.keys.location(""), endpoints }
     }
 
     /// The servers' URLs, for messages.

@@ -10,7 +10,7 @@ use tokio::{
 use tracing::debug;
 
 use super::{
-    Held, LeaseEvent, SubnetRequest,
+    Held, LeaseEvent, RecalledLease, SubnetRequest,
     acquire::record_key,
     claim,
     keeper::{Action, Keeper, Observation},
@@ -27,10 +27,20 @@ use crate::{
 impl Store {
     /// Keeps a lease in a task: renews it, acquires it again when it is lost, moves it to another address of this host.
     pub fn keep(&self, held: Held) -> LeaseKeeper {
-        let (sender, events) = mpsc::channel(64);
-        let (address, addresses) = watch::channel(held.public_ip());
-        let (stop, stopped) = oneshot::channel::<()>();
         let keeper = Keeper::new(held, self.times, self.backend.has_lifetimes(), Instant::now());
+        self.start_keeper(keeper)
+    }
+
+    /// As [`Self::keep`], for a lease of which the store has not been asked yet.
+    pub fn keep_recalled(&self, lease: RecalledLease) -> LeaseKeeper {
+        let RecalledLease { held, ends } = lease;
+        self.start_keeper(Keeper::recalled(held, self.times, ends, Instant::now()))
+    }
+
+    fn start_keeper(&self, keeper: Keeper) -> LeaseKeeper {
+        let (sender, events) = mpsc::channel(64);
+        let (address, addresses) = watch::channel(keeper.held.public_ip());
+        let (stop, stopped) = oneshot::channel::<()>();
         let mut driver =
             Driver { store: self.clone(), keeper, address: addresses, events: sender.clone(), watch: None };
         let task = tokio::spawn(async move {
@@ -95,6 +105,7 @@ impl Driver {
             action = self.keeper.next(observation, Instant::now());
             self.store.revoke(std::mem::take(&mut self.keeper.revoked)).await;
             for event in std::mem::take(&mut self.keeper.events) {
+                self.archive(&event);
                 // A closed receiver ends the task.
                 let _ = self.events.send(event).await;
             }
@@ -134,6 +145,19 @@ impl Driver {
             Action::MoveRecord(claim) => Observation::RecordMoved(store.move_record(held, claim).await?),
             Action::Wait { until, changed_after } => return self.wait(until, changed_after).await,
         })
+    }
+
+    /// A host that starts without the store takes what was confirmed last, and nothing when that was lost.
+    fn archive(&self, event: &LeaseEvent) {
+        let Some(archive) = &self.store.archive else { return };
+        match event {
+            LeaseEvent::Confirmed { .. } => archive.set_own(Some(self.keeper.to_own_lease(Instant::now()))),
+            LeaseEvent::Lost { .. } | LeaseEvent::Superseded { .. } => archive.set_own(None),
+            LeaseEvent::Unconfirmed { .. }
+            | LeaseEvent::Reacquired { .. }
+            | LeaseEvent::Moved { .. }
+            | LeaseEvent::Readdressed { .. } => {}
+        }
     }
 
     /// Our record and, where it can exist, our claim. Without the right to read the claim, the read would be refused.

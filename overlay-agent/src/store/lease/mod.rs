@@ -1,19 +1,22 @@
 //! This host's own lease, on either store.
 //!
 //! In reading order: `choose` decides which subnet a host gets, `claim` keeps two hosts with one public address apart,
-//! `acquire` takes and releases a subnet, `keeper` decides how to keep it (a pure state machine), `driver` acts for it.
+//! `acquire` takes and releases a subnet, `keeper` decides how to keep it (a pure state machine), `driver` acts for it; `recalled` is the lease of an
+//! earlier run, for a start without the store.
 
 mod acquire;
 mod choose;
 mod claim;
 mod driver;
 mod keeper;
+mod recalled;
 
 use std::{net::Ipv4Addr, time::Duration};
 
 use claim::Claim;
 pub(super) use claim::this_instance;
 pub use driver::LeaseKeeper;
+pub use recalled::RecalledLease;
 
 use super::record::LifetimeId;
 use crate::{config::NetworkConfig, route::Subnet};

@@ -35,6 +35,7 @@ fn flanneld(sandbox: &Sandbox, host: &Host, server: &Server, role: &str) -> Resu
     command.arg("-ip-masq=false").arg(format!("-subnet-file={}", site.subnet_file().display()));
     command.env("FLANNELD_ETCD_ENDPOINTS", server.endpoint());
     command.env("FLANNELD_IFACE", "nosuch0").env("FLANNELD_SUBNET_LEASE_RENEW_MARGIN", "30");
+    command.env("OVERLAY_AGENT_STATE_DIR", site.state_directory());
     command.env("OVERLAY_AGENT_RUN_DIR", site.run_directory()).env("OVERLAY_AGENT_DATAPATH", "tun");
     Ok((site, command))
 }

@@ -23,7 +23,7 @@ use overlay_tests::{
 };
 
 use crate::{suite::Suite, wait::wait_until};
-use server::Server;
+pub(crate) use server::Server;
 
 pub(crate) fn register(suite: &mut Suite) {
     outage::register(suite);
@@ -68,12 +68,12 @@ impl Fixture {
 }
 
 /// flannel's config of a network with the default port.
-fn config(network: &str) -> String {
+pub(crate) fn config(network: &str) -> String {
     format!(r#"{{"Network":"{network}","Backend":{{"Type":"udp"}}}}"#)
 }
 
 /// The record that an agent writes: as flannel's udp backend, with a note of what its host takes.
-fn value(public_ip: impl Into<Ipv4Addr>) -> String {
+pub(crate) fn value(public_ip: impl Into<Ipv4Addr>) -> String {
     let public_ip = public_ip.into();
     format!(
         r#"{{"PublicIP":"{public_ip}","PublicIPv6":null,"BackendData":{{"TakesUnfinishedPackets":true}}}}"#
@@ -81,17 +81,17 @@ fn value(public_ip: impl Into<Ipv4Addr>) -> String {
 }
 
 /// An underlay address that no host has by default.
-const fn peer(number: u8) -> Ipv4Addr {
+pub(crate) const fn peer(number: u8) -> Ipv4Addr {
     Ipv4Addr::new(192, 168, 77, number)
 }
 
 /// The name of a subnet's record.
-fn key(subnet: &str) -> String {
+pub(crate) fn key(subnet: &str) -> String {
     subnet.replace('/', "-")
 }
 
 /// The arguments of an agent that acquires any subnet.
-fn arguments(server: &Server, rung: Rung) -> Vec<String> {
+pub(crate) fn arguments(server: &Server, rung: Rung) -> Vec<String> {
     let endpoint = server.endpoint();
     let words = ["--etcd-endpoints", &endpoint, "--iface", UPLINK, "--datapath", rung.name()];
     words.map(str::to_owned).into()
@@ -105,14 +105,14 @@ fn start(sandbox: &Sandbox, side: &Side, server: &Server, rung: Rung) -> Result<
     site.start(&arguments)
 }
 
-fn wait_for_route(agent: &Agent, subnet: &str, peer: Ipv4Addr) -> Result<()> {
+pub(crate) fn wait_for_route(agent: &Agent, subnet: &str, peer: Ipv4Addr) -> Result<()> {
     wait_until(&format!("a route to {subnet} via {peer}"), || {
         Ok(agent.routes()?.routes.iter().any(|route| route.subnet == subnet && route.peer == peer))
     })
 }
 
 /// Waits for a state with a problem that contains `words`.
-fn wait_for_problem(agent: &Agent, state: &str, words: &str) -> Result<()> {
+pub(crate) fn wait_for_problem(agent: &Agent, state: &str, words: &str) -> Result<()> {
     wait_until(&format!("{state} with `{words}`"), || {
         let status = agent.status()?;
         Ok(status.state == state && status.problems.iter().any(|problem| problem.contains(words)))
@@ -120,18 +120,18 @@ fn wait_for_problem(agent: &Agent, state: &str, words: &str) -> Result<()> {
     .with_context(|| format!("{:?}", agent.status()))
 }
 
-fn wait_for_state(agent: &Agent, state: &str) -> Result<()> {
+pub(crate) fn wait_for_state(agent: &Agent, state: &str) -> Result<()> {
     wait_until(state, || Ok(agent.status()?.state == state)).with_context(|| format!("{:?}", agent.status()))
 }
 
 /// Waits for a text in the log of an agent.
-fn wait_for_log(site: &Site, text: &str) -> Result<()> {
+pub(crate) fn wait_for_log(site: &Site, text: &str) -> Result<()> {
     wait_until(&format!("the log contains `{text}`"), || Ok(site.log().contains(text)))
         .with_context(|| format!("the end of the log:\n{}", site.log_tail()))
 }
 
 /// The lines of a log about routes that were set or removed, sorted.
-fn route_lines(log: &str) -> Vec<&str> {
+pub(crate) fn route_lines(log: &str) -> Vec<&str> {
     let messages =
         log.lines().filter_map(|line| line.split_once(" INFO ").map(|(_, message)| message.trim()));
     let mut lines: Vec<_> = messages.filter(|message| message.starts_with("route ")).collect();

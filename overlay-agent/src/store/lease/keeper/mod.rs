@@ -109,6 +109,8 @@ pub(super) struct Keeper {
     expires: Option<Instant>,
     renew_at: Instant,
     claim_at: Instant,
+    /// Whether this run has claimed no address yet: the lease is of an earlier run.
+    is_unclaimed: bool,
     restore_at: Instant,
     adoption_log_at: Instant,
     pauses: ExponentialBackoff,
@@ -136,6 +138,7 @@ impl Keeper {
             failure: None,
             renew_at: now,
             claim_at: now,
+            is_unclaimed: false,
             restore_at: now,
             adoption_log_at: now,
             pauses: backoff(),
@@ -145,6 +148,17 @@ impl Keeper {
             events: Vec::new(),
             revoked: Vec::new(),
         }
+    }
+
+    /// A keeper of a lease of an earlier run, in a store with lifetimes: the first claim is still to be made. `ends` is when the
+    /// lease ends without a renewal; `None` for a reservation.
+    pub(super) fn recalled(held: Held, times: Times, ends: Option<Instant>, now: Instant) -> Self {
+        Self { expires: ends, is_unclaimed: true, ..Self::new(held, times, true, now) }
+    }
+
+    /// When the lease ends without another renewal; `None` for a reservation.
+    pub(super) fn expires(&self) -> Option<Instant> {
+        self.expires
     }
 
     /// The next action after `observation`, at the time `now`. The first one is [`Action::Read`].
@@ -244,6 +258,10 @@ impl Keeper {
 
     fn on_read(&mut self, record: Option<LeaseRecord>, claim: Option<LifetimeId>, now: Instant) -> Action {
         let public_ip = self.held.public_ip();
+        if self.is_unclaimed {
+            // The claim of the earlier run may live on for a while: after a reboot, this host is another instance.
+            return Action::Claim { address: public_ip, wait: true };
+        }
         if self.held.claim.lifetime.is_some() && claim != self.held.claim.lifetime {
             // First: without the claim, no write would pass.
             return Action::Claim { address: public_ip, wait: false };
@@ -401,7 +419,7 @@ impl Keeper {
         if matches!(step, Step::Arriving) {
             self.arrive(claim, now);
         } else {
-            self.held.claim = claim;
+            (self.held.claim, self.is_unclaimed) = (claim, false);
         }
         self.read()
     }
@@ -434,7 +452,7 @@ impl Keeper {
 
     fn arrive(&mut self, claim: Claim, now: Instant) {
         self.revoked.extend(mem::replace(&mut self.held.claim, claim).lifetime);
-        self.claim_at = now;
+        (self.claim_at, self.is_unclaimed) = (now, false);
     }
 
     fn on_failure(&mut self, error: StoreError, step: Step, now: Instant) -> Action {

@@ -383,3 +383,45 @@ fn a_store_without_lifetimes_leaves_conflicts_to_the_operator() {
     test.next(Observation::AddressChanged(NEW));
     assert_eq!(read(&mut test, NEW), CLAIM_NEW, "written before a restart");
 }
+
+#[test]
+fn a_lease_of_an_earlier_run_is_in_doubt_until_it_is_claimed_and_confirmed() {
+    let now = Instant::now();
+    let ends = now + HOUR;
+    let unclaimed = Held { created: false, claim: Claim { public_ip: OURS, lifetime: None }, ..held() };
+    let mut test = Test { keeper: Keeper::recalled(unclaimed, TIMES, Some(ends), now), now };
+    assert!(matches!(test.away(), Action::Wait { changed_after: None, .. }));
+    assert!(
+        matches!(&test.events()[..], [LeaseEvent::Unconfirmed { expires_in: Some(left), .. }] if *left == HOUR),
+        "the rest of the lease, not a whole one"
+    );
+    test.now += 2 * HOUR;
+    // Its end changes nothing by itself: the record may still be there, or be acquired again.
+    test.away();
+    assert_eq!(test.events(), []);
+    // The store is back. Before any write or renewal, the address is claimed, and the claim of the earlier run may have to end.
+    assert_eq!(test.read(Some(ours())), Action::Claim { address: OURS, wait: true });
+    assert!(matches!(test.away(), Action::Wait { .. }), "away again");
+    assert_eq!(test.read(Some(ours())), Action::Claim { address: OURS, wait: true });
+    let claim = Claim { public_ip: OURS, lifetime: Some(CLAIM) };
+    assert_eq!(test.next(Observation::Claimed(claim)), Action::Read);
+    assert_eq!(test.read(Some(ours())), Action::RenewClaim(CLAIM));
+    test.next(Observation::ClaimRenewed(true));
+    test.confirm();
+}
+
+#[test]
+fn a_subnet_of_an_earlier_run_that_another_host_has_is_left_to_it() {
+    let now = Instant::now();
+    let mut test = Test { keeper: Keeper::recalled(held(), TIMES, Some(now + HOUR), now), now };
+    let theirs = || Some(record_of(THEIRS, 150, 77));
+    assert_eq!(test.read(theirs()), Action::Claim { address: OURS, wait: true });
+    let claim = Claim { public_ip: OURS, lifetime: Some(CLAIM) };
+    test.next(Observation::Claimed(claim));
+    assert_eq!(test.read(theirs()), Action::RenewClaim(CLAIM));
+    test.next(Observation::ClaimRenewed(true));
+    assert_eq!(test.read(theirs()), Action::TakeSubnet);
+    let other = Held { subnet: "10.5.9.0/24".parse().unwrap(), key: "10.5.9.0-24".to_owned(), ..held() };
+    test.taken(other);
+    assert!(matches!(&test.events()[..], [LeaseEvent::Moved { .. }]));
+}
