@@ -3,6 +3,7 @@
 mod attach;
 mod backend_ids;
 mod btf;
+mod connection_counts;
 pub mod overlay_set;
 mod program_set;
 mod questions;
@@ -16,7 +17,7 @@ pub use attach::TcAttach;
 pub(crate) use attach::{Attachment, Target, TcMode, detach_filter, detach_left};
 pub use overlay_set::{LoadOptions, OverlaySet};
 pub use program_set::{Hook, HookKind, Metadata, Outcome, Place, ProgramSet};
-pub use service_maps::KernelService;
+pub use service_maps::{KernelCounts, KernelEndpoint, KernelService};
 pub use service_set::ServiceSet;
 pub(crate) use tcx_link::TcxLinks;
 

@@ -3,18 +3,23 @@
 use std::{collections::BTreeMap, fs::File, path::Path, time::Instant};
 
 use anyhow::{Context as _, Result};
-use aya::programs::{CgroupAttachMode, CgroupSock, CgroupSockAddr, Program, ProgramError, links::FdLink};
+use aya::programs::{
+    CgroupAttachMode, CgroupSock, CgroupSockAddr, Program, ProgramError, SockOps, links::FdLink,
+};
 use nix::libc;
-use overlay_ebpf::service::abi::{Address, ServiceKey};
+use overlay_ebpf::service::abi::{Address, ServiceKey, TCP};
+use tracing::warn;
 
 use super::{
     ProgramSet,
     program_set::verifier_error,
-    service_maps::{KernelService, ServiceMaps},
+    service_maps::{KernelCounts, KernelService, ServiceMaps},
 };
 use crate::service::{
     Catalog, cgroup,
-    front::{Rules, fronts},
+    front::{Rules, fronts, socket_address},
+    outcome::{Outcome, Outcomes},
+    record::Protocol,
 };
 
 /// The programs, in the order in which they are attached: replies are translated before the first request is.
@@ -30,12 +35,17 @@ pub const PROGRAMS: [&str; 9] = [
     "svc_connect6",
 ];
 
+/// The program that counts what becomes of TCP connections. Without it, the others work all the same.
+pub const OUTCOMES: &str = "svc_outcomes";
+
 /// The loaded programs and their maps. Dropping it detaches them: connections stay as they are, and virtual addresses reach no
 /// endpoints.
 pub struct ServiceSet {
     programs: ProgramSet,
     maps: ServiceMaps,
     links: Vec<FdLink>,
+    /// Why [`OUTCOMES`] is not loaded, or was not attached last time.
+    uncounted: Option<String>,
 }
 
 impl ServiceSet {
@@ -49,7 +59,8 @@ impl ServiceSet {
                  use the proxy in user space",
             )?;
         }
-        Ok(Self { programs, maps, links: Vec::new() })
+        let uncounted = load(&mut programs, OUTCOMES).err().map(|error| format!("{error:#}"));
+        Ok(Self { programs, maps, links: Vec::new(), uncounted })
     }
 
     /// Attaches the programs to a cgroup, or to the root of the hierarchy, so that they run for every socket of the machine. After an
@@ -67,7 +78,48 @@ impl ServiceSet {
             links.push(link);
         }
         self.links = links;
+        self.attach_outcomes(&directory, &path);
         Ok(())
+    }
+
+    fn attach_outcomes(&mut self, directory: &File, path: &Path) {
+        // Not loaded, it cannot be attached either.
+        let attached = self
+            .programs
+            .program(OUTCOMES)
+            .and_then(|program| attach(program, directory).map_err(|error| explain(error, OUTCOMES, path)));
+        match attached {
+            Ok(link) => {
+                self.links.push(link);
+                self.uncounted = None;
+            }
+            Err(error) => {
+                let why = self.uncounted.get_or_insert_with(|| format!("{error:#}"));
+                warn!("connections to virtual addresses are not counted: {why}");
+            }
+        }
+    }
+
+    /// Why [`Self::outcomes`] and times of connections are missing in [`Self::counts`], if they are.
+    pub fn uncounted(&self) -> Option<&str> {
+        self.uncounted.as_deref()
+    }
+
+    /// What was counted since the programs were loaded.
+    pub fn counts(&self) -> Result<KernelCounts> {
+        self.maps.counts()
+    }
+
+    /// What became of TCP connections of this node, by endpoint, since each was first used by a service. The endpoint of several
+    /// services is there once.
+    pub fn outcomes(&self) -> Result<Outcomes> {
+        let of_tcp = self.counts()?.endpoints.into_iter().filter(|((protocol, _), _)| *protocol == TCP);
+        let outcomes = of_tcp.map(|((_, address), endpoint)| {
+            let established = endpoint.counts.latency.iter().sum();
+            let outcome = Outcome { established, failed: endpoint.counts.failed };
+            ((Protocol::Tcp, socket_address(address)), outcome)
+        });
+        Ok(outcomes.collect())
     }
 
     /// Detaches the programs.
@@ -109,15 +161,19 @@ impl ServiceSet {
             let info = self.programs.program(name)?.info()?;
             Ok((name, info.verified_instruction_count().unwrap_or(0), info.size_jitted()))
         };
-        PROGRAMS.into_iter().map(size).collect()
+        let counting = self.uncounted.is_none().then_some(OUTCOMES);
+        PROGRAMS.into_iter().chain(counting).map(size).collect()
     }
 }
 
 fn load(programs: &mut ProgramSet, name: &'static str) -> Result<()> {
     let program = programs.program(name)?;
-    let loaded = match <&mut CgroupSock>::try_from(&mut *program) {
-        Ok(program) => program.load(),
-        Err(_) => <&mut CgroupSockAddr>::try_from(program).and_then(CgroupSockAddr::load),
+    let loaded = if let Ok(program) = <&mut CgroupSock>::try_from(&mut *program) {
+        program.load()
+    } else if let Ok(program) = <&mut SockOps>::try_from(&mut *program) {
+        program.load()
+    } else {
+        <&mut CgroupSockAddr>::try_from(program).and_then(CgroupSockAddr::load)
     };
     loaded.map_err(|error| verifier_error(name, error))
 }
@@ -128,6 +184,10 @@ fn attach(program: &mut Program, cgroup: &File) -> Result<FdLink, ProgramError> 
     // Without links (before Linux 5.7) the programs are not loaded in the first place.
     let without_links = |_| ProgramError::UnexpectedProgramType;
     if let Ok(program) = <&mut CgroupSock>::try_from(&mut *program) {
+        let id = program.attach(cgroup, MODE)?;
+        return program.take_link(id)?.try_into().map_err(without_links);
+    }
+    if let Ok(program) = <&mut SockOps>::try_from(&mut *program) {
         let id = program.attach(cgroup, MODE)?;
         return program.take_link(id)?.try_into().map_err(without_links);
     }

@@ -106,6 +106,15 @@ impl Balancers {
 
     /// How connections reach endpoints now, and why.
     pub(super) fn describe(&self) -> String {
+        let uncounted = match &self.programs {
+            Programs::Attached(set) => set.uncounted(),
+            Programs::NotWanted | Programs::Due(_) | Programs::Missing(_) => None,
+        };
+        let uncounted = uncounted.map(|why| format!("; its TCP connections are not counted: {why}"));
+        self.ways() + &uncounted.unwrap_or_default()
+    }
+
+    fn ways(&self) -> String {
         match (&self.programs, &self.proxy) {
             (Programs::Attached(_), Some(_)) => "ebpf, and the proxy for forwarded connections".to_owned(),
             (Programs::Attached(_), None) => "ebpf (--lb ebpf)".to_owned(),
