@@ -10,6 +10,8 @@ pub const MAX_SLOTS: u32 = 262_144;
 pub const MAX_BACKENDS: u32 = 65_536;
 /// Most clients of services with affinity. Beyond, those without a connection for the longest time may move.
 pub const MAX_CLIENTS: u32 = 65_536;
+/// Most connected UDP sockets that the agent can find when their endpoint goes away.
+pub const MAX_UDP_SOCKETS: u32 = 65_536;
 /// Slots that [`Policy::LeastConn`] compares for one connection.
 pub const COMPARED_SLOTS: u32 = 16;
 

@@ -12,6 +12,7 @@ pub mod self_test;
 mod service_maps;
 pub mod service_set;
 mod tcx_link;
+mod udp_sockets;
 
 pub use attach::TcAttach;
 pub(crate) use attach::{Attachment, Target, TcMode, detach_filter, detach_left};
@@ -20,6 +21,7 @@ pub use program_set::{Hook, HookKind, Metadata, Outcome, Place, ProgramSet};
 pub use service_maps::{KernelCounts, KernelEndpoint, KernelService};
 pub use service_set::ServiceSet;
 pub(crate) use tcx_link::TcxLinks;
+pub use udp_sockets::UdpSockets;
 
 /// The compiled programs, when this binary was built with them.
 #[cfg(ebpf_embedded)]

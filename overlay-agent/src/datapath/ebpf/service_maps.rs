@@ -11,13 +11,17 @@ use std::{
 use anyhow::{Context as _, Result, anyhow};
 use aya::maps::{Array, HashMap, MapData, MapError};
 use overlay_ebpf::service::abi::{
-    Address, Backend, Counts, MAX_SERVICES, MAX_SLOTS, MemberKey, ServiceEntry, ServiceKey, SlotKey,
+    Address, Backend, Counts, MAX_SERVICES, MAX_SLOTS, MemberKey, ServiceEntry, ServiceKey, SlotKey, TCP,
 };
 
 use super::{
     ProgramSet, backend_ids::BackendIds, connection_counts::ConnectionCounts, route_maps::if_present,
 };
-use crate::service::front::{Front, Fronts, abi_address};
+use crate::service::{
+    front::{Front, Fronts, abi_address, socket_address},
+    outcome::{Outcome, Outcomes},
+    record::Protocol,
+};
 
 // aya moves map keys and values as plain bytes, so that the types need not implement its marker trait.
 type ServiceKeyBytes = [u8; size_of::<ServiceKey>()];
@@ -79,6 +83,19 @@ pub struct KernelCounts {
     /// Of endpoints by protocol and address, since each was first used by a service. One that several services use is counted once. Those
     /// that were removed are there as long as they have connections.
     pub endpoints: BTreeMap<(u8, Address), KernelEndpoint>,
+}
+
+impl KernelCounts {
+    /// What became of TCP connections, by endpoint.
+    pub fn outcomes(&self) -> Outcomes {
+        let of_tcp = self.endpoints.iter().filter(|((protocol, _), _)| *protocol == TCP);
+        let outcomes = of_tcp.map(|((_, address), endpoint)| {
+            let established = endpoint.counts.latency.iter().sum();
+            let outcome = Outcome { established, failed: endpoint.counts.failed };
+            ((Protocol::Tcp, socket_address(*address)), outcome)
+        });
+        outcomes.collect()
+    }
 }
 
 /// An endpoint as the programs count it.

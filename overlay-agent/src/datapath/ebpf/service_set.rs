@@ -1,25 +1,24 @@
 //! The set of programs of virtual service addresses: sockets of the whole machine reach endpoints, without a change of any packet.
 
-use std::{collections::BTreeMap, fs::File, path::Path, time::Instant};
+use std::{collections::BTreeMap, fs::File, path::Path, sync::Arc, time::Instant};
 
 use anyhow::{Context as _, Result};
 use aya::programs::{
     CgroupAttachMode, CgroupSock, CgroupSockAddr, Program, ProgramError, SockOps, links::FdLink,
 };
 use nix::libc;
-use overlay_ebpf::service::abi::{Address, ServiceKey, TCP};
+use overlay_ebpf::service::abi::{Address, ServiceKey};
 use tracing::warn;
 
 use super::{
-    ProgramSet,
+    ProgramSet, UdpSockets,
     program_set::verifier_error,
     service_maps::{KernelCounts, KernelService, ServiceMaps},
 };
 use crate::service::{
     Catalog, cgroup,
-    front::{Rules, fronts, socket_address},
-    outcome::{Outcome, Outcomes},
-    record::Protocol,
+    front::{Rules, fronts},
+    outcome::Outcomes,
 };
 
 /// The programs, in the order in which they are attached: replies are translated before the first request is.
@@ -43,6 +42,7 @@ pub const OUTCOMES: &str = "svc_outcomes";
 pub struct ServiceSet {
     programs: ProgramSet,
     maps: ServiceMaps,
+    udp_sockets: Arc<UdpSockets>,
     links: Vec<FdLink>,
     /// Why [`OUTCOMES`] is not loaded, or was not attached last time.
     uncounted: Option<String>,
@@ -53,6 +53,7 @@ impl ServiceSet {
     pub fn load(object: &[u8]) -> Result<Self> {
         let mut programs = ProgramSet::load("services", object, &[], &[], false)?;
         let maps = ServiceMaps::take(&mut programs)?;
+        let udp_sockets = Arc::new(UdpSockets::take(&mut programs)?);
         for name in PROGRAMS {
             load(&mut programs, name).context(
                 "virtual service addresses by eBPF need Linux 5.18 or later with CONFIG_CGROUP_BPF: without, \
@@ -60,7 +61,7 @@ impl ServiceSet {
             )?;
         }
         let uncounted = load(&mut programs, OUTCOMES).err().map(|error| format!("{error:#}"));
-        Ok(Self { programs, maps, links: Vec::new(), uncounted })
+        Ok(Self { programs, maps, udp_sockets, links: Vec::new(), uncounted })
     }
 
     /// Attaches the programs to a cgroup, or to the root of the hierarchy, so that they run for every socket of the machine. After an
@@ -113,13 +114,12 @@ impl ServiceSet {
     /// What became of TCP connections of this node, by endpoint, since each was first used by a service. The endpoint of several
     /// services is there once.
     pub fn outcomes(&self) -> Result<Outcomes> {
-        let of_tcp = self.counts()?.endpoints.into_iter().filter(|((protocol, _), _)| *protocol == TCP);
-        let outcomes = of_tcp.map(|((_, address), endpoint)| {
-            let established = endpoint.counts.latency.iter().sum();
-            let outcome = Outcome { established, failed: endpoint.counts.failed };
-            ((Protocol::Tcp, socket_address(address)), outcome)
-        });
-        Ok(outcomes.collect())
+        Ok(self.counts()?.outcomes())
+    }
+
+    /// The connected UDP sockets of the machine.
+    pub fn udp_sockets(&self) -> Arc<UdpSockets> {
+        Arc::clone(&self.udp_sockets)
     }
 
     /// Detaches the programs.

@@ -13,6 +13,8 @@ use crate::{
         Catalog, LbRequest,
         front::Rules,
         proxy::{self, Proxy},
+        sockets::SocketKeeper,
+        traffic::Measures,
     },
 };
 
@@ -32,7 +34,7 @@ enum Programs {
     NotWanted,
     /// From this time on.
     Due(Instant),
-    Attached(Box<ServiceSet>),
+    Attached(Box<ServiceSet>, SocketKeeper),
     /// Not tried again: the proxy takes their place.
     Missing(String),
 }
@@ -52,6 +54,9 @@ impl Balancers {
         let mut problems = Vec::new();
         if let Err(error) = self.reconcile_programs(catalog, rules) {
             problems.push(format!("{error:#}"));
+        }
+        if let Programs::Attached(_, sockets) = &self.programs {
+            problems.extend(sockets.problem());
         }
         if matches!(self.request, LbRequest::Auto | LbRequest::Proxy) {
             let proxy = self.proxy.get_or_insert_with(|| Proxy::start(proxy::Options::default()));
@@ -74,7 +79,9 @@ impl Balancers {
             match self.load(catalog, rules) {
                 Ok(set) => {
                     info!("eBPF programs translate virtual addresses for the sockets of this node");
-                    self.programs = Programs::Attached(Box::new(set));
+                    let sockets = SocketKeeper::start(set.udp_sockets());
+                    sockets.update(catalog, rules);
+                    self.programs = Programs::Attached(Box::new(set), sockets);
                     return Ok(());
                 }
                 Err(error) if self.request == LbRequest::Auto => {
@@ -88,8 +95,9 @@ impl Balancers {
                 }
             }
         }
-        if let Programs::Attached(set) = &mut self.programs {
+        if let Programs::Attached(set, sockets) = &mut self.programs {
             set.reconcile(catalog, rules).context("virtual addresses in eBPF")?;
+            sockets.update(catalog, rules);
         }
         Ok(())
     }
@@ -104,10 +112,21 @@ impl Balancers {
         Ok(set)
     }
 
+    /// What programs and proxy have counted. Fails when the kernel's maps cannot be read.
+    pub(super) fn measures(&self) -> Result<Measures> {
+        let mut measures = Measures::default();
+        if let Programs::Attached(set, _) = &self.programs {
+            measures.kernel = Some(set.counts()?);
+            measures.uncounted = set.uncounted().map(str::to_owned);
+        }
+        measures.proxy = self.proxy.as_ref().map(Proxy::counters);
+        Ok(measures)
+    }
+
     /// How connections reach endpoints now, and why.
     pub(super) fn describe(&self) -> String {
         let uncounted = match &self.programs {
-            Programs::Attached(set) => set.uncounted(),
+            Programs::Attached(set, _) => set.uncounted(),
             Programs::NotWanted | Programs::Due(_) | Programs::Missing(_) => None,
         };
         let uncounted = uncounted.map(|why| format!("; its TCP connections are not counted: {why}"));
@@ -116,8 +135,8 @@ impl Balancers {
 
     fn ways(&self) -> String {
         match (&self.programs, &self.proxy) {
-            (Programs::Attached(_), Some(_)) => "ebpf, and the proxy for forwarded connections".to_owned(),
-            (Programs::Attached(_), None) => "ebpf (--lb ebpf)".to_owned(),
+            (Programs::Attached(..), Some(_)) => "ebpf, and the proxy for forwarded connections".to_owned(),
+            (Programs::Attached(..), None) => "ebpf (--lb ebpf)".to_owned(),
             (Programs::Missing(why), _) => format!("proxy ({why})"),
             (Programs::NotWanted, Some(_)) => "proxy (--lb proxy)".to_owned(),
             (Programs::NotWanted | Programs::Due(_), _) => "none".to_owned(),

@@ -4,9 +4,9 @@
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
 use aya_ebpf::{
-    EbpfContext as _,
+    EbpfContext,
     bindings::BPF_F_NO_PREALLOC,
-    helpers::{bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_ktime_get_ns},
+    helpers::{bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_ktime_get_ns},
     macros::map,
     maps::{Array, HashMap, LruHashMap, PerCpuHashMap},
     programs::SockAddrContext,
@@ -14,9 +14,10 @@ use aya_ebpf::{
 use overlay_ebpf::service::{
     abi::{
         Affinity, Backend, ClientKey, Counts, LATENCY_BUCKETS, MAX_BACKENDS, MAX_CLIENTS, MAX_SERVICES,
-        MAX_SLOTS, MemberKey, ServiceEntry, ServiceKey, SlotKey, latency_bucket,
+        MAX_SLOTS, MAX_UDP_SOCKETS, MemberKey, ServiceEntry, ServiceKey, SlotKey, latency_bucket,
     },
     select::State,
+    translation::Translation,
 };
 
 // Not preallocated: memory follows the number of services, and a replaced entry stays as it is while a program reads it.
@@ -49,6 +50,11 @@ static BACKEND_COUNTS: PerCpuHashMap<u32, Counts> =
 static SERVICE_COUNTS: PerCpuHashMap<u32, Counts> =
     PerCpuHashMap::with_max_entries(MAX_SERVICES, BPF_F_NO_PREALLOC);
 
+/// The connections of UDP sockets by the cookie of the socket, for the agent alone: the kernel does not tell it the storage of UDP sockets
+/// (`inet_sk_diag_fill` in net/ipv4/inet_diag.c). A socket that finds no room keeps its endpoint when that goes away.
+#[map]
+static UDP_SOCKETS: HashMap<u64, Translation> = HashMap::with_max_entries(MAX_UDP_SOCKETS, BPF_F_NO_PREALLOC);
+
 #[map]
 static CLIENTS: LruHashMap<ClientKey, Affinity> = LruHashMap::with_max_entries(MAX_CLIENTS, 0);
 
@@ -65,6 +71,22 @@ pub(super) fn service(key: ServiceKey) -> Option<ServiceEntry> {
 pub(super) fn client(ctx: &SockAddrContext) -> u64 {
     // SAFETY: the context is the one the kernel gave us.
     unsafe { bpf_get_netns_cookie(ctx.as_ptr()) }
+}
+
+/// Tells the agent the connection of a UDP socket.
+#[inline(always)]
+pub(super) fn publish(ctx: &impl EbpfContext, connection: &Translation) {
+    // SAFETY: the context is the one the kernel gave us.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    let _ = UDP_SOCKETS.insert(cookie, connection, 0);
+}
+
+/// The UDP socket has another connection, none, or is closed.
+#[inline(always)]
+pub(super) fn withdraw(ctx: &impl EbpfContext) {
+    // SAFETY: the context is the one the kernel gave us.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    let _ = UDP_SOCKETS.remove(cookie);
 }
 
 /// Counts one more connection to an endpoint.

@@ -9,7 +9,10 @@ use aya_ebpf::{
     macros::btf_map,
     programs::{SockAddrContext, SockContext, SockOpsContext},
 };
-use overlay_ebpf::service::translation::{Connection, Translations};
+use overlay_ebpf::service::{
+    abi::UDP,
+    translation::{Connection, Translations},
+};
 
 use super::maps;
 
@@ -75,6 +78,10 @@ pub(super) fn release(ctx: &SockContext) {
         && let Some(backend) = connection.translation.counted()
     {
         maps::closed(backend);
+        // SAFETY: the context is the one the kernel gave us. Volatile: the verifier refuses accesses that the compiler would merge.
+        if unsafe { core::ptr::read_volatile(&raw const (*ctx.sock).protocol) } == UDP as u32 {
+            maps::withdraw(ctx);
+        }
         if connection.abandon(maps::now()) {
             maps::failed(connection.service, backend);
         }

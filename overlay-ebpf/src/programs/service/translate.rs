@@ -26,17 +26,24 @@ const ECONNREFUSED: i32 = 111;
 /// A socket connects.
 #[inline(always)]
 pub(super) fn connect<P: Place>(ctx: &SockAddrContext) -> i32 {
+    let is_udp = place::protocol(ctx) == UDP as u32;
     // Whatever it was connected to, it is no more.
     if let Some(former) = sockets::connection(ctx)
         && let Some(backend) = former.translation.counted()
     {
         maps::closed(backend);
         *former = Connection::default();
+        if is_udp {
+            maps::withdraw(ctx);
+        }
     }
     let Some((address, entry)) = service::<P>(ctx) else { return ALLOW };
     let Some(backend) = choose(ctx, &entry) else { return refuse_for(&entry) };
     let Some(connection) = sockets::make_connection(ctx) else { return refuse(ENOMEM) };
     *connection = Connection::new(address, &backend, entry.service);
+    if is_udp {
+        maps::publish(ctx, &connection.translation);
+    }
     maps::opened(backend.id);
     maps::picked(entry.service, backend.id);
     place::write::<P>(ctx, backend.address);
