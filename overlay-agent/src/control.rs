@@ -53,6 +53,8 @@ pub(crate) enum Query {
     Routes,
     /// The answer is a [`crate::report::CounterList`].
     Counters,
+    /// The answer is a [`crate::service::traffic::Traffic`].
+    Traffic,
 }
 
 /// The answer to a query, or an error text.

@@ -220,18 +220,23 @@ impl Site {
 
     /// Starts `overlay-agent status --watch -o json` for the agent here.
     pub fn watch_status(&self) -> Result<Child> {
-        let mut command = self.subcommand("status");
-        command
-            .args(["--watch", "-o", "json"])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
+        self.stream("status", &["--watch", "-o", "json"])
+    }
+
+    /// Starts `overlay-agent SUBCOMMAND` with `arguments`, for the agent here, with a pipe for its output.
+    pub fn stream(&self, subcommand: &str, arguments: &[&str]) -> Result<Child> {
+        let mut command = self.subcommand(subcommand);
+        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         self.netns.spawn(&mut command)
     }
 
     fn subcommand(&self, subcommand: &str) -> Command {
         let mut command = Command::new(&self.binary);
-        command.arg(subcommand).arg("--run-dir").arg(self.run_directory()).args(["--device", &self.device]);
+        command
+            .args(subcommand.split(' '))
+            .arg("--run-dir")
+            .arg(self.run_directory())
+            .args(["--device", &self.device]);
         command
     }
 

@@ -21,6 +21,7 @@ const UNSAFE_ALLOWED: [&str; 15] = [
     "overlay-ebpf/src/programs/mod.rs",
     "overlay-ebpf/src/programs/service/maps.rs",
     "overlay-ebpf/src/programs/service/mod.rs",
+    "overlay-ebpf/src/programs/service/outcomes.rs",
     "overlay-ebpf/src/programs/service/place.rs",
     "overlay-ebpf/src/programs/service/sockets.rs",
     "overlay-ebpf/src/programs/service/translate.rs",

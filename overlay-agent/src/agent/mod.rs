@@ -173,10 +173,7 @@ impl Agent {
                 () = stop.wait() => return,
                 news = self.membership.next() => self.on_news(news).await,
                 Some(change) = self.underlay_changes.recv() => self.on_underlay(change).await,
-                Some((query, answer)) = self.queries.recv() => {
-                    // The client may be gone.
-                    let _ = answer.send(self.answer(query).await);
-                }
+                Some((query, answer)) = self.queries.recv() => self.respond(query, answer).await,
                 due = self.forwarding.due() => self.forwarding.on_due(due).await,
                 Some(()) = self.host_changes.recv() => self.forwarding.on_host_change().await,
                 _ = silent_check.tick() => self.check_silent().await,

@@ -2,9 +2,10 @@
 
 use ipnet::Ipv4Net;
 
-use super::{Options, ServiceOptions};
+use super::{Options, ServiceOptions, status::json};
 use crate::{
     config::NetworkConfig,
+    control::Answer,
     netlink::Netlink,
     report,
     service::{
@@ -75,6 +76,18 @@ impl Services {
             load_balancer: state.balancers,
             dns: state.dns,
         })
+    }
+
+    /// What was counted of services on this node.
+    pub(super) fn traffic(&self) -> impl Future<Output = Answer> + Send + 'static {
+        let traffic = match self {
+            Self::Off => {
+                Err("this node has no services: the network's config has none, or --lb is off".to_owned())
+            }
+            Self::Refused(why) => Err(why.clone()),
+            Self::Running(node) => Ok(node.traffic()),
+        };
+        async move { json(&traffic?.await?) }
     }
 
     /// Removes what was made for services.

@@ -1,7 +1,7 @@
 //! Answers to queries, in every state of the agent.
 
 use serde::Serialize;
-use tokio::time::Instant;
+use tokio::{sync::oneshot, time::Instant};
 use tracing::debug;
 
 use super::{Agent, Condition, OnExit, Options, StoreOption};
@@ -10,6 +10,7 @@ use crate::{
     datapath::PathCounters,
     health::Health,
     report::{self, CounterList, Device, RouteList, Status},
+    service::traffic::Traffic,
 };
 
 /// Name of the store before it is opened.
@@ -31,11 +32,23 @@ pub(super) fn answer_while_starting(query: Query, health: &Health, store: &str) 
         }),
         Query::Routes => json(&RouteList { routes: Vec::new(), skipped: Vec::new() }),
         Query::Counters => json(&CounterList::from(PathCounters::ZERO)),
+        Query::Traffic => json(&Traffic::default()),
     }
 }
 
 impl Agent {
-    pub(super) async fn answer(&self, query: Query) -> Answer {
+    /// Answers at once, or where that may take time, later.
+    pub(super) async fn respond(&self, query: Query, answer: oneshot::Sender<Answer>) {
+        if query == Query::Traffic {
+            let traffic = self.services.traffic();
+            // The client may be gone.
+            tokio::spawn(async move { drop(answer.send(traffic.await)) });
+            return;
+        }
+        let _ = answer.send(self.answer(query).await);
+    }
+
+    async fn answer(&self, query: Query) -> Answer {
         debug!("query {query:?}");
         match query {
             Query::Status => json(&self.status().await),
@@ -48,6 +61,7 @@ impl Agent {
                 let counters = counters.map_err(|error| format!("{error:#}"))?;
                 json(&CounterList::from(counters))
             }
+            Query::Traffic => self.services.traffic().await,
         }
     }
 
@@ -136,6 +150,6 @@ impl Agent {
     }
 }
 
-fn json(answer: &impl Serialize) -> Answer {
+pub(super) fn json(answer: &impl Serialize) -> Answer {
     serde_json::to_value(answer).map_err(|error| error.to_string())
 }

@@ -14,6 +14,7 @@ mod service_args;
 mod services;
 mod state_args;
 mod store_args;
+mod top;
 mod underlay_args;
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
@@ -40,6 +41,7 @@ Examples:
   overlay-agent config set network.json --store dir:/var/lib/overlay
   overlay-agent service set web.yaml --store dir:/var/lib/overlay
   overlay-agent endpoint add shop/web --address 10.244.1.2
+  overlay-agent service top
   overlay-agent down
 
 Exit codes: 0 success, 1 refused or failed (one line on standard error gives the reason), 2 wrong usage.";
@@ -78,7 +80,7 @@ enum Command {
     /// Show, write or check the network config in the store
     #[command(subcommand)]
     Config(ConfigCommand),
-    /// List, show, write or remove services in the store
+    /// List, show, write or remove services in the store, and show their traffic
     #[command(subcommand)]
     Service(ServiceCommand),
     /// List, write, drain or remove endpoints of services in the store

@@ -56,7 +56,7 @@ pub(super) fn print<T: Serialize>(output: Output, answer: &T, text: impl FnOnce(
 }
 
 /// `false` when the reader has closed its end, as `head` does; that is no error.
-fn write_line(text: &str) -> Result<bool> {
+pub(super) fn write_line(text: &str) -> Result<bool> {
     match writeln!(std::io::stdout(), "{text}") {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(false),

@@ -1,4 +1,4 @@
-//! `overlay-agent service`: lists the services in the store, shows one, writes and removes them.
+//! `overlay-agent service`: lists the services in the store, shows one, writes and removes them; `top` is in a file of its own.
 
 use std::net::Ipv4Addr;
 
@@ -11,6 +11,7 @@ use super::{
     StoreQuery,
     config::read_input,
     query::{print, table},
+    top,
 };
 use crate::{
     config::NetworkConfig,
@@ -82,6 +83,9 @@ pub(super) enum ServiceCommand {
     /// Remove a service
     #[command(args_override_self = true, after_help = REMOVE_AFTER_HELP)]
     Remove(RemoveArgs),
+    /// Show the connections, failures and connect times of services through this node, from the running agent
+    #[command(args_override_self = true, after_help = top::AFTER_HELP)]
+    Top(top::TopArgs),
 }
 
 #[derive(Debug, Args)]
@@ -174,6 +178,7 @@ pub(super) async fn run(command: ServiceCommand) -> Result<()> {
         ServiceCommand::Show(args) => show(args).await,
         ServiceCommand::Set(args) => set(args).await,
         ServiceCommand::Remove(args) => remove(args).await,
+        ServiceCommand::Top(args) => top::top(args).await,
     }
 }
 

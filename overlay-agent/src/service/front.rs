@@ -62,6 +62,11 @@ pub fn abi_address(address: SocketAddrV4) -> Address {
     Address { ip: address.ip().octets(), port: address.port().to_be_bytes() }
 }
 
+/// The address that the programs know so.
+pub fn socket_address(Address { ip, port }: Address) -> SocketAddrV4 {
+    SocketAddrV4::new(ip.into(), u16::from_be_bytes(port))
+}
+
 /// The ports of all virtual addresses of the catalog. One without usable endpoints is there, too: connections to it are refused.
 pub fn fronts(catalog: &Catalog, rules: &Rules) -> Fronts {
     let mut fronts = Fronts::new();

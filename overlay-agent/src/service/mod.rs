@@ -3,8 +3,9 @@
 //! In reading order: `config` (the network's), `name`, `record` and `route` (what the store has), `catalog` (what that means), `index` and
 //! `follow` (the catalog as the records change), `input` (services as operators write them), `files` (those of this node's files), `vip` (which service
 //! gets which virtual address), `device` (the virtual addresses on this host), `slots` and `front` (what a load balancer does), `cgroup` (where its
-//! programs run), `proxy` (what serves connections that no program sees), `dns` (the names of the services), `node` (the task that
-//! keeps all of it on a node). `outcome` is what became of connections.
+//! programs run), `proxy` (what serves connections that no program sees), `sockets` (UDP sockets whose endpoint went away), `dns` (the names of the services), `node` (the task that
+//! keeps all of it on a node). `outcome` is what became of connections, `latency` how long they took, and `traffic`
+//! all that was counted.
 
 pub mod catalog;
 pub mod cgroup;
@@ -16,6 +17,7 @@ pub mod follow;
 pub mod front;
 mod index;
 pub mod input;
+pub mod latency;
 mod lb;
 pub mod name;
 pub mod node;
@@ -24,8 +26,10 @@ pub mod proxy;
 pub mod record;
 pub mod route;
 mod slots;
+pub mod sockets;
 #[cfg(test)]
 mod tests;
+pub mod traffic;
 pub mod vip;
 
 pub use catalog::Catalog;

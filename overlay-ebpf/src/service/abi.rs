@@ -10,6 +10,8 @@ pub const MAX_SLOTS: u32 = 262_144;
 pub const MAX_BACKENDS: u32 = 65_536;
 /// Most clients of services with affinity. Beyond, those without a connection for the longest time may move.
 pub const MAX_CLIENTS: u32 = 65_536;
+/// Most connected UDP sockets that the agent can find when their endpoint goes away.
+pub const MAX_UDP_SOCKETS: u32 = 65_536;
 /// Slots that [`Policy::LeastConn`] compares for one connection.
 pub const COMPARED_SLOTS: u32 = 16;
 
@@ -114,6 +116,33 @@ pub struct Backend {
     pub id: u32,
 }
 
+/// Buckets of [`Counts::latency`].
+pub const LATENCY_BUCKETS: usize = 32;
+
+/// The value of `BACKEND_COUNTS` and `SERVICE_COUNTS`: what was counted of an endpoint, or of a virtual port. Only grows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Counts {
+    /// TCP connections, UDP connections, and destinations of unconnected UDP sockets for which it was chosen.
+    pub picks: u64,
+    /// Calls that failed because the virtual port had no usable endpoint.
+    pub refused: u64,
+    /// TCP connections that the endpoint refused, reset, or did not answer.
+    pub failed: u64,
+    /// Sum of the times in which TCP connections were established, in microseconds.
+    pub latency_sum: u64,
+    /// TCP connections that were established, by the time that it took: see [`latency_bucket`].
+    pub latency: [u64; LATENCY_BUCKETS],
+}
+
+/// The bucket of a time in microseconds: the number of its binary digits, so bucket 0 has less than 1, and bucket `n` what is less than
+/// 2^n. The last one has all that is longer, too.
+#[inline(always)]
+pub const fn latency_bucket(microseconds: u64) -> usize {
+    let digits = (u64::BITS - microseconds.leading_zeros()) as usize;
+    if digits < LATENCY_BUCKETS { digits } else { LATENCY_BUCKETS - 1 }
+}
+
 /// The key of `MEMBERS`: the endpoints that take connections of a service.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Pod, Zeroable)]
 #[repr(C)]
@@ -174,5 +203,18 @@ impl Affinity {
     #[inline(always)]
     pub const fn is_valid(&self, ttl_s: u32, now: u64) -> bool {
         now.saturating_sub(self.used) < ttl_s as u64 * 1_000_000_000
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buckets_are_powers_of_two() {
+        let buckets = [0, 1, 2, 3, 4, 1023, 1024, 1_000_000].map(latency_bucket);
+        assert_eq!(buckets, [0, 1, 2, 2, 3, 10, 11, 20]);
+        assert_eq!(latency_bucket((1 << 30) - 1), 30);
+        assert_eq!([1 << 30, 1 << 31, u64::MAX].map(latency_bucket), [31; 3]);
     }
 }

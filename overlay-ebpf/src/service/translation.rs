@@ -4,6 +4,10 @@ use bytemuck::{Pod, Zeroable};
 
 use super::abi::{Address, Backend};
 
+/// Nanoseconds after which a connection that its program gives up counts as one that the endpoint did not answer. TCP repeats its first
+/// packet after one second (RFC 6298 section 2).
+pub const ANSWER_DUE: u64 = 1_000_000_000;
+
 /// Endpoints that an unconnected UDP socket remembers, one or more for each service that it sends to. A socket that sends to more
 /// forgets the oldest, whose late replies then have the endpoint's address.
 pub const REMEMBERED: usize = 16;
@@ -51,6 +55,68 @@ impl Translation {
     #[inline(always)]
     fn is_current(&self, from: Address) -> bool {
         self.state == Self::CURRENT && self.from == from
+    }
+}
+
+/// A connected socket: its translation, and for TCP what became of the connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Connection {
+    /// The virtual address and its endpoint.
+    pub translation: Translation,
+    /// [`super::abi::ServiceEntry::service`] of the virtual port.
+    pub service: u32,
+    /// When the first packet was sent, in nanoseconds of the monotonic clock.
+    started: u64,
+    phase: u32,
+    reserved: u32,
+}
+
+impl Connection {
+    /// Nothing is expected: no packet was sent, the outcome is known, or this is UDP.
+    const SETTLED: u32 = 0;
+    const CONNECTING: u32 = 1;
+
+    /// A connection of which nothing was sent yet.
+    #[inline(always)]
+    pub const fn new(from: Address, backend: &Backend, service: u32) -> Self {
+        let translation = Translation::new(from, backend);
+        Self { translation, service, started: 0, phase: Self::SETTLED, reserved: 0 }
+    }
+
+    /// The first packet is sent. Returns whether that is of interest.
+    #[inline(always)]
+    pub fn start(&mut self, now: u64) -> bool {
+        if self.translation.counted().is_none() {
+            return false;
+        }
+        (self.started, self.phase) = (now, Self::CONNECTING);
+        true
+    }
+
+    /// The endpoint accepts. Returns the nanoseconds since the start, the first time.
+    #[inline(always)]
+    pub fn establish(&mut self, now: u64) -> Option<u64> {
+        self.settle().then(|| now.saturating_sub(self.started))
+    }
+
+    /// The connection is closed. Returns whether it failed: whether nothing else was known before.
+    #[inline(always)]
+    pub fn fail(&mut self) -> bool {
+        self.settle()
+    }
+
+    /// The program closes the socket. Returns whether the endpoint had time to answer and did not.
+    #[inline(always)]
+    pub fn abandon(&mut self, now: u64) -> bool {
+        self.settle() && now.saturating_sub(self.started) >= ANSWER_DUE
+    }
+
+    #[inline(always)]
+    fn settle(&mut self) -> bool {
+        let was_connecting = self.phase == Self::CONNECTING;
+        self.phase = Self::SETTLED;
+        was_connecting
     }
 }
 
@@ -140,6 +206,30 @@ mod tests {
         assert_eq!(none.back(Address::default()), None);
         assert_eq!(Translation::default().back(Address::default()), None);
         assert_eq!(Translation::default().counted(), None);
+    }
+
+    #[test]
+    fn a_connection_has_one_outcome() {
+        let new = Connection::new(virtual_address(1), &endpoint(1), 5);
+        let started = || {
+            let mut connection = new;
+            assert!(connection.start(1_000));
+            connection
+        };
+        let mut established = started();
+        assert_eq!(established.establish(3_500), Some(2_500));
+        assert_eq!(established.establish(9_000), None);
+        assert!(!established.fail() && !established.abandon(u64::MAX));
+        let mut failed = started();
+        assert!(failed.fail());
+        assert!(!failed.fail() && failed.establish(2_000).is_none());
+        assert!(!started().abandon(1_000 + ANSWER_DUE - 1), "it was given up too early to tell");
+        assert!(started().abandon(1_000 + ANSWER_DUE));
+        // Nothing was sent, or nothing was translated.
+        let mut unsent = new;
+        assert!(!unsent.fail() && !unsent.abandon(u64::MAX) && unsent.establish(1).is_none());
+        let mut direct = Connection::default();
+        assert!(!direct.start(1) && !direct.fail());
     }
 
     #[test]

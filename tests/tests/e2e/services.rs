@@ -1,5 +1,10 @@
 //! Services through agents: names, virtual addresses and balancing between the pods of two hosts.
 
+#[path = "services_top.rs"]
+mod top;
+#[path = "services_udp.rs"]
+mod udp;
+
 use std::{
     io::{Read as _, Write as _},
     net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket},
@@ -34,6 +39,9 @@ pub(crate) fn register(suite: &mut Suite) {
     suite.add("services_reach_endpoints_of_other_hosts_by_ebpf", needs, |sandbox| by_name(sandbox, "ebpf"));
     suite.add("services_reach_endpoints_of_other_hosts_by_proxy", needs, |sandbox| by_name(sandbox, "proxy"));
     suite.add("services_reach_endpoints_of_other_hosts_by_both", needs, |sandbox| by_name(sandbox, "auto"));
+    suite.add("services_show_their_traffic_by_ebpf", needs, top::by_ebpf);
+    suite.add("services_show_their_traffic_by_proxy", needs, top::by_proxy);
+    suite.add("services_end_connections_of_udp_sockets", needs, udp::end_with_endpoint);
     suite.add("services_make_nothing_in_a_network_without_them", needs, none);
     suite.add("services_of_a_killed_agent_are_taken_over_or_removed", needs, leftovers);
     suite.add("services_leave_the_device_of_another_program", needs, foreign_device);

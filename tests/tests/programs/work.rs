@@ -132,8 +132,8 @@ fn the_bypass_costs_one_lookup_more() {
     assert_eq!(endpoints.lookups.take(), 0);
 }
 
-/// Helpers (linux/bpf.h) that look up or write a map entry, and those that copy or move bytes of a packet.
-const WATCHED_HELPERS: [(i32, &str); 15] = [
+/// Helpers (linux/bpf.h) that look up or write a map entry or a socket's storage, and those that copy or move bytes of a packet.
+const WATCHED_HELPERS: [(i32, &str); 16] = [
     (1, "map_lookup_elem"),
     (2, "map_update_elem"),
     (3, "map_delete_elem"),
@@ -147,20 +147,21 @@ const WATCHED_HELPERS: [(i32, &str); 15] = [
     (50, "skb_adjust_room"),
     (54, "xdp_adjust_meta"),
     (65, "xdp_adjust_tail"),
+    (107, "sk_storage_get"),
     (189, "xdp_load_bytes"),
     (190, "xdp_store_bytes"),
 ];
 
-/// How often the text of each program has a call of a watched helper; subprograms count as `shared`.
-fn calls() -> BTreeMap<String, BTreeMap<&'static str, usize>> {
-    let object = object();
-    let file = object::File::parse(&*object).unwrap();
+/// How often the text of each program of an object, whose names begin with `prefix`, has a call of a watched helper; subprograms count
+/// as `shared`.
+fn calls(object: &[u8], prefix: &str) -> BTreeMap<String, BTreeMap<&'static str, usize>> {
+    let file = object::File::parse(object).unwrap();
     let mut calls: BTreeMap<String, BTreeMap<&str, usize>> = BTreeMap::new();
     for symbol in file.symbols().filter(|symbol| symbol.kind() == SymbolKind::Text && symbol.size() > 0) {
         let section = file.section_by_index(symbol.section_index().unwrap()).unwrap();
         let text = section.data_range(symbol.address(), symbol.size()).unwrap().unwrap();
         let name = symbol.name().unwrap();
-        let program = if name.starts_with("ovl_") { name } else { "shared" };
+        let program = if name.starts_with(prefix) { name } else { "shared" };
         let counts = calls.entry(program.to_owned()).or_default();
         // RFC 9669: an opcode, registers, an offset and an immediate value; `call` of a helper has source register 0.
         for instruction in text.as_chunks::<8>().0 {
@@ -177,8 +178,6 @@ fn calls() -> BTreeMap<String, BTreeMap<&'static str, usize>> {
 
 #[test]
 fn programs_call_no_more_helpers() {
-    let calls = calls();
-    println!("{calls:#?}");
     // On all paths together; a packet takes one of them.
     let limits: [(&str, &[(&str, usize)]); 8] = [
         (
@@ -208,12 +207,45 @@ fn programs_call_no_more_helpers() {
         ("ovl_xdp", &[("map_lookup_elem", 17), ("xdp_adjust_head", 2), ("xdp_adjust_meta", 1)]),
         ("shared", &[]),
     ];
+    assert_calls(&calls(&object(), "ovl_"), &limits);
+}
+
+#[test]
+fn programs_of_services_call_no_more_helpers() {
+    let path = std::env::var("OVERLAY_EBPF_OBJECT").unwrap();
+    let object = std::fs::read(std::path::Path::new(&path).with_file_name("service-ebpf")).unwrap();
+    // On all paths together. A connection is counted in two maps, those of its port and of its endpoint.
+    let connect: &[_] =
+        &[("map_delete_elem", 1), ("map_lookup_elem", 18), ("map_update_elem", 2), ("sk_storage_get", 2)];
+    let send: &[_] = &[("map_lookup_elem", 19), ("map_update_elem", 1), ("sk_storage_get", 2)];
+    let release: &[_] = &[("map_delete_elem", 1), ("map_lookup_elem", 19), ("sk_storage_get", 2)];
+    let limits: [(&str, &[(&str, usize)]); 11] = [
+        ("svc_connect4", connect),
+        ("svc_connect6", connect),
+        ("svc_outcomes", &[("map_lookup_elem", 4), ("sk_storage_get", 3)]),
+        ("svc_peername4", &[("sk_storage_get", 1)]),
+        ("svc_peername6", &[("sk_storage_get", 1)]),
+        ("svc_recvmsg4", &[("sk_storage_get", 2)]),
+        ("svc_recvmsg6", &[("sk_storage_get", 2)]),
+        ("svc_release", release),
+        ("svc_sendmsg4", send),
+        ("svc_sendmsg6", send),
+        ("shared", &[]),
+    ];
+    assert_calls(&calls(&object, "svc_"), &limits);
+}
+
+fn assert_calls(
+    calls: &BTreeMap<String, BTreeMap<&'static str, usize>>,
+    limits: &[(&str, &[(&str, usize)])],
+) {
+    println!("{calls:#?}");
     assert_eq!(calls.len(), limits.len(), "a program without limits");
     for (program, limits) in limits {
-        for (helper, count) in &calls[program] {
+        for (helper, count) in &calls[*program] {
             let limit = limits.iter().find(|(name, _)| name == helper).map_or(0, |(_, limit)| *limit);
             assert!(*count <= limit, "{program} has {count} calls of {helper}, {limit} are allowed");
         }
-        assert!(calls[program].len() == limits.len(), "{program} lost calls: lower its limits");
+        assert!(calls[*program].len() == limits.len(), "{program} lost calls: lower its limits");
     }
 }

@@ -53,9 +53,19 @@ impl BackendIds {
         self.by_address.get(&(protocol, address)).map(|holder| holder.id)
     }
 
+    /// All endpoints with their protocol, their address and their number.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (u8, Address, u32)> {
+        self.by_address.iter().map(|((protocol, address), holder)| (*protocol, *address, holder.id))
+    }
+
     /// Frees numbers that are without users for long enough, and without connections: those would be counted for the next holder.
-    pub(super) fn collect(&mut self, is_due: impl Fn(Instant) -> bool, connections: impl Fn(u32) -> u64) {
-        let free = &mut self.free;
+    /// Returns the numbers.
+    pub(super) fn collect(
+        &mut self,
+        is_due: impl Fn(Instant) -> bool,
+        connections: impl Fn(u32) -> u64,
+    ) -> Vec<u32> {
+        let mut free = Vec::new();
         self.by_address.retain(|_, holder| {
             let is_free = holder.since.is_some_and(&is_due) && connections(holder.id) == 0;
             if is_free {
@@ -63,6 +73,8 @@ impl BackendIds {
             }
             !is_free
         });
+        self.free.extend_from_slice(&free);
+        free
     }
 }
 
@@ -91,8 +103,9 @@ mod tests {
         assert_eq!(ids.get(6, address(1)), Some(first), "it has a connection");
         assert_eq!(ids.acquire(6, address(1)).unwrap(), first);
         ids.release(6, address(1), now);
-        ids.collect(|_| true, |_| 0);
+        assert_eq!(ids.collect(|_| true, |_| 0), [first]);
         assert_eq!(ids.get(6, address(1)), None);
+        assert_eq!(ids.iter().collect::<Vec<_>>(), [(17, address(1), second)]);
         assert_eq!(ids.acquire(6, address(2)).unwrap(), first, "it is used again");
     }
 

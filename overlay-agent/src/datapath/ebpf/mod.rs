@@ -3,6 +3,7 @@
 mod attach;
 mod backend_ids;
 mod btf;
+mod connection_counts;
 pub mod overlay_set;
 mod pins;
 mod program_set;
@@ -12,6 +13,7 @@ pub mod self_test;
 mod service_maps;
 pub mod service_set;
 mod tcx_link;
+mod udp_sockets;
 
 pub use attach::TcAttach;
 pub(crate) use attach::{Attachment, Target, TcMode, detach_filter, detach_left};
@@ -19,9 +21,10 @@ pub use overlay_set::{LoadOptions, OverlaySet};
 pub use pins::Pins;
 pub(crate) use pins::unpin;
 pub use program_set::{Hook, HookKind, Metadata, Outcome, Pinned, Place, ProgramSet};
-pub use service_maps::KernelService;
+pub use service_maps::{KernelCounts, KernelEndpoint, KernelService};
 pub use service_set::ServiceSet;
 pub(crate) use tcx_link::TcxLinks;
+pub use udp_sockets::UdpSockets;
 
 /// The compiled programs, when this binary was built with them.
 #[cfg(ebpf_embedded)]

@@ -11,11 +11,17 @@ use std::{
 use anyhow::{Context as _, Result, anyhow};
 use aya::maps::{Array, HashMap, MapData, MapError};
 use overlay_ebpf::service::abi::{
-    Address, Backend, MAX_SERVICES, MAX_SLOTS, MemberKey, ServiceEntry, ServiceKey, SlotKey,
+    Address, Backend, Counts, MAX_SERVICES, MAX_SLOTS, MemberKey, ServiceEntry, ServiceKey, SlotKey, TCP,
 };
 
-use super::{ProgramSet, backend_ids::BackendIds, route_maps::if_present};
-use crate::service::front::{Front, Fronts, abi_address};
+use super::{
+    ProgramSet, backend_ids::BackendIds, connection_counts::ConnectionCounts, route_maps::if_present,
+};
+use crate::service::{
+    front::{Front, Fronts, abi_address, socket_address},
+    outcome::{Outcome, Outcomes},
+    record::Protocol,
+};
 
 // aya moves map keys and values as plain bytes, so that the types need not implement its marker trait.
 type ServiceKeyBytes = [u8; size_of::<ServiceKey>()];
@@ -33,6 +39,7 @@ pub(super) struct ServiceMaps {
     slots: HashMap<MapData, SlotKeyBytes, BackendBytes>,
     members: HashMap<MapData, MemberKeyBytes, BackendBytes>,
     connections: Array<MapData, u64>,
+    counts: ConnectionCounts,
     written: BTreeMap<ServiceKey, Written>,
     retired: Vec<Retired>,
     ids: BackendIds,
@@ -68,6 +75,38 @@ pub struct KernelService {
     pub members: Vec<Address>,
 }
 
+/// What the programs counted.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct KernelCounts {
+    /// Of virtual ports, since each was written first.
+    pub ports: BTreeMap<ServiceKey, Counts>,
+    /// Of endpoints by protocol and address, since each was first used by a service. One that several services use is counted once. Those
+    /// that were removed are there as long as they have connections.
+    pub endpoints: BTreeMap<(u8, Address), KernelEndpoint>,
+}
+
+impl KernelCounts {
+    /// What became of TCP connections, by endpoint.
+    pub fn outcomes(&self) -> Outcomes {
+        let of_tcp = self.endpoints.iter().filter(|((protocol, _), _)| *protocol == TCP);
+        let outcomes = of_tcp.map(|((_, address), endpoint)| {
+            let established = endpoint.counts.latency.iter().sum();
+            let outcome = Outcome { established, failed: endpoint.counts.failed };
+            ((Protocol::Tcp, socket_address(*address)), outcome)
+        });
+        outcomes.collect()
+    }
+}
+
+/// An endpoint as the programs count it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KernelEndpoint {
+    /// Open connections, and sockets that send to it.
+    pub open: u64,
+    /// What only grows.
+    pub counts: Counts,
+}
+
 impl ServiceMaps {
     pub(super) fn take(programs: &mut ProgramSet) -> Result<Self> {
         Ok(Self {
@@ -75,6 +114,7 @@ impl ServiceMaps {
             slots: programs.take_map("SLOTS")?,
             members: programs.take_map("MEMBERS")?,
             connections: programs.take_map("CONNECTIONS")?,
+            counts: ConnectionCounts::take(programs)?,
             written: BTreeMap::new(),
             retired: Vec::new(),
             ids: BackendIds::default(),
@@ -127,14 +167,29 @@ impl ServiceMaps {
             self.remove_slots(table, slots)?;
         }
         let connections = &self.connections;
-        self.ids.collect(is_due, |id| connections.get(&id, 0).unwrap_or(u64::MAX));
-        Ok(())
+        let free = self.ids.collect(is_due, |id| connections.get(&id, 0).unwrap_or(u64::MAX));
+        free.into_iter().try_for_each(|id| self.counts.end_backend(id))
     }
 
     /// Open connections to an endpoint, as the programs count them; `None` when no service has it.
     pub(super) fn connections(&self, protocol: u8, address: Address) -> Result<Option<u64>> {
         let id = self.ids.get(protocol, address);
         id.map(|id| self.connections.get(&id, 0).context("read the map CONNECTIONS")).transpose()
+    }
+
+    /// What the programs counted, of all virtual ports that were written and of their endpoints.
+    pub(super) fn counts(&self) -> Result<KernelCounts> {
+        let mut ports = BTreeMap::new();
+        for (key, written) in &self.written {
+            ports.insert(*key, self.counts.of_service(written.entry.service)?);
+        }
+        let mut endpoints = BTreeMap::new();
+        for (protocol, address, id) in self.ids.iter() {
+            let open = self.connections.get(&id, 0).context("read the map CONNECTIONS")?;
+            let counts = self.counts.of_backend(id)?;
+            endpoints.insert((protocol, address), KernelEndpoint { open, counts });
+        }
+        Ok(KernelCounts { ports, endpoints })
     }
 
     /// All virtual ports, and the number of slots of all tables, read from the kernel.
@@ -170,7 +225,7 @@ impl ServiceMaps {
             .context("write the map SERVICES")?;
         let Some(Written { entry, backends, .. }) = self.written.remove(&key) else { return Ok(()) };
         self.retired.push(Retired { table: entry.table, slots: entry.slots, since: now });
-        self.free_numbers.push(entry.service);
+        self.free_number(entry.service);
         for backend in backends {
             self.ids.release(key.protocol, backend.address, now);
             self.remove_member(entry.service, backend.address)?;
@@ -196,7 +251,7 @@ impl ServiceMaps {
             Ok(prepared) => prepared,
             Err(error) => {
                 if former.is_none() {
-                    self.free_numbers.push(number);
+                    self.free_number(number);
                 }
                 return Err(error);
             }
@@ -246,9 +301,13 @@ impl ServiceMaps {
     ) -> Result<()> {
         for backend in &front.backends {
             let address = abi_address(backend.address);
+            let is_new = self.ids.get(key.protocol, address).is_none();
             let id = self.ids.acquire(key.protocol, address)?;
             let backend = Backend { address, weight: backend.weight.max(1), id };
             backends.push(backend);
+            if is_new {
+                self.counts.begin_backend(id)?;
+            }
             let member = bytemuck::cast::<_, MemberKeyBytes>(MemberKey::new(number, address));
             let written = self.members.insert(member, bytemuck::cast::<_, BackendBytes>(backend), 0);
             written.map_err(|error| full_or(error, "MEMBERS", MAX_SLOTS))?;
@@ -300,18 +359,28 @@ impl ServiceMaps {
         if_present(self.members.remove(&key)).context("write the map MEMBERS")
     }
 
+    /// The number of another virtual port, for which counting begins.
     fn take_number(&mut self) -> Result<u32> {
-        if let Some(number) = self.free_numbers.pop() {
-            return Ok(number);
-        }
-        if self.next_number == MAX_SERVICES {
-            return Err(anyhow!(
-                "there are {MAX_SERVICES} virtual ports, no more are possible: remove services"
-            ));
-        }
-        let number = self.next_number;
-        self.next_number += 1;
+        let number = match self.free_numbers.pop() {
+            Some(number) => number,
+            None if self.next_number < MAX_SERVICES => {
+                self.next_number += 1;
+                self.next_number - 1
+            }
+            None => {
+                return Err(anyhow!(
+                    "there are {MAX_SERVICES} virtual ports, no more are possible: remove services"
+                ));
+            }
+        };
+        self.counts.begin_service(number).inspect_err(|_| self.free_numbers.push(number))?;
         Ok(number)
+    }
+
+    fn free_number(&mut self, number: u32) {
+        // What is left there, the next virtual port with the number overwrites.
+        let _ = self.counts.end_service(number);
+        self.free_numbers.push(number);
     }
 }
 

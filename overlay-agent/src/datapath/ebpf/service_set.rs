@@ -1,20 +1,24 @@
 //! The set of programs of virtual service addresses: sockets of the whole machine reach endpoints, without a change of any packet.
 
-use std::{collections::BTreeMap, fs::File, path::Path, time::Instant};
+use std::{collections::BTreeMap, fs::File, path::Path, sync::Arc, time::Instant};
 
 use anyhow::{Context as _, Result};
-use aya::programs::{CgroupAttachMode, CgroupSock, CgroupSockAddr, Program, ProgramError, links::FdLink};
+use aya::programs::{
+    CgroupAttachMode, CgroupSock, CgroupSockAddr, Program, ProgramError, SockOps, links::FdLink,
+};
 use nix::libc;
 use overlay_ebpf::service::abi::{Address, ServiceKey};
+use tracing::warn;
 
 use super::{
-    ProgramSet,
+    ProgramSet, UdpSockets,
     program_set::verifier_error,
-    service_maps::{KernelService, ServiceMaps},
+    service_maps::{KernelCounts, KernelService, ServiceMaps},
 };
 use crate::service::{
     Catalog, cgroup,
     front::{Rules, fronts},
+    outcome::Outcomes,
 };
 
 /// The programs, in the order in which they are attached: replies are translated before the first request is.
@@ -30,12 +34,18 @@ pub const PROGRAMS: [&str; 9] = [
     "svc_connect6",
 ];
 
+/// The program that counts what becomes of TCP connections. Without it, the others work all the same.
+pub const OUTCOMES: &str = "svc_outcomes";
+
 /// The loaded programs and their maps. Dropping it detaches them: connections stay as they are, and virtual addresses reach no
 /// endpoints.
 pub struct ServiceSet {
     programs: ProgramSet,
     maps: ServiceMaps,
+    udp_sockets: Arc<UdpSockets>,
     links: Vec<FdLink>,
+    /// Why [`OUTCOMES`] is not loaded, or was not attached last time.
+    uncounted: Option<String>,
 }
 
 impl ServiceSet {
@@ -43,13 +53,15 @@ impl ServiceSet {
     pub fn load(object: &[u8]) -> Result<Self> {
         let mut programs = ProgramSet::load("services", object, &[], &[], false, None)?;
         let maps = ServiceMaps::take(&mut programs)?;
+        let udp_sockets = Arc::new(UdpSockets::take(&mut programs)?);
         for name in PROGRAMS {
             load(&mut programs, name).context(
                 "virtual service addresses by eBPF need Linux 5.18 or later with CONFIG_CGROUP_BPF: without, \
                  use the proxy in user space",
             )?;
         }
-        Ok(Self { programs, maps, links: Vec::new() })
+        let uncounted = load(&mut programs, OUTCOMES).err().map(|error| format!("{error:#}"));
+        Ok(Self { programs, maps, udp_sockets, links: Vec::new(), uncounted })
     }
 
     /// Attaches the programs to a cgroup, or to the root of the hierarchy, so that they run for every socket of the machine. After an
@@ -67,7 +79,47 @@ impl ServiceSet {
             links.push(link);
         }
         self.links = links;
+        self.attach_outcomes(&directory, &path);
         Ok(())
+    }
+
+    fn attach_outcomes(&mut self, directory: &File, path: &Path) {
+        // Not loaded, it cannot be attached either.
+        let attached = self
+            .programs
+            .program(OUTCOMES)
+            .and_then(|program| attach(program, directory).map_err(|error| explain(error, OUTCOMES, path)));
+        match attached {
+            Ok(link) => {
+                self.links.push(link);
+                self.uncounted = None;
+            }
+            Err(error) => {
+                let why = self.uncounted.get_or_insert_with(|| format!("{error:#}"));
+                warn!("connections to virtual addresses are not counted: {why}");
+            }
+        }
+    }
+
+    /// Why [`Self::outcomes`] and times of connections are missing in [`Self::counts`], if they are.
+    pub fn uncounted(&self) -> Option<&str> {
+        self.uncounted.as_deref()
+    }
+
+    /// What was counted since the programs were loaded.
+    pub fn counts(&self) -> Result<KernelCounts> {
+        self.maps.counts()
+    }
+
+    /// What became of TCP connections of this node, by endpoint, since each was first used by a service. The endpoint of several
+    /// services is there once.
+    pub fn outcomes(&self) -> Result<Outcomes> {
+        Ok(self.counts()?.outcomes())
+    }
+
+    /// The connected UDP sockets of the machine.
+    pub fn udp_sockets(&self) -> Arc<UdpSockets> {
+        Arc::clone(&self.udp_sockets)
     }
 
     /// Detaches the programs.
@@ -109,15 +161,19 @@ impl ServiceSet {
             let info = self.programs.program(name)?.info()?;
             Ok((name, info.verified_instruction_count().unwrap_or(0), info.size_jitted()))
         };
-        PROGRAMS.into_iter().map(size).collect()
+        let counting = self.uncounted.is_none().then_some(OUTCOMES);
+        PROGRAMS.into_iter().chain(counting).map(size).collect()
     }
 }
 
 fn load(programs: &mut ProgramSet, name: &'static str) -> Result<()> {
     let program = programs.program(name)?;
-    let loaded = match <&mut CgroupSock>::try_from(&mut *program) {
-        Ok(program) => program.load(),
-        Err(_) => <&mut CgroupSockAddr>::try_from(program).and_then(CgroupSockAddr::load),
+    let loaded = if let Ok(program) = <&mut CgroupSock>::try_from(&mut *program) {
+        program.load()
+    } else if let Ok(program) = <&mut SockOps>::try_from(&mut *program) {
+        program.load()
+    } else {
+        <&mut CgroupSockAddr>::try_from(program).and_then(CgroupSockAddr::load)
     };
     loaded.map_err(|error| verifier_error(name, error))
 }
@@ -128,6 +184,10 @@ fn attach(program: &mut Program, cgroup: &File) -> Result<FdLink, ProgramError> 
     // Without links (before Linux 5.7) the programs are not loaded in the first place.
     let without_links = |_| ProgramError::UnexpectedProgramType;
     if let Ok(program) = <&mut CgroupSock>::try_from(&mut *program) {
+        let id = program.attach(cgroup, MODE)?;
+        return program.take_link(id)?.try_into().map_err(without_links);
+    }
+    if let Ok(program) = <&mut SockOps>::try_from(&mut *program) {
         let id = program.attach(cgroup, MODE)?;
         return program.take_link(id)?.try_into().map_err(without_links);
     }

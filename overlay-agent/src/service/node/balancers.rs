@@ -15,6 +15,8 @@ use crate::{
         front::Rules,
         proxy::{self, Proxy},
         record::{App, Port},
+        sockets::SocketKeeper,
+        traffic::Measures,
     },
 };
 
@@ -71,7 +73,7 @@ enum Programs {
     NotWanted,
     /// From this time on.
     Due(Instant),
-    Attached(Box<ServiceSet>),
+    Attached(Box<ServiceSet>, SocketKeeper),
     /// Not tried again: the proxy takes their place.
     Missing(String),
 }
@@ -97,6 +99,9 @@ impl Balancers {
             problems.extend(unread_routes(catalog));
         }
         let mut unserved = BTreeSet::new();
+        if let Programs::Attached(_, sockets) = &self.programs {
+            problems.extend(sockets.problem());
+        }
         if matches!(self.request, LbRequest::Auto | LbRequest::Proxy) {
             let proxy = self.proxy.get_or_insert_with(|| Proxy::start(proxy::Options::default()));
             proxy.reconcile(catalog, rules).await;
@@ -122,7 +127,9 @@ impl Balancers {
             match self.load(catalog, rules) {
                 Ok(set) => {
                     info!("eBPF programs translate virtual addresses for the sockets of this node");
-                    self.programs = Programs::Attached(Box::new(set));
+                    let sockets = SocketKeeper::start(set.udp_sockets());
+                    sockets.update(catalog, rules);
+                    self.programs = Programs::Attached(Box::new(set), sockets);
                     return Ok(());
                 }
                 Err(error) if self.request == LbRequest::Auto => {
@@ -136,8 +143,9 @@ impl Balancers {
                 }
             }
         }
-        if let Programs::Attached(set) = &mut self.programs {
+        if let Programs::Attached(set, sockets) = &mut self.programs {
             set.reconcile(catalog, rules).context("virtual addresses in eBPF")?;
+            sockets.update(catalog, rules);
         }
         Ok(())
     }
@@ -152,16 +160,36 @@ impl Balancers {
         Ok(set)
     }
 
+    /// What programs and proxy have counted. Fails when the kernel's maps cannot be read.
+    pub(super) fn measures(&self) -> Result<Measures> {
+        let mut measures = Measures::default();
+        if let Programs::Attached(set, _) = &self.programs {
+            measures.kernel = Some(set.counts()?);
+            measures.uncounted = set.uncounted().map(str::to_owned);
+        }
+        measures.proxy = self.proxy.as_ref().map(Proxy::counters);
+        Ok(measures)
+    }
+
     /// How connections reach endpoints now, and why.
     pub(super) fn describe(&self) -> String {
+        let uncounted = match &self.programs {
+            Programs::Attached(set, _) => set.uncounted(),
+            Programs::NotWanted | Programs::Due(_) | Programs::Missing(_) => None,
+        };
+        let uncounted = uncounted.map(|why| format!("; its TCP connections are not counted: {why}"));
+        self.ways() + &uncounted.unwrap_or_default()
+    }
+
+    fn ways(&self) -> String {
         match (&self.programs, &self.proxy) {
-            (Programs::Attached(_), Some(_)) => {
+            (Programs::Attached(..), Some(_)) => {
                 "ebpf, and the proxy for HTTP and forwarded connections".to_owned()
             }
-            (Programs::Attached(_), None) if self.has_unread_http => {
+            (Programs::Attached(..), None) if self.has_unread_http => {
                 "ebpf (--lb ebpf): HTTP ports are balanced by connection, not by request".to_owned()
             }
-            (Programs::Attached(_), None) => "ebpf (--lb ebpf)".to_owned(),
+            (Programs::Attached(..), None) => "ebpf (--lb ebpf)".to_owned(),
             (Programs::Missing(why), _) => format!("proxy ({why})"),
             (Programs::NotWanted, Some(_)) => "proxy (--lb proxy)".to_owned(),
             (Programs::NotWanted | Programs::Due(_), _) => "none".to_owned(),

@@ -12,7 +12,7 @@ use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 use anyhow::Result;
 use ipnet::Ipv4Net;
 use tokio::{
-    sync::{oneshot, watch},
+    sync::{mpsc, oneshot, watch},
     task::JoinHandle,
     time::{MissedTickBehavior, interval, timeout},
 };
@@ -25,12 +25,15 @@ use super::{
     files::{self, FileOptions, ServiceFiles},
     follow::{Following, follow},
     front::Rules,
+    traffic::Traffic,
     vip::{self, VipKeeper, VipOptions},
 };
 use crate::{netlink::Netlink, store::Store};
 
 /// Interval of attempts to make what is missing.
 const RETRY: Duration = Duration::from_secs(2);
+/// How long the task may take to report its traffic.
+const TRAFFIC_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long the end of the agent waits for the removal.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -74,10 +77,14 @@ pub struct NodeState {
     pub problems: Vec<String>,
 }
 
+/// Asks for the traffic.
+type Question = oneshot::Sender<Result<Traffic, String>>;
+
 /// The running task.
 #[derive(Debug)]
 pub struct ServiceNode {
     state: watch::Receiver<NodeState>,
+    questions: mpsc::Sender<Question>,
     stop: oneshot::Sender<()>,
     task: JoinHandle<()>,
 }
@@ -88,6 +95,7 @@ impl ServiceNode {
     pub fn start(options: NodeOptions, netlink: Netlink, store: &Store) -> Result<Self> {
         let (sender, receiver) = watch::channel(NodeState::default());
         let (stop, stopped) = oneshot::channel();
+        let (questions, asked) = mpsc::channel(8);
         // What a killed agent left.
         names::restore();
         let address = vip::dns_address(options.pool);
@@ -106,15 +114,27 @@ impl ServiceNode {
             balancers,
             names,
             state: sender,
+            questions: asked,
             host_problems: Vec::new(),
             is_active: false,
         };
-        Ok(Self { state: receiver, stop, task: tokio::spawn(keeper.run(stopped)) })
+        Ok(Self { state: receiver, questions, stop, task: tokio::spawn(keeper.run(stopped)) })
     }
 
     /// The present state.
     pub fn state(&self) -> NodeState {
         self.state.borrow().clone()
+    }
+
+    /// What was counted so far. Fails with a text when the task has no catalog yet, or its parts cannot be read.
+    pub(crate) fn traffic(&self) -> impl Future<Output = Result<Traffic, String>> + Send + 'static {
+        let questions = self.questions.clone();
+        async move {
+            let (question, answer) = oneshot::channel();
+            let asked = async { questions.send(question).await.ok().and(answer.await.ok()) };
+            let answer = timeout(TRAFFIC_TIMEOUT, asked).await.ok().flatten();
+            answer.unwrap_or_else(|| Err("the services of the store have not been read yet".to_owned()))
+        }
     }
 
     /// Removes what the task made, and ends it.
@@ -140,6 +160,7 @@ struct Keeper {
     balancers: Balancers,
     names: NameServer,
     state: watch::Sender<NodeState>,
+    questions: mpsc::Receiver<Question>,
     /// What is missing on this host.
     host_problems: Vec<String>,
     /// Whether there has been a service.
@@ -172,12 +193,24 @@ impl Keeper {
                 self.is_active = true;
                 self.reconcile(&present).await;
             }
-            is_due = tokio::select! {
-                _ = &mut *stop => return,
-                changed = catalog.changed() => if changed.is_err() { return } else { false },
-                _ = retry.tick() => true,
+            is_due = loop {
+                tokio::select! {
+                    _ = &mut *stop => return,
+                    changed = catalog.changed() => if changed.is_err() { return } else { break false },
+                    _ = retry.tick() => break true,
+                    Some(question) = self.questions.recv() => {
+                        // The client may be gone.
+                        let _ = question.send(self.traffic(&present));
+                    }
+                }
             };
         }
+    }
+
+    fn traffic(&self, present: &Catalog) -> Result<Traffic, String> {
+        let mut measures = self.balancers.measures().map_err(|error| format!("{error:#}"))?;
+        measures.dns = self.names.counters();
+        Ok(measures.traffic(present))
     }
 
     /// Makes what is missing on this host: the device of the virtual addresses, and the DNS server.

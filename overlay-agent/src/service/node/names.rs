@@ -12,7 +12,7 @@ use tracing::{info, warn};
 
 use super::{Catalog, NodeOptions};
 use crate::service::dns::{
-    self, DnsServer, Zone,
+    self, DnsServer, Statistics, Zone,
     resolv_conf::{self, Content, ResolvConf},
 };
 
@@ -26,6 +26,7 @@ pub(super) struct NameServer {
     upstreams: Vec<SocketAddr>,
     manage_resolv_conf: bool,
     task: Option<JoinHandle<Result<()>>>,
+    statistics: Option<Statistics>,
 }
 
 impl NameServer {
@@ -38,6 +39,7 @@ impl NameServer {
             upstreams: options.dns_upstreams.clone(),
             manage_resolv_conf: options.manage_resolv_conf,
             task: None,
+            statistics: None,
         })
     }
 
@@ -48,6 +50,11 @@ impl NameServer {
     /// Where the server answers, while it runs.
     pub(super) fn address(&self) -> Option<SocketAddr> {
         self.task.as_ref().filter(|task| !task.is_finished()).map(|_| self.listen())
+    }
+
+    /// What the server has counted, while it runs.
+    pub(super) fn counters(&self) -> Option<dns::Counters> {
+        self.address().and(self.statistics.as_ref()).map(Statistics::snapshot)
     }
 
     /// Starts the server if it does not run, and lets the host ask it, if that is wanted. Fails when one of the two is not possible.
@@ -79,6 +86,7 @@ impl NameServer {
         };
         let server = DnsServer::bind(options, catalog.clone()).await?;
         info!("the DNS server answers at {listen} for names below {}", self.zone.services());
+        self.statistics = Some(server.statistics());
         self.task = Some(tokio::spawn(server.run()));
         Ok(())
     }

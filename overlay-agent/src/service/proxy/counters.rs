@@ -7,12 +7,17 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use serde::{Deserialize, Serialize};
 
 use super::http::{HttpCounts, HttpTally};
-use crate::service::{ServiceName, record::Protocol};
+use crate::service::{
+    ServiceName,
+    latency::{Latencies, LatencyCells},
+    record::Protocol,
+};
 
 /// The proxy's counters at one time. All but those named "open" only grow while the proxy runs.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,6 +68,9 @@ pub struct Counts {
     pub bytes_to_endpoints: u64,
     /// Payload from endpoints to clients.
     pub bytes_to_clients: u64,
+    /// How long endpoints took to accept TCP connections.
+    #[serde(default)]
+    pub latency: Latencies,
 }
 
 /// Counts while the proxy runs.
@@ -75,6 +83,7 @@ pub(super) struct Tally {
     to_clients: AtomicU64,
     /// Of a service.
     pub(super) http: HttpTally,
+    latency: LatencyCells,
 }
 
 impl Tally {
@@ -85,6 +94,7 @@ impl Tally {
             open: self.open(),
             bytes_to_endpoints: self.to_endpoints.load(Ordering::Relaxed),
             bytes_to_clients: self.to_clients.load(Ordering::Relaxed),
+            latency: self.latency.snapshot(),
         }
     }
 
@@ -124,6 +134,13 @@ impl Opened {
     pub(super) fn count_connection(&self) {
         for tally in &self.tallies {
             tally.connections.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// The endpoint accepted the TCP connection within this time.
+    pub(super) fn count_latency(&self, time: Duration) {
+        for tally in &self.tallies {
+            tally.latency.add(time);
         }
     }
 

@@ -7,7 +7,7 @@ use tokio::{
     io::AsyncWriteExt,
     net::{TcpListener, TcpSocket, TcpStream},
     select,
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tracing::{debug, warn};
 
@@ -116,8 +116,10 @@ async fn connect(
         let table = &choice.table;
         let opened = Opened::new(&table.tally, &endpoint.tally);
         let header = table.proxy_protocol.then(|| tcp_over_ipv4(peer, port.address));
+        let start = Instant::now();
         match connect_to(endpoint.address, header.as_ref().map(<[u8; _]>::as_slice), shared).await {
             Ok(server) => {
+                opened.count_latency(start.elapsed());
                 if choice.is_substitute() {
                     port.keep(*peer.ip(), table, endpoint.address, shared);
                 }

@@ -1,17 +1,18 @@
 //! Entry points, one per hook of a cgroup: they replace virtual addresses when a socket connects or sends, and restore them when it
-//! receives or asks for its peer. All others pass.
+//! receives or asks for its peer. All others pass. One more counts what becomes of TCP connections.
 //!
 //! The kernel calls each with the socket locked, except at the release of a socket, when no other thread has it.
 #![allow(unsafe_code, reason = "the kernel finds programs, maps and licence by exported symbols")]
 
 mod maps;
+mod outcomes;
 mod place;
 mod sockets;
 mod translate;
 
 use aya_ebpf::{
-    macros::{cgroup_sock, cgroup_sock_addr},
-    programs::{SockAddrContext, SockContext},
+    macros::{cgroup_sock, cgroup_sock_addr, sock_ops},
+    programs::{SockAddrContext, SockContext, SockOpsContext},
 };
 
 use place::{V4, V6};
@@ -69,6 +70,13 @@ fn svc_peername6(ctx: SockAddrContext) -> i32 {
 fn svc_release(ctx: SockContext) -> i32 {
     sockets::release(&ctx);
     translate::ALLOW
+}
+
+/// Counts what becomes of TCP connections to virtual addresses.
+#[sock_ops]
+fn svc_outcomes(ctx: SockOpsContext) -> u32 {
+    outcomes::observe(&ctx);
+    outcomes::CONTINUE
 }
 
 /// The licence that the kernel's GPL-only helpers require.

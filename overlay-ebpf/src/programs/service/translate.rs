@@ -5,7 +5,7 @@ use aya_ebpf::{helpers::bpf_set_retval, programs::SockAddrContext};
 use overlay_ebpf::service::{
     abi::{Address, Backend, ServiceEntry, ServiceKey, TCP, UDP},
     select::{member, select},
-    translation::Translation,
+    translation::{Connection, Translation},
 };
 
 use super::{
@@ -26,18 +26,26 @@ const ECONNREFUSED: i32 = 111;
 /// A socket connects.
 #[inline(always)]
 pub(super) fn connect<P: Place>(ctx: &SockAddrContext) -> i32 {
+    let is_udp = place::protocol(ctx) == UDP as u32;
     // Whatever it was connected to, it is no more.
     if let Some(former) = sockets::connection(ctx)
-        && let Some(backend) = former.counted()
+        && let Some(backend) = former.translation.counted()
     {
         maps::closed(backend);
-        *former = Translation::default();
+        *former = Connection::default();
+        if is_udp {
+            maps::withdraw(ctx);
+        }
     }
     let Some((address, entry)) = service::<P>(ctx) else { return ALLOW };
-    let Some(backend) = choose(ctx, &entry) else { return refuse(ECONNREFUSED) };
+    let Some(backend) = choose(ctx, &entry) else { return refuse_for(&entry) };
     let Some(connection) = sockets::make_connection(ctx) else { return refuse(ENOMEM) };
-    *connection = Translation::new(address, &backend);
+    *connection = Connection::new(address, &backend, entry.service);
+    if is_udp {
+        maps::publish(ctx, &connection.translation);
+    }
     maps::opened(backend.id);
+    maps::picked(entry.service, backend.id);
     place::write::<P>(ctx, backend.address);
     ALLOW
 }
@@ -55,12 +63,13 @@ pub(super) fn send<P: Place>(ctx: &SockAddrContext) -> i32 {
         }
         sent.retire(address);
     }
-    let Some(backend) = choose(ctx, &entry) else { return refuse(ECONNREFUSED) };
+    let Some(backend) = choose(ctx, &entry) else { return refuse_for(&entry) };
     let Some(sent) = sockets::make_sent(ctx) else { return refuse(ENOMEM) };
     if let Some(forgotten) = sent.add(Translation::new(address, &backend)).counted() {
         maps::closed(forgotten);
     }
     maps::opened(backend.id);
+    maps::picked(entry.service, backend.id);
     place::write::<P>(ctx, backend.address);
     ALLOW
 }
@@ -69,7 +78,7 @@ pub(super) fn send<P: Place>(ctx: &SockAddrContext) -> i32 {
 #[inline(always)]
 pub(super) fn receive<P: Place>(ctx: &SockAddrContext) {
     let Some(source) = place::read::<P>(ctx) else { return };
-    let from_connection = sockets::connection(ctx).and_then(|connection| connection.back(source));
+    let from_connection = sockets::connection(ctx).and_then(|connection| connection.translation.back(source));
     let from = match from_connection {
         Some(from) => Some(from),
         None => sockets::sent(ctx).and_then(|sent| sent.back(source)),
@@ -83,7 +92,7 @@ pub(super) fn receive<P: Place>(ctx: &SockAddrContext) {
 #[inline(always)]
 pub(super) fn peer<P: Place>(ctx: &SockAddrContext) {
     let Some(peer) = place::read::<P>(ctx) else { return };
-    if let Some(from) = sockets::connection(ctx).and_then(|connection| connection.back(peer)) {
+    if let Some(from) = sockets::connection(ctx).and_then(|connection| connection.translation.back(peer)) {
         place::write::<P>(ctx, from);
     }
 }
@@ -104,6 +113,13 @@ fn service<P: Place>(ctx: &SockAddrContext) -> Option<(Address, ServiceEntry)> {
 #[inline(always)]
 fn choose(ctx: &SockAddrContext, entry: &ServiceEntry) -> Option<Backend> {
     select(entry, maps::client(ctx), &Maps)
+}
+
+/// There is no usable endpoint.
+#[inline(always)]
+fn refuse_for(entry: &ServiceEntry) -> i32 {
+    maps::refused(entry.service);
+    refuse(ECONNREFUSED)
 }
 
 #[inline(always)]

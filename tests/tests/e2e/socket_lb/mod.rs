@@ -2,6 +2,8 @@
 #![allow(clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 mod changes;
+mod lost;
+mod outcomes;
 mod policies;
 mod stage;
 mod tcp;
@@ -30,5 +32,8 @@ pub(crate) fn register(suite: &mut Suite) {
     suite.add("socket_lb::a_removed_endpoint_gets_no_new_connection", NEEDS, changes::removed_under_load);
     suite.add("socket_lb::no_connection_meets_a_table_in_parts", NEEDS, changes::whole_tables);
     suite.add("socket_lb::the_kernel_has_what_the_catalog_says", NEEDS, changes::read_back);
+    suite.add("socket_lb::udp_sockets_of_removed_endpoints_connect_again", NEEDS, lost::connect_again);
+    suite.add("socket_lb::outcomes_of_connections_are_counted_exactly", NEEDS, outcomes::exact);
+    suite.add("socket_lb::a_silent_endpoint_fails_once_it_had_time", NEEDS, outcomes::silent_endpoint);
     suite.add("socket_lb::a_full_map_takes_whole_tables_only", NEEDS, changes::too_many_slots);
 }

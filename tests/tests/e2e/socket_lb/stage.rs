@@ -108,7 +108,8 @@ pub(super) struct Endpoint {
 }
 
 impl Endpoint {
-    fn start(netns: &Netns, number: u8) -> Result<Self> {
+    /// Starts it in a namespace.
+    pub(super) fn start(netns: &Netns, number: u8) -> Result<Self> {
         let address = SocketAddrV4::new(Ipv4Addr::new(10, 244, 1, number), TARGET);
         // An address that an earlier endpoint had is there already.
         netns.tool(&format!("ip address replace {}/32 dev lo", address.ip()))?;

@@ -18,9 +18,9 @@ use super::{
 };
 
 /// The virtual port of UDP.
-const DNS: SocketAddrV4 = SocketAddrV4::new(VIP, 53);
+pub(super) const DNS: SocketAddrV4 = SocketAddrV4::new(VIP, 53);
 
-fn socket(bind: &str) -> Result<UdpSocket> {
+pub(super) fn socket(bind: &str) -> Result<UdpSocket> {
     let socket = UdpSocket::bind(bind)?;
     socket.set_read_timeout(Some(TIMEOUT))?;
     Ok(socket)
@@ -38,7 +38,7 @@ fn answer(socket: &UdpSocket, question: &[u8]) -> Result<(u8, SocketAddr)> {
 }
 
 /// Sends a question to an address, and returns the number of the endpoint. Checks that the answer is from that address.
-fn ask_at(socket: &UdpSocket, address: impl Into<SocketAddr>) -> Result<u8> {
+pub(super) fn ask_at(socket: &UdpSocket, address: impl Into<SocketAddr>) -> Result<u8> {
     let (address, question) = (address.into(), rand::random::<[u8; 16]>());
     socket.send_to(&question, address).with_context(|| format!("send to {address}"))?;
     let (number, from) = answer(socket, &question)?;
@@ -47,7 +47,7 @@ fn ask_at(socket: &UdpSocket, address: impl Into<SocketAddr>) -> Result<u8> {
 }
 
 /// The same over a connected socket.
-fn ask_peer(socket: &UdpSocket, address: impl Into<SocketAddr>) -> Result<u8> {
+pub(super) fn ask_peer(socket: &UdpSocket, address: impl Into<SocketAddr>) -> Result<u8> {
     let (address, question) = (address.into(), rand::random::<[u8; 16]>());
     ensure!(socket.peer_addr()? == address, "the peer is {} instead of {address}", socket.peer_addr()?);
     socket.send(&question)?;

@@ -3,6 +3,7 @@
 use super::super::change::{Change, Tests};
 
 const MAPS: &str = "overlay-ebpf/src/programs/service/maps.rs";
+const SOCKETS: &str = "overlay-ebpf/src/programs/service/sockets.rs";
 const TRANSLATE: &str = "overlay-ebpf/src/programs/service/translate.rs";
 const SELECT: &str = "overlay-ebpf/src/service/select.rs";
 const SERVICE_MAPS: &str = "overlay-agent/src/datapath/ebpf/service_maps.rs";
@@ -21,10 +22,19 @@ pub(super) const CHANGES: &[Change] = &[
     Change {
         name: "service-former-connection-not-forgotten",
         file: TRANSLATE,
-        from: "        *former = Translation::default();\n",
+        from: "        *former = Connection::default();\n",
         to: "",
         wrong: "A socket that reconnects directly to its endpoint sees the virtual address.",
         tests: &[Tests::EndToEnd("socket_lb::connected_udp_sockets_see_the_virtual_address")],
+        reason: None,
+    },
+    Change {
+        name: "service-given-up-counts-as-failed",
+        file: SOCKETS,
+        from: "if connection.abandon(maps::now()) {",
+        to: "if connection.fail() {",
+        wrong: "A connection that its program gives up at once counts as one that the endpoint did not answer.",
+        tests: &[Tests::EndToEnd("socket_lb::a_silent_endpoint_fails_once_it_had_time")],
         reason: None,
     },
     Change {
