@@ -7,8 +7,10 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::Ipv4Addr,
     num::NonZeroU16,
+    ops::RangeInclusive,
 };
 
+use http::uri::PathAndQuery;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::name::{EndpointName, ServiceName, label};
@@ -23,6 +25,14 @@ pub const RECORD_VERSION: u32 = 1;
 const MAX_PORTS: usize = 16;
 /// Largest weight of an endpoint.
 pub const MAX_WEIGHT: u16 = 256;
+/// Milliseconds from one health check to the next.
+const CHECK_INTERVAL: RangeInclusive<u32> = 100..=3_600_000;
+/// Milliseconds that a health check may take.
+const CHECK_TIMEOUT: RangeInclusive<u32> = 1..=60_000;
+/// Health checks in a row that change the state of an endpoint.
+const CHECKS_IN_A_ROW: RangeInclusive<u32> = 1..=100;
+/// Longest slow start, in seconds.
+const MAX_SLOW_START: u32 = 3600;
 
 /// The kind of `services/<namespace>/<name>`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -219,6 +229,14 @@ pub struct HealthCheck {
     /// Passed checks in a row after which it is up again.
     #[serde(default = "default_rise")]
     pub rise: u32,
+    /// Seconds in which an endpoint that begins to take connections beside others gets to its full share; 0 for at once.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub slow_start_s: u32,
+}
+
+/// For `skip_serializing_if`.
+fn is_zero(value: &u32) -> bool {
+    *value == 0
 }
 
 fn default_interval() -> u32 {
@@ -311,16 +329,33 @@ impl Service {
         if self.affinity.is_some_and(|affinity| affinity.client_ip && affinity.ttl_s == 0) {
             return Err("affinity.ttl_s is 0: expected seconds".to_owned());
         }
-        if let Some(health) = &self.health {
-            let positive = [health.interval_ms, health.timeout_ms, health.fall, health.rise];
-            if positive.contains(&0) {
-                return Err("health: interval_ms, timeout_ms, fall and rise start at 1".to_owned());
-            }
-            if health.path.as_ref().is_some_and(|path| !path.starts_with('/')) {
-                return Err("health.path does not start with a slash".to_owned());
+        self.health.as_ref().map_or(Ok(()), HealthCheck::check)
+    }
+}
+
+impl HealthCheck {
+    fn check(&self) -> Result<(), String> {
+        let Self { interval_ms, timeout_ms, fall, rise, slow_start_s, .. } = *self;
+        for (name, value, range) in [
+            ("interval_ms", interval_ms, CHECK_INTERVAL),
+            ("timeout_ms", timeout_ms, CHECK_TIMEOUT),
+            ("fall", fall, CHECKS_IN_A_ROW),
+            ("rise", rise, CHECKS_IN_A_ROW),
+            ("slow_start_s", slow_start_s, 0..=MAX_SLOW_START),
+        ] {
+            if !range.contains(&value) {
+                let (least, most) = range.into_inner();
+                return Err(format!("health.{name} is {value}: expected {least} to {most}"));
             }
         }
-        Ok(())
+        match self.path.as_deref() {
+            None => Ok(()),
+            Some(path) if !path.starts_with('/') => Err("health.path does not start with a slash".to_owned()),
+            Some(path) => match path.parse::<PathAndQuery>() {
+                Ok(_) => Ok(()),
+                Err(error) => Err(format!("health.path is no path of a URL: {error}")),
+            },
+        }
     }
 }
 
@@ -448,6 +483,10 @@ mod tests {
         Services::parse_value(json.as_bytes()).map_err(|error| error.to_string())
     }
 
+    fn health(members: &str, port: &str) -> String {
+        format!(r#"{{"v":1,"health":{{"kind":"http",{members}}},"ports":[{port}]}}"#)
+    }
+
     #[test]
     fn a_short_record_has_defaults() {
         let web = service(r#"{"v":1,"ports":[{"name":"http","port":80,"protocol":"tcp"}]}"#).unwrap();
@@ -467,10 +506,12 @@ mod tests {
                      {"name":"dns","port":80,"protocol":"udp"}],
             "lb":{"policy":"maglev","hash_key":"x-user"},"affinity":{"client_ip":true,"ttl_s":600},
             "locality":"prefer_zone",
-            "health":{"kind":"http","path":"/ok","interval_ms":500,"timeout_ms":200,"fall":2,"rise":1}}"#;
+            "health":{"kind":"http","path":"/ok","interval_ms":500,"timeout_ms":200,"fall":2,"rise":1,
+                      "slow_start_s":60}}"#;
         let service = service(json).unwrap();
         assert_eq!(service.lb.unwrap().policy, Policy::Maglev);
-        assert_eq!(service.health.unwrap().path.as_deref(), Some("/ok"));
+        let health = service.health.unwrap();
+        assert_eq!((health.path.as_deref(), health.slow_start_s), (Some("/ok"), 60));
     }
 
     #[test]
@@ -495,6 +536,12 @@ mod tests {
             (format!(r#"{{"v":1,"headless":true,"vip":"10.251.0.1","ports":[{port}]}}"#), "exclude"),
             (format!(r#"{{"v":1,"affinity":{{"client_ip":true,"ttl_s":0}},"ports":[{port}]}}"#), "ttl_s"),
             (format!(r#"{{"v":1,"lb":{{"policy":"best"}},"ports":[{port}]}}"#), "unknown variant"),
+            (health("\"fall\":0", port), "health.fall is 0: expected 1 to 100"),
+            (health("\"interval_ms\":99", port), "100 to 3600000"),
+            (health("\"timeout_ms\":60001", port), "1 to 60000"),
+            (health("\"slow_start_s\":3601", port), "0 to 3600"),
+            (health("\"path\":\"ok\"", port), "slash"),
+            (health("\"path\":\"/a b\"", port), "no path of a URL"),
         ] {
             let error = service(&json).unwrap_err();
             assert!(error.contains(reason), "{json}: {error}");

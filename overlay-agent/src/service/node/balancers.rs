@@ -12,6 +12,7 @@ use crate::{
     service::{
         Catalog, LbRequest,
         front::Rules,
+        outcome::Outcomes,
         proxy::{self, Proxy},
     },
 };
@@ -102,6 +103,16 @@ impl Balancers {
         set.reconcile(catalog, rules)?;
         set.attach(self.cgroup.as_deref())?;
         Ok(set)
+    }
+
+    /// What became of connections of this node to endpoints, whichever way they took.
+    pub(super) fn outcomes(&self) -> Outcomes {
+        let mut sum = Outcomes::new();
+        let of_proxy = self.proxy.as_ref().map(Proxy::outcomes);
+        for (target, outcome) in of_proxy.into_iter().flatten() {
+            *sum.entry(target).or_default() += outcome;
+        }
+        sum
     }
 
     /// How connections reach endpoints now, and why.

@@ -22,7 +22,7 @@ use overlay_tests::{
 };
 
 use crate::{suite::Suite, wait::wait_until};
-use server::Server;
+pub(crate) use server::{PREFIX, Server};
 
 pub(crate) fn register(suite: &mut Suite) {
     outage::register(suite);
@@ -89,7 +89,7 @@ fn key(subnet: &str) -> String {
 }
 
 /// The arguments of an agent that acquires any subnet.
-fn arguments(server: &Server, rung: Rung) -> Vec<String> {
+pub(crate) fn arguments(server: &Server, rung: Rung) -> Vec<String> {
     let endpoint = server.endpoint();
     let words = ["--etcd-endpoints", &endpoint, "--iface", UPLINK, "--datapath", rung.name()];
     words.map(str::to_owned).into()
@@ -103,7 +103,7 @@ fn start(sandbox: &Sandbox, side: &Side, server: &Server, rung: Rung) -> Result<
     site.start(&arguments)
 }
 
-fn wait_for_route(agent: &Agent, subnet: &str, peer: Ipv4Addr) -> Result<()> {
+pub(crate) fn wait_for_route(agent: &Agent, subnet: &str, peer: Ipv4Addr) -> Result<()> {
     wait_until(&format!("a route to {subnet} via {peer}"), || {
         Ok(agent.routes()?.routes.iter().any(|route| route.subnet == subnet && route.peer == peer))
     })
