@@ -47,6 +47,7 @@ pub(crate) fn register(suite: &mut Suite) {
     });
     suite.add("services_health_sends_connections_although_all_endpoints_are_down", needs, all_down);
     suite.add("services_health_counts_on_its_node_while_etcd_is_away", needs, autonomy);
+    suite.add("services_health_of_endpoints_in_files_keeps_their_lifetime", needs, files);
     suite.add("services_health_ejects_an_endpoint_without_checks", needs, ejection);
 }
 
@@ -61,15 +62,9 @@ struct Scene {
 }
 
 impl Scene {
+    /// With the service `shop/web`, and endpoints as an operator writes them.
     fn start(sandbox: &Arc<Sandbox>, lb: &str, health: &str) -> Result<Self> {
-        let cgroup = Cgroup::enter()?;
-        let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
-        let server = Server::start(sandbox, &topology.a.host, topology.a.underlay)?;
-        server.write_config(CONFIG)?;
-        let a = start(sandbox, &topology.a, &server, lb, &cgroup)?;
-        let b = start(sandbox, &topology.b, &server, "proxy", &cgroup)?;
-        etcd::wait_for_route(&a, topology.b.subnet, topology.b.underlay)?;
-        let scene = Self { a, b, server, topology, cgroup };
+        let scene = Self::without_services(sandbox, lb, &[])?;
         let service =
             format!(r#"{{"name":"shop/web","vip":"{VIP}","ports":[{{"name":"web","port":80}}]{health}}}"#);
         scene.operate(&["service", "set", &service])?;
@@ -80,6 +75,17 @@ impl Scene {
             scene.operate(&[&endpoint[..], &["--port", &port]].concat())?;
         }
         Ok(scene)
+    }
+
+    fn without_services(sandbox: &Arc<Sandbox>, lb: &str, arguments_b: &[&str]) -> Result<Self> {
+        let cgroup = Cgroup::enter()?;
+        let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
+        let server = Server::start(sandbox, &topology.a.host, topology.a.underlay)?;
+        server.write_config(CONFIG)?;
+        let a = start(sandbox, &topology.a, &server, &["--lb", lb], &cgroup)?;
+        let b = start(sandbox, &topology.b, &server, &[&["--lb", "proxy"], arguments_b].concat(), &cgroup)?;
+        etcd::wait_for_route(&a, topology.b.subnet, topology.b.underlay)?;
+        Ok(Self { a, b, server, topology, cgroup })
     }
 
     /// Runs a command of an operator on the store.
@@ -119,12 +125,12 @@ impl Scene {
     }
 }
 
-fn start(sandbox: &Sandbox, side: &Side, server: &Server, lb: &str, cgroup: &Cgroup) -> Result<Agent> {
+fn start(sandbox: &Sandbox, side: &Side, server: &Server, more: &[&str], cgroup: &Cgroup) -> Result<Agent> {
     let site = Site::new(sandbox, &side.host, &format!("agent-{}", side.name))?;
     let mut arguments = etcd::arguments(server, Rung::Tc);
     let cgroup = cgroup.path().display().to_string();
-    let words = ["--subnet", side.subnet, "--node", side.name, "--lb", lb, "--service-cgroup", &cgroup];
-    arguments.extend(words.map(str::to_owned));
+    let words = ["--subnet", side.subnet, "--node", side.name, "--service-cgroup", &cgroup];
+    arguments.extend(words.iter().chain(more).map(|word| (*word).to_owned()));
     site.start(&arguments)
 }
 
@@ -261,7 +267,42 @@ fn autonomy(sandbox: &Arc<Sandbox>) -> Result<()> {
     // An agent that was killed is followed by one that finds the endpoint as it is now.
     scene.b.crash()?;
     let _one = serve(8081)?;
-    scene.b = start(sandbox, &scene.topology.b, &scene.server, "proxy", &scene.cgroup)?;
+    scene.b = start(sandbox, &scene.topology.b, &scene.server, &["--lb", "proxy"], &scene.cgroup)?;
+    scene.wait_for_states(["ready"; 3])
+}
+
+/// Endpoints that the agent of host B keeps under its lifetime, and a return with a small share.
+fn files(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let directory = sandbox.new_directory("services")?;
+    let endpoint =
+        |port: u16| format!(r#"{{"address":"10.244.2.2","id":"p{port}","ports":{{"web":{port}}}}}"#);
+    let file = format!(
+        r#"{{"shop/web":{{"vip":"{VIP}","ports":[{{"name":"web","port":80}}],"endpoints":[{}],
+        "health":{{"kind":"tcp","interval_ms":200,"timeout_ms":200,"fall":2,"rise":2,"slow_start_s":20}}}}}}"#,
+        PORTS.map(endpoint).join(",")
+    );
+    std::fs::write(directory.join("web.json"), file)?;
+    let path = directory.display().to_string();
+    let scene = Scene::without_services(sandbox, "proxy", &["--services-dir", &path])?;
+    let (client, b) = (&scene.topology.a.pod, &scene.topology.b);
+    let serve = |port| Answering::start(&b.pod, b.pod_address, port);
+    let (_one, two, _three) = (serve(8081)?, serve(8082)?, serve(8083)?);
+    scene.wait_for_states(["ready"; 3])?;
+    scene.wait_for_ports(client, &PORTS)?;
+    drop(two);
+    scene.wait_for_states(["ready", "down", "ready"])?;
+    let records = scene.server.below(&format!("{}/endpoints/", etcd::PREFIX))?;
+    ensure!(records.iter().all(|record| record.lease != 0), "a record has no lifetime: {records:?}");
+    scene.wait_for_ports(client, &[8081, 8083])?;
+
+    let _two = serve(8082)?;
+    let mut few = 0;
+    wait_until("the endpoint has connections again", || {
+        few = client.run(|| answers(60))?.get(&8082).copied().unwrap_or_default();
+        Ok(few > 0)
+    })?;
+    ensure!(few <= 12, "{few} of 60 connections at once, where 20 are its full share");
+    wait_until("it has its full share", || Ok(client.run(|| answers(60))?.get(&8082) == Some(&20)))?;
     scene.wait_for_states(["ready"; 3])
 }
 

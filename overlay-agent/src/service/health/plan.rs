@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, net::SocketAddrV4};
 
 use crate::service::{
     EndpointName,
-    catalog::Service,
+    catalog::{Endpoint, Service},
     record::{App, CheckKind, HealthCheck, Port, Protocol},
 };
 
@@ -13,7 +13,15 @@ use crate::service::{
 pub(super) struct Probe {
     pub(super) check: HealthCheck,
     /// Where it has to answer, at least one.
-    pub(super) targets: Vec<SocketAddrV4>,
+    pub(super) targets: Vec<Target>,
+}
+
+/// A port of an endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Target {
+    pub(super) address: SocketAddrV4,
+    /// Whether connections begin with a header of the PROXY protocol.
+    pub(super) proxy_protocol: bool,
 }
 
 /// The checks of a service's endpoints on this node. The error is why there are none although the service wants them.
@@ -26,9 +34,12 @@ pub(super) fn probes(service: &Service, node: &str) -> Result<BTreeMap<EndpointN
     }
     // No part of a check.
     let check = HealthCheck { slow_start_s: 0, ..check.clone() };
-    let probe = |endpoint: &crate::service::catalog::Endpoint| {
-        let targets = ports.iter().map(|port| endpoint.backend(port).address).collect();
-        (endpoint.name.clone(), Probe { check: check.clone(), targets })
+    let probe = |endpoint: &Endpoint| {
+        let targets = ports.iter().map(|port| Target {
+            address: endpoint.backend(port).address,
+            proxy_protocol: port.proxy_protocol,
+        });
+        (endpoint.name.clone(), Probe { check: check.clone(), targets: targets.collect() })
     };
     Ok(own.into_iter().map(probe).collect())
 }
@@ -61,7 +72,7 @@ mod tests {
         let catalog = catalog(&[("shop/web", &service)], &ENDPOINTS);
         let probes = probes(catalog.services.values().next().unwrap(), "a")?;
         let text = |(name, probe): (EndpointName, Probe)| {
-            let targets: Vec<_> = probe.targets.iter().map(ToString::to_string).collect();
+            let targets: Vec<_> = probe.targets.iter().map(|target| target.address.to_string()).collect();
             format!("{} {}", name.id, targets.join(" "))
         };
         Ok(probes.into_iter().map(text).collect())

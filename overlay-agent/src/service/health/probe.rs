@@ -1,11 +1,6 @@
 //! One check of an endpoint: a connection to each of its ports, or a request.
 
-use std::{
-    future::pending,
-    io,
-    net::{SocketAddr, SocketAddrV4},
-    time::Duration,
-};
+use std::{future::pending, io, net::SocketAddr, time::Duration};
 
 use http_body_util::{BodyExt as _, Empty};
 use hyper::{
@@ -15,10 +10,10 @@ use hyper::{
     header::{CONNECTION, HOST, USER_AGENT},
 };
 use hyper_util::rt::TokioIo;
-use tokio::{net::TcpStream, time::timeout};
+use tokio::{io::AsyncWriteExt as _, net::TcpStream, time::timeout};
 
-use super::plan::Probe;
-use crate::service::record::CheckKind;
+use super::plan::{Probe, Target};
+use crate::service::{proxy::header, record::CheckKind};
 
 /// Most bytes of the head of a response.
 const MAX_HEAD: usize = 16 << 10;
@@ -39,7 +34,7 @@ impl Probe {
                         CheckKind::Http => get(*target, self.check.path.as_deref().unwrap_or("/")).await,
                     }
                 };
-                attempt.await.map_err(|why| format!("{target}: {why}"))?;
+                attempt.await.map_err(|why| format!("{}: {why}", target.address))?;
             }
             Ok(())
         };
@@ -48,24 +43,27 @@ impl Probe {
     }
 }
 
-async fn connect(address: SocketAddrV4) -> io::Result<TcpStream> {
-    let stream = TcpStream::connect(address).await?;
+async fn connect(target: Target) -> io::Result<TcpStream> {
+    let mut stream = TcpStream::connect(target.address).await?;
     // The kernel can give the socket the port that it connects to: then it is connected to itself.
-    if stream.local_addr()? == SocketAddr::V4(address) {
+    if stream.local_addr()? == SocketAddr::V4(target.address) {
         return Err(io::ErrorKind::ConnectionRefused.into());
+    }
+    if target.proxy_protocol {
+        stream.write_all(&header::local()).await?;
     }
     Ok(stream)
 }
 
 /// Requests a path, and reads the whole response.
-async fn get(address: SocketAddrV4, path: &str) -> Result<(), String> {
-    let stream = connect(address).await.map_err(|error| error.to_string())?;
+async fn get(target: Target, path: &str) -> Result<(), String> {
+    let stream = connect(target).await.map_err(|error| error.to_string())?;
     let mut client = http1::Builder::new();
     client.max_buf_size(MAX_HEAD).max_headers(MAX_FIELDS);
     let (mut sender, connection) =
         client.handshake(TokioIo::new(stream)).await.map_err(|error| explain(&error))?;
     let request = Request::get(path)
-        .header(HOST, address.to_string())
+        .header(HOST, target.address.to_string())
         .header(USER_AGENT, concat!("overlay-agent/", env!("CARGO_PKG_VERSION")))
         .header(CONNECTION, "close")
         .body(Empty::<Bytes>::new())
@@ -114,17 +112,18 @@ fn explain(error: &hyper::Error) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::{net::Ipv4Addr, time::Instant};
-
-    use tokio::{
-        io::{AsyncReadExt as _, AsyncWriteExt as _},
-        net::TcpListener,
+    use std::{
+        net::{Ipv4Addr, SocketAddrV4},
+        time::Instant,
     };
+
+    use tokio::{io::AsyncReadExt as _, net::TcpListener};
 
     use super::*;
 
     fn probe(check: &str, targets: &[SocketAddrV4]) -> Probe {
-        Probe { check: serde_json::from_str(check).unwrap(), targets: targets.to_vec() }
+        let targets = targets.iter().map(|address| Target { address: *address, proxy_protocol: false });
+        Probe { check: serde_json::from_str(check).unwrap(), targets: targets.collect() }
     }
 
     async fn listen() -> (TcpListener, SocketAddrV4) {
@@ -209,6 +208,23 @@ mod tests {
         assert!(
             fields.contains(&format!("host: {address}").as_str()) && fields.contains(&"connection: close")
         );
+    }
+
+    #[tokio::test]
+    async fn a_port_with_the_proxy_protocol_gets_its_header() {
+        let (listener, address) = listen().await;
+        let begun = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut header = [0; 16];
+            stream.read_exact(&mut header).await.unwrap();
+            read_request(&mut stream).await.unwrap();
+            stream.write_all(b"HTTP/1.1 204 No Content\r\n\r\n").await.unwrap();
+            header
+        });
+        let mut probe = probe(HTTP, &[address]);
+        probe.targets[0].proxy_protocol = true;
+        assert_eq!(probe.run().await, Ok(()));
+        assert_eq!(begun.await.unwrap(), header::local());
     }
 
     #[tokio::test]

@@ -10,7 +10,7 @@ mod aging;
 mod balancer;
 mod counters;
 mod endpoint;
-mod header;
+pub(super) mod header;
 mod listeners;
 mod plan;
 mod relay;
