@@ -113,3 +113,44 @@ async fn connections_that_fail_eject_and_the_return_is_slow() {
         web(&view.borrow()).endpoints.iter().map(|endpoint| endpoint.local.share).collect();
     assert_eq!(shares, [10, FULL_SHARE]);
 }
+
+/// A measurement with a wide limit: `cargo test --release -p overlay-agent the_view_is_cheap -- --nocapture`.
+#[tokio::test]
+async fn the_view_is_cheap_among_many_endpoints() {
+    let name = |number: usize| format!("ns-{}/service-{number}", number % 100);
+    let services: Vec<_> = (0..10_000).map(|number| (name(number), WEB)).collect();
+    let endpoints: Vec<_> = (0..100_000usize)
+        .map(|number| {
+            let ip = Ipv4Addr::from_bits(0x0af4_0000 + number as u32 / 4 + 1);
+            (format!("{}/node/{number}", name(number % 10_000)), format!(r#"{{"overlay_ip":"{ip}"}}"#))
+        })
+        .collect();
+    let services: Vec<_> = services.iter().map(|(key, value)| (key.as_str(), *value)).collect();
+    let endpoints: Vec<_> = endpoints.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
+    let followed = catalog(&services, &endpoints);
+    let mut health = Health::new("a".to_owned());
+    let view = health.view();
+    let time = |what: &str, work: &mut dyn FnMut()| {
+        let started = Instant::now();
+        work();
+        let elapsed = started.elapsed();
+        println!("{what}: {elapsed:?}");
+        elapsed
+    };
+    time("the first catalog", &mut || health.follow(&followed));
+    let idle = time("a second without failures", &mut || health.observe(&Outcomes::new()));
+    let failing = followed.services.values().next().unwrap().endpoints[0].spec.overlay_ip;
+    let outcomes = Outcomes::from([(at(failing.octets()), Outcome { established: 0, failed: 5 })]);
+    let ejection = time("a second with an ejection", &mut || health.observe(&outcomes));
+    time("a second while endpoints are out", &mut || health.observe(&outcomes));
+    assert!(!health.ejected().is_empty() && idle < ejection);
+    let mut next = (*followed).clone();
+    Arc::make_mut(next.services.values_mut().last().unwrap()).endpoints.pop();
+    let next = Arc::new(next);
+    time("a changed service", &mut || health.follow(&next));
+    let view = view.borrow();
+    let copied = view.services.iter().filter(|(name, service)| !Arc::ptr_eq(service, &next.services[*name]));
+    let concerned: BTreeSet<_> =
+        health.ejected().into_iter().map(|ejected| ejected.endpoint.service).collect();
+    assert_eq!(copied.count(), concerned.len());
+}

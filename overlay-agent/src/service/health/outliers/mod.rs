@@ -6,7 +6,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::SocketAddrV4,
+    net::{Ipv4Addr, SocketAddrV4},
     time::{Duration, Instant},
 };
 
@@ -92,8 +92,12 @@ impl Outliers {
         let mut news = Vec::new();
         self.end(now, catalog, &mut news);
         if !suspects.is_empty() {
+            let addresses: BTreeSet<Ipv4Addr> = suspects.iter().map(|(_, address)| *address.ip()).collect();
+            let is_suspect = |endpoint: &Endpoint| addresses.contains(&endpoint.spec.overlay_ip);
             for service in catalog.services.values() {
-                self.eject(now, service, &suspects, &mut news);
+                if service.endpoints.iter().any(is_suspect) {
+                    self.eject(now, service, &suspects, &mut news);
+                }
             }
         }
         news

@@ -1,6 +1,6 @@
 //! Counters of connections, second by second.
 
-use std::{net::Ipv4Addr, sync::Arc};
+use std::sync::Arc;
 
 use proptest::prelude::*;
 
