@@ -1,12 +1,13 @@
 //! Health of endpoints: each node checks its own, and tells the others through the store; and each node sees how its connections fare.
 //!
-//! In reading order: `plan` (what to check, pure), `probe` (one check), `verdict` (what checks in a row mean, pure), `prober` (all
+//! In reading order: `check` (what services want), `plan` (what to check, pure), `probe` (one check), `verdict` (what checks in a row mean, pure), `prober` (all
 //! checks of a node), `publish` (the verdict in the store), `outliers` (which endpoints connections fail to, pure), `slow_start` (the
 //! share of those that return, pure), `layer` (the catalog with all of this, pure).
 //!
 //! The catalog that balancers and DNS of this node see is the followed one with what the node knows itself on top: the verdicts of its
 //! checks, also while the store is away, then ejections, then shares.
 
+mod check;
 mod layer;
 mod outliers;
 mod plan;
@@ -25,17 +26,18 @@ use std::{
 use tokio::sync::watch;
 use tracing::{info, warn};
 
+pub use self::{
+    check::{CheckKind, HealthCheck},
+    outliers::Ejected,
+    prober::VerdictReceiver,
+    publish::{Publishing, publish},
+    verdict::{Verdict, Verdicts},
+};
 use self::{
     layer::Layer,
     outliers::{News, Outliers},
     prober::Prober,
     slow_start::SlowStart,
-};
-pub use self::{
-    outliers::Ejected,
-    prober::VerdictReceiver,
-    publish::{Publishing, publish},
-    verdict::{Verdict, Verdicts},
 };
 use super::{Catalog, ServiceName, catalog::Endpoint, outcome::Outcomes};
 

@@ -108,8 +108,8 @@ impl Balancers {
     /// What became of connections of this node to endpoints, whichever way they took.
     pub(super) fn outcomes(&self) -> Outcomes {
         let mut sum = Outcomes::new();
-        let of_proxy = self.proxy.as_ref().map(Proxy::outcomes);
-        for (target, outcome) in of_proxy.into_iter().flatten() {
+        let ways = [self.proxy.as_ref().map(Proxy::outcomes)];
+        for (target, outcome) in ways.into_iter().flatten().flatten() {
             *sum.entry(target).or_default() += outcome;
         }
         sum
