@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use tokio::{
     sync::{oneshot, watch},
     task::JoinHandle,
-    time::sleep,
+    time::{sleep, timeout},
 };
 use tracing::{debug, info};
 
@@ -35,6 +35,8 @@ use super::{
 };
 use crate::store::{DirectoryWatch, Kind as _, OwnState, Record, Store, Writable as _};
 
+/// How long the end waits for writes: the store may be away.
+const LAST_WRITES: Duration = Duration::from_secs(1);
 /// Pause before another attempt after a failure.
 const RETRY: Duration = Duration::from_secs(2);
 /// Names of files that are read end so. Others, and those that begin with a dot, belong to editors and other tools.
@@ -94,12 +96,14 @@ pub fn keep(store: &Store, options: FileOptions, verdicts: VerdictReceiver) -> S
     let (names, named) = watch::channel(Arc::default());
     let (sender, state) = watch::channel(FilesState::default());
     let (stop, stopped) = oneshot::channel::<()>();
+    let (idle, is_idle) = watch::channel(true);
     let endpoints = own.state.clone();
     let mut keeper = Keeper {
         store: store.clone(),
         options: Arc::new(options),
         state: sender,
         named: names,
+        idle,
         files: BTreeMap::new(),
         brought: None,
         saved: Brought::new(),
@@ -109,11 +113,18 @@ pub fn keep(store: &Store, options: FileOptions, verdicts: VerdictReceiver) -> S
         tokio::select! {
             () = keeper.run() => {}
             () = own_endpoints::keep(&own, wanted, verdicts) => {}
-            _ = stopped => {}
+            () = stopped_between_writes(stopped, is_idle) => {}
         }
         own.stop().await;
     });
     ServiceFiles { state, endpoints, named, stop, task }
+}
+
+/// Waits for the end, and then for what is being written: a service must not be in the store without being remembered.
+async fn stopped_between_writes(stopped: oneshot::Receiver<()>, mut is_idle: watch::Receiver<bool>) {
+    // Both errors are the end of the other side.
+    let _ = stopped.await;
+    let _ = timeout(LAST_WRITES, is_idle.wait_for(|is_idle| *is_idle)).await;
 }
 
 /// The services of a file.
@@ -137,6 +148,8 @@ struct Keeper {
     options: Arc<FileOptions>,
     state: watch::Sender<FilesState>,
     named: watch::Sender<Arc<NamedEndpoints>>,
+    /// Whether nothing is being written.
+    idle: watch::Sender<bool>,
     /// Files by their names, as they were when they could be used last.
     files: BTreeMap<String, Content>,
     /// `None` before the state file was read.
@@ -162,7 +175,10 @@ impl Keeper {
     async fn watch(&mut self) -> Result<()> {
         let mut watch = DirectoryWatch::new(self.options.directory.clone())?;
         loop {
-            self.reconcile().await?;
+            self.idle.send_replace(false);
+            let done = self.reconcile().await;
+            self.idle.send_replace(true);
+            done?;
             watch.changed().await?;
         }
     }

@@ -262,16 +262,22 @@ impl Keeper {
 
     async fn remove(self) {
         let Self { options, netlink, files, balancers, mut names, is_active, .. } = self;
-        if let Some(files) = files {
-            files.stop().await;
-        }
-        if !is_active {
-            return;
-        }
-        names.stop();
-        balancers.stop().await;
-        if let Err(error) = options.device.remove(&netlink).await {
-            warn!("remove the device {}: {error:#}", options.device.name());
-        }
+        let records = async {
+            if let Some(files) = files {
+                files.stop().await;
+            }
+        };
+        let host = async {
+            if !is_active {
+                return;
+            }
+            names.stop();
+            balancers.stop().await;
+            if let Err(error) = options.device.remove(&netlink).await {
+                warn!("remove the device {}: {error:#}", options.device.name());
+            }
+        };
+        // The store may be away, which must not hold up the rest.
+        tokio::join!(records, host);
     }
 }
