@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    net::{Ipv4Addr, SocketAddr},
+    net::{Ipv4Addr, SocketAddr, SocketAddrV4},
 };
 
 use ipnet::Ipv4Net;
@@ -13,6 +13,7 @@ use crate::{
     datapath::{Choice, KernelDrops, PathCounters},
     netlink::Link,
     route::Subnet,
+    service::record::Protocol,
 };
 
 /// State of an agent. Parts that are missing, because the agent starts or lost them, are `null`.
@@ -105,6 +106,24 @@ pub(crate) struct Services {
     pub(crate) load_balancer: String,
     /// Where the DNS server of the node answers.
     pub(crate) dns: Option<SocketAddr>,
+    /// Endpoints of this node that do not pass their health checks, each with the reason.
+    #[serde(default)]
+    pub(crate) down: Vec<String>,
+    /// Endpoints that get no connections of this node for a while, because those that it made failed.
+    #[serde(default)]
+    pub(crate) ejected: Vec<EjectedEndpoint>,
+}
+
+/// An endpoint that gets no connections of this node for a while.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct EjectedEndpoint {
+    /// Its name, `shop/web/node-a/1`.
+    pub(crate) endpoint: String,
+    /// The address to which connections failed.
+    pub(crate) address: SocketAddrV4,
+    pub(crate) protocol: Protocol,
+    /// Seconds until it gets connections again.
+    pub(crate) left_s: u64,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -1,5 +1,7 @@
 //! Services on this node, in a network whose config has them.
 
+use std::time::Instant;
+
 use ipnet::Ipv4Net;
 
 use super::{Options, ServiceOptions, status::json};
@@ -13,6 +15,7 @@ use crate::{
         device::ServiceDevice,
         files::FileOptions,
         front::Rules,
+        health::Ejected,
         node::{NodeOptions, ServiceNode},
     },
     store::Store,
@@ -75,6 +78,8 @@ impl Services {
             skipped: state.skipped,
             load_balancer: state.balancers,
             dns: state.dns,
+            down: state.down,
+            ejected: state.ejected.iter().map(ejected).collect(),
         })
     }
 
@@ -96,6 +101,12 @@ impl Services {
             node.stop().await;
         }
     }
+}
+
+fn ejected(ejected: &Ejected) -> report::EjectedEndpoint {
+    let (protocol, address) = ejected.target;
+    let left_s = ejected.until.saturating_duration_since(Instant::now()).as_secs();
+    report::EjectedEndpoint { endpoint: ejected.endpoint.to_string(), address, protocol, left_s }
 }
 
 /// What this node is to do for services; `None` when the network has none, or this node ignores them.

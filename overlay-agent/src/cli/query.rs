@@ -115,7 +115,7 @@ fn without_agent(without: &report::WithoutAgent) -> String {
 }
 
 fn services(services: &report::Services) -> String {
-    let report::Services { services, endpoints, skipped, load_balancer, dns } = services;
+    let report::Services { services, endpoints, skipped, load_balancer, dns, down, ejected } = services;
     if *services == 0 {
         return "none yet".to_owned();
     }
@@ -124,7 +124,16 @@ fn services(services: &report::Services) -> String {
         _ => format!(", {skipped} records left out (`overlay-agent service list` says why)"),
     };
     let dns = dns.map_or_else(|| "no DNS server".to_owned(), |address| format!("DNS at {address}"));
-    format!("{services} with {endpoints} endpoints{skipped}; load balancing: {load_balancer}; {dns}")
+    let down: String = down.iter().map(|why| format!("; down: {why}")).collect();
+    let ejected = ejected.iter().map(|ejected| {
+        let report::EjectedEndpoint { endpoint, address, protocol, left_s } = ejected;
+        let protocol = protocol.name();
+        format!("; connections to {endpoint} at {protocol} {address} fail: it gets none for {left_s} s")
+    });
+    let ejected: String = ejected.collect();
+    format!(
+        "{services} with {endpoints} endpoints{skipped}; load balancing: {load_balancer}; {dns}{down}{ejected}"
+    )
 }
 
 fn bypass(bypass: &report::Bypass) -> String {

@@ -53,7 +53,7 @@ The input is one service with its name, or a map of services by their names:
     lb: {policy: round_robin}                # random, least_conn, source_hash, maglev
     affinity: {client_ip: true, ttl_s: 600}
     locality: any                            # prefer_node, prefer_zone, local_only
-    health: {kind: http, path: /healthz}     # or kind: tcp
+    health: {kind: http, path: /healthz}     # or kind: tcp; interval_ms, timeout_ms, fall, rise, slow_start_s
   shop/front:
     ports:
       - {name: http, port: 80, app: http, routes: [{host: '*.shop.example', path_prefix: /api, service: shop/web, port: http}]}
@@ -204,7 +204,7 @@ async fn show(ShowArgs { name, query }: ShowArgs) -> Result<()> {
             ),
         }
     };
-    let endpoints = service.endpoints.iter().map(|Endpoint { name, spec }| ShownEndpoint {
+    let endpoints = service.endpoints.iter().map(|Endpoint { name, spec, .. }| ShownEndpoint {
         node: name.node.clone(),
         id: name.id.clone(),
         endpoint: spec.clone(),

@@ -16,6 +16,9 @@ use super::{
 };
 use crate::store::Record;
 
+/// The share of an endpoint whose whole weight counts, in percent.
+pub const FULL_SHARE: u16 = 100;
+
 /// All services. Equal catalogs are the same to every client.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Catalog {
@@ -45,6 +48,24 @@ pub struct Endpoint {
     pub name: EndpointName,
     /// What its record says.
     pub spec: record::Endpoint,
+    /// What this node knows about it.
+    pub local: Local,
+}
+
+/// What one node knows about an endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Local {
+    /// Whether connections of this node to it fail, so that it gets none for a while. Those that it has may go on.
+    pub is_ejected: bool,
+    /// The part of its weight that counts, in percent: less than 100 while it begins to take connections.
+    pub share: u16,
+}
+
+impl Default for Local {
+    /// Nothing that the record does not say.
+    fn default() -> Self {
+        Self { is_ejected: false, share: FULL_SHARE }
+    }
 }
 
 /// Where connections to one port of a service go: one endpoint.
@@ -71,20 +92,44 @@ impl Service {
         self.spec.ports.iter().find(|port| port.protocol == protocol && port.port.get() == number)
     }
 
-    /// The endpoints that take new connections, in the order of [`Self::endpoints`]. When all that could are down, those that are
-    /// down: an error of the health check must not take down a service. Empty when there is none at all.
+    /// An endpoint by its name.
+    pub fn endpoint(&self, name: &EndpointName) -> Option<&Endpoint> {
+        let place = self.endpoints.binary_search_by(|endpoint| endpoint.name.cmp(name)).ok()?;
+        self.endpoints.get(place)
+    }
+
+    /// The endpoints that take new connections, in the order of [`Self::endpoints`]: those that are ready and not ejected. When there
+    /// is none, those that are ready, and else those that are down: an error of the health check must not take down a service. Empty
+    /// when there is none at all.
     pub fn serving(&self) -> Vec<&Endpoint> {
         let of_state = |state: EndpointState| {
             let wanted = self.endpoints.iter().filter(|endpoint| endpoint.spec.state == state);
             wanted.filter(|endpoint| endpoint.spec.weight > 0).collect::<Vec<_>>()
         };
-        let ready = of_state(EndpointState::Ready);
-        if ready.is_empty() { of_state(EndpointState::Down) } else { ready }
+        let mut ready = of_state(EndpointState::Ready);
+        if ready.is_empty() {
+            return of_state(EndpointState::Down);
+        }
+        if ready.iter().any(|endpoint| endpoint.is_taking()) {
+            ready.retain(|endpoint| endpoint.is_taking());
+        }
+        ready
     }
 
-    /// Where connections to a port go: [`Self::serving`] with the port of each.
+    /// Where connections to a port go: [`Self::serving`] with the port of each. While one of them has less than its full share, all
+    /// weights are multiplied by [`FULL_SHARE`], so that parts of small ones count.
     pub fn backends(&self, port: &Port) -> Vec<Backend> {
-        self.serving().into_iter().map(|endpoint| endpoint.backend(port)).collect()
+        let serving = self.serving();
+        let is_shared = serving.iter().any(|endpoint| endpoint.local.share < FULL_SHARE);
+        let backends = serving.into_iter().map(|endpoint| {
+            let backend = endpoint.backend(port);
+            let weight = match is_shared {
+                true => backend.weight.saturating_mul(endpoint.local.share),
+                false => backend.weight,
+            };
+            Backend { weight, ..backend }
+        });
+        backends.collect()
     }
 
     /// The policy: that of the record, or else the network's.
@@ -94,6 +139,16 @@ impl Service {
 }
 
 impl Endpoint {
+    /// An endpoint of which this node knows only the record.
+    pub fn new(name: EndpointName, spec: record::Endpoint) -> Self {
+        Self { name, spec, local: Local::default() }
+    }
+
+    /// Whether it takes new connections while others do, too.
+    pub fn is_taking(&self) -> bool {
+        self.spec.state == EndpointState::Ready && self.spec.weight > 0 && !self.local.is_ejected
+    }
+
     /// Where it listens for a port of its service.
     pub fn backend(&self, port: &Port) -> Backend {
         let own = self.spec.ports.get(&port.name).copied();
@@ -128,7 +183,7 @@ impl Catalog {
             match (&record.id, &record.value) {
                 (Ok(name), Ok(spec)) => match usable.get_mut(&name.service) {
                     Some(service) => {
-                        service.endpoints.push(Endpoint { name: name.clone(), spec: spec.clone() });
+                        service.endpoints.push(Endpoint::new(name.clone(), spec.clone()));
                     }
                     None => {
                         let reason = format!("there is no usable service {}", name.service);
@@ -266,6 +321,46 @@ pub(super) mod tests {
         let one_up = catalog(&[("shop/web", WEB)], &[], &endpoints);
         let web = one_up.services.values().next().unwrap();
         assert_eq!(web.backends(&web.spec.ports[0])[0].address.ip().octets(), [10, 244, 1, 4]);
+    }
+
+    #[test]
+    fn ejected_endpoints_are_used_before_those_that_are_down() {
+        let endpoints = [
+            ("shop/web/a/1", r#"{"overlay_ip":"10.244.1.1","weight":3}"#),
+            ("shop/web/a/2", r#"{"overlay_ip":"10.244.1.2"}"#),
+            ("shop/web/a/3", r#"{"overlay_ip":"10.244.1.3","state":"down"}"#),
+        ];
+        let catalog = catalog(&[("shop/web", WEB)], &[], &endpoints);
+        let mut web = (**catalog.services.values().next().unwrap()).clone();
+        let serving = |web: &Service| -> Vec<(u8, u16)> {
+            let backends = web.backends(&web.spec.ports[0]);
+            backends.iter().map(|backend| (backend.address.ip().octets()[3], backend.weight)).collect()
+        };
+        web.endpoints[0].local.is_ejected = true;
+        assert_eq!(serving(&web), [(2, 1)]);
+        web.endpoints[1].local.is_ejected = true;
+        assert_eq!(serving(&web), [(1, 3), (2, 1)]);
+        web.endpoints[0].spec.weight = 0;
+        web.endpoints[1].spec.state = EndpointState::Draining;
+        assert_eq!(serving(&web), [(3, 1)]);
+    }
+
+    #[test]
+    fn a_part_of_a_small_weight_counts() {
+        let endpoints = [
+            ("shop/web/a/1", r#"{"overlay_ip":"10.244.1.1","weight":256}"#),
+            ("shop/web/a/2", r#"{"overlay_ip":"10.244.1.2"}"#),
+        ];
+        let catalog = catalog(&[("shop/web", WEB)], &[], &endpoints);
+        let mut web = (**catalog.services.values().next().unwrap()).clone();
+        let weights = |web: &Service| -> Vec<u16> {
+            web.backends(&web.spec.ports[0]).iter().map(|backend| backend.weight).collect()
+        };
+        assert_eq!(weights(&web), [256, 1]);
+        web.endpoints[1].local.share = 10;
+        assert_eq!(weights(&web), [25_600, 10]);
+        web.endpoints[0].spec.state = EndpointState::Down;
+        assert_eq!(weights(&web), [10]);
     }
 
     #[test]

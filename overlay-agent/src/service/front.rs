@@ -5,8 +5,8 @@ use std::{collections::BTreeMap, net::SocketAddrV4};
 use overlay_ebpf::service::abi::{self, Address, ServiceKey};
 
 use super::{
-    catalog::{Backend, Catalog, Service},
-    record::{App, EndpointState, LoadBalancing, Locality, Policy, Port},
+    catalog::{Backend, Catalog, Endpoint, Service},
+    record::{App, LoadBalancing, Locality, Policy, Port},
     slots,
 };
 
@@ -106,13 +106,10 @@ fn backends(service: &Service, port: &Port, rules: &Rules) -> Vec<Backend> {
     found
 }
 
-/// Those of `near` if one of them is ready, else all.
+/// Those of `near` if one of them takes connections, else all.
 fn preferred(service: &Service, near: Service, port: &Port) -> Vec<Backend> {
-    let is_ready = near
-        .endpoints
-        .iter()
-        .any(|endpoint| endpoint.spec.state == EndpointState::Ready && endpoint.spec.weight > 0);
-    if is_ready { near.backends(port) } else { service.backends(port) }
+    let is_taking = near.endpoints.iter().any(Endpoint::is_taking);
+    if is_taking { near.backends(port) } else { service.backends(port) }
 }
 
 /// The service with only the endpoints of this node, or of its zone.

@@ -4,7 +4,7 @@
 //! `follow` (the catalog as the records change), `input` (services as operators write them), `files` (those of this node's files), `vip` (which service
 //! gets which virtual address), `device` (the virtual addresses on this host), `slots` and `front` (what a load balancer does), `cgroup` (where its
 //! programs run), `proxy` (what serves connections that no program sees), `sockets` (UDP sockets whose endpoint went away), `dns` (the names of the services), `node` (the task that
-//! keeps all of it on a node). `outcome` is what became of connections, `latency` how long they took, and `traffic`
+//! keeps all of it on a node). `health` is which endpoints answer, `outcome` is what became of connections, `latency` how long they took, and `traffic`
 //! all that was counted.
 
 pub mod catalog;
@@ -15,6 +15,7 @@ pub mod dns;
 pub mod files;
 pub mod follow;
 pub mod front;
+pub mod health;
 mod index;
 pub mod input;
 pub mod latency;

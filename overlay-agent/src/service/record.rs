@@ -20,6 +20,8 @@ use crate::{
     store::{Kind, RecordError, Writable},
 };
 
+pub use super::health::{CheckKind, HealthCheck};
+
 /// Version of the records that this agent writes.
 pub const RECORD_VERSION: u32 = 1;
 /// Most ports of a service.
@@ -206,54 +208,6 @@ pub enum Locality {
     LocalOnly,
 }
 
-/// How the node of an endpoint checks it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HealthCheck {
-    /// What is done.
-    pub kind: CheckKind,
-    /// With HTTP, the path that has to answer with a status from 200 to 399.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub path: Option<String>,
-    /// Milliseconds from one check to the next.
-    #[serde(default = "default_interval")]
-    pub interval_ms: u32,
-    /// Milliseconds that a check may take.
-    #[serde(default = "default_timeout")]
-    pub timeout_ms: u32,
-    /// Failed checks in a row after which the endpoint is down.
-    #[serde(default = "default_fall")]
-    pub fall: u32,
-    /// Passed checks in a row after which it is up again.
-    #[serde(default = "default_rise")]
-    pub rise: u32,
-}
-
-fn default_interval() -> u32 {
-    2000
-}
-
-fn default_timeout() -> u32 {
-    1000
-}
-
-fn default_fall() -> u32 {
-    3
-}
-
-fn default_rise() -> u32 {
-    2
-}
-
-/// What a health check does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum CheckKind {
-    /// Connects.
-    Tcp,
-    /// Connects and requests a path.
-    Http,
-}
-
 /// An endpoint: one running instance of a service.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Endpoint {
@@ -322,16 +276,7 @@ impl Service {
         if self.affinity.is_some_and(|affinity| affinity.client_ip && affinity.ttl_s == 0) {
             return Err("affinity.ttl_s is 0: expected seconds".to_owned());
         }
-        if let Some(health) = &self.health {
-            let positive = [health.interval_ms, health.timeout_ms, health.fall, health.rise];
-            if positive.contains(&0) {
-                return Err("health: interval_ms, timeout_ms, fall and rise start at 1".to_owned());
-            }
-            if health.path.as_ref().is_some_and(|path| !path.starts_with('/')) {
-                return Err("health.path does not start with a slash".to_owned());
-            }
-        }
-        Ok(())
+        self.health.as_ref().map_or(Ok(()), HealthCheck::check)
     }
 }
 
@@ -493,10 +438,12 @@ mod tests {
                      {"name":"dns","port":80,"protocol":"udp"}],
             "lb":{"policy":"maglev","hash_key":"x-user"},"affinity":{"client_ip":true,"ttl_s":600},
             "locality":"prefer_zone",
-            "health":{"kind":"http","path":"/ok","interval_ms":500,"timeout_ms":200,"fall":2,"rise":1}}"#;
+            "health":{"kind":"http","path":"/ok","interval_ms":500,"timeout_ms":200,"fall":2,"rise":1,
+                      "slow_start_s":60}}"#;
         let service = service(json).unwrap();
         assert_eq!(service.lb.unwrap().policy, Policy::Maglev);
-        assert_eq!(service.health.unwrap().path.as_deref(), Some("/ok"));
+        let health = service.health.unwrap();
+        assert_eq!((health.path.as_deref(), health.slow_start_s), (Some("/ok"), 60));
     }
 
     #[test]
@@ -536,6 +483,7 @@ mod tests {
             (format!(r#"{{"v":1,"headless":true,"vip":"10.251.0.1","ports":[{port}]}}"#), "exclude"),
             (format!(r#"{{"v":1,"affinity":{{"client_ip":true,"ttl_s":0}},"ports":[{port}]}}"#), "ttl_s"),
             (format!(r#"{{"v":1,"lb":{{"policy":"best"}},"ports":[{port}]}}"#), "unknown variant"),
+            (format!(r#"{{"v":1,"health":{{"kind":"tcp","fall":0}},"ports":[{port}]}}"#), "health.fall is 0"),
         ] {
             let error = service(&json).unwrap_err();
             assert!(error.contains(reason), "{json}: {error}");

@@ -5,12 +5,12 @@
 //! lifetimes: there, [`OwnRecords::stop`] removes the records, and those of an agent that was killed stay until an operator, or
 //! the agent's next run with the same records, removes them.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use tokio::{
     sync::{oneshot, watch},
     task::JoinHandle,
-    time::{Instant, sleep_until},
+    time::{Instant, sleep_until, timeout},
 };
 use tracing::debug;
 
@@ -24,6 +24,9 @@ use super::{
 
 /// Records that one request reads: etcd takes at most 128 operations in one.
 const PAGE: usize = 100;
+
+/// How long the end waits for writes: the store may be away.
+const LAST_WRITES: Duration = Duration::from_secs(1);
 
 /// Texts by their keys, both whole.
 type Texts = BTreeMap<String, String>;
@@ -77,19 +80,26 @@ impl Store {
         let (wanted, wishes) = watch::channel(Arc::default());
         let (sender, state) = watch::channel(OwnState::default());
         let (stop, stopped) = oneshot::channel::<()>();
+        let (idle, mut is_idle) = watch::channel(true);
         let store = self.clone();
         let mut keeper = Keeper {
             store,
             wishes,
             state: sender,
+            idle,
             lifetime: None,
             renew_at: Instant::now(),
             ours: BTreeMap::new(),
         };
         let task = tokio::spawn(async move {
+            // A record that was written without being known would stay.
+            let stopped_between_writes = async {
+                let _ = stopped.await;
+                let _ = timeout(LAST_WRITES, is_idle.wait_for(|is_idle| *is_idle)).await;
+            };
             tokio::select! {
                 () = keeper.run() => {}
-                _ = stopped => {}
+                () = stopped_between_writes => {}
             }
             keeper
         });
@@ -102,6 +112,8 @@ struct Keeper {
     store: Store,
     wishes: watch::Receiver<Arc<Texts>>,
     state: watch::Sender<OwnState>,
+    /// Whether nothing is being written.
+    idle: watch::Sender<bool>,
     lifetime: Option<LifetimeId>,
     renew_at: Instant,
     /// What we wrote.
@@ -114,7 +126,10 @@ impl Keeper {
         let mut pauses = backoff();
         loop {
             let wanted = Arc::clone(&self.wishes.borrow_and_update());
-            let due = match self.reconcile(&wanted).await {
+            self.idle.send_replace(false);
+            let done = self.reconcile(&wanted).await;
+            self.idle.send_replace(true);
+            let due = match done {
                 Ok(problem) => {
                     pauses = backoff();
                     self.report(problem);
@@ -136,7 +151,7 @@ impl Keeper {
         }
     }
 
-    fn interval(&self) -> std::time::Duration {
+    fn interval(&self) -> Duration {
         self.store.times.claim_ttl / 3
     }
 

@@ -33,6 +33,7 @@ mod refusals;
 mod repair;
 mod restart;
 mod services;
+mod services_health;
 mod services_http;
 mod shells;
 mod snapshot;
@@ -98,5 +99,6 @@ fn main() -> ExitCode {
     services::register(&mut suite);
     services_http::register(&mut suite);
     autonomy::register(&mut suite);
+    services_health::register(&mut suite);
     run(&arguments, suite.into_trials()).exit_code()
 }

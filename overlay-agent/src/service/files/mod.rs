@@ -7,6 +7,8 @@
 //!
 //! A file that cannot be used changes nothing: what it brought before stays in force.
 
+mod own_endpoints;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::File,
@@ -21,20 +23,23 @@ use serde::{Deserialize, Serialize};
 use tokio::{
     sync::{oneshot, watch},
     task::JoinHandle,
-    time::sleep,
+    time::{sleep, timeout},
 };
 use tracing::{debug, info};
 
 use super::{
+    health::VerdictReceiver,
     input::{self, LONGEST_INPUT, ServiceInput},
     name::{EndpointName, ServiceName},
     record::{Endpoint, Endpoints, Service, Services},
 };
 use crate::{
-    store::{DirectoryWatch, Kind as _, OwnRecords, OwnState, Record, Store, Writable as _},
+    store::{DirectoryWatch, Kind as _, OwnState, Record, Store, Writable as _},
     whole_file,
 };
 
+/// How long the end waits for writes: the store may be away.
+const LAST_WRITES: Duration = Duration::from_secs(1);
 /// Pause before another attempt after a failure.
 const RETRY: Duration = Duration::from_secs(2);
 /// Names of files that are read end so. Others, and those that begin with a dot, belong to editors and other tools.
@@ -69,6 +74,8 @@ pub struct ServiceFiles {
     pub state: watch::Receiver<FilesState>,
     /// What came of this node's endpoints.
     pub endpoints: watch::Receiver<OwnState>,
+    /// The endpoints of the files.
+    pub named: watch::Receiver<Arc<NamedEndpoints>>,
     stop: oneshot::Sender<()>,
     task: JoinHandle<()>,
 }
@@ -83,28 +90,44 @@ impl ServiceFiles {
     }
 }
 
-/// Keeps the services of files in a task.
-pub fn keep(store: &Store, options: FileOptions) -> ServiceFiles {
+/// Endpoints by their names.
+pub type NamedEndpoints = BTreeMap<EndpointName, Endpoint>;
+
+/// Keeps the services of files in a task, and their endpoints in the states of the verdicts.
+pub fn keep(store: &Store, options: FileOptions, verdicts: VerdictReceiver) -> ServiceFiles {
     let own = store.keep_own::<Endpoints>();
+    let (names, named) = watch::channel(Arc::default());
     let (sender, state) = watch::channel(FilesState::default());
     let (stop, stopped) = oneshot::channel::<()>();
+    let (idle, is_idle) = watch::channel(true);
     let endpoints = own.state.clone();
     let mut keeper = Keeper {
         store: store.clone(),
         options: Arc::new(options),
         state: sender,
+        named: names,
+        idle,
         files: BTreeMap::new(),
         brought: None,
         saved: Brought::new(),
     };
+    let wanted = named.clone();
     let task = tokio::spawn(async move {
         tokio::select! {
-            () = keeper.run(&own) => {}
-            _ = stopped => {}
+            () = keeper.run() => {}
+            () = own_endpoints::keep(&own, wanted, verdicts) => {}
+            () = stopped_between_writes(stopped, is_idle) => {}
         }
         own.stop().await;
     });
-    ServiceFiles { state, endpoints, stop, task }
+    ServiceFiles { state, endpoints, named, stop, task }
+}
+
+/// Waits for the end, and then for what is being written: a service must not be in the store without being remembered.
+async fn stopped_between_writes(stopped: oneshot::Receiver<()>, mut is_idle: watch::Receiver<bool>) {
+    // Both errors are the end of the other side.
+    let _ = stopped.await;
+    let _ = timeout(LAST_WRITES, is_idle.wait_for(|is_idle| *is_idle)).await;
 }
 
 /// The services of a file.
@@ -127,6 +150,9 @@ struct Keeper {
     store: Store,
     options: Arc<FileOptions>,
     state: watch::Sender<FilesState>,
+    named: watch::Sender<Arc<NamedEndpoints>>,
+    /// Whether nothing is being written.
+    idle: watch::Sender<bool>,
     /// Files by their names, as they were when they could be used last.
     files: BTreeMap<String, Content>,
     /// `None` before the state file was read.
@@ -137,9 +163,9 @@ struct Keeper {
 
 impl Keeper {
     /// Never returns.
-    async fn run(&mut self, own: &OwnRecords<Endpoints>) {
+    async fn run(&mut self) {
         loop {
-            if let Err(error) = self.watch(own).await {
+            if let Err(error) = self.watch().await {
                 debug!("{error:#}");
                 let before = self.state.borrow().clone();
                 self.report(FilesState { problem: Some(format!("{error:#}")), ..before });
@@ -149,10 +175,13 @@ impl Keeper {
     }
 
     /// Watches before it reads, so that no change is missed. Looks at the store at times, too.
-    async fn watch(&mut self, own: &OwnRecords<Endpoints>) -> Result<()> {
+    async fn watch(&mut self) -> Result<()> {
         let mut watch = DirectoryWatch::new(self.options.directory.clone())?;
         loop {
-            self.reconcile(own).await?;
+            self.idle.send_replace(false);
+            let done = self.reconcile().await;
+            self.idle.send_replace(true);
+            done?;
             watch.changed().await?;
         }
     }
@@ -165,7 +194,7 @@ impl Keeper {
         });
     }
 
-    async fn reconcile(&mut self, own: &OwnRecords<Endpoints>) -> Result<()> {
+    async fn reconcile(&mut self) -> Result<()> {
         let options = Arc::clone(&self.options);
         let read = tokio::task::spawn_blocking(move || {
             Ok::<_, anyhow::Error>((read_files(&options.directory)?, read_state(&options.state_file)))
@@ -180,14 +209,18 @@ impl Keeper {
         };
         let mut skipped = BTreeMap::new();
         let wanted = merge(&mut self.files, texts, &mut skipped);
-        let mut endpoints: BTreeMap<EndpointName, Endpoint> = BTreeMap::new();
+        let mut endpoints = NamedEndpoints::new();
         for (name, input) in &wanted.services {
             match input.endpoints_on(name, &self.options.node) {
                 Ok(named) => endpoints.extend(named),
                 Err(error) => drop(skipped.insert(name.to_string(), error.to_string())),
             }
         }
-        own.set(&endpoints);
+        self.named.send_if_modified(|named| {
+            let changed = **named != endpoints;
+            *named = Arc::new(endpoints);
+            changed
+        });
         let written = write(&self.store, &wanted, &mut brought, &mut skipped).await;
         // Also after a failure: some were written.
         let saved = if brought == self.saved { Ok(()) } else { self.save(&brought).await };

@@ -1,12 +1,17 @@
 //! Files of services in a directory, and a store that is another one.
 
 use super::*;
+use crate::service::{
+    health::{Verdict, Verdicts},
+    record::EndpointState,
+};
 
 const LONG: Duration = Duration::from_secs(20);
 
 struct Fixture {
     directory: tempfile::TempDir,
     store: Store,
+    verdicts: watch::Sender<Option<Arc<Verdicts>>>,
 }
 
 impl Fixture {
@@ -16,7 +21,7 @@ impl Fixture {
             std::fs::create_dir(directory.path().join(name)).unwrap();
         }
         let store = Store::dir(directory.path().join("net"));
-        Self { directory, store }
+        Self { directory, store, verdicts: watch::Sender::new(Some(Arc::default())) }
     }
 
     fn start(&self) -> ServiceFiles {
@@ -26,7 +31,7 @@ impl Fixture {
             state_file: path("run/services.json"),
             node: "node-a".to_owned(),
         };
-        keep(&self.store, options)
+        keep(&self.store, options, self.verdicts.subscribe())
     }
 
     fn write(&self, file: &str, text: &str) {
@@ -160,5 +165,42 @@ async fn a_directory_that_is_gone_removes_nothing() {
     std::fs::rename(fixture.directory.path().join("files"), fixture.directory.path().join("aside")).unwrap();
     let is_lost = |state: &FilesState| state.problem.is_some();
     tokio::time::timeout(LONG, files.state.wait_for(is_lost)).await.unwrap().unwrap();
+    fixture.until(&["shop/web 80"], &[]).await;
+}
+
+#[tokio::test]
+async fn endpoints_have_the_states_that_their_checks_find() {
+    let fixture = Fixture::new();
+    fixture.verdicts.send_replace(None);
+    let files = fixture.start();
+    let endpoints = "endpoints: [{address: 10.244.1.2}, {address: 10.244.1.3, state: draining}]\n";
+    fixture.write("web.yaml", &format!("{}{endpoints}", web(80)));
+    fixture.until(&["shop/web 80"], &[]).await;
+    let names = ["10-244-1-2", "10-244-1-3"].map(|id| format!("shop/web/node-a/{id}"));
+    let send = |is_up| {
+        let verdict = Verdict { is_up, why: None };
+        let verdicts = names.iter().map(|name| (name.parse().unwrap(), verdict.clone()));
+        fixture.verdicts.send_replace(Some(Arc::new(verdicts.collect())));
+    };
+    // The first verdicts come before the first records.
+    sleep(Duration::from_millis(200)).await;
+    fixture.until(&["shop/web 80"], &[]).await;
+    for (is_up, state) in
+        [(false, EndpointState::Down), (true, EndpointState::Ready), (false, EndpointState::Down)]
+    {
+        send(is_up);
+        let deadline = tokio::time::Instant::now() + LONG;
+        loop {
+            let records = fixture.store.list::<Endpoints>().await.unwrap();
+            let states: Vec<_> = records.iter().map(|record| record.value.as_ref().unwrap().state).collect();
+            if states == [state, EndpointState::Draining] {
+                break;
+            }
+            assert!(tokio::time::Instant::now() < deadline, "{states:?}");
+            sleep(Duration::from_millis(20)).await;
+        }
+    }
+    assert_eq!(files.named.borrow().len(), 2);
+    files.stop().await;
     fixture.until(&["shop/web 80"], &[]).await;
 }

@@ -5,7 +5,7 @@ use std::{borrow::Cow, collections::BTreeSet, net::SocketAddrV4, path::PathBuf, 
 
 use anyhow::{Context as _, Result};
 use tokio::time::Instant;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::{
     datapath::ebpf::{SERVICE_OBJECT, ServiceSet},
@@ -13,6 +13,7 @@ use crate::{
         Catalog, LbRequest,
         catalog::Service,
         front::Rules,
+        outcome::Outcomes,
         proxy::{self, Proxy},
         record::{App, Port},
         sockets::SocketKeeper,
@@ -169,6 +170,21 @@ impl Balancers {
         }
         measures.proxy = self.proxy.as_ref().map(Proxy::counters);
         Ok(measures)
+    }
+
+    /// What became of connections of this node to endpoints, whichever way they took. Those that cannot be read eject no endpoint.
+    pub(super) fn outcomes(&mut self) -> Outcomes {
+        let mut sum = Outcomes::new();
+        let programs = match &mut self.programs {
+            Programs::Attached(set, _) => set.outcomes().inspect_err(|error| debug!("{error:#}")).ok(),
+            Programs::NotWanted | Programs::Due(_) | Programs::Missing(_) => None,
+        };
+        for (target, outcome) in
+            [programs, self.proxy.as_ref().map(Proxy::outcomes)].into_iter().flatten().flatten()
+        {
+            *sum.entry(target).or_default() += outcome;
+        }
+        sum
     }
 
     /// How connections reach endpoints now, and why.

@@ -25,6 +25,7 @@ use super::{
     files::{self, FileOptions, ServiceFiles},
     follow::{Following, follow},
     front::Rules,
+    health::{self, Ejected, Health, Publishing},
     traffic::Traffic,
     vip::{self, VipKeeper, VipOptions},
 };
@@ -34,6 +35,8 @@ use crate::{netlink::Netlink, store::Store};
 const RETRY: Duration = Duration::from_secs(2);
 /// How long the task may take to report its traffic.
 const TRAFFIC_TIMEOUT: Duration = Duration::from_secs(2);
+/// Interval of looks at what became of connections.
+const LOOK: Duration = Duration::from_secs(1);
 /// How long the end of the agent waits for the removal.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -73,6 +76,10 @@ pub struct NodeState {
     pub balancers: String,
     /// Where the DNS server answers, once it does.
     pub dns: Option<SocketAddr>,
+    /// Endpoints of this node that do not pass their checks, each with the reason.
+    pub down: Vec<String>,
+    /// Endpoints that get no connections of this node for a while.
+    pub ejected: Vec<Ejected>,
     /// What does not work, with the remedy.
     pub problems: Vec<String>,
 }
@@ -103,14 +110,17 @@ impl ServiceNode {
         let following = follow(store, options.pool);
         let vip_options = VipOptions { pool: options.pool, quarantine: vip::QUARANTINE };
         let vips = vip::keep(store, vip_options, following.work.clone());
-        let files = options.files.clone().map(|options| files::keep(store, options));
+        let health = Health::new(options.rules.node.clone());
+        let files = options.files.clone().map(|options| files::keep(store, options, health.verdicts()));
         let balancers = Balancers::new(options.lb, options.cgroup.clone());
         let keeper = Keeper {
             options,
             netlink,
+            store: store.clone(),
             following,
             vips,
             files,
+            health,
             balancers,
             names,
             state: sender,
@@ -154,9 +164,11 @@ impl ServiceNode {
 struct Keeper {
     options: NodeOptions,
     netlink: Netlink,
+    store: Store,
     following: Following,
     vips: VipKeeper,
     files: Option<ServiceFiles>,
+    health: Health,
     balancers: Balancers,
     names: NameServer,
     state: watch::Sender<NodeState>,
@@ -180,31 +192,52 @@ impl Keeper {
     }
 
     async fn follow(&mut self, mut catalog: watch::Receiver<Arc<Catalog>>, stop: &mut oneshot::Receiver<()>) {
-        let mut retry = interval(RETRY);
-        retry.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut is_due = true;
+        let _publishing = self.publish(&catalog);
+        let mut view = self.health.view();
+        let [mut retry, mut look] = [RETRY, LOOK].map(|period| {
+            let mut ticks = interval(period);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            ticks
+        });
+        let (mut is_due, mut has_changed) = (true, true);
+        self.health.follow(&catalog.borrow_and_update().clone());
         loop {
-            let present = Arc::clone(&catalog.borrow_and_update());
-            if self.is_active || !present.services.is_empty() {
+            let present = Arc::clone(&view.borrow_and_update());
+            if has_changed && (self.is_active || !present.services.is_empty()) {
                 // Not at every change of the catalog: it lists the host's devices and routes.
                 if is_due || !self.is_active {
-                    self.check_host(&catalog).await;
+                    self.check_host(&view).await;
                 }
                 self.is_active = true;
                 self.reconcile(&present).await;
             }
-            is_due = loop {
-                tokio::select! {
-                    _ = &mut *stop => return,
-                    changed = catalog.changed() => if changed.is_err() { return } else { break false },
-                    _ = retry.tick() => break true,
-                    Some(question) = self.questions.recv() => {
-                        // The client may be gone.
-                        let _ = question.send(self.traffic(&present));
-                    }
+            (is_due, has_changed) = (false, true);
+            tokio::select! {
+                _ = &mut *stop => return,
+                changed = catalog.changed() => match changed {
+                    Ok(()) => self.health.follow(&catalog.borrow_and_update().clone()),
+                    Err(_) => return,
+                },
+                () = self.health.changed() => {}
+                _ = look.tick(), if self.is_active => {
+                    self.health.observe(&self.balancers.outcomes());
+                    // Its sender is here.
+                    has_changed = view.has_changed().unwrap_or(true);
                 }
-            };
+                _ = retry.tick() => is_due = true,
+                Some(question) = self.questions.recv() => {
+                    // The client may be gone.
+                    let _ = question.send(self.traffic(&present));
+                    has_changed = view.has_changed().unwrap_or(true);
+                }
+            }
         }
+    }
+
+    /// Tells other nodes which endpoints are down. Those of files are written by the task that keeps these.
+    fn publish(&self, catalog: &watch::Receiver<Arc<Catalog>>) -> Publishing {
+        let kept = self.files.as_ref().map(|files| files.named.clone());
+        health::publish(&self.store, self.health.verdicts(), catalog.clone(), kept)
     }
 
     fn traffic(&self, present: &Catalog) -> Result<Traffic, String> {
@@ -238,6 +271,8 @@ impl Keeper {
             problems.extend(state.problem);
             problems.extend(files.endpoints.borrow().problem.clone());
         }
+        let unchecked = self.health.problems().iter();
+        problems.extend(unchecked.map(|(name, why)| format!("{name}: {why}")));
         let lost = self.following.state.borrow().lost.clone();
         problems.extend(lost.map(|why| format!("services cannot be read, the last known ones stay: {why}")));
         let state = NodeState {
@@ -246,6 +281,8 @@ impl Keeper {
             skipped: present.skipped.len(),
             balancers: self.balancers.describe(),
             dns: self.names.address(),
+            down: self.health.down(),
+            ejected: self.health.ejected(),
             problems,
         };
         self.state.send_if_modified(|before| {
@@ -257,16 +294,22 @@ impl Keeper {
 
     async fn remove(self) {
         let Self { options, netlink, files, balancers, mut names, is_active, .. } = self;
-        if let Some(files) = files {
-            files.stop().await;
-        }
-        if !is_active {
-            return;
-        }
-        names.stop();
-        balancers.stop().await;
-        if let Err(error) = options.device.remove(&netlink).await {
-            warn!("remove the device {}: {error:#}", options.device.name());
-        }
+        let records = async {
+            if let Some(files) = files {
+                files.stop().await;
+            }
+        };
+        let host = async {
+            if !is_active {
+                return;
+            }
+            names.stop();
+            balancers.stop().await;
+            if let Err(error) = options.device.remove(&netlink).await {
+                warn!("remove the device {}: {error:#}", options.device.name());
+            }
+        };
+        // The store may be away, which must not hold up the rest.
+        tokio::join!(records, host);
     }
 }

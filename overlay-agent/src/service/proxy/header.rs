@@ -6,6 +6,8 @@ use std::net::SocketAddrV4;
 const SIGNATURE: [u8; 12] = *b"\r\n\r\n\0\r\nQUIT\n";
 /// Version 2 in the upper half, the command PROXY in the lower.
 const VERSION_AND_COMMAND: u8 = 0x21;
+/// Version 2 in the upper half, the command LOCAL in the lower.
+const VERSION_AND_LOCAL: u8 = 0x20;
 /// AF_INET in the upper half, STREAM in the lower.
 const TCP_OVER_IPV4: u8 = 0x11;
 /// Bytes of the two addresses and ports.
@@ -32,6 +34,15 @@ pub(super) fn tcp_over_ipv4(client: SocketAddrV4, destination: SocketAddrV4) -> 
     header
 }
 
+/// The header of a connection that this node makes for itself, as a health check: without a client, and without addresses.
+pub(in crate::service) fn local() -> [u8; 16] {
+    let mut header = [0; 16];
+    for (place, byte) in header.iter_mut().zip(SIGNATURE.iter().chain(&[VERSION_AND_LOCAL])) {
+        *place = *byte;
+    }
+    header
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -45,5 +56,13 @@ mod tests {
         ];
         let client = "172.19.0.1:42578".parse().unwrap();
         assert_eq!(tcp_over_ipv4(client, "172.19.0.3:80".parse().unwrap()), captured);
+    }
+
+    #[test]
+    fn a_check_has_no_addresses() {
+        // proxy-protocol.txt, section 2.2: the signature, `\x20`, an unspecified family, and no bytes behind.
+        let expected =
+            [0x0d, 0x0a, 0x0d, 0x0a, 0x00, 0x0d, 0x0a, 0x51, 0x55, 0x49, 0x54, 0x0a, 0x20, 0, 0, 0];
+        assert_eq!(local(), expected);
     }
 }

@@ -10,7 +10,7 @@ mod aging;
 mod balancer;
 mod counters;
 mod endpoint;
-mod header;
+pub(super) mod header;
 mod http;
 mod listeners;
 mod plan;
@@ -46,7 +46,12 @@ use self::{
     listeners::{Listener, Listeners},
     shared::Shared,
 };
-use super::{Catalog, ServiceName, front::Rules, record::Protocol};
+use super::{
+    Catalog, ServiceName,
+    front::Rules,
+    outcome::{Outcome, Outcomes},
+    record::Protocol,
+};
 
 /// The longest time that a clock can count to without an overflow.
 const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -161,6 +166,23 @@ impl Proxy {
             refused: self.shared.refused.load(Ordering::Relaxed),
             services,
         }
+    }
+
+    /// What became of connections to the endpoints that had some. A UDP session is a connection, and a datagram that could not be sent a
+    /// failure. What is counted of an endpoint begins again when it was removed or down.
+    pub fn outcomes(&self) -> Outcomes {
+        let listeners = self.listeners();
+        let mut outcomes = Outcomes::new();
+        for Listener { port, endpoints, .. } in listeners.by_key.values() {
+            for (address, endpoint) in endpoints {
+                let Counts { connections: established, failures: failed, .. } = endpoint.tally.snapshot();
+                if established + failed > 0 {
+                    *outcomes.entry((port.protocol, *address)).or_default() +=
+                        Outcome { established, failed };
+                }
+            }
+        }
+        outcomes
     }
 
     /// Closes all listeners, resets all connections and waits for their end. The proxy does nothing afterwards.

@@ -23,7 +23,7 @@ use overlay_tests::{
 };
 
 use crate::{suite::Suite, wait::wait_until};
-pub(crate) use server::Server;
+pub(crate) use server::{PREFIX, Server};
 
 pub(crate) fn register(suite: &mut Suite) {
     outage::register(suite);

@@ -90,7 +90,7 @@ impl Spec {
             let json = format!(r#"{{"overlay_ip":"{ip}","ports":{{"p":{port}}},"weight":{weight}}}"#);
             let mut spec: crate::service::record::Endpoint = serde_json::from_str(&json).unwrap();
             spec.state = *state;
-            Endpoint { name: format!("{}/node/{number:03}", self.name).parse().unwrap(), spec }
+            Endpoint::new(format!("{}/node/{number:03}", self.name).parse().unwrap(), spec)
         };
         Service {
             name: self.name.parse().unwrap(),
