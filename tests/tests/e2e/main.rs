@@ -31,6 +31,7 @@ mod privileges;
 mod refusals;
 mod repair;
 mod services;
+mod services_changes;
 mod shells;
 mod snapshot;
 mod socket_lb;
@@ -92,5 +93,6 @@ fn main() -> ExitCode {
     forward_policy::register(&mut suite);
     socket_lb::register(&mut suite);
     services::register(&mut suite);
+    services_changes::register(&mut suite);
     run(&arguments, suite.into_trials()).exit_code()
 }

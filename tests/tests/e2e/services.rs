@@ -23,11 +23,11 @@ use overlay_tests::{
 
 use crate::{machine::Need, socket_lb::Cgroup, suite::Suite, wait::wait_until};
 
-const CONFIG: &str = r#"{"Network":"10.244.0.0/16","Services":{"Pool":"10.251.0.0/24"}}"#;
+pub(crate) const CONFIG: &str = r#"{"Network":"10.244.0.0/16","Services":{"Pool":"10.251.0.0/24"}}"#;
 /// Where the DNS servers of the pool above answer.
 const DNS: &str = "10.251.0.254:53";
 const DEVICE: &str = "svc0";
-const TIMEOUT: Duration = Duration::from_secs(3);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(3);
 
 pub(crate) fn register(suite: &mut Suite) {
     let needs = &[Need::Tun, Need::Ebpf, Need::CgroupV2];
@@ -40,18 +40,18 @@ pub(crate) fn register(suite: &mut Suite) {
 }
 
 /// Two hosts on a directory store, the first with services.
-struct Scene {
-    agent: Agent,
-    _other: Agent,
-    store: Store,
-    topology: Topology,
+pub(crate) struct Scene {
+    pub(crate) agent: Agent,
+    pub(crate) _other: Agent,
+    pub(crate) store: Store,
+    pub(crate) topology: Topology,
     // Behind the agents.
-    cgroup: Cgroup,
+    pub(crate) cgroup: Cgroup,
     directory: String,
 }
 
 impl Scene {
-    fn start(sandbox: &Arc<Sandbox>, config: &str, lb: &str) -> Result<Self> {
+    pub(crate) fn start(sandbox: &Arc<Sandbox>, config: &str, lb: &str) -> Result<Self> {
         let cgroup = Cgroup::enter()?;
         let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
         let store = Store::create(sandbox)?;
@@ -68,7 +68,7 @@ impl Scene {
     }
 
     /// Runs a command of an operator on the store.
-    fn operate(&self, arguments: &[&str]) -> Result<String> {
+    pub(crate) fn operate(&self, arguments: &[&str]) -> Result<String> {
         let output = Command::new(binary()?).args(arguments).args(["--store", &self.directory]).output()?;
         ensure!(
             output.status.success(),
@@ -80,7 +80,7 @@ impl Scene {
     }
 
     /// Writes the service `shop/web` and its endpoints at these ports of pod B.
-    fn publish(&self, ports: &[u16]) -> Result<()> {
+    pub(crate) fn publish(&self, ports: &[u16]) -> Result<()> {
         self.operate(&["service", "set", r#"{"name":"shop/web","ports":[{"name":"web","port":80}]}"#])?;
         ports.iter().try_for_each(|port| self.add(*port))
     }
@@ -105,13 +105,13 @@ impl Scene {
     }
 
     /// The `services` part of the agent's status.
-    fn services(&self) -> Result<String> {
+    pub(crate) fn services(&self) -> Result<String> {
         let status = self.agent.site().output("status", &["-o", "json"])?;
         let status: serde_json::Value = serde_json::from_str(&status)?;
         Ok(status.get("services").map(ToString::to_string).unwrap_or_default())
     }
 
-    fn problems(&self) -> Result<String> {
+    pub(crate) fn problems(&self) -> Result<String> {
         Ok(self.agent.status()?.problems.join("; "))
     }
 
@@ -121,7 +121,7 @@ impl Scene {
     }
 
     /// Waits until the name has an address.
-    fn wait_for_name(&self) -> Result<Ipv4Addr> {
+    pub(crate) fn wait_for_name(&self) -> Result<Ipv4Addr> {
         let mut found = None;
         wait_until("the name of the service has an address", || {
             found = self.resolve()?;
@@ -131,12 +131,12 @@ impl Scene {
     }
 
     /// Connects from `client` and returns the port of the endpoint, and the client's address as the endpoint sees it.
-    fn ask(&self, client: &Netns, vip: Ipv4Addr) -> Result<(u16, Ipv4Addr)> {
+    pub(crate) fn ask(&self, client: &Netns, vip: Ipv4Addr) -> Result<(u16, Ipv4Addr)> {
         client.run(|| ask(vip))?
     }
 }
 
-fn start(
+pub(crate) fn start(
     sandbox: &Arc<Sandbox>,
     topology: &Topology,
     store: &Store,
@@ -150,14 +150,14 @@ fn start(
     site.start(&arguments)
 }
 
-/// Servers at ports of a pod. Each answers 32 bytes with its port, the address of its client and the bytes.
-struct Servers {
+/// Servers at ports of a pod. Each answers every 32 bytes with its port, the address of its client and the bytes.
+pub(crate) struct Servers {
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Servers {
-    fn start(pod: &Netns, address: Ipv4Addr, ports: &[u16]) -> Result<Self> {
+    pub(crate) fn start(pod: &Netns, address: Ipv4Addr, ports: &[u16]) -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let mut threads = Vec::new();
         for port in ports {
@@ -189,16 +189,25 @@ impl Drop for Servers {
 fn answer(mut stream: TcpStream, client: SocketAddr, port: u16) {
     let mut question = [0; 32];
     let SocketAddr::V4(client) = client else { return };
-    if stream.set_nonblocking(false).is_ok() && stream.read_exact(&mut question).is_ok() {
-        let _ = stream.write_all(&[&port.to_be_bytes(), &client.ip().octets()[..], &question].concat());
+    let _ = stream.set_nonblocking(false);
+    while stream.read_exact(&mut question).is_ok() {
+        let answer = [&port.to_be_bytes(), &client.ip().octets()[..], &question].concat();
+        if stream.write_all(&answer).is_err() {
+            return;
+        }
     }
 }
 
-fn ask(vip: Ipv4Addr) -> Result<(u16, Ipv4Addr)> {
+pub(crate) fn ask(vip: Ipv4Addr) -> Result<(u16, Ipv4Addr)> {
     let address = SocketAddrV4::new(vip, 80);
     let mut stream = TcpStream::connect_timeout(&address.into(), TIMEOUT)
         .with_context(|| format!("connect to {address}"))?;
     stream.set_read_timeout(Some(TIMEOUT))?;
+    exchange(&mut stream)
+}
+
+/// Asks over a connection.
+pub(crate) fn exchange(stream: &mut TcpStream) -> Result<(u16, Ipv4Addr)> {
     let question: [u8; 32] = rand::random();
     stream.write_all(&question)?;
     let mut answer = [0; 38];
