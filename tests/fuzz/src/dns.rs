@@ -24,7 +24,7 @@ const UDP_PAYLOAD: u16 = 1232;
 /// Largest response without EDNS (RFC 1035 section 2.3.4).
 const PLAIN_UDP: usize = 512;
 /// Bytes of the cache.
-const CACHE: usize = 8192;
+const CACHE: usize = 4096;
 /// Least memory that the cache counts for an entry.
 const ENTRY: usize = 200;
 
