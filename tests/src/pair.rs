@@ -1,6 +1,10 @@
 //! The reference topology with an agent on each host, both on one directory store.
 
-use std::{fs, path::PathBuf, sync::Arc};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use anyhow::{Context, Result, ensure};
 
@@ -35,10 +39,16 @@ impl Store {
         Ok(store)
     }
 
+    /// Its directory.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
     /// Writes a record as a tool that syncs the store would: whole or not at all.
     pub fn write(&self, record: &str, value: &str) -> Result<()> {
         let (path, temporary) = (self.directory.join(record), self.directory.join("record.tmp"));
         fs::write(&temporary, value)
+            .and_then(|()| path.parent().map_or(Ok(()), fs::create_dir_all))
             .and_then(|()| fs::rename(&temporary, &path))
             .with_context(|| format!("write {}", path.display()))
     }

@@ -68,6 +68,12 @@ enum Target {
     Lease,
     /// The network config
     Config,
+    /// The DNS server's answers to messages
+    DnsAnswer,
+    /// Responses of upstream DNS servers
+    DnsResponse,
+    /// The cache of such responses
+    DnsCache,
 }
 
 impl Target {
@@ -80,6 +86,9 @@ impl Target {
             Self::Icmp => "icmp",
             Self::Lease => "lease",
             Self::Config => "config",
+            Self::DnsAnswer => "dns-answer",
+            Self::DnsResponse => "dns-response",
+            Self::DnsCache => "dns-cache",
         }
     }
 
@@ -87,7 +96,7 @@ impl Target {
     fn longest_input(self) -> usize {
         match self {
             Self::Egress | Self::Ingress | Self::Shell | Self::Fragments | Self::Icmp => 2048,
-            Self::Lease | Self::Config => 1024,
+            Self::Lease | Self::Config | Self::DnsAnswer | Self::DnsResponse | Self::DnsCache => 1024,
         }
     }
 }

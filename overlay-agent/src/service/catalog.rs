@@ -195,6 +195,7 @@ impl Catalog {
         }
         let services = usable.into_iter().map(|(name, mut service)| {
             service.endpoints.sort_by(|a, b| a.name.cmp(&b.name));
+            service.endpoints.shrink_to_fit();
             let unchanged = previous.services.get(&name).filter(|before| ***before == service);
             let service = unchanged.map_or_else(|| Arc::new(service), Arc::clone);
             (name, service)

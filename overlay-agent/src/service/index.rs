@@ -74,20 +74,24 @@ impl Index {
     /// Takes all records of a kind.
     pub(super) fn replace<K: Indexed>(&mut self, records: Vec<Record<K>>) {
         let mut before = mem::take(K::records(self));
+        let mut present = Vec::with_capacity(records.len());
         for record in records {
             match before.remove(&record.key) {
-                Some(known) if known == record => drop(K::records(self).insert(known.key.clone(), known)),
+                Some(known) if known == record => present.push(known),
                 known => {
                     if let Some(known) = known {
                         K::touch(self, &known, false);
                     }
-                    self.insert(record);
+                    K::touch(self, &record, true);
+                    present.push(record);
                 }
             }
         }
         for gone in before.values() {
             K::touch(self, gone, false);
         }
+        // All at once: one by one, in order, they would leave each node of the tree half empty.
+        *K::records(self) = present.into_iter().map(|record| (record.key.clone(), record)).collect();
     }
 
     /// Takes changes, in order.

@@ -1,6 +1,6 @@
 //! Names of services and of their endpoints.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, str::FromStr, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
@@ -13,14 +13,15 @@ const LONGEST_LABEL: usize = 63;
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct ServiceName {
-    namespace: String,
-    name: String,
+    // Shared: each endpoint has the name of its service, in several places.
+    namespace: Arc<str>,
+    name: Arc<str>,
 }
 
 impl ServiceName {
     /// Fails when a part is no DNS label: letters in lower case, digits and hyphens, at most 63 (RFC 1123 section 2.1).
     pub fn new(namespace: &str, name: &str) -> Result<Self, RecordError> {
-        let [namespace, name] = [label("namespace", namespace)?, label("name", name)?].map(str::to_owned);
+        let [namespace, name] = [label("namespace", namespace)?, label("name", name)?].map(Arc::from);
         Ok(Self { namespace, name })
     }
 

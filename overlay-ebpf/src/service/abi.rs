@@ -7,7 +7,7 @@ pub const MAX_SERVICES: u32 = 16_384;
 /// Most slots of all tables. The kernel allocates 16 bytes for each in advance, and the rest with the slot.
 pub const MAX_SLOTS: u32 = 262_144;
 /// Most endpoints of all services, and of all those that were removed but still have connections.
-pub const MAX_BACKENDS: u32 = 65_536;
+pub const MAX_BACKENDS: u32 = 262_144;
 /// Most clients of services with affinity. Beyond, those without a connection for the longest time may move.
 pub const MAX_CLIENTS: u32 = 65_536;
 /// Most connected UDP sockets that the agent can find when their endpoint goes away.

@@ -15,6 +15,7 @@
 )]
 
 mod config;
+mod dns;
 mod egress;
 mod fragments;
 mod icmp;
@@ -45,12 +46,28 @@ pub enum Target {
     Lease,
     /// The network config.
     Config,
+    /// The DNS server's answers to messages.
+    DnsAnswer,
+    /// Responses of upstream DNS servers.
+    DnsResponse,
+    /// The cache of such responses.
+    DnsCache,
 }
 
 impl Target {
     /// Every target.
-    pub const ALL: &[Self] =
-        &[Self::Egress, Self::Ingress, Self::Shell, Self::Fragments, Self::Icmp, Self::Lease, Self::Config];
+    pub const ALL: &[Self] = &[
+        Self::Egress,
+        Self::Ingress,
+        Self::Shell,
+        Self::Fragments,
+        Self::Icmp,
+        Self::Lease,
+        Self::Config,
+        Self::DnsAnswer,
+        Self::DnsResponse,
+        Self::DnsCache,
+    ];
 
     /// The name in commands and directories.
     pub fn name(self) -> &'static str {
@@ -62,6 +79,9 @@ impl Target {
             Self::Icmp => "icmp",
             Self::Lease => "lease",
             Self::Config => "config",
+            Self::DnsAnswer => "dns-answer",
+            Self::DnsResponse => "dns-response",
+            Self::DnsCache => "dns-cache",
         }
     }
 
@@ -79,6 +99,9 @@ impl Target {
             Self::Icmp => icmp::check(input),
             Self::Lease => lease::check(input),
             Self::Config => config::check(input),
+            Self::DnsAnswer => dns::check_answer(input),
+            Self::DnsResponse => dns::check_response(input),
+            Self::DnsCache => dns::check_cache(input),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Inputs to begin with: the golden packets and lease records, and configs in flannel's forms.
+//! Inputs to begin with: the golden packets and lease records, configs in flannel's forms, DNS messages.
 
 use std::{
     fs, io,
@@ -7,7 +7,7 @@ use std::{
 
 use serde::Deserialize;
 
-use crate::{Target, scenario};
+use crate::{Target, dns, scenario};
 
 /// A file of golden packets, as far as it is needed here.
 #[derive(Deserialize)]
@@ -83,6 +83,9 @@ pub fn all(target: Target) -> io::Result<Vec<Vec<u8>>> {
             leases.iter().map(|lease| format!("{}\n{}", lease.key, lease.value).into_bytes()).collect()
         }
         Target::Config => CONFIGS.map(|config| config.as_bytes().to_vec()).into(),
+        Target::DnsAnswer => dns::queries(),
+        Target::DnsResponse => dns::responses(),
+        Target::DnsCache => dns::steps(),
     };
     Ok(seeds)
 }

@@ -14,16 +14,17 @@ use serde::Serialize;
 
 use super::{
     limit::{self, Measured},
+    lone_host,
     metrics::{self, Memory, Requests},
     network::{self, Hosts},
     open_json,
     route_map::{self, Observer},
+    spread::percentile,
     write_json,
 };
 use crate::{
     agent::{self, Agent, Site},
     etcd::Etcd,
-    netns::Netns,
     progress::Progress,
     sandbox::{Kind, Sandbox},
     topology::UPLINK,
@@ -92,14 +93,7 @@ pub(super) fn run(options: &Options) -> Result<ExitCode> {
         "one host with an agent on tc, etcd beside it on loopback; agent: {}",
         agent.display()
     ));
-    let host = Netns::create(&sandbox, "host")?;
-    // No peer is connected: no packet is sent.
-    host.tool(&format!("ip link add {UPLINK} type veth peer name behind"))?;
-    host.tool("ip link set behind up")?;
-    host.tool(&format!("ip address add 192.168.77.1/24 dev {UPLINK}"))?;
-    host.tool(&format!("ip link set {UPLINK} up"))?;
-    host.tool("ip route add default via 192.168.77.254")?;
-    host.tool("sysctl -q -w net.ipv4.ip_forward=1")?;
+    let host = lone_host::build(&sandbox, "host")?;
     let site = Site::new(&sandbox, &host, "agent")?;
     let mut etcd = Etcd::prepare(&sandbox, &host, Ipv4Addr::LOCALHOST)?;
     etcd.restart()?;
@@ -262,12 +256,6 @@ impl Report {
     }
 }
 
-/// The smallest value that `share` of all do not exceed.
-fn percentile(sorted: &[Duration], share: f64) -> Duration {
-    let rank = (share * sorted.len() as f64).ceil() as usize;
-    sorted.get(rank.saturating_sub(1)).copied().unwrap_or_default()
-}
-
 fn round(value: f64, digits: i32) -> f64 {
     let scale = 10f64.powi(digits);
     (value * scale).round() / scale
@@ -280,15 +268,6 @@ fn seconds(duration: Duration) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_percentile_is_one_of_the_values() {
-        let values: Vec<_> = (1..=200).map(Duration::from_millis).collect();
-        assert_eq!(percentile(&values, 0.5), Duration::from_millis(100));
-        assert_eq!(percentile(&values, 0.99), Duration::from_millis(198));
-        assert_eq!(percentile(&values[..1], 0.99), Duration::from_millis(1));
-        assert_eq!(percentile(&[], 0.5), Duration::ZERO);
-    }
 
     #[test]
     fn own_requests_are_not_the_agents() {

@@ -2,11 +2,14 @@
 
 mod control;
 mod datapath;
+mod kernel_map;
 mod limit;
+mod lone_host;
 mod metrics;
 mod network;
 mod programs;
 mod route_map;
+mod services;
 mod spread;
 
 use std::{
@@ -33,6 +36,7 @@ enum Benchmark {
     Control(control::Options),
     Datapath(datapath::Options),
     Programs(programs::Options),
+    Services(services::Options),
 }
 
 /// Runs a benchmark. The exit code is 1 when a measurement fails, and with `--check` when a limit is missed.
@@ -41,6 +45,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         Benchmark::Control(options) => control::run(options),
         Benchmark::Datapath(options) => datapath::run(options),
         Benchmark::Programs(options) => programs::run(options),
+        Benchmark::Services(options) => services::run(options),
     }
 }
 

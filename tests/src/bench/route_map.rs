@@ -1,7 +1,6 @@
 //! Reads the agent's route map in the kernel.
 
 use std::{
-    fs,
     net::Ipv4Addr,
     sync::mpsc::{Receiver, Sender, channel},
     thread,
@@ -9,8 +8,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use aya::maps::{HashMap, Map, MapData, MapError, MapInfo};
+use aya::maps::{HashMap, Map, MapData, MapError};
 use overlay_ebpf::abi::{NextHop, Prefix};
+
+use super::kernel_map;
 
 /// Prefix length of the subnets here, also of the agent's own: their routes are in the map `ROUTES`.
 const LENGTH: u8 = 24;
@@ -30,19 +31,7 @@ impl RouteMap {
     /// The route map of the process `pid` that has a route for `subnet`; `None` while there is none. Other agents may run on
     /// this machine, and while one starts it has more than one such map.
     pub(super) fn find(pid: u32, subnet: Ipv4Addr) -> Result<Option<Self>> {
-        let directory = format!("/proc/{pid}/fdinfo");
-        let files =
-            fs::read_dir(&directory).with_context(|| format!("read {directory}: has the agent ended?"))?;
-        for file in files.flatten() {
-            // Files may be closed meanwhile, and maps with them.
-            let text = fs::read_to_string(file.path()).unwrap_or_default();
-            let id = text.lines().find_map(|line| line.strip_prefix("map_id:")?.trim().parse().ok());
-            let Some(id) = id else { continue };
-            let Ok(info) = MapInfo::from_id(id) else { continue };
-            if info.name_as_str() != Some("ROUTES") {
-                continue;
-            }
-            let Ok(data) = MapData::from_id(id) else { continue };
+        for data in kernel_map::open(pid, "ROUTES")? {
             let map = Self(HashMap::try_from(Map::HashMap(data))?);
             if map.get(subnet)?.is_some() {
                 return Ok(Some(map));

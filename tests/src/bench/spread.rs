@@ -1,5 +1,7 @@
 //! Several values of one quantity: the median, and how far they are apart.
 
+use std::time::Duration;
+
 /// Median, smallest and largest of some values.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Spread {
@@ -18,9 +20,24 @@ impl Spread {
     }
 }
 
+/// The smallest value that `share` of all do not exceed.
+pub(super) fn percentile(sorted: &[Duration], share: f64) -> Duration {
+    let rank = (share * sorted.len() as f64).ceil() as usize;
+    sorted.get(rank.saturating_sub(1)).copied().unwrap_or_default()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_percentile_is_one_of_the_values() {
+        let values: Vec<_> = (1..=200).map(Duration::from_millis).collect();
+        assert_eq!(percentile(&values, 0.5), Duration::from_millis(100));
+        assert_eq!(percentile(&values, 0.99), Duration::from_millis(198));
+        assert_eq!(percentile(&values[..1], 0.99), Duration::from_millis(1));
+        assert_eq!(percentile(&[], 0.5), Duration::ZERO);
+    }
 
     #[test]
     fn the_median_is_not_moved_by_one_slow_round() {

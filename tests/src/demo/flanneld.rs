@@ -1,4 +1,4 @@
-//! The demo's last part: the agent replaces flanneld, with its name and flags, on a real etcd with an outage.
+//! The demo on etcd: the agent replaces flanneld, with its name and flags, on a real etcd with an outage.
 
 use std::{
     fs,

@@ -6,6 +6,8 @@ pub mod lane;
 pub mod options;
 pub mod rates;
 pub mod result;
+mod services;
+mod web;
 
 use std::{process::ExitCode, sync::Arc, time::Duration};
 
@@ -28,6 +30,9 @@ use crate::{
 
 /// Runs the demo and prints its table. The exit code says whether everything was verified.
 pub fn run(options: &Options) -> Result<ExitCode> {
+    if services::serve(options)? {
+        return Ok(ExitCode::SUCCESS);
+    }
     if options.remove {
         println!("removed {} kept demo(s)", remove_kept()?);
         return Ok(ExitCode::SUCCESS);
@@ -55,12 +60,19 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         progress.step("flanneld", "FAILED", &format!("{error:#}"));
     }
 
-    result::print(&lanes, options, in_flannelds_place.as_deref().unwrap_or_default());
+    let by_name = services::run(&sandbox, options, &progress);
+    if let Err(error) = &by_name {
+        progress.step("services", "FAILED", &format!("{error:#}"));
+    }
+
+    let parts = [&in_flannelds_place, &by_name].map(|part| part.as_deref().unwrap_or_default());
+    result::print(&lanes, options, &parts.join("\n"));
     if let Some(path) = &options.json {
         result::write_json(path, &lanes, options)?;
     }
     let mut failures: Vec<String> = lanes.iter().flat_map(Lane::failures).collect();
     failures.extend(in_flannelds_place.err().map(|error| format!("flanneld: {error:#}")));
+    failures.extend(by_name.err().map(|error| format!("services: {error:#}")));
     drop(lanes);
     drop(sandbox);
     if options.keep {

@@ -1,6 +1,6 @@
 //! The demo's command line.
 
-use std::path::PathBuf;
+use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{Parser, ValueEnum};
 
@@ -40,6 +40,12 @@ pub struct Options {
     /// Write the results to this file as JSON
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+    /// Serve HTTP in a container: the demo starts itself with this
+    #[arg(long, hide = true, value_name = "ADDRESS:PORT")]
+    pub(super) serve: Option<SocketAddr>,
+    /// What that server answers
+    #[arg(long, hide = true, default_value = "")]
+    pub(super) serve_name: String,
 }
 
 /// The rungs of two hosts.

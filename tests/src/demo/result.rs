@@ -29,8 +29,8 @@ const TITLES: [&str; 11] = [
     "verified",
 ];
 
-/// Prints the table, the output of the part on etcd, and next steps.
-pub fn print(lanes: &[Lane], options: &Options, on_etcd: &str) {
+/// Prints the table, the output of the other parts, and next steps.
+pub fn print(lanes: &[Lane], options: &Options, others: &str) {
     let vxlan = vxlan_rates(lanes);
     let rows: Vec<Row> = lanes.iter().map(|lane| row(lane, vxlan.as_ref())).collect();
     println!("\n{}", render(&TITLES, &rows));
@@ -43,7 +43,7 @@ pub fn print(lanes: &[Lane], options: &Options, on_etcd: &str) {
         options.rounds(),
         options.tcp_bytes() >> 20,
     );
-    println!("\n{on_etcd}\n{NEXT}");
+    println!("\n{others}\n{NEXT}");
 }
 
 const NEXT: &str = "

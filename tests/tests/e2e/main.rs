@@ -33,6 +33,7 @@ mod refusals;
 mod repair;
 mod restart;
 mod services;
+mod services_changes;
 mod services_health;
 mod services_http;
 mod shells;
@@ -100,5 +101,6 @@ fn main() -> ExitCode {
     services_http::register(&mut suite);
     autonomy::register(&mut suite);
     services_health::register(&mut suite);
+    services_changes::register(&mut suite);
     run(&arguments, suite.into_trials()).exit_code()
 }

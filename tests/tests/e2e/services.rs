@@ -32,7 +32,7 @@ pub(crate) const CONFIG: &str = r#"{"Network":"10.244.0.0/16","Services":{"Pool"
 /// Where the DNS servers of the pool above answer.
 const DNS: &str = "10.251.0.254:53";
 const DEVICE: &str = "svc0";
-const TIMEOUT: Duration = Duration::from_secs(3);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(3);
 
 pub(crate) fn register(suite: &mut Suite) {
     let needs = &[Need::Tun, Need::Ebpf, Need::CgroupV2];
@@ -50,11 +50,11 @@ pub(crate) fn register(suite: &mut Suite) {
 /// Two hosts on a directory store, the first with services.
 pub(crate) struct Scene {
     pub(crate) agent: Agent,
-    _other: Agent,
-    store: Store,
+    pub(crate) _other: Agent,
+    pub(crate) store: Store,
     pub(crate) topology: Topology,
     // Behind the agents.
-    cgroup: Cgroup,
+    pub(crate) cgroup: Cgroup,
     directory: String,
 }
 
@@ -88,7 +88,7 @@ impl Scene {
     }
 
     /// Writes the service `shop/web` and its endpoints at these ports of pod B.
-    fn publish(&self, ports: &[u16]) -> Result<()> {
+    pub(crate) fn publish(&self, ports: &[u16]) -> Result<()> {
         self.operate(&["service", "set", r#"{"name":"shop/web","ports":[{"name":"web","port":80}]}"#])?;
         ports.iter().try_for_each(|port| self.add(*port))
     }
@@ -139,12 +139,12 @@ impl Scene {
     }
 
     /// Connects from `client` and returns the port of the endpoint, and the client's address as the endpoint sees it.
-    fn ask(&self, client: &Netns, vip: Ipv4Addr) -> Result<(u16, Ipv4Addr)> {
+    pub(crate) fn ask(&self, client: &Netns, vip: Ipv4Addr) -> Result<(u16, Ipv4Addr)> {
         client.run(|| ask(vip))?
     }
 }
 
-fn start(
+pub(crate) fn start(
     sandbox: &Arc<Sandbox>,
     topology: &Topology,
     store: &Store,
@@ -158,7 +158,7 @@ fn start(
     site.start(&arguments)
 }
 
-/// Servers at ports of a pod. Each answers 32 bytes with its port, the address of its client and the bytes.
+/// Servers at ports of a pod. Each answers every 32 bytes with its port, the address of its client and the bytes.
 pub(crate) struct Servers {
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
@@ -197,8 +197,12 @@ impl Drop for Servers {
 fn answer(mut stream: TcpStream, client: SocketAddr, port: u16) {
     let mut question = [0; 32];
     let SocketAddr::V4(client) = client else { return };
-    if stream.set_nonblocking(false).is_ok() && stream.read_exact(&mut question).is_ok() {
-        let _ = stream.write_all(&[&port.to_be_bytes(), &client.ip().octets()[..], &question].concat());
+    let _ = stream.set_nonblocking(false);
+    while stream.read_exact(&mut question).is_ok() {
+        let answer = [&port.to_be_bytes(), &client.ip().octets()[..], &question].concat();
+        if stream.write_all(&answer).is_err() {
+            return;
+        }
     }
 }
 
@@ -207,6 +211,11 @@ pub(crate) fn ask(vip: Ipv4Addr) -> Result<(u16, Ipv4Addr)> {
     let mut stream = TcpStream::connect_timeout(&address.into(), TIMEOUT)
         .with_context(|| format!("connect to {address}"))?;
     stream.set_read_timeout(Some(TIMEOUT))?;
+    exchange(&mut stream)
+}
+
+/// Asks over a connection.
+pub(crate) fn exchange(stream: &mut TcpStream) -> Result<(u16, Ipv4Addr)> {
     let question: [u8; 32] = rand::random();
     stream.write_all(&question)?;
     let mut answer = [0; 38];

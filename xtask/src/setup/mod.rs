@@ -119,7 +119,7 @@ struct Package {
 }
 
 /// Tools of the demo and the tests.
-const TOOLS: [Package; 8] = [
+const TOOLS: [Package; 10] = [
     Package { name: "etcd-server", program: "etcd" },
     Package { name: "iperf3", program: "iperf3" },
     Package { name: "ethtool", program: "ethtool" },
@@ -128,6 +128,9 @@ const TOOLS: [Package; 8] = [
     Package { name: "iputils-ping", program: "ping" },
     Package { name: "procps", program: "pgrep" },
     Package { name: "nftables", program: "nft" },
+    Package { name: "curl", program: "curl" },
+    // The program alone: the package dnsmasq would start it as a service.
+    Package { name: "dnsmasq-base", program: "dnsmasq" },
 ];
 
 /// The protobuf compiler with its .proto files, which the build of etcd's client needs.

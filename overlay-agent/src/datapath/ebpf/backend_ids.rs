@@ -115,7 +115,7 @@ mod tests {
         for number in 0..MAX_BACKENDS {
             ids.acquire(6, address(number)).unwrap();
         }
-        assert!(ids.acquire(6, address(MAX_BACKENDS)).unwrap_err().to_string().contains("65536"));
+        assert!(ids.acquire(6, address(MAX_BACKENDS)).unwrap_err().to_string().contains("262144"));
         assert!(ids.acquire(6, address(0)).is_ok());
     }
 }

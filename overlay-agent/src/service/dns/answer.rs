@@ -160,7 +160,7 @@ impl Reply {
     /// Writes the response into `buffer` and returns whether it is truncated. `udp_payload` is the largest datagram that this server
     /// sends, in bytes; `None` is for TCP. Addresses of other names are left out first, which is no truncation (RFC 2181 section 9).
     /// When it cannot be encoded, `buffer` is empty.
-    pub(super) fn encode(mut self, udp_payload: Option<u16>, buffer: &mut Vec<u8>) -> bool {
+    pub fn encode(mut self, udp_payload: Option<u16>, buffer: &mut Vec<u8>) -> bool {
         let limit = udp_payload.map_or(u16::MAX, |own| self.client_limit.min(own));
         if let Some(edns) = &mut self.message.edns {
             edns.set_max_payload(udp_payload.unwrap_or(super::DEFAULT_UDP_PAYLOAD));
@@ -192,7 +192,7 @@ fn write(message: &Message, limit: u16, buffer: &mut Vec<u8>) -> bool {
 
 impl Question {
     /// What the answer depends on: the question in lower case, and the bits that change the records in it.
-    pub(super) fn key(&self) -> Box<[u8]> {
+    pub fn key(&self) -> Box<[u8]> {
         let flags = u8::from(self.checking_disabled) << 1 | u8::from(self.edns == Some(true));
         let (name, rest) = self.bytes.split_at(self.bytes.len().saturating_sub(4));
         let name = name.iter().map(u8::to_ascii_lowercase);
@@ -200,7 +200,7 @@ impl Question {
     }
 
     /// The query for an upstream server, as bytes.
-    pub(super) fn query(&self, id: u16, with_edns: bool) -> Vec<u8> {
+    pub fn query(&self, id: u16, with_edns: bool) -> Vec<u8> {
         let [high, low] = id.to_be_bytes();
         let flags = u8::from(self.wants_authentic) << 5 | u8::from(self.checking_disabled) << 4;
         let mut query = vec![high, low, 1, flags, 0, 1, 0, 0, 0, 0, 0, u8::from(with_edns)];
@@ -212,13 +212,13 @@ impl Question {
     }
 
     /// The response that no upstream server has answered.
-    pub(super) fn failure(&self, code: ResponseCode, buffer: &mut Vec<u8>) {
+    pub fn failure(&self, code: ResponseCode, buffer: &mut Vec<u8>) {
         self.respond(&[0, 0, 0x81, 0x80 | code.low(), 0, 1, 0, 0, 0, 0, 0, 0], Some(PLAIN_UDP), buffer);
     }
 
     /// Finishes a response: `message` is one to this question without an OPT record. Returns whether it is truncated, because it is
     /// longer than what the client takes, and this server sends: `udp_payload` bytes; `None` is for TCP.
-    pub(super) fn respond(&self, message: &[u8], udp_payload: Option<u16>, buffer: &mut Vec<u8>) -> bool {
+    pub fn respond(&self, message: &[u8], udp_payload: Option<u16>, buffer: &mut Vec<u8>) -> bool {
         let question_end = wire::HEADER + self.bytes.len();
         let limit = udp_payload.map_or(usize::from(u16::MAX), |own| usize::from(self.client_limit.min(own)));
         let opt =

@@ -16,12 +16,12 @@ const LONGEST_NEGATIVE: u32 = 900;
 const OVERHEAD: usize = 200;
 
 /// Response codes, the low four bits of the fourth byte (RFC 1035 section 4.1.1).
-pub(super) const NO_ERROR: u8 = 0;
+pub const NO_ERROR: u8 = 0;
 const NO_NAME: u8 = 3;
 
 /// A response without its OPT record.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Response {
+pub struct Response {
     bytes: Vec<u8>,
     ttls: Vec<(usize, u32)>,
     code: u8,
@@ -30,7 +30,7 @@ pub(super) struct Response {
 
 impl Response {
     /// Reads a response to a question that ends at `question_end`. `None` when it is malformed, or has an extended error.
-    pub(super) fn parse(message: &[u8], question_end: usize) -> Option<Self> {
+    pub fn parse(message: &[u8], question_end: usize) -> Option<Self> {
         let records = wire::records(message, question_end)?;
         let mut end = records.last().map_or(question_end, |record| record.end);
         let mut kept = records.len();
@@ -65,17 +65,17 @@ impl Response {
     }
 
     /// The response code.
-    pub(super) fn code(&self) -> u8 {
+    pub fn code(&self) -> u8 {
         self.code
     }
 
     /// Whether it answers the question, with records or with the statement that there are none.
-    pub(super) fn is_answer(&self) -> bool {
+    pub fn is_answer(&self) -> bool {
         matches!(self.code, NO_ERROR | NO_NAME)
     }
 
     /// The bytes, with the remaining time to live in each record.
-    pub(super) fn aged(&self, seconds: u32) -> Vec<u8> {
+    pub fn aged(&self, seconds: u32) -> Vec<u8> {
         let mut bytes = self.bytes.clone();
         for (at, ttl) in &self.ttls {
             wire::put(&mut bytes, *at, &ttl.saturating_sub(seconds).to_be_bytes());
@@ -122,7 +122,7 @@ impl Entry {
 /// The cache. It has two generations, each of half of the permitted size: when the younger one is full it becomes the older one, whose
 /// entries go unless they have been used since. So each step takes the same short time.
 #[derive(Debug)]
-pub(super) struct Cache {
+pub struct Cache {
     young: HashMap<Box<[u8]>, Entry>,
     old: HashMap<Box<[u8]>, Entry>,
     young_bytes: usize,
@@ -131,12 +131,12 @@ pub(super) struct Cache {
 
 impl Cache {
     /// With room for so many bytes; 0 for none.
-    pub(super) fn new(max_bytes: usize) -> Self {
+    pub fn new(max_bytes: usize) -> Self {
         Self { young: HashMap::new(), old: HashMap::new(), young_bytes: 0, max_bytes }
     }
 
     /// The answer for a key, and its age in seconds.
-    pub(super) fn get(&mut self, key: &[u8], now: Instant) -> Option<(Arc<Response>, u32)> {
+    pub fn get(&mut self, key: &[u8], now: Instant) -> Option<(Arc<Response>, u32)> {
         if let Some(entry) = self.young.get(key) {
             return Some((Arc::clone(&entry.response), entry.age(now)?));
         }
@@ -147,7 +147,7 @@ impl Cache {
     }
 
     /// Keeps an answer, if it may be kept.
-    pub(super) fn insert(&mut self, key: Box<[u8]>, response: Arc<Response>, now: Instant) {
+    pub fn insert(&mut self, key: Box<[u8]>, response: Arc<Response>, now: Instant) {
         if response.lifetime > 0 && response.size() + key.len() <= self.max_bytes / 2 {
             self.old.remove(&key);
             self.put(key, Entry { response, since: now });

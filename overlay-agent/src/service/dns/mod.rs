@@ -14,7 +14,7 @@
 //! `cache` (answers of upstream servers as bytes), `forward` (asking them), `udp` (with `memo`) and `tcp`, `server`.
 
 mod answer;
-mod cache;
+pub mod cache;
 mod counters;
 mod forward;
 mod memo;
@@ -23,7 +23,7 @@ pub mod resolv_conf;
 mod server;
 mod tcp;
 mod udp;
-mod wire;
+pub mod wire;
 mod zone;
 
 #[cfg(test)]

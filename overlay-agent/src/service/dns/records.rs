@@ -24,7 +24,10 @@ pub struct Records {
     zone: Arc<Zone>,
     catalog: Arc<Catalog>,
     namespaces: HashSet<String>,
-    pointers: HashMap<Ipv4Addr, Vec<Name>>,
+    /// Services by their virtual addresses.
+    holders: HashMap<Ipv4Addr, Arc<Service>>,
+    /// Endpoints of headless services by their addresses.
+    headless: HashMap<Ipv4Addr, Vec<Endpoint>>,
 }
 
 /// What there is at a name.
@@ -52,25 +55,25 @@ pub(super) enum Found {
 }
 
 impl Records {
-    /// Takes time in proportion to the services and the endpoints of headless ones.
+    /// Takes time in proportion to the services and the endpoints of headless ones, and makes no name: nearly none of those will be asked
+    /// for before the next change.
     pub fn new(zone: Arc<Zone>, catalog: Arc<Catalog>) -> Self {
-        let namespaces = catalog.services.keys().map(|name| name.namespace().to_owned()).collect();
-        let mut pointers: HashMap<Ipv4Addr, Vec<Name>> = HashMap::new();
-        let mut add = |address, name| {
-            if let Some(name) = name {
-                pointers.entry(address).or_default().push(name);
-            }
-        };
+        let mut namespaces: HashSet<String> = HashSet::new();
+        let mut holders: HashMap<Ipv4Addr, Arc<Service>> = HashMap::with_capacity(catalog.services.len());
+        let mut headless: HashMap<Ipv4Addr, Vec<Endpoint>> = HashMap::new();
         for service in catalog.services.values() {
+            if !namespaces.contains(service.name.namespace()) {
+                namespaces.insert(service.name.namespace().to_owned());
+            }
             if let Some(vip) = service.vip {
-                add(vip, service_name(&zone, service));
+                holders.insert(vip, Arc::clone(service));
             } else if service.spec.headless {
                 for endpoint in &service.endpoints {
-                    add(endpoint.spec.overlay_ip, endpoint_name(&zone, endpoint));
+                    headless.entry(endpoint.spec.overlay_ip).or_default().push(endpoint.clone());
                 }
             }
         }
-        Self { zone, catalog, namespaces, pointers }
+        Self { zone, catalog, namespaces, holders, headless }
     }
 
     /// The zone.
@@ -214,15 +217,18 @@ impl Records {
 
     fn reverse(&self, owner: &Name, ip: Ipv4Addr, kind: RecordType) -> Found {
         let apex = self.zone.reverse_apex(ip);
-        match self.pointers.get(&ip) {
-            Some(targets) if asks_for(kind, RecordType::PTR) => {
-                let ttl = self.zone.ttl().endpoint;
-                let record = |target: &Name| Record::from_rdata(owner.clone(), ttl, pointer(target.clone()));
-                found(targets.iter().map(record).collect(), Vec::new(), apex)
-            }
-            Some(_) => Found::NoData { apex },
-            None if self.zone.reverse_network(ip).is_some() => Found::NoName { apex },
-            None => Found::Outside,
+        let holder = self.holders.get(&ip).and_then(|service| service_name(&self.zone, service));
+        let endpoints = self.headless.get(&ip).into_iter().flatten();
+        let targets =
+            holder.into_iter().chain(endpoints.filter_map(|endpoint| endpoint_name(&self.zone, endpoint)));
+        let ttl = self.zone.ttl().endpoint;
+        let records: Vec<_> =
+            targets.map(|target| Record::from_rdata(owner.clone(), ttl, pointer(target))).collect();
+        match records.is_empty() {
+            false if asks_for(kind, RecordType::PTR) => found(records, Vec::new(), apex),
+            false => Found::NoData { apex },
+            true if self.zone.reverse_network(ip).is_some() => Found::NoName { apex },
+            true => Found::Outside,
         }
     }
 }

@@ -5,17 +5,17 @@
 use std::ops::Range;
 
 /// Length of a header in bytes.
-pub(super) const HEADER: usize = 12;
+pub const HEADER: usize = 12;
 /// Type of the OPT record (RFC 6891 section 6.1.1).
-pub(super) const OPT: u16 = 41;
+pub const OPT: u16 = 41;
 /// Type of the SOA record.
-pub(super) const SOA: u16 = 6;
+pub const SOA: u16 = 6;
 /// Longest name in bytes.
 const LONGEST_NAME: usize = 255;
 
 /// A record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct RecordAt {
+pub struct RecordAt {
     /// Where it begins.
     pub start: usize,
     /// Where its TTL begins, four bytes.
@@ -29,24 +29,24 @@ pub(super) struct RecordAt {
 }
 
 /// Two bytes of a message.
-pub(super) fn u16_at(message: &[u8], at: usize) -> Option<u16> {
+pub fn u16_at(message: &[u8], at: usize) -> Option<u16> {
     message.get(at..)?.first_chunk().map(|bytes| u16::from_be_bytes(*bytes))
 }
 
 /// Four bytes of a message.
-pub(super) fn u32_at(message: &[u8], at: usize) -> Option<u32> {
+pub fn u32_at(message: &[u8], at: usize) -> Option<u32> {
     message.get(at..)?.first_chunk().map(|bytes| u32::from_be_bytes(*bytes))
 }
 
 /// Writes bytes into a message. What is outside of it is left out.
-pub(super) fn put(message: &mut [u8], at: usize, bytes: &[u8]) {
+pub fn put(message: &mut [u8], at: usize, bytes: &[u8]) {
     if let Some(place) = message.get_mut(at..at + bytes.len()) {
         place.copy_from_slice(bytes);
     }
 }
 
 /// The first question: name, type and class. `None` when the name is compressed, which no first name can be, or does not end.
-pub(super) fn question(message: &[u8]) -> Option<Range<usize>> {
+pub fn question(message: &[u8]) -> Option<Range<usize>> {
     let mut at = HEADER;
     loop {
         let length = usize::from(*message.get(at)?);
@@ -62,7 +62,7 @@ pub(super) fn question(message: &[u8]) -> Option<Range<usize>> {
 }
 
 /// The records after a question that ends at `from`. `None` when they do not end where the message says.
-pub(super) fn records(message: &[u8], from: usize) -> Option<Vec<RecordAt>> {
+pub fn records(message: &[u8], from: usize) -> Option<Vec<RecordAt>> {
     let mut at = from;
     let mut records = Vec::new();
     for section in 0..3 {

@@ -12,12 +12,8 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use nix::{
-    sched::{CpuSet, sched_getaffinity, sched_setaffinity},
-    unistd::Pid,
-};
 
-use crate::topology::Endpoint;
+use crate::{cpu, topology::Endpoint};
 
 /// How long either end waits for the other.
 const STALL: Duration = Duration::from_secs(5);
@@ -55,30 +51,16 @@ pub fn request_latency(from: Endpoint<'_>, to: Endpoint<'_>, duration: Duration)
         socket.set_nodelay(true).context("set TCP_NODELAY")?;
         socket.set_read_timeout(Some(STALL)).context("set the read timeout")?;
     }
-    let cpu = first_cpu()?;
+    let cpu = cpu::first()?;
     let times = thread::scope(|scope| {
-        let server = scope.spawn(move || stay_on(&cpu).and_then(|()| answer(server)));
-        let client = scope.spawn(move || stay_on(&cpu).and_then(|()| ask(client, duration)));
+        let server = scope.spawn(move || cpu::stay_on(&cpu).and_then(|()| answer(server)));
+        let client = scope.spawn(move || cpu::stay_on(&cpu).and_then(|()| ask(client, duration)));
         let times = client.join().unwrap_or_else(|panic| resume_unwind(panic));
         let answered = server.join().unwrap_or_else(|panic| resume_unwind(panic));
         let times = times?;
         answered.map(|()| times)
     })?;
     percentiles(times)
-}
-
-/// The first CPU on which this thread may run.
-fn first_cpu() -> Result<CpuSet> {
-    let all = sched_getaffinity(Pid::from_raw(0)).context("read the CPUs of this thread")?;
-    let mut one = CpuSet::new();
-    let first = (0..CpuSet::count()).find(|cpu| all.is_set(*cpu).unwrap_or(false));
-    one.set(first.context("this thread may run on no CPU")?).context("choose a CPU")?;
-    Ok(one)
-}
-
-/// Keeps the current thread on these CPUs.
-fn stay_on(cpus: &CpuSet) -> Result<()> {
-    sched_setaffinity(Pid::from_raw(0), cpus).context("keep a thread on one CPU")
 }
 
 /// Answers until the other end closes the connection.

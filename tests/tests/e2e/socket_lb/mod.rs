@@ -9,7 +9,7 @@ mod stage;
 mod tcp;
 mod udp;
 
-pub(crate) use stage::Cgroup;
+pub(crate) use overlay_tests::cgroup::Cgroup;
 
 use crate::{machine::Need, suite::Suite};
 

@@ -4,8 +4,7 @@ use std::{
     env, fs,
     io::{Read as _, Write as _},
     net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket},
-    path::{Path, PathBuf},
-    process,
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -17,10 +16,10 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use overlay_agent::{
     datapath::ebpf::ServiceSet,
-    service::{Catalog, cgroup, front::Rules},
+    service::{Catalog, front::Rules},
     store::{Kind, Record, Version},
 };
-use overlay_tests::{netns::Netns, sandbox::Sandbox};
+use overlay_tests::{cgroup::Cgroup, netns::Netns, sandbox::Sandbox};
 
 /// The virtual address of most tests.
 pub(super) const VIP: Ipv4Addr = Ipv4Addr::new(10, 251, 0, 1);
@@ -43,7 +42,7 @@ impl Stage {
         let netns = Netns::create(sandbox, "lb")?;
         let cgroup = Cgroup::enter()?;
         let mut set = load()?;
-        set.attach(Some(&cgroup.0))?;
+        set.attach(Some(cgroup.path()))?;
         Ok(Self { set, netns, _cgroup: cgroup })
     }
 
@@ -64,40 +63,6 @@ pub(super) fn load() -> Result<ServiceSet> {
         .context("OVERLAY_EBPF_OBJECT names the eBPF object: run the tests with `cargo xtask test`")?;
     let object = Path::new(&object).with_file_name("service-ebpf");
     ServiceSet::load(&fs::read(&object).with_context(|| format!("read {}", object.display()))?)
-}
-
-/// A cgroup that this process is in until it is dropped.
-pub(crate) struct Cgroup(PathBuf);
-
-impl Cgroup {
-    /// Makes it.
-    pub(crate) fn enter() -> Result<Self> {
-        let path = cgroup::root()?.join(format!("overlay-test-{}", process::id()));
-        fs::create_dir(&path).with_context(|| format!("create the cgroup {}", path.display()))?;
-        let cgroup = Self(path);
-        cgroup.move_to(&cgroup.0)?;
-        Ok(cgroup)
-    }
-
-    /// Its directory.
-    pub(crate) fn path(&self) -> &Path {
-        &self.0
-    }
-
-    fn move_to(&self, path: &Path) -> Result<()> {
-        fs::write(path.join("cgroup.procs"), process::id().to_string())
-            .with_context(|| format!("enter the cgroup {}", path.display()))
-    }
-}
-
-impl Drop for Cgroup {
-    fn drop(&mut self) {
-        let moved = cgroup::root().and_then(|root| self.move_to(&root));
-        let removed = moved.and_then(|()| Ok(fs::remove_dir(&self.0)?));
-        if let Err(error) = removed {
-            eprintln!("error: leave the cgroup {}: {error:#}", self.0.display());
-        }
-    }
 }
 
 /// A server on an address of its own. It answers TCP and UDP with its number and what it got.
