@@ -121,19 +121,6 @@ impl Measures {
         }
     }
 
-    /// What became of TCP connections of this node, through programs and proxy, by endpoint.
-    pub fn outcomes(&self) -> Outcomes {
-        let mut outcomes = self.kernel.as_ref().map(KernelCounts::outcomes).unwrap_or_default();
-        let of_services = self.proxy.iter().flat_map(|proxy| proxy.services.values());
-        let endpoints = of_services.flat_map(|service| &service.endpoints);
-        for endpoint in endpoints.filter(|endpoint| endpoint.protocol == Protocol::Tcp) {
-            let EndpointCounts { protocol, address, counts } = endpoint;
-            *outcomes.entry((*protocol, *address)).or_default() +=
-                Outcome { established: counts.connections, failed: counts.failures };
-        }
-        outcomes
-    }
-
     fn of_service(&self, service: &Service) -> ServiceTraffic {
         let mut counts = TrafficCounts::default();
         let mut endpoints: BTreeMap<(Protocol, SocketAddrV4), EndpointTraffic> = BTreeMap::new();
@@ -340,15 +327,5 @@ mod tests {
         let traffic = measures.traffic(&catalog());
         assert_eq!(traffic.uncounted.as_deref(), Some("why"));
         assert_eq!(traffic.services[1].counts.connections, 12 + 7 + 3);
-    }
-
-    #[test]
-    fn outcomes_are_those_of_tcp_at_each_endpoint() {
-        let outcomes: Vec<_> = measures().outcomes().into_iter().collect();
-        let of = |number, established, failed| {
-            ((Protocol::Tcp, address(number, 8080)), Outcome { established, failed })
-        };
-        assert_eq!(outcomes, [of(1, 20, 4), of(3, 1, 1), of(9, 70, 2)]);
-        assert!(Measures::default().outcomes().is_empty());
     }
 }

@@ -5,6 +5,7 @@
 
 use std::{
     collections::BTreeMap,
+    net::SocketAddrV4,
     time::{Duration, Instant},
 };
 
@@ -55,6 +56,10 @@ struct Written {
     front: Front,
     entry: ServiceEntry,
     backends: Vec<Backend>,
+    /// Failed connections when [`ServiceMaps::outcomes`] looked last.
+    failed: u64,
+    /// What became of connections to the endpoints then.
+    outcomes: Vec<(SocketAddrV4, Outcome)>,
 }
 
 /// A table that no entry names any more.
@@ -83,19 +88,6 @@ pub struct KernelCounts {
     /// Of endpoints by protocol and address, since each was first used by a service. One that several services use is counted once. Those
     /// that were removed are there as long as they have connections.
     pub endpoints: BTreeMap<(u8, Address), KernelEndpoint>,
-}
-
-impl KernelCounts {
-    /// What became of TCP connections, by endpoint.
-    pub fn outcomes(&self) -> Outcomes {
-        let of_tcp = self.endpoints.iter().filter(|((protocol, _), _)| *protocol == TCP);
-        let outcomes = of_tcp.map(|((_, address), endpoint)| {
-            let established = endpoint.counts.latency.iter().sum();
-            let outcome = Outcome { established, failed: endpoint.counts.failed };
-            ((Protocol::Tcp, socket_address(*address)), outcome)
-        });
-        outcomes.collect()
-    }
 }
 
 /// An endpoint as the programs count it.
@@ -190,6 +182,33 @@ impl ServiceMaps {
             endpoints.insert((protocol, address), KernelEndpoint { open, counts });
         }
         Ok(KernelCounts { ports, endpoints })
+    }
+
+    /// What became of TCP connections to the endpoints of virtual ports at which some have failed. Endpoints of a port are read only when
+    /// more have failed since the last call: there may be many of them.
+    pub(super) fn outcomes(&mut self) -> Result<Outcomes> {
+        let Self { written, counts, .. } = self;
+        let mut outcomes = Outcomes::new();
+        for (key, written) in written.iter_mut().filter(|(key, _)| key.protocol == TCP) {
+            let failed = counts.of_service(written.entry.service)?.failed;
+            if failed != written.failed {
+                let of_backend = |backend: &Backend| {
+                    let counts = counts.of_backend(backend.id)?;
+                    let outcome = Outcome { established: counts.latency.iter().sum(), failed: counts.failed };
+                    anyhow::Ok((socket_address(backend.address), outcome))
+                };
+                written.outcomes = written.backends.iter().map(of_backend).collect::<Result<_>>()?;
+                written.failed = failed;
+            }
+            // The counters of an endpoint are those of all ports, and some ports were read earlier.
+            for (address, outcome) in &written.outcomes {
+                let known = outcomes.entry((Protocol::Tcp, *address)).or_default();
+                if outcome.established + outcome.failed > known.established + known.failed {
+                    *known = *outcome;
+                }
+            }
+        }
+        Ok(outcomes)
     }
 
     /// All virtual ports, and the number of slots of all tables, read from the kernel.
@@ -289,7 +308,7 @@ impl ServiceMaps {
             self.undo(key, number, entry, &backends, now);
             return Err(error);
         }
-        Ok(Written { front: front.clone(), entry, backends })
+        Ok(Written { front: front.clone(), entry, backends, failed: 0, outcomes: Vec::new() })
     }
 
     fn write_members(

@@ -111,10 +111,10 @@ impl ServiceSet {
         self.maps.counts()
     }
 
-    /// What became of TCP connections of this node, by endpoint, since each was first used by a service. The endpoint of several
-    /// services is there once.
-    pub fn outcomes(&self) -> Result<Outcomes> {
-        Ok(self.counts()?.outcomes())
+    /// What became of TCP connections of this node to the endpoints of virtual ports at which some have failed, since each was first used
+    /// by a service. The endpoint of several services is there once.
+    pub fn outcomes(&mut self) -> Result<Outcomes> {
+        self.maps.outcomes()
     }
 
     /// The connected UDP sockets of the machine.

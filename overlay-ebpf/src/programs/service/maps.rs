@@ -8,7 +8,7 @@ use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
     helpers::{bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_ktime_get_ns},
     macros::map,
-    maps::{Array, HashMap, LruHashMap, PerCpuHashMap},
+    maps::{Array, HashMap, LruHashMap},
     programs::SockAddrContext,
 };
 use overlay_ebpf::service::{
@@ -42,13 +42,11 @@ static CONNECTIONS: Array<u64> = Array::with_max_entries(MAX_BACKENDS, 0);
 
 /// By [`Backend::id`]. The agent makes and removes the entries: an array for all numbers would take 19 MB for each CPU.
 #[map]
-static BACKEND_COUNTS: PerCpuHashMap<u32, Counts> =
-    PerCpuHashMap::with_max_entries(MAX_BACKENDS, BPF_F_NO_PREALLOC);
+static BACKEND_COUNTS: HashMap<u32, Counts> = HashMap::with_max_entries(MAX_BACKENDS, BPF_F_NO_PREALLOC);
 
 /// By [`ServiceEntry::service`]; otherwise as the one before.
 #[map]
-static SERVICE_COUNTS: PerCpuHashMap<u32, Counts> =
-    PerCpuHashMap::with_max_entries(MAX_SERVICES, BPF_F_NO_PREALLOC);
+static SERVICE_COUNTS: HashMap<u32, Counts> = HashMap::with_max_entries(MAX_SERVICES, BPF_F_NO_PREALLOC);
 
 /// The connections of UDP sockets by the cookie of the socket, for the agent alone: the kernel does not tell it the storage of UDP sockets
 /// (`inet_sk_diag_fill` in net/ipv4/inet_diag.c). A socket that finds no room keeps its endpoint when that goes away.
@@ -145,15 +143,15 @@ fn count(service: u32, backend: u32, counter: impl Fn(&mut Counts) -> *mut u64) 
     }
 }
 
-/// The counters of this CPU; `None` when the agent has removed them.
+/// The counters; `None` when the agent has removed them.
 #[inline(always)]
-fn counts(map: &'static PerCpuHashMap<u32, Counts>, number: u32) -> Option<&'static mut Counts> {
+fn counts(map: &'static HashMap<u32, Counts>, number: u32) -> Option<&'static mut Counts> {
     let counts = map.get_ptr_mut(number)?;
     // SAFETY: the entry outlives the run of the program, and its counters are only changed by atomic operations.
     Some(unsafe { &mut *counts })
 }
 
-/// Adds to a counter of this CPU. Atomic because a program that an interrupt starts may count on the same CPU in between.
+/// Adds to a counter of all CPUs: connections are rare beside packets, and counters of each CPU would take memory for each endpoint and CPU.
 #[inline(always)]
 fn increase(counter: *mut u64, value: u64) {
     // SAFETY: a field of a map's value, with 8 bytes of alignment.

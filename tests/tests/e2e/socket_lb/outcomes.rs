@@ -39,7 +39,7 @@ fn port(stage: &Stage, protocol: u8, port: u16) -> Result<Counts> {
     stage.set.counts()?.ports.get(&key).copied().with_context(|| format!("no port {port}"))
 }
 
-fn outcome(stage: &Stage, number: u8) -> Result<Outcome> {
+fn outcome(stage: &mut Stage, number: u8) -> Result<Outcome> {
     let address = SocketAddrV4::new(Ipv4Addr::new(10, 244, 1, number), TARGET);
     stage.set.outcomes()?.get(&(Protocol::Tcp, address)).copied().context("no outcome")
 }
@@ -83,7 +83,7 @@ pub(super) fn exact(sandbox: &Arc<Sandbox>) -> Result<()> {
         let established: u64 = counts.latency.iter().sum();
         ensure!((established, counts.failed, counts.picks) == (expected.0, expected.1, 10), "{counts:?}");
         ensure!((counts.latency_sum > 0) == (established > 0), "{counts:?}");
-        let outcome = outcome(&stage, number)?;
+        let outcome = outcome(&mut stage, number)?;
         ensure!((outcome.established, outcome.failed) == expected, "{outcome:?}");
     }
     let web = port(&stage, TCP, 80)?;
@@ -138,14 +138,22 @@ pub(super) fn silent_endpoint(sandbox: &Arc<Sandbox>) -> Result<()> {
     let wait = |time| stage.netns.run(|| TcpStream::connect_timeout(&WEB.into(), time));
     let error = wait(Duration::from_millis(200))?.err().context("a silent endpoint answered")?;
     ensure!(error.kind() == std::io::ErrorKind::TimedOut, "{error}");
-    ensure!(outcome(&stage, 1)? == Outcome::default(), "{:?}", outcome(&stage, 1)?);
+    ensure!(outcome(&mut stage, 1)? == Outcome::default(), "{:?}", outcome(&mut stage, 1)?);
     wait(Duration::from_millis(1300))?.err().context("a silent endpoint answered")?;
-    ensure!(outcome(&stage, 1)? == Outcome { established: 0, failed: 1 }, "{:?}", outcome(&stage, 1)?);
+    ensure!(
+        outcome(&mut stage, 1)? == Outcome { established: 0, failed: 1 },
+        "{:?}",
+        outcome(&mut stage, 1)?
+    );
     // The kernel itself gives up, while the program still holds the socket.
     stage.netns.tool("sysctl -qw net.ipv4.tcp_syn_retries=1 net.ipv4.tcp_syn_linear_timeouts=0")?;
     let error = stage.netns.run(|| TcpStream::connect(WEB))?.err().context("a silent endpoint answered")?;
     ensure!(error.kind() == std::io::ErrorKind::TimedOut, "{error}");
-    ensure!(outcome(&stage, 1)? == Outcome { established: 0, failed: 2 }, "{:?}", outcome(&stage, 1)?);
+    ensure!(
+        outcome(&mut stage, 1)? == Outcome { established: 0, failed: 2 },
+        "{:?}",
+        outcome(&mut stage, 1)?
+    );
     let counts = endpoint(&stage, TCP, 1)?;
     ensure!((counts.open, counts.counts.picks) == (0, 3), "{counts:?}");
     Ok(())
