@@ -31,6 +31,7 @@ fn connect(to: SocketAddrV4) -> Result<TcpStream> {
 
 /// Throughput of one stream in bits per second: from the first byte until the receiver has said how many arrived.
 pub(super) fn stream(to: SocketAddrV4, duration: Duration) -> Result<f64> {
+    cpu::stay_on(&cpu::first()?)?;
     let mut stream = connect(to)?;
     let block = vec![5; BLOCK];
     let start = Instant::now();

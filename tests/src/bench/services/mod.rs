@@ -115,7 +115,7 @@ impl Run {
             println!("\n{}", bars::summary(&self.bars).0);
             println!(
                 "Ratios are medians of the ratios of each round; `rounds` has the smallest and the largest. Round trips and both ends \
-                 of\nconnect_p50 on one CPU, HTTP client and server on one each; agents where the kernel puts them."
+                 of\nconnect_p50 on one CPU, both ends of streams and HTTP on one each; agents where the kernel puts them."
             );
         }
     }

@@ -42,7 +42,10 @@ impl Servers {
         let (stream, echo, http) = (listen(STREAM)?, listen(ECHO)?, listen(HTTP)?);
         let udp = netns.run(|| UdpSocket::bind((address, UDP)))?.context("bind in the container")?;
         let last_client = Arc::new(AtomicU32::new(0));
+        // Another CPU than the sender's, as on another host.
+        let far = cpu::last()?;
         thread::spawn(move || {
+            let _ = cpu::stay_on(&far);
             for stream in stream.incoming().flatten() {
                 thread::spawn(move || count(stream));
             }
@@ -62,7 +65,6 @@ impl Servers {
             let _ = cpu::stay_on(&near);
             answer_datagrams(&udp);
         });
-        let far = cpu::last()?;
         http.set_nonblocking(true).context("prepare the HTTP server")?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         thread::spawn(move || {
