@@ -153,8 +153,7 @@ fn median(values: impl Iterator<Item = f64>) -> f64 {
 fn catalog(vip: SocketAddrV4, endpoint: SocketAddrV4) -> Catalog {
     let ports = format!(r#"{{"v":1,"ports":[{{"name":"p","port":{},"app":"http"}}]}}"#, vip.port());
     let spec = format!(r#"{{"overlay_ip":"127.0.0.1","ports":{{"p":{}}}}}"#, endpoint.port());
-    let endpoint =
-        Endpoint { name: "shop/web/node/1".parse().unwrap(), spec: serde_json::from_str(&spec).unwrap() };
+    let endpoint = Endpoint::new("shop/web/node/1".parse().unwrap(), serde_json::from_str(&spec).unwrap());
     let service = Service {
         name: "shop/web".parse().unwrap(),
         spec: serde_json::from_str(&ports).unwrap(),

@@ -15,7 +15,6 @@ use super::{
     dns,
     front::abi_address,
     latency::Latencies,
-    outcome::{Outcome, Outcomes},
     proxy::{Counters, EndpointCounts},
     record::{EndpointState, Protocol},
 };

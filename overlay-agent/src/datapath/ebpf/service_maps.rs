@@ -189,7 +189,8 @@ impl ServiceMaps {
     pub(super) fn outcomes(&mut self) -> Result<Outcomes> {
         let Self { written, counts, .. } = self;
         let mut outcomes = Outcomes::new();
-        for (key, written) in written.iter_mut().filter(|(key, _)| key.protocol == TCP) {
+        let of_tcp = written.iter_mut().filter(|(key, _)| key.protocol == TCP);
+        for written in of_tcp.map(|(_, written)| written) {
             let failed = counts.of_service(written.entry.service)?.failed;
             if failed != written.failed {
                 let of_backend = |backend: &Backend| {

@@ -135,7 +135,8 @@ pub(super) fn silent_endpoint(sandbox: &Arc<Sandbox>) -> Result<()> {
     stage.netns.tool("ip neigh add 10.244.1.1 lladdr 02:00:00:00:00:01 dev v0 nud permanent")?;
     stage.netns.tool("ip address add 10.9.9.9/32 dev v0")?;
     stage.reconcile(&Book::default().service("web", VIP, "").endpoints("web", [1], "").catalog()?)?;
-    let wait = |time| stage.netns.run(|| TcpStream::connect_timeout(&WEB.into(), time));
+    let netns = Arc::clone(&stage.netns);
+    let wait = |time| netns.run(|| TcpStream::connect_timeout(&WEB.into(), time));
     let error = wait(Duration::from_millis(200))?.err().context("a silent endpoint answered")?;
     ensure!(error.kind() == std::io::ErrorKind::TimedOut, "{error}");
     ensure!(outcome(&mut stage, 1)? == Outcome::default(), "{:?}", outcome(&mut stage, 1)?);
