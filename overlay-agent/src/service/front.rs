@@ -83,6 +83,16 @@ pub fn fronts(catalog: &Catalog, rules: &Rules) -> Fronts {
     fronts
 }
 
+/// All ports of the virtual address of a service, included or not.
+pub fn keys(service: &Service) -> impl Iterator<Item = ServiceKey> {
+    service.vip.into_iter().flat_map(|vip| {
+        service.spec.ports.iter().map(move |port| {
+            let address = abi_address(SocketAddrV4::new(vip, port.port.get()));
+            ServiceKey::new(address, port.protocol.number())
+        })
+    })
+}
+
 /// A port of a service, wherever its clients are from.
 pub(super) fn front(service: &Service, port: &Port, rules: &Rules) -> Front {
     let affinity = service.spec.affinity.filter(|affinity| affinity.client_ip);

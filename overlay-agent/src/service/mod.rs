@@ -1,7 +1,7 @@
 //! Services: names, virtual addresses and load balancing, on the agent of the overlay.
 //!
-//! In reading order: `config` (the network's), `name`, `record` and `route` (what the store has), `catalog` (what that means), `index` and
-//! `follow` (the catalog as the records change), `input` (services as operators write them), `files` (those of this node's files), `vip` (which service
+//! In reading order: `config` (the network's), `name`, `record` and `route` (what the store has), `catalog` (what that means), `index`,
+//! `follow` and `changes` (the catalog as the records change), `input` (services as operators write them), `files` (those of this node's files), `vip` (which service
 //! gets which virtual address), `device` (the virtual addresses on this host), `slots` and `front` (what a load balancer does), `cgroup` (where its
 //! programs run), `proxy` (what serves connections that no program sees), `sockets` (UDP sockets whose endpoint went away), `dns` (the names of the services), `node` (the task that
 //! keeps all of it on a node). `health` is which endpoints answer, `outcome` is what became of connections, `latency` how long they took, and `traffic`
@@ -9,6 +9,7 @@
 
 pub mod catalog;
 pub mod cgroup;
+pub mod changes;
 pub mod config;
 pub mod device;
 pub mod dns;

@@ -235,7 +235,7 @@ impl Keeper {
                         )));
                     }
                 };
-                if is_ours && found.value == text.as_bytes() {
+                if is_ours && *found.value == *text.as_bytes() {
                     return Ok(Ok(found.version));
                 }
                 Expected::Unchanged(found.version)

@@ -2,6 +2,7 @@
 
 use std::{
     fmt::{Debug, Write as _},
+    sync::Arc,
     time::SystemTime,
 };
 
@@ -84,8 +85,8 @@ pub struct Version {
 pub(super) struct RawRecord {
     /// Key behind the store's own prefix, as [`key_text`]: `subnets/10.5.34.0-24`.
     pub(super) key: String,
-    /// At most [`MAX_VALUE`] bytes: a longer value is cut, so that it does not parse.
-    pub(super) value: Vec<u8>,
+    /// At most [`MAX_VALUE`] bytes: a longer value is cut, so that it does not parse. Shared: a large network has many.
+    pub(super) value: Arc<[u8]>,
     pub(super) version: Version,
 }
 

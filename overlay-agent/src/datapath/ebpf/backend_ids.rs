@@ -1,6 +1,9 @@
 //! Numbers of endpoints: under them, programs count connections. Pure.
 
-use std::{collections::BTreeMap, time::Instant};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Instant,
+};
 
 use anyhow::{Result, bail};
 use overlay_ebpf::service::abi::{Address, MAX_BACKENDS};
@@ -9,6 +12,8 @@ use overlay_ebpf::service::abi::{Address, MAX_BACKENDS};
 #[derive(Default)]
 pub(super) struct BackendIds {
     by_address: BTreeMap<(u8, Address), Holder>,
+    /// Those without users.
+    released: BTreeSet<(u8, Address)>,
     free: Vec<u32>,
     next: u32,
 }
@@ -26,6 +31,7 @@ impl BackendIds {
         if let Some(holder) = self.by_address.get_mut(&(protocol, address)) {
             holder.users += 1;
             holder.since = None;
+            self.released.remove(&(protocol, address));
             return Ok(holder.id);
         }
         let id = match self.free.pop() {
@@ -44,7 +50,10 @@ impl BackendIds {
     pub(super) fn release(&mut self, protocol: u8, address: Address, now: Instant) {
         if let Some(holder) = self.by_address.get_mut(&(protocol, address)) {
             holder.users = holder.users.saturating_sub(1);
-            holder.since = (holder.users == 0).then_some(now);
+            if holder.users == 0 {
+                holder.since = Some(now);
+                self.released.insert((protocol, address));
+            }
         }
     }
 
@@ -65,11 +74,14 @@ impl BackendIds {
         is_due: impl Fn(Instant) -> bool,
         connections: impl Fn(u32) -> u64,
     ) -> Vec<u32> {
+        let Self { by_address, released, .. } = self;
         let mut free = Vec::new();
-        self.by_address.retain(|_, holder| {
+        released.retain(|address| {
+            let Some(holder) = by_address.get(address) else { return false };
             let is_free = holder.since.is_some_and(&is_due) && connections(holder.id) == 0;
             if is_free {
                 free.push(holder.id);
+                by_address.remove(address);
             }
             !is_free
         });

@@ -116,15 +116,27 @@ impl ServiceMaps {
         })
     }
 
-    /// Writes what differs and returns the number of virtual ports that changed. What does not fit stays as it was, and the error
-    /// names the first. `now` is the time of the call.
+    /// Makes the virtual ports `desired`, as [`Self::change`] does.
     pub(super) fn reconcile(&mut self, desired: &Fronts, now: Instant) -> Result<usize> {
+        let present: Vec<ServiceKey> = self.written.keys().copied().collect();
+        self.change(present, desired, now)
+    }
+
+    /// Writes what differs from `desired` and removes those of `former` that are not in it. Others stay. Returns the number of virtual
+    /// ports that changed. What does not fit stays as it was, and the error names the first. `now` is the time of the call.
+    pub(super) fn change(
+        &mut self,
+        former: impl IntoIterator<Item = ServiceKey>,
+        desired: &Fronts,
+        now: Instant,
+    ) -> Result<usize> {
         self.collect(now)?;
-        let gone: Vec<ServiceKey> =
-            self.written.keys().filter(|key| !desired.contains_key(key)).copied().collect();
-        let mut changes = gone.len();
-        for key in gone {
-            self.remove(key, now)?;
+        let mut changes = 0;
+        for key in former {
+            if !desired.contains_key(&key) && self.written.contains_key(&key) {
+                self.remove(key, now)?;
+                changes += 1;
+            }
         }
         let mut failures = Vec::new();
         for (key, front) in desired {

@@ -17,7 +17,8 @@ use super::{
 };
 use crate::service::{
     Catalog, cgroup,
-    front::{Rules, fronts},
+    changes::{Changes, Seen},
+    front::{Rules, fronts, keys},
     outcome::Outcomes,
 };
 
@@ -44,6 +45,9 @@ pub struct ServiceSet {
     maps: ServiceMaps,
     udp_sockets: Arc<UdpSockets>,
     links: Vec<FdLink>,
+    /// The catalog that was written last, and the rules, unless that failed in part.
+    seen: Seen,
+    rules: Option<Rules>,
     /// Why [`OUTCOMES`] is not loaded, or was not attached last time.
     uncounted: Option<String>,
 }
@@ -61,7 +65,15 @@ impl ServiceSet {
             )?;
         }
         let uncounted = load(&mut programs, OUTCOMES).err().map(|error| format!("{error:#}"));
-        Ok(Self { programs, maps, udp_sockets, links: Vec::new(), uncounted })
+        Ok(Self {
+            programs,
+            maps,
+            udp_sockets,
+            links: Vec::new(),
+            seen: Seen::default(),
+            rules: None,
+            uncounted,
+        })
     }
 
     /// Attaches the programs to a cgroup, or to the root of the hierarchy, so that they run for every socket of the machine. After an
@@ -131,7 +143,17 @@ impl ServiceSet {
     /// no new connection goes to an endpoint that the catalog lacks. What does not fit stays as it was, and is an error: a second later, when
     /// what was replaced has made room, it may fit.
     pub fn reconcile(&mut self, catalog: &Catalog, rules: &Rules) -> Result<usize> {
-        self.maps.reconcile(&fronts(catalog, rules), Instant::now())
+        let Changes { changed, former } = self.seen.update(catalog);
+        let now = Instant::now();
+        let done = if self.rules.as_ref() == Some(rules) {
+            let former = former.iter().flat_map(|service| keys(service));
+            self.maps.change(former, &fronts(&changed, rules), now)
+        } else {
+            self.maps.reconcile(&fronts(catalog, rules), now)
+        };
+        // After a failure, all services are looked at.
+        self.rules = done.is_ok().then(|| rules.clone());
+        done
     }
 
     /// Frees what was replaced more than a second ago; so does every [`Self::reconcile`].

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     net::SocketAddrV4,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -81,12 +81,23 @@ pub(super) struct Tally {
     open: AtomicU64,
     to_endpoints: AtomicU64,
     to_clients: AtomicU64,
-    /// Of a service.
-    pub(super) http: HttpTally,
-    latency: LatencyCells,
+    /// Made when the first request is counted: most services have none, and endpoints never.
+    http: OnceLock<Box<HttpTally>>,
+    /// Made when the first connection is counted: of many endpoints, most have none.
+    latency: OnceLock<Box<LatencyCells>>,
 }
 
 impl Tally {
+    /// What is counted of requests.
+    pub(super) fn http(&self) -> &HttpTally {
+        self.http.get_or_init(Box::default)
+    }
+
+    /// What was counted of requests.
+    pub(super) fn http_snapshot(&self) -> HttpCounts {
+        self.http.get().map(|http| http.snapshot()).unwrap_or_default()
+    }
+
     pub(super) fn snapshot(&self) -> Counts {
         Counts {
             connections: self.connections.load(Ordering::Relaxed),
@@ -94,7 +105,7 @@ impl Tally {
             open: self.open(),
             bytes_to_endpoints: self.to_endpoints.load(Ordering::Relaxed),
             bytes_to_clients: self.to_clients.load(Ordering::Relaxed),
-            latency: self.latency.snapshot(),
+            latency: self.latency.get().map(|cells| cells.snapshot()).unwrap_or_default(),
         }
     }
 
@@ -140,7 +151,7 @@ impl Opened {
     /// The endpoint accepted the TCP connection within this time.
     pub(super) fn count_latency(&self, time: Duration) {
         for tally in &self.tallies {
-            tally.latency.add(time);
+            tally.latency.get_or_init(Box::default).add(time);
         }
     }
 

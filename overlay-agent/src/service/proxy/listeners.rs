@@ -1,11 +1,6 @@
 //! The listeners of the proxy, and what they keep from one catalog to the next.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    io,
-    net::SocketAddrV4,
-    sync::Arc,
-};
+use std::{collections::BTreeMap, io, net::SocketAddrV4, sync::Arc};
 
 use overlay_ebpf::service::abi::ServiceKey;
 use tokio::{task::JoinHandle, time::sleep};
@@ -22,8 +17,8 @@ use super::{
 };
 use crate::service::{
     Catalog, ServiceName,
-    catalog::Service,
-    front::{Rules, abi_address},
+    changes::{Changes, Seen},
+    front::{Rules, abi_address, keys},
     record::Protocol,
 };
 
@@ -38,8 +33,8 @@ pub(super) struct Listeners {
     drained: BTreeMap<ServiceKey, Endpoints>,
     /// Ports without a virtual address, to which routes lead.
     hidden: Hidden,
-    /// What the listeners are made of: a service that is the same `Arc` again has not changed.
-    services: BTreeMap<ServiceName, Arc<Service>>,
+    /// What the listeners are made of.
+    seen: Seen,
     rules: Rules,
     next_number: u32,
 }
@@ -73,24 +68,13 @@ impl Listeners {
         shared: &Arc<Shared>,
         closing: &mut Vec<JoinHandle<()>>,
     ) {
-        let is_new = self.rules != *rules;
-        let has_changed = |(name, service): &(&ServiceName, &Arc<Service>)| {
-            is_new || self.services.get(*name).is_none_or(|before| !Arc::ptr_eq(before, service))
+        let Changes { changed, former } = self.seen.update(catalog);
+        let (wanted, present): (_, Vec<ServiceKey>) = if self.rules == *rules {
+            (wanted(&changed, rules), former.iter().flat_map(|service| keys(service)).collect())
+        } else {
+            (wanted(catalog, rules), self.by_key.keys().copied().collect())
         };
-        let changed = catalog.services.iter().filter(has_changed);
-        let changed: BTreeMap<_, _> =
-            changed.map(|(name, service)| (name.clone(), Arc::clone(service))).collect();
-        let removed = self.services.keys().filter(|name| !catalog.services.contains_key(*name));
-        let removed: BTreeSet<ServiceName> = removed.cloned().collect();
-        let wanted = wanted(&Catalog { services: changed.clone(), skipped: Vec::new() }, rules);
-
-        let is_gone = |(key, listener): &(&ServiceKey, &Listener)| {
-            let table = listener.port.table();
-            let is_of_changed = removed.contains(&table.service) || changed.contains_key(&table.service);
-            is_of_changed && !wanted.contains_key(*key)
-        };
-        let gone: Vec<ServiceKey> = self.by_key.iter().filter(is_gone).map(|(key, _)| *key).collect();
-        for key in gone {
+        for key in present.into_iter().filter(|key| !wanted.contains_key(key)) {
             let Some(listener) = self.by_key.remove(&key) else { continue };
             listener.task.abort();
             listener.port.close(shared.options.drain);
@@ -102,11 +86,12 @@ impl Listeners {
             endpoints.retain(|_, endpoint| endpoint.tally.open() > 0);
             !endpoints.is_empty()
         });
-        self.tallies.retain(|name, _| !removed.contains(name));
+        for service in former.iter().filter(|former| !catalog.services.contains_key(&former.name)) {
+            self.tallies.remove(&service.name);
+        }
         for (key, port) in wanted {
             self.reconcile_port(key, port, shared);
         }
-        self.services.clone_from(&catalog.services);
         self.rules.clone_from(rules);
         self.reconcile_targets(catalog, rules, shared);
     }

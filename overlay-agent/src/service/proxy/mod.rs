@@ -24,7 +24,7 @@ mod udp;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::SocketAddrV4,
+    net::{Ipv4Addr, SocketAddrV4},
     sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
     time::Duration,
 };
@@ -115,10 +115,15 @@ impl Proxy {
     pub fn problems(&self) -> Vec<Problem> {
         let listeners = self.listeners();
         let mut problems = Vec::new();
+        let vips = self.shared.vips.load();
+        // There may be many endpoints, and nearly all are outside of the range.
+        let range = vips.first().zip(vips.last()).map(|(first, last)| *first..=*last);
+        let is_virtual =
+            |ip: &Ipv4Addr| range.as_ref().is_some_and(|range| range.contains(ip)) && vips.contains(ip);
         for Listener { port, .. } in listeners.by_key.values() {
             let table = port.table();
             let backends = table.front.backends.iter().map(|backend| backend.address);
-            let looping = backends.filter(|address| self.shared.is_virtual(*address.ip())).map(|address| {
+            let looping = backends.filter(|address| is_virtual(address.ip())).map(|address| {
                 format!("the endpoint {address} is a virtual address: give the endpoint its own address")
             });
             let routes = self.shared.missing_targets(&table);
@@ -147,7 +152,7 @@ impl Proxy {
         let mut services: BTreeMap<ServiceName, ServiceCounts> = BTreeMap::new();
         for (name, tally) in &listeners.tallies {
             let of_service = services.entry(name.clone()).or_default();
-            (of_service.total, of_service.http) = (tally.snapshot(), tally.http.snapshot());
+            (of_service.total, of_service.http) = (tally.snapshot(), tally.http_snapshot());
         }
         for (port, endpoints) in listeners.ports() {
             let protocol = port.protocol;

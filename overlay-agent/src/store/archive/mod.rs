@@ -81,9 +81,16 @@ impl From<Time> for SystemTime {
 
 /// The value of a record, and which write it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Raw {
-    value: Box<[u8]>,
-    version: Version,
+pub(super) struct Raw {
+    pub(super) value: Arc<[u8]>,
+    pub(super) version: Version,
+}
+
+impl Raw {
+    /// The record whose key behind the prefix of its kind is `key`.
+    pub(super) fn parse<K: Kind>(&self, key: &str) -> Record<K> {
+        Record::parse(key, &self.value, self.version)
+    }
 }
 
 /// Records by their whole keys. Shared with a task that writes them, and copied only when one changes meanwhile.
@@ -133,8 +140,9 @@ pub(super) struct Archive {
 }
 
 /// Records of the file, for a store that does not answer.
-pub(super) struct Recalled<K: Kind> {
-    pub(super) records: Vec<Record<K>>,
+pub(super) struct Recalled {
+    /// By the key behind the prefix of the kind.
+    pub(super) records: BTreeMap<String, Raw>,
     /// The time of which they are.
     pub(super) seen: SystemTime,
 }
@@ -162,7 +170,7 @@ impl Archive {
     }
 
     /// A task follows a kind: no file is written before it was listed. Returns what the file had of it, until then.
-    pub(super) fn follow<K: Kind>(&self) -> Option<Recalled<K>> {
+    pub(super) fn follow<K: Kind>(&self) -> Option<Recalled> {
         let mut state = self.state();
         let part = state.content.parts.get(K::PREFIX).filter(|_| state.recalled.contains(K::PREFIX)).cloned();
         let Some(Part { seen, records, .. }) = part else {
@@ -171,10 +179,10 @@ impl Archive {
             }
             return None;
         };
-        let parse = |(key, raw): (&String, &Raw)| {
-            Record::parse(key.strip_prefix(K::PREFIX).unwrap_or(key), &raw.value, raw.version)
+        let short = |(key, raw): (&String, &Raw)| {
+            (key.strip_prefix(K::PREFIX).unwrap_or(key).to_owned(), raw.clone())
         };
-        Some(Recalled { records: records.iter().map(parse).collect(), seen: seen.into() })
+        Some(Recalled { records: records.iter().map(short).collect(), seen: seen.into() })
     }
 
     /// All records of a kind at a revision. Others that are known stay if `stays` says so of their keys.
@@ -183,9 +191,7 @@ impl Archive {
         let before = state.content.parts.remove(K::PREFIX).map(|part| part.records).unwrap_or_default();
         let kept = before.iter().filter(|(key, _)| stays(key.strip_prefix(K::PREFIX).unwrap_or(key)));
         let mut all: BTreeMap<_, _> = kept.map(|(key, raw)| (key.clone(), raw.clone())).collect();
-        all.extend(
-            records.into_iter().map(|raw| (raw.key, Raw { value: raw.value.into(), version: raw.version })),
-        );
+        all.extend(records.into_iter().map(|raw| (raw.key, Raw { value: raw.value, version: raw.version })));
         let part = Part { revision, seen: SystemTime::now().into(), records: Arc::new(all) };
         state.content.parts.insert(K::PREFIX.to_owned(), part);
         state.pending.remove(K::PREFIX);
@@ -204,7 +210,7 @@ impl Archive {
         for change in changes {
             match change {
                 Ok(RawRecord { key, value, version }) => {
-                    drop(records.insert(key, Raw { value: value.into(), version }));
+                    drop(records.insert(key, Raw { value, version }));
                 }
                 Err(key) => drop(records.remove(&key)),
             }

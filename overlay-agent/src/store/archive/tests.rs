@@ -48,7 +48,7 @@ fn own() -> OwnLease {
 
 fn raw(key: &str, value: &[u8], modified: i64, lifetime: Lifetime) -> RawRecord {
     let version = Version { created: Some(modified), modified, lifetime };
-    RawRecord { key: key.to_owned(), value: value.to_vec(), version }
+    RawRecord { key: key.to_owned(), value: value.into(), version }
 }
 
 fn lease(number: u8, lifetime: Lifetime) -> RawRecord {
@@ -241,7 +241,7 @@ fn a_writer_that_is_killed_at_any_time_leaves_a_whole_file() {
             // Long enough to be killed half-way.
             let records = (0..20_000).map(|index| {
                 let raw =
-                    Raw { value: Box::from(number.to_string().as_bytes()), version: Version::default() };
+                    Raw { value: Arc::from(number.to_string().as_bytes()), version: Version::default() };
                 (format!("subnets/{index:06}"), raw)
             });
             part.records = Arc::new(records.collect());
@@ -329,7 +329,7 @@ fn leases_that_must_have_ended_are_left_out() {
     let known = |at| {
         let saved = check(content.clone(), identity(), OURS, at).unwrap();
         let recalled = saved.into_archive().follow::<Lease>().unwrap();
-        recalled.records.into_iter().map(|record| record.key).collect::<Vec<_>>()
+        recalled.records.into_keys().collect::<Vec<_>>()
     };
     assert_eq!(known(now() + DAY - HOUR).len(), 3);
     assert_eq!(known(now() + DAY), ["10.244.3.0-24"], "only the record without a lifetime");

@@ -337,5 +337,5 @@ fn raw(key: String, value: Vec<u8>) -> RawRecord {
     let mut hasher = DefaultHasher::new();
     value.hash(&mut hasher);
     let version = Version { created: None, modified: hasher.finish() as i64, lifetime: Lifetime::Untracked };
-    RawRecord { key, value, version }
+    RawRecord { key, value: value.into(), version }
 }

@@ -16,7 +16,7 @@ use tracing::warn;
 use super::{Etcd, error, store_error};
 use crate::store::{
     StoreError,
-    archive::{Archive, Recalled},
+    archive::{Archive, Raw, Recalled},
     backend::Snapshot,
     backoff::{STEADY, backoff},
     record::{Change, Event, Kind, RawRecord, Record},
@@ -45,14 +45,17 @@ pub(in crate::store) async fn follow<K: Kind>(
     }
 }
 
+/// Records by the key behind the prefix of their kind, not parsed: that takes less memory, and shares that of the archive.
+type Known = BTreeMap<String, Raw>;
+
 struct Follower<K: Kind> {
     etcd: Arc<Etcd>,
     archive: Option<Arc<Archive>>,
     events: mpsc::Sender<Event<K>>,
     /// The records that etcd last had.
-    known: BTreeMap<String, Record<K>>,
+    known: Known,
     /// Records of an etcd whose data is gone. They count until `remembered_until`.
-    remembered: BTreeMap<String, Record<K>>,
+    remembered: Known,
     remembered_until: Instant,
     /// The last error, while etcd cannot be read.
     lost: Option<StoreError>,
@@ -61,9 +64,11 @@ struct Follower<K: Kind> {
 impl<K: Kind> Follower<K> {
     async fn run(&mut self) {
         let mut pauses = backoff();
-        if let Some(Recalled { records, seen }) = self.archive.as_ref().and_then(|archive| archive.follow()) {
-            self.known = records.iter().map(|record| (record.key.clone(), record.clone())).collect();
-            self.send(Event::Recalled { records, seen }).await;
+        if let Some(Recalled { records, seen }) =
+            self.archive.as_ref().and_then(|archive| archive.follow::<K>())
+        {
+            self.known = records;
+            self.send(Event::Recalled { records: parse(self.known.iter()), seen }).await;
         }
         loop {
             if let Err(error) = self.list_and_watch(&mut pauses).await {
@@ -82,14 +87,11 @@ impl<K: Kind> Follower<K> {
 
     /// Returns when etcd no longer has the history since the list.
     async fn list_and_watch(&mut self, pauses: &mut ExponentialBackoff) -> Result<(), StoreError> {
-        let is_archived = self.archive.is_some();
-        let parse = |raw: RawRecord| (is_archived.then(|| raw.clone()), Record::<K>::from(raw));
-        let Snapshot { revision, records } = self.etcd.list_as(K::PREFIX, parse).await?;
+        let Snapshot { revision, records } = self.etcd.list_as(K::PREFIX, |raw| raw).await?;
         if !self.is_same_history().await? {
             self.remember();
         }
-        let (raws, records): (Vec<_>, Vec<_>) = records.into_iter().unzip();
-        self.known = records.into_iter().map(|record| (record.key.clone(), record)).collect();
+        self.known = records.iter().map(|raw| known::<K>(raw.clone())).collect();
         self.remembered.retain(|key, _| !self.known.contains_key(key));
         // Opened before the snapshot is sent: a failure now must not be reported as a snapshot and a loss.
         let options = WatchOptions::new()
@@ -103,8 +105,7 @@ impl<K: Kind> Follower<K> {
         let mut is_steady = false;
         self.lost = None;
         if let Some(archive) = &self.archive {
-            let raws = raws.into_iter().flatten().collect();
-            archive.list::<K>(revision, raws, |key| self.remembered.contains_key(key));
+            archive.list::<K>(revision, records, |key| self.remembered.contains_key(key));
         }
         self.send(self.snapshot()).await;
         loop {
@@ -133,10 +134,10 @@ impl<K: Kind> Follower<K> {
 
     /// Whether the history of the etcd that answers now contains the youngest known record.
     async fn is_same_history(&self) -> Result<bool, StoreError> {
-        let Some(youngest) = self.known.values().max_by_key(|record| record.version.modified) else {
+        let Some((key, youngest)) = self.known.iter().max_by_key(|(_, raw)| raw.version.modified) else {
             return Ok(true);
         };
-        let key = self.etcd.keys.full(&format!("{}{}", K::PREFIX, youngest.key));
+        let key = self.etcd.keys.full(&format!("{}{key}", K::PREFIX));
         let options = GetOptions::new().with_revision(youngest.version.modified);
         let operation = "read etcd's history";
         match self.etcd.try_get(operation, key, options).await? {
@@ -165,7 +166,7 @@ impl<K: Kind> Follower<K> {
     }
 
     fn snapshot(&self) -> Event<K> {
-        let mut records: Vec<_> = self.known.values().chain(self.remembered.values()).cloned().collect();
+        let mut records = parse(self.known.iter().chain(&self.remembered));
         records.sort_by(|a, b| a.key.cmp(&b.key));
         Event::Snapshot(records)
     }
@@ -195,16 +196,16 @@ impl<K: Kind> Follower<K> {
         }
         for event in answer.events() {
             let Some(kv) = event.kv() else { continue };
-            let record = Record::from(self.etcd.raw(kv));
-            self.remembered.remove(&record.key);
+            let (key, raw) = known::<K>(self.etcd.raw(kv));
+            self.remembered.remove(&key);
             match event.event_type() {
                 EventType::Put => {
-                    self.known.insert(record.key.clone(), record.clone());
-                    changes.push(Change::Put(record));
+                    changes.push(Change::Put(raw.parse(&key)));
+                    self.known.insert(key, raw);
                 }
                 EventType::Delete => {
-                    self.known.remove(&record.key);
-                    changes.push(Change::Delete { key: record.key });
+                    self.known.remove(&key);
+                    changes.push(Change::Delete { key });
                 }
             }
         }
@@ -215,4 +216,13 @@ impl<K: Kind> Follower<K> {
     async fn send(&self, event: Event<K>) {
         let _ = self.events.send(event).await;
     }
+}
+
+/// A record as it is kept.
+fn known<K: Kind>(RawRecord { key, value, version }: RawRecord) -> (String, Raw) {
+    (key.strip_prefix(K::PREFIX).unwrap_or(&key).to_owned(), Raw { value, version })
+}
+
+fn parse<'a, K: Kind>(records: impl Iterator<Item = (&'a String, &'a Raw)>) -> Vec<Record<K>> {
+    records.map(|(key, raw)| raw.parse(key)).collect()
 }

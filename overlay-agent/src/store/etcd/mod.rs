@@ -272,7 +272,7 @@ impl Etcd {
             modified: kv.mod_revision(),
             lifetime: if kv.lease() == 0 { Lifetime::Unlimited } else { Lifetime::Limited(kv.lease()) },
         };
-        let value = kv.value().get(..MAX_VALUE).unwrap_or(kv.value()).to_vec();
+        let value = kv.value().get(..MAX_VALUE).unwrap_or(kv.value()).into();
         RawRecord { key: self.keys.relative(kv.key()), value, version }
     }
 }

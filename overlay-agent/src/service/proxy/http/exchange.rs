@@ -55,22 +55,22 @@ pub(super) async fn exchange(mut request: Request<Incoming>, client: &Client) ->
     let (tally, answered) = match found {
         Ok((port, host)) => {
             let tally = Arc::clone(&port.table().tally);
-            tally.http.count_request();
+            tally.http().count_request();
             let passing = Passing { client, port: &port, upgrade: Some(upgrade) };
             (tally, passing.run(Request::from_parts(head, body), &host).await)
         }
         Err(refusal) => {
-            table.tally.http.count_request();
+            table.tally.http().count_request();
             (Arc::clone(&table.tally), Err(refusal))
         }
     };
     let response = answered.unwrap_or_else(|refusal| {
         if refusal.status.is_server_error() && refusal.status != StatusCode::NOT_IMPLEMENTED {
-            tally.http.count_failure();
+            tally.http().count_failure();
         }
         refusal.into_response()
     });
-    tally.http.count_status(response.status());
+    tally.http().count_status(response.status());
     response
 }
 
@@ -153,7 +153,7 @@ impl Passing<'_> {
             && let Some(endpoint) = choice.next()
         {
             if failure.is_some() {
-                choice.table.tally.http.count_retry();
+                choice.table.tally.http().count_retry();
             }
             match self.ask_endpoint(&endpoint, outgoing, &choice.table).await {
                 Ok(answer) => return Ok(answer),
@@ -187,7 +187,7 @@ impl Passing<'_> {
         let reused = (!table.proxy_protocol).then(|| Connection::reuse(endpoint, longest, shared)).flatten();
         if let Some(connection) = reused {
             match self.send(connection, outgoing, &opened).await {
-                Err(Failure::Lost(_)) if outgoing.can_be_sent() => table.tally.http.count_retry(),
+                Err(Failure::Lost(_)) if outgoing.can_be_sent() => table.tally.http().count_retry(),
                 answered => return answered,
             }
         }
