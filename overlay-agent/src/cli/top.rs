@@ -1,6 +1,7 @@
 //! `overlay-agent service top`: the traffic of services through this node, refreshed each second.
 
 use std::{
+    collections::BTreeMap,
     io::IsTerminal as _,
     net::{Ipv4Addr, SocketAddrV4},
     time::Duration,
@@ -21,6 +22,7 @@ use crate::{
     service::{
         ServiceName, dns,
         latency::Latencies,
+        proxy::HttpCounts,
         record::{EndpointState, Protocol},
         traffic::{EndpointTraffic, ServiceTraffic, Traffic, TrafficCounts},
     },
@@ -77,6 +79,8 @@ struct ServiceRow {
     vip: Option<Ipv4Addr>,
     #[serde(flatten)]
     rates: Rates,
+    /// Requests through the proxy, in all.
+    http: HttpCounts,
     /// The busiest first.
     endpoints: Vec<EndpointRow>,
     more_endpoints: usize,
@@ -167,14 +171,14 @@ impl Top {
                 name == filter || name.split('/').next() == Some(filter)
             })
         };
-        let earlier =
-            |service: &ServiceTraffic| before.services.iter().find(|known| known.name == service.name);
+        let earlier: BTreeMap<_, _> =
+            before.services.iter().map(|service| (&service.name, service)).collect();
         // The order is stable: with equal numbers, by name.
         let mut services: Vec<_> = now
             .services
             .iter()
             .filter(is_wanted)
-            .map(|service| ServiceRow::new(earlier(service), service, seconds, limit))
+            .map(|service| ServiceRow::new(earlier.get(&service.name).copied(), service, seconds, limit))
             .collect();
         services.sort_by(|a, b| b.rates.order(&a.rates));
         let more_services = services.len().saturating_sub(limit);
@@ -207,7 +211,7 @@ impl ServiceRow {
         let more_endpoints = endpoints.len().saturating_sub(limit);
         endpoints.truncate(limit);
         let rates = Rates::new(before.map(|before| &before.counts), &now.counts, seconds);
-        Self { name: now.name.clone(), vip: now.vip, rates, endpoints, more_endpoints }
+        Self { name: now.name.clone(), vip: now.vip, rates, http: now.http, endpoints, more_endpoints }
     }
 }
 
@@ -298,6 +302,7 @@ fn text(top: &Top) -> String {
         lines.push(String::new());
     }
     lines.push(table.to_string());
+    lines.extend(top.services.iter().filter(|service| service.http.requests > 0).map(http_line));
     if top.more_services > 0 {
         lines.push(format!("{} more services: raise --limit", top.more_services));
     }
@@ -309,6 +314,20 @@ fn dns_line(dns: &DnsRow) -> String {
     format!(
         "DNS: {queries_per_second:.1} queries/s, {} in all: {} without such a name, {} failed, {} to upstream servers, {} from the cache",
         counters.queries, counters.no_name, counters.failed, counters.forwarded, counters.cache_hits
+    )
+}
+
+fn http_line(ServiceRow { name, http, .. }: &ServiceRow) -> String {
+    format!(
+        "HTTP {name}: {} requests, {} without an answer of an endpoint, {} sent again; responses: {} 1xx, {} 2xx, {} 3xx, {} 4xx, {} 5xx",
+        http.requests,
+        http.failures,
+        http.retries,
+        http.status_1xx,
+        http.status_2xx,
+        http.status_3xx,
+        http.status_4xx,
+        http.status_5xx
     )
 }
 

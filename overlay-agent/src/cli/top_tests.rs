@@ -19,7 +19,9 @@ fn endpoint(number: u8, counts: TrafficCounts) -> EndpointTraffic {
 }
 
 fn service(name: &str, counts: TrafficCounts, endpoints: Vec<EndpointTraffic>) -> ServiceTraffic {
-    ServiceTraffic { name: name.parse().unwrap(), vip: Some(Ipv4Addr::new(10, 251, 0, 1)), counts, endpoints }
+    let http = HttpCounts { requests: 9, retries: 1, status_2xx: 8, status_5xx: 1, ..HttpCounts::default() };
+    let vip = Some(Ipv4Addr::new(10, 251, 0, 1));
+    ServiceTraffic { name: name.parse().unwrap(), vip, counts, endpoints, http }
 }
 
 fn traffic(services: Vec<ServiceTraffic>) -> Traffic {
@@ -112,6 +114,7 @@ fn the_table_has_a_line_for_each_service_and_endpoint() {
         "a/b (10.251.0.1)",
         "tcp 10.244.1.1:8080 a/1",
         "DNS: 3.5 queries/s, 7 in all",
+        "HTTP a/b: 9 requests, 0 without an answer of an endpoint, 1 sent again; responses: 0 1xx, 8 2xx",
         "no permission",
         "refused 3",
     ] {

@@ -15,7 +15,7 @@ use super::{
     dns,
     front::abi_address,
     latency::Latencies,
-    proxy::{Counters, EndpointCounts},
+    proxy::{Counters, EndpointCounts, HttpCounts},
     record::{EndpointState, Protocol},
 };
 use crate::datapath::ebpf::KernelCounts;
@@ -57,6 +57,9 @@ pub struct ServiceTraffic {
     pub counts: TrafficCounts,
     /// In order of protocol and address.
     pub endpoints: Vec<EndpointTraffic>,
+    /// Requests to its HTTP ports through the proxy.
+    #[serde(default)]
+    pub http: HttpCounts,
 }
 
 /// The traffic of an endpoint. Through eBPF, it is that of all services that have it.
@@ -157,7 +160,9 @@ impl Measures {
             }
         }
         let endpoints = endpoints.into_values().collect();
-        ServiceTraffic { name: service.name.clone(), vip: service.vip, counts, endpoints }
+        let of_proxy = self.proxy.as_ref().and_then(|proxy| proxy.services.get(&service.name));
+        let http = of_proxy.map(|of_proxy| of_proxy.http).unwrap_or_default();
+        ServiceTraffic { name: service.name.clone(), vip: service.vip, counts, endpoints, http }
     }
 
     fn of_endpoint(&self, protocol: Protocol, address: SocketAddrV4) -> TrafficCounts {
