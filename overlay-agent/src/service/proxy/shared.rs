@@ -23,9 +23,9 @@ use super::{
 };
 
 /// Bytes that are moved at once.
-pub(super) const BUFFER: usize = 64 << 10;
+pub(super) const BUFFER: usize = 256 << 10;
 /// Buffers that are kept for use again.
-const SPARE_BUFFERS: usize = 64;
+const SPARE_BUFFERS: usize = 16;
 
 /// Limits and times of the proxy.
 #[derive(Clone, Debug, PartialEq, Eq)]
