@@ -36,7 +36,7 @@ pub(super) const CHANGES: &[Change] = &[
     Change {
         name: "neighbours-never-left-to-the-kernel",
         file: PROGRAM,
-        from: "match encap.next_hop.has(NextHop::RESOLVED) {",
+        from: "match encap.next_hop.has(NextHop::RESOLVED) && heartbeat::is_agent_alive() {",
         to: "match true {",
         wrong: "Packets to a neighbour that is not known are lost.",
         tests: &[Tests::EndToEnd("neighbours::a_flushed")],
