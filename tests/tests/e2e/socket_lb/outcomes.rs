@@ -41,7 +41,8 @@ fn port(stage: &Stage, protocol: u8, port: u16) -> Result<Counts> {
 
 fn outcome(stage: &mut Stage, number: u8) -> Result<Outcome> {
     let address = SocketAddrV4::new(Ipv4Addr::new(10, 244, 1, number), TARGET);
-    stage.set.outcomes()?.get(&(Protocol::Tcp, address)).copied().context("no outcome")
+    // Those of a port at which nothing has failed are not read.
+    Ok(stage.set.outcomes()?.get(&(Protocol::Tcp, address)).copied().unwrap_or_default())
 }
 
 pub(super) fn exact(sandbox: &Arc<Sandbox>) -> Result<()> {
