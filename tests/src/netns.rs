@@ -5,7 +5,9 @@
 //! it, so a short-lived thread enters and starts it.
 
 use std::{
-    fs::File,
+    fs::{self, File},
+    io::ErrorKind,
+    os::unix::fs::MetadataExt as _,
     panic::resume_unwind,
     process::{Child, Command, Output, Stdio},
     sync::Arc,
@@ -83,10 +85,32 @@ impl Netns {
     }
 }
 
+/// Where agents pin what outlives them, in a directory whose name ends with the number of their namespace.
+const PINS: &str = "/sys/fs/bpf/overlay-agent";
+
+/// Removes what killed agents pinned in a namespace.
+fn remove_pins(namespace: &File) -> std::io::Result<()> {
+    let end = format!(":{}", namespace.metadata()?.ino());
+    let entries = match fs::read_dir(PINS) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().ends_with(&end) {
+            fs::remove_dir_all(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
 impl Drop for Netns {
     fn drop(&mut self) {
         if self.sandbox.is_kept() {
             return;
+        }
+        if let Err(error) = remove_pins(&self.handle) {
+            eprintln!("error: remove what agents pinned in {}: {error}", self.name);
         }
         let _removing = hold();
         if let Err(error) = run_tool(&["ip", "netns", "delete", &self.name]) {
