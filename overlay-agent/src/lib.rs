@@ -18,6 +18,7 @@ pub mod icmp;
 pub mod lease;
 mod neighbour;
 pub mod netlink;
+mod netlink_frame;
 mod path;
 mod printable;
 mod record;

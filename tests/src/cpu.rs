@@ -31,6 +31,32 @@ pub(crate) fn stay_on(cpus: &CpuSet) -> Result<()> {
     sched_setaffinity(Pid::from_raw(0), cpus).context("keep a thread on one CPU")
 }
 
+/// Keeps this thread, and the threads and processes that it starts from now on, on one CPU, until dropped. The kernel queues packets per
+/// CPU: those of one flow that are sent or received by two CPUs overtake each other, with any overlay and without one.
+#[derive(Debug)]
+pub struct OneCpu(CpuSet);
+
+impl OneCpu {
+    /// Takes the first CPU that this thread may use.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    pub fn enter() -> Result<Self> {
+        let all = sched_getaffinity(Pid::from_raw(0)).context("read the CPUs of this thread")?;
+        stay_on(&first()?)?;
+        Ok(Self(all))
+    }
+}
+
+impl Drop for OneCpu {
+    fn drop(&mut self) {
+        if let Err(error) = stay_on(&self.0) {
+            eprintln!("error: this thread stays on one CPU: {error:#}");
+        }
+    }
+}
+
 /// Keeps all threads of a process on some CPUs until it is dropped.
 pub(crate) struct Pinned {
     process: u32,

@@ -13,7 +13,7 @@ pub mod bench;
 pub mod capture;
 pub mod cgroup;
 pub mod comparison;
-mod cpu;
+pub mod cpu;
 pub mod demo;
 pub mod etcd;
 pub mod grpc_proxy;

@@ -6,9 +6,10 @@
 
 use std::{
     fs::{self, File},
-    io::ErrorKind,
+    io,
     os::unix::fs::MetadataExt as _,
     panic::resume_unwind,
+    path::PathBuf,
     process::{Child, Command, Output, Stdio},
     sync::Arc,
     thread,
@@ -65,6 +66,18 @@ impl Netns {
         })?
     }
 
+    /// The directories of what agents pinned here.
+    pub fn pins(&self) -> io::Result<Vec<PathBuf>> {
+        let end = format!(":{}", self.handle.metadata()?.ino());
+        let entries = match fs::read_dir(PINS) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries?,
+        };
+        let entries: Vec<_> = entries.collect::<io::Result<_>>()?;
+        let own = entries.into_iter().filter(|entry| entry.file_name().to_string_lossy().ends_with(&end));
+        Ok(own.map(|entry| entry.path()).collect())
+    }
+
     /// Runs a program in the namespace to its end, its output captured.
     ///
     /// # Errors
@@ -88,28 +101,13 @@ impl Netns {
 /// Where agents pin what outlives them, in a directory whose name ends with the number of their namespace.
 const PINS: &str = "/sys/fs/bpf/overlay-agent";
 
-/// Removes what killed agents pinned in a namespace.
-fn remove_pins(namespace: &File) -> std::io::Result<()> {
-    let end = format!(":{}", namespace.metadata()?.ino());
-    let entries = match fs::read_dir(PINS) {
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-        entries => entries?,
-    };
-    for entry in entries {
-        let entry = entry?;
-        if entry.file_name().to_string_lossy().ends_with(&end) {
-            fs::remove_dir_all(entry.path())?;
-        }
-    }
-    Ok(())
-}
-
 impl Drop for Netns {
     fn drop(&mut self) {
         if self.sandbox.is_kept() {
             return;
         }
-        if let Err(error) = remove_pins(&self.handle) {
+        let pins = self.pins().and_then(|pins| pins.into_iter().try_for_each(fs::remove_dir_all));
+        if let Err(error) = pins {
             eprintln!("error: remove what agents pinned in {}: {error}", self.name);
         }
         let _removing = hold();

@@ -60,8 +60,6 @@ pub(super) struct Forwarding {
     pub(super) options: Options,
     /// For the bypass.
     pub(super) containers: ContainerWatch,
-    /// Whether an earlier agent left programs that forward packets.
-    pub(super) is_adopting: bool,
     /// Why programs cannot outlive the agent.
     pub(super) unpinned: Option<String>,
     /// Whether a snapshot of the records was seen: from then on, no route is missing.
@@ -94,7 +92,6 @@ impl Forwarding {
             Ok(pins) => (Some(pins), None),
             Err(error) => (None, Some(format!("{error:#}"))),
         };
-        let is_adopting = pins.as_ref().is_some_and(Pins::has_links);
         let alias = DeviceAlias { network: local.network, port, underlays: vec![underlay.link.name.clone()] };
         Ok(Self {
             table: RouteTable::new(local, options.peers.clone()),
@@ -107,7 +104,6 @@ impl Forwarding {
             next_hops: NextHopTable::new(underlay.local_ip, port)?,
             options: options.clone(),
             containers: ContainerWatch::new(options),
-            is_adopting,
             unpinned,
             has_snapshot: false,
             recalled: None,

@@ -65,10 +65,11 @@ impl Prepared {
     /// Changes the host: datapath with its routes first, then firewall and routes.
     /// Fails when a step fails; the host is then as it was before, and a new lease is given back.
     pub(super) async fn apply(mut self, netlink: &Netlink) -> Result<Self> {
+        let is_adopting = self.forwarding.datapath.is_adopting();
         match self.try_apply(netlink).await {
             Ok(()) => Ok(self),
             Err(error) => {
-                if self.forwarding.is_adopting {
+                if is_adopting {
                     // An earlier agent's programs forward packets.
                     self.forwarding.datapath.leave();
                     self.host.leave().await;
@@ -85,7 +86,7 @@ impl Prepared {
 
     async fn try_apply(&mut self, netlink: &Netlink) -> Result<()> {
         // The programs get their routes before they see a packet. Those of an earlier agent have routes, which must not be replaced by none.
-        if let Some(event) = self.membership.first_records(self.forwarding.is_adopting).await {
+        if let Some(event) = self.membership.first_records(self.forwarding.datapath.is_adopting()).await {
             self.forwarding.on_records(event).await;
         }
         self.forwarding.start().await?;

@@ -2,12 +2,12 @@
 
 use nix::{
     errno::Errno,
-    libc::{AF_INET, NFNL_SUBSYS_CTNETLINK, NLM_F_ACK, NLM_F_REQUEST, NLMSG_ERROR},
+    libc::{AF_INET, NFNL_SUBSYS_CTNETLINK, NLM_F_ACK, NLMSG_ERROR},
 };
 use overlay_ebpf::flow::FlowKey;
 
-/// Length of `struct nlmsghdr` in bytes.
-const HEADER: usize = 16;
+use crate::netlink_frame::{self, HEADER, kind_of_answer, number};
+
 /// `IPCTNL_MSG_CT_NEW`: without `NLM_F_CREATE`, a change. An answer has the same type.
 const CHANGE: u16 = 0;
 /// `IPCTNL_MSG_CT_GET`.
@@ -63,16 +63,7 @@ fn tuple(flow: &FlowKey) -> Vec<u8> {
 
 fn request(kind: u16, flags: i32, sequence: u32, body: &[u8]) -> Vec<u8> {
     let kind = (NFNL_SUBSYS_CTNETLINK as u16) << 8 | kind;
-    let length = HEADER + FAMILY + body.len();
-    let mut message = Vec::with_capacity(length);
-    message.extend((length as u32).to_ne_bytes());
-    message.extend(kind.to_ne_bytes());
-    message.extend(((NLM_F_REQUEST | flags) as u16).to_ne_bytes());
-    message.extend(sequence.to_ne_bytes());
-    message.extend(0_u32.to_ne_bytes());
-    message.extend([AF_INET as u8, 0, 0, 0]);
-    message.extend(body);
-    message
+    netlink_frame::request(kind, flags, sequence, &[&[AF_INET as u8, 0, 0, 0], body].concat())
 }
 
 fn nested(kind: u16, content: &[u8]) -> Vec<u8> {
@@ -105,10 +96,7 @@ pub(super) enum Answer {
 
 /// The answer to the request with this number in the message `message`. `None` for another message.
 pub(super) fn answer(message: &[u8], sequence: u32) -> Option<Answer> {
-    let kind = u16::from_ne_bytes(*message.get(4..)?.first_chunk()?);
-    if number(message, 8)? != sequence {
-        return None;
-    }
+    let kind = kind_of_answer(message, sequence)?;
     if i32::from(kind) == NLMSG_ERROR {
         return Some(match number(message, HEADER)? as i32 {
             0 => Answer::Done,
@@ -118,10 +106,6 @@ pub(super) fn answer(message: &[u8], sequence: u32) -> Option<Answer> {
     let is_connection = kind == (NFNL_SUBSYS_CTNETLINK as u16) << 8 | CHANGE;
     let attributes = message.get(HEADER + FAMILY..number(message, 0)? as usize).filter(|_| is_connection)?;
     Some(Answer::Connection { has_helper: has_attribute(attributes, HELPER) })
-}
-
-fn number(message: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_ne_bytes(*message.get(at..)?.first_chunk()?))
 }
 
 /// Whether one of `attributes` is of this kind. What cannot be read counts as if it were.

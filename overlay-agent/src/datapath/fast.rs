@@ -42,7 +42,7 @@ pub(super) struct FastPath {
     /// Where programs and maps outlive the agent.
     pins: Option<Pins>,
     /// Whether an earlier agent's programs are attached, which no reconciliation has replaced yet.
-    is_adopting: bool,
+    pub(super) is_adopting: bool,
     /// The configuration that was written.
     config: Option<Config>,
     plan: Option<Plan>,

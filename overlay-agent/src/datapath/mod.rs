@@ -275,6 +275,11 @@ impl Datapath {
         self.fast.show_alive()
     }
 
+    /// Whether an earlier agent's programs are attached, which no reconciliation has replaced yet.
+    pub(crate) fn is_adopting(&self) -> bool {
+        self.fast.is_adopting
+    }
+
     /// Whether programs are attached that would go on without this process.
     pub(crate) fn is_pinned(&self) -> bool {
         self.fast.is_pinned()

@@ -69,28 +69,31 @@ pub fn socket_address(Address { ip, port }: Address) -> SocketAddrV4 {
 
 /// The ports of all virtual addresses of the catalog. One without usable endpoints is there, too: connections to it are refused.
 pub fn fronts(catalog: &Catalog, rules: &Rules) -> Fronts {
-    let mut fronts = Fronts::new();
-    for service in catalog.services.values() {
-        let Some(vip) = service.vip else { continue };
-        let is_included = |port: &&Port| {
-            (rules.http || port.app != App::Http) && (rules.proxy_protocol || !port.proxy_protocol)
-        };
-        for port in service.spec.ports.iter().filter(is_included) {
-            let address = abi_address(SocketAddrV4::new(vip, port.port.get()));
-            fronts.insert(ServiceKey::new(address, port.protocol.number()), front(service, port, rules));
-        }
-    }
-    fronts
+    ports(catalog, rules).map(|(key, service, port)| (key, front(service, port, rules))).collect()
+}
+
+/// The ports of all virtual addresses of the catalog that are included.
+pub(super) fn ports<'a>(
+    catalog: &'a Catalog,
+    rules: &'a Rules,
+) -> impl Iterator<Item = (ServiceKey, &'a Service, &'a Port)> {
+    let is_included =
+        |port: &Port| (rules.http || port.app != App::Http) && (rules.proxy_protocol || !port.proxy_protocol);
+    let all = catalog.services.values().flat_map(|service| {
+        service.spec.ports.iter().filter_map(|port| Some((key(service, port)?, &**service, port)))
+    });
+    all.filter(move |(_, _, port)| is_included(port))
 }
 
 /// All ports of the virtual address of a service, included or not.
 pub fn keys(service: &Service) -> impl Iterator<Item = ServiceKey> {
-    service.vip.into_iter().flat_map(|vip| {
-        service.spec.ports.iter().map(move |port| {
-            let address = abi_address(SocketAddrV4::new(vip, port.port.get()));
-            ServiceKey::new(address, port.protocol.number())
-        })
-    })
+    service.spec.ports.iter().filter_map(|port| key(service, port))
+}
+
+/// A port at the virtual address of its service; `None` when that has none.
+pub(super) fn key(service: &Service, port: &Port) -> Option<ServiceKey> {
+    let address = abi_address(SocketAddrV4::new(service.vip?, port.port.get()));
+    Some(ServiceKey::new(address, port.protocol.number()))
 }
 
 /// A port of a service, wherever its clients are from.

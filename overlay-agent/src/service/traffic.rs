@@ -6,14 +6,13 @@ use std::{
     ops::AddAssign,
 };
 
-use overlay_ebpf::service::abi::ServiceKey;
 use serde::{Deserialize, Serialize};
 
 use super::{
     Catalog, ServiceName,
     catalog::Service,
     dns,
-    front::abi_address,
+    front::{abi_address, key},
     latency::Latencies,
     proxy::{Counters, EndpointCounts, HttpCounts},
     record::{EndpointState, Protocol},
@@ -128,9 +127,7 @@ impl Measures {
         let mut endpoints: BTreeMap<(Protocol, SocketAddrV4), EndpointTraffic> = BTreeMap::new();
         for port in &service.spec.ports {
             let protocol = port.protocol;
-            if let Some(vip) = service.vip {
-                let address = abi_address(SocketAddrV4::new(vip, port.port.get()));
-                let key = ServiceKey::new(address, protocol.number());
+            if let Some(key) = key(service, port) {
                 let of_port = self.kernel.as_ref().and_then(|kernel| kernel.ports.get(&key));
                 counts += of_port.map(|of_port| self.of_kernel(protocol, of_port)).unwrap_or_default();
             }
@@ -207,6 +204,8 @@ impl From<super::proxy::Counts> for TrafficCounts {
 #[cfg(test)]
 mod tests {
     use overlay_ebpf::service::abi::{Counts, TCP, UDP};
+
+    use overlay_ebpf::service::abi::ServiceKey;
 
     use super::*;
     use crate::{

@@ -9,11 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use nix::{
-    sched::{CpuSet, sched_getaffinity, sched_setaffinity},
-    sys::socket::{setsockopt, sockopt::RcvBufForce},
-    unistd::Pid,
-};
+use nix::sys::socket::{setsockopt, sockopt::RcvBufForce};
 
 use crate::topology::Endpoint;
 
@@ -46,35 +42,6 @@ impl Numbered {
     /// Datagrams that did not arrive.
     pub fn lost(&self) -> u64 {
         self.refused + self.sent.saturating_sub(self.received)
-    }
-}
-
-/// Keeps this thread, and the threads and processes that it starts from now on, on one CPU, until dropped. The kernel queues packets per
-/// CPU: those of one flow that are sent or received by two CPUs overtake each other, with any overlay and without one.
-#[derive(Debug)]
-pub struct OneCpu(CpuSet);
-
-impl OneCpu {
-    /// Takes the first CPU that this thread may use.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel refuses.
-    pub fn enter() -> Result<Self> {
-        let all = sched_getaffinity(Pid::from_raw(0)).context("read the CPUs of this thread")?;
-        let first = (0..CpuSet::count()).find(|cpu| all.is_set(*cpu).unwrap_or(false));
-        let mut one = CpuSet::new();
-        one.set(first.context("this thread has no CPU")?).context("choose a CPU")?;
-        sched_setaffinity(Pid::from_raw(0), &one).context("choose a CPU")?;
-        Ok(Self(all))
-    }
-}
-
-impl Drop for OneCpu {
-    fn drop(&mut self) {
-        if let Err(error) = sched_setaffinity(Pid::from_raw(0), &self.0) {
-            eprintln!("error: this thread stays on one CPU: {error}");
-        }
     }
 }
 

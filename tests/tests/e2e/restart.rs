@@ -1,25 +1,19 @@
 //! Forwarding outlives the agent: kill, restart and start again under traffic.
 
-use std::{fs, os::unix::fs::MetadataExt as _, sync::Arc, thread, time::Duration};
+use std::{sync::Arc, thread, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use overlay_tests::{
     agent::Rung,
-    netns::Netns,
+    cpu::OneCpu,
     pair::Pair,
     sandbox::Sandbox,
     topology::{Endpoint, OVERLAY_MTU, PodOffload, Topology, UPLINK, Underlay},
-    traffic::{
-        numbered::{self, OneCpu},
-        stream::Stream,
-        udp::every_size,
-    },
+    traffic::{numbered, stream::Stream, udp::every_size},
 };
 
 use crate::{machine::Need, matrix::needs, snapshot::Snapshot, suite::Suite};
 
-/// Where agents pin.
-const PINS: &str = "/sys/fs/bpf/overlay-agent";
 /// Longer than programs trust an agent that does not show itself (5 s).
 pub(crate) const UNATTENDED: Duration = Duration::from_secs(7);
 
@@ -130,7 +124,7 @@ fn tun_rung(sandbox: &Arc<Sandbox>) -> Result<()> {
     every_size(from, to, OVERLAY_MTU)?;
     let after = pair.a.counters()?.traffic;
     ensure!(after.fast() == before.fast() && after.slow() > before.slow(), "{before:?}, then {after:?}");
-    ensure!(pins(&pair.topology.a.host)? == 0, "the pins are left");
+    ensure!(pair.topology.a.host.pins()?.is_empty(), "the pins are left");
     Ok(())
 }
 
@@ -147,16 +141,6 @@ fn refused(sandbox: &Arc<Sandbox>) -> Result<()> {
     })?;
     pair.a = site.start(&good)?;
     Ok(())
-}
-
-/// How many directories of pins there are of this network namespace.
-fn pins(host: &Netns) -> Result<usize> {
-    let namespace =
-        host.run(|| fs::metadata("/proc/thread-self/ns/net"))?.context("look up a namespace")?.ino();
-    let entries = fs::read_dir(PINS).context("list the pins")?;
-    let is_own =
-        |entry: &fs::DirEntry| entry.file_name().to_string_lossy().ends_with(&format!(":{namespace}"));
-    Ok(entries.flatten().filter(is_own).count())
 }
 
 /// Numbered datagrams in both directions. None is lost, and on tc none overtakes another. On XDP a few of several 100,000 have been seen to do
@@ -178,13 +162,13 @@ fn down(sandbox: &Arc<Sandbox>) -> Result<()> {
     let host = Arc::clone(&topology.a.host);
     let before = Snapshot::take(&host)?;
     let pair = Pair::start_with(sandbox, topology, Rung::Xdp, Rung::Tc, &["--on-exit", "keep"])?;
-    ensure!(pins(&host)? == 1, "no pins: {:?}", pins(&host)?);
+    ensure!(host.pins()?.len() == 1, "no pins: {:?}", host.pins()?.len());
     let Pair { a, b, topology: _topology, .. } = pair;
     let site = a.crash()?;
-    ensure!(pins(&host)? == 1, "the pins went with the agent");
+    ensure!(host.pins()?.len() == 1, "the pins went with the agent");
     site.down()?;
     drop(b);
     before.is_unchanged(&host)?;
-    ensure!(pins(&host)? == 0, "the pins are left");
+    ensure!(host.pins()?.is_empty(), "the pins are left");
     Ok(())
 }

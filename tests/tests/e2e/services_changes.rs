@@ -128,13 +128,19 @@ fn connect(scene: &Scene, vip: Ipv4Addr) -> Result<TcpStream> {
     Ok(stream)
 }
 
-fn service_removed(sandbox: &Arc<Sandbox>) -> Result<()> {
+/// A service with two endpoints on the other host, and its virtual address, once it is reached by eBPF.
+fn two_endpoints(sandbox: &Arc<Sandbox>) -> Result<(Scene, Servers, Ipv4Addr)> {
     let scene = Scene::start(sandbox, CONFIG, "ebpf")?;
     let b = &scene.topology.b;
-    let _servers = Servers::start(&b.pod, b.pod_address, &[8081, 8082])?;
+    let servers = Servers::start(&b.pod, b.pod_address, &[8081, 8082])?;
     scene.publish(&[8081, 8082])?;
     let vip = scene.wait_for_name()?;
     wait_until("the service is reached", || Ok(scene.ask(&scene.topology.a.pod, vip).is_ok()))?;
+    Ok((scene, servers, vip))
+}
+
+fn service_removed(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let (scene, _servers, vip) = two_endpoints(sandbox)?;
     let mut kept = connect(&scene, vip)?;
     let (port, _) = exchange(&mut kept)?;
     // While a container connects all the time, which fails only after the removal.
@@ -166,12 +172,7 @@ fn service_removed(sandbox: &Arc<Sandbox>) -> Result<()> {
 }
 
 fn restart(sandbox: &Arc<Sandbox>) -> Result<()> {
-    let scene = Scene::start(sandbox, CONFIG, "ebpf")?;
-    let b = &scene.topology.b;
-    let _servers = Servers::start(&b.pod, b.pod_address, &[8081, 8082])?;
-    scene.publish(&[8081, 8082])?;
-    let vip = scene.wait_for_name()?;
-    wait_until("the service is reached", || Ok(scene.ask(&scene.topology.a.pod, vip).is_ok()))?;
+    let (scene, _servers, vip) = two_endpoints(sandbox)?;
     let mut kept = connect(&scene, vip)?;
     let (port, _) = exchange(&mut kept)?;
     // Dropped in reverse order: the cgroup when no agent is in it any more.

@@ -249,6 +249,15 @@ fn routes(sandbox: &Arc<Sandbox>) -> Result<()> {
     })
 }
 
+fn connections_take_turns(pod: &Netns, vip: Ipv4Addr) -> Result<()> {
+    wait_until("connections take turns", || {
+        let ask = || Client::connect(pod, vip).and_then(|mut client| client.name()).unwrap_or_default();
+        let mut names = [ask(), ask()];
+        names.sort();
+        Ok(names == ["a", "b"])
+    })
+}
+
 /// A process of the host keeps the proxy from the port.
 fn port_in_use(sandbox: &Arc<Sandbox>) -> Result<()> {
     let scene = Scene::start(sandbox, CONFIG, "auto")?;
@@ -258,12 +267,7 @@ fn port_in_use(sandbox: &Arc<Sandbox>) -> Result<()> {
         [Server::start(&a.pod, a.pod_address, PORT, "a")?, Server::start(&b.pod, b.pod_address, PORT, "b")?];
     publish(&scene, "shop/web", WEB, PORT)?;
     let vip = scene.wait_for_name()?;
-    wait_until("connections take turns", || {
-        let ask = || Client::connect(&a.pod, vip).and_then(|mut client| client.name()).unwrap_or_default();
-        let mut names = [ask(), ask()];
-        names.sort();
-        Ok(names == ["a", "b"])
-    })?;
+    connections_take_turns(&a.pod, vip)?;
     wait_until("the status names the port", || {
         Ok(scene.problems()?.contains("another process of this host"))
     })?;
@@ -283,12 +287,7 @@ fn without_proxy(sandbox: &Arc<Sandbox>) -> Result<()> {
     let routes = "{name: shop/web, ports: [{name: web, port: 80, app: http, routes: [{path_prefix: /x, service: shop/x}]}]}";
     publish(&scene, "shop/web", WEB, PORT)?;
     let vip = scene.wait_for_name()?;
-    wait_until("connections take turns", || {
-        let ask = || Client::connect(&a.pod, vip).and_then(|mut client| client.name()).unwrap_or_default();
-        let mut names = [ask(), ask()];
-        names.sort();
-        Ok(names == ["a", "b"])
-    })?;
+    connections_take_turns(&a.pod, vip)?;
     let mut client = Client::connect(&a.pod, vip)?;
     let name = client.name()?;
     for _ in 0..4 {

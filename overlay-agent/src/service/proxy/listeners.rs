@@ -18,7 +18,7 @@ use super::{
 use crate::service::{
     Catalog, ServiceName,
     changes::{Changes, Seen},
-    front::{Rules, abi_address, keys},
+    front::{Rules, key, keys},
     record::Protocol,
 };
 
@@ -106,11 +106,7 @@ impl Listeners {
                 continue;
             }
             let Some((service, port)) = port_of(catalog, route) else { continue };
-            let key = service.vip.map(|vip| {
-                let address = abi_address(SocketAddrV4::new(vip, port.port.get()));
-                ServiceKey::new(address, port.protocol.number())
-            });
-            if let Some(listener) = key.and_then(|key| self.by_key.get(&key)) {
+            if let Some(listener) = key(service, port).and_then(|key| self.by_key.get(&key)) {
                 of_service.insert(route.port.clone(), Arc::clone(&listener.port));
                 continue;
             }

@@ -11,7 +11,7 @@ use super::http::HttpPort;
 use crate::service::{
     Catalog, ServiceName,
     catalog::Service,
-    front::{Front, Rules, abi_address, front, fronts},
+    front::{Front, Rules, front, ports, socket_address},
     record::{EndpointState, Port, Protocol},
 };
 
@@ -36,27 +36,19 @@ pub(super) struct Wanted {
 
 /// All ports of virtual addresses.
 pub(super) fn wanted(catalog: &Catalog, rules: &Rules) -> BTreeMap<ServiceKey, Wanted> {
-    let mut fronts = fronts(catalog, rules);
-    let mut wanted = BTreeMap::new();
-    for service in catalog.services.values() {
-        let Some(vip) = service.vip else { continue };
-        for port in &service.spec.ports {
-            let address = SocketAddrV4::new(vip, port.port.get());
-            let key = ServiceKey::new(abi_address(address), port.protocol.number());
-            let Some(front) = fronts.remove(&key) else { continue };
-            wanted.insert(key, of_port(service, port, address, front, rules));
-        }
-    }
-    wanted
+    ports(catalog, rules)
+        .map(|(key, service, port)| (key, of_port(service, port, socket_address(key.address), rules)))
+        .collect()
 }
 
 /// A port to which only routes lead.
 pub(super) fn target(service: &Service, port: &Port, rules: &Rules) -> Wanted {
     let address = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port.port.get());
-    of_port(service, port, address, front(service, port, rules), rules)
+    of_port(service, port, address, rules)
 }
 
-fn of_port(service: &Service, port: &Port, address: SocketAddrV4, front: Front, rules: &Rules) -> Wanted {
+fn of_port(service: &Service, port: &Port, address: SocketAddrV4, rules: &Rules) -> Wanted {
+    let front = front(service, port, rules);
     let up = service.endpoints.iter().filter(|endpoint| endpoint.spec.state != EndpointState::Down);
     let mut kept: BTreeSet<SocketAddrV4> = up.map(|endpoint| endpoint.backend(port).address).collect();
     kept.extend(front.backends.iter().map(|backend| backend.address));

@@ -1,15 +1,12 @@
 //! Which connected UDP sockets stay connected. Pure.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::SocketAddrV4,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
-use overlay_ebpf::service::abi::{Address, ServiceKey};
+use overlay_ebpf::service::abi::Address;
 
 use crate::service::{
     Catalog,
-    front::{Rules, abi_address, fronts},
+    front::{Rules, abi_address, front, ports},
     record::{EndpointState, Protocol},
 };
 
@@ -20,30 +17,14 @@ pub(super) struct Kept(BTreeMap<Address, BTreeSet<Address>>);
 
 impl Kept {
     pub(super) fn new(catalog: &Catalog, rules: &Rules) -> Self {
-        let has_udp = |service: &crate::service::catalog::Service| {
-            service.spec.ports.iter().any(|port| port.protocol == Protocol::Udp)
-        };
-        let services = catalog.services.iter().filter(|(_, service)| has_udp(service));
-        let services: BTreeMap<_, _> =
-            services.map(|(name, service)| (name.clone(), service.clone())).collect();
-        let with_udp = Catalog { services, skipped: Vec::new() };
-        let mut fronts = fronts(&with_udp, rules);
-        let mut kept = BTreeMap::new();
-        for service in with_udp.services.values() {
-            let Some(vip) = service.vip else { continue };
-            for port in service.spec.ports.iter().filter(|port| port.protocol == Protocol::Udp) {
-                let address = abi_address(SocketAddrV4::new(vip, port.port.get()));
-                let Some(front) = fronts.remove(&ServiceKey::new(address, Protocol::Udp.number())) else {
-                    continue;
-                };
-                let up =
-                    service.endpoints.iter().filter(|endpoint| endpoint.spec.state != EndpointState::Down);
-                let up = up.map(|endpoint| endpoint.backend(port));
-                let endpoints = up.chain(front.backends).map(|backend| abi_address(backend.address));
-                kept.insert(address, endpoints.collect());
-            }
-        }
-        Self(kept)
+        let udp = ports(catalog, rules).filter(|(_, _, port)| port.protocol == Protocol::Udp);
+        let kept = udp.map(|(key, service, port)| {
+            let up = service.endpoints.iter().filter(|endpoint| endpoint.spec.state != EndpointState::Down);
+            let up = up.map(|endpoint| endpoint.backend(port));
+            let endpoints = up.chain(front(service, port, rules).backends);
+            (key.address, endpoints.map(|backend| abi_address(backend.address)).collect())
+        });
+        Self(kept.collect())
     }
 
     /// Whether a socket stays that connected to `from` and was sent to `to`.

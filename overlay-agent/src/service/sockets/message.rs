@@ -2,16 +2,16 @@
 
 use nix::{
     errno::Errno,
-    libc::{AF_INET, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR},
+    libc::{AF_INET, NLM_F_ACK, NLM_F_DUMP, NLMSG_DONE, NLMSG_ERROR},
 };
 use overlay_ebpf::service::abi::Address;
+
+use crate::netlink_frame::{HEADER, kind_of_answer, number, request};
 
 /// `SOCK_DIAG_BY_FAMILY`.
 const DESCRIBE: u16 = 20;
 /// `SOCK_DESTROY`.
 const DESTROY: u16 = 21;
-/// Length of `struct nlmsghdr` in bytes.
-const HEADER: usize = 16;
 /// `IPPROTO_UDP`.
 const UDP: u8 = 17;
 /// The bit of `TCP_ESTABLISHED`, in which connected UDP sockets are.
@@ -63,18 +63,6 @@ fn selection(family: u8, states: u32, id: &[u8; ID]) -> Vec<u8> {
     [&[family, UDP, 0, 0][..], &states.to_ne_bytes(), id].concat()
 }
 
-fn request(kind: u16, flags: i32, sequence: u32, body: &[u8]) -> Vec<u8> {
-    let length = HEADER + body.len();
-    let mut message = Vec::with_capacity(length);
-    message.extend((length as u32).to_ne_bytes());
-    message.extend(kind.to_ne_bytes());
-    message.extend(((NLM_F_REQUEST | flags) as u16).to_ne_bytes());
-    message.extend(sequence.to_ne_bytes());
-    message.extend(0_u32.to_ne_bytes());
-    message.extend(body);
-    message
-}
-
 /// An answer of the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Answer {
@@ -98,10 +86,7 @@ pub(super) fn answers(mut received: &[u8], sequence: u32) -> Vec<Answer> {
 }
 
 fn answer(message: &[u8], sequence: u32) -> Option<Answer> {
-    let kind = u16::from_ne_bytes(*message.get(4..)?.first_chunk()?);
-    if number(message, 8)? != sequence {
-        return None;
-    }
+    let kind = kind_of_answer(message, sequence)?;
     // Both have an error number, which is 0 for none.
     if [NLMSG_ERROR, NLMSG_DONE].contains(&i32::from(kind)) {
         return Some(match number(message, HEADER)? as i32 {
@@ -125,10 +110,6 @@ fn socket(body: &[u8]) -> Option<Socket> {
         false => std::net::Ipv6Addr::from(ip).to_ipv4_mapped().map(|ip| ip.octets()),
     };
     Some(Socket { family, id, peer: ip.map(|ip| Address { ip, port }) })
-}
-
-fn number(message: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_ne_bytes(*message.get(at..)?.first_chunk()?))
 }
 
 #[cfg(test)]

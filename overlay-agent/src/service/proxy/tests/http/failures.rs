@@ -164,6 +164,13 @@ async fn an_endpoint_killed_under_load_fails_no_get() {
     assert!(counted.retries > 0, "{requests} {counted:?}");
 }
 
+/// Connections to endpoints that wait for a request.
+fn pooled(proxy: &Proxy) -> usize {
+    let listeners = proxy.listeners();
+    let endpoints = listeners.ports().flat_map(|(_, endpoints)| endpoints.values());
+    endpoints.map(|endpoint| endpoint.pool.len()).sum()
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn endpoints_and_ports_that_go_leave_nothing_behind() {
     let servers = HttpServer::several(2).await;
@@ -174,14 +181,7 @@ async fn endpoints_and_ports_that_go_leave_nothing_behind() {
     for name in [0, 1] {
         assert_eq!(client.get("/").await.name(), name);
     }
-    let pooled = || {
-        let listeners = proxy.listeners();
-        listeners
-            .ports()
-            .flat_map(|(_, endpoints)| endpoints.values())
-            .map(|endpoint| endpoint.pool.len())
-            .sum::<usize>()
-    };
+    let pooled = || pooled(&proxy);
     eventually("both connections wait", || pooled() == 2).await;
     // A removed endpoint loses its connections at once.
     spec.endpoints.remove(0);
@@ -201,14 +201,7 @@ async fn connections_that_wait_for_long_are_closed() {
     let limits = Limits { pool_idle: Duration::from_millis(200), ..Limits::default() };
     let proxy = proxy(Options { http: limits, ..Options::default() }, std::slice::from_ref(&spec)).await;
     get(&spec, "/").await;
-    let pooled = || {
-        let listeners = proxy.listeners();
-        listeners
-            .ports()
-            .flat_map(|(_, endpoints)| endpoints.values())
-            .map(|endpoint| endpoint.pool.len())
-            .sum::<usize>()
-    };
+    let pooled = || pooled(&proxy);
     assert_eq!(pooled(), 1);
     eventually("the connection is closed", || pooled() == 0).await;
     get(&spec, "/").await;
