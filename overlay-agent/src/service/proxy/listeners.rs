@@ -196,10 +196,15 @@ impl Listener {
         let (own, shared) = (Arc::clone(&port), Arc::clone(shared));
         let task = match port.protocol {
             Protocol::Tcp => {
-                let bound = try_bind(&port, tcp::bind);
-                tokio::spawn(async move {
+                let thread = shared.threads.next();
+                let bound = {
+                    let _guard = thread.enter();
+                    try_bind(&port, tcp::bind)
+                };
+                let here = thread.clone();
+                thread.spawn(async move {
                     let listener = bound_at_last(bound, &own, &shared, tcp::bind).await;
-                    tcp::accept(&listener, &own, &shared).await;
+                    tcp::accept(&listener, &here, &own, &shared).await;
                 })
             }
             Protocol::Udp => {

@@ -4,7 +4,8 @@
 //! elsewhere. Both choose endpoints by the same code, `overlay_ebpf::service::select`.
 //!
 //! In reading order: `plan` (what to listen on, pure), `listeners`, `balancer` and `endpoint` (the choice of an endpoint), `tcp`, `relay` and `header`,
-//! `udp` and `sessions`, `http` (requests instead of connections), `counters`. A task for each listener, each TCP connection and each UDP session: none waits for another.
+//! `udp` and `sessions`, `http` (requests instead of connections), `counters`. A task for each listener, each TCP connection and each UDP session: none waits for another. TCP has
+//! `threads` of its own.
 
 mod aging;
 mod balancer;
@@ -20,6 +21,7 @@ mod shared;
 mod tcp;
 #[cfg(test)]
 mod tests;
+mod threads;
 mod udp;
 
 use std::{

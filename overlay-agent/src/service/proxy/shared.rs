@@ -20,6 +20,7 @@ use super::{
     balancer::Affinities,
     http::{Limits, Targets},
     sessions::Sessions,
+    threads::Threads,
 };
 
 /// Bytes that are moved at once.
@@ -78,6 +79,8 @@ pub(super) struct Shared {
     /// Connections that found no place.
     pub(super) refused: AtomicU64,
     pub(super) buffers: Buffers,
+    /// Where TCP connections are served.
+    pub(super) threads: Threads,
     pub(super) affinities: Affinities,
     pub(super) sessions: Sessions,
     /// The virtual addresses, which are no endpoints.
@@ -95,6 +98,7 @@ impl Shared {
             places: Arc::new(Semaphore::new(options.max_connections.min(Semaphore::MAX_PERMITS))),
             refused: AtomicU64::new(0),
             buffers: Buffers::default(),
+            threads: Threads::start(),
             affinities: Affinities::new(options.max_clients),
             sessions: Sessions::new(options.max_sessions),
             vips: ArcSwap::default(),

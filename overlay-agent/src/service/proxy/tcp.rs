@@ -13,7 +13,7 @@ use tracing::{debug, warn};
 
 use super::{
     balancer::VirtualPort, counters::Opened, endpoint::Endpoint, header::tcp_over_ipv4, http, relay::relay,
-    shared::Shared,
+    shared::Shared, threads::Thread,
 };
 
 /// Connections that the kernel may have accepted before the proxy sees them.
@@ -30,8 +30,13 @@ pub(super) fn bind(address: SocketAddrV4) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-/// Accepts connections until the task ends.
-pub(super) async fn accept(listener: &TcpListener, port: &Arc<VirtualPort>, shared: &Arc<Shared>) {
+/// Accepts connections on a thread until the task ends.
+pub(super) async fn accept(
+    listener: &TcpListener,
+    thread: &Thread,
+    port: &Arc<VirtualPort>,
+    shared: &Arc<Shared>,
+) {
     loop {
         let (client, peer) = match listener.accept().await {
             Ok((client, SocketAddr::V4(peer))) => (client, peer),
@@ -52,17 +57,17 @@ pub(super) async fn accept(listener: &TcpListener, port: &Arc<VirtualPort>, shar
             shared.count_refused();
             continue;
         };
-        let (port, shared) = (Arc::clone(port), Arc::clone(shared));
-        tokio::spawn(async move {
+        let (port, own) = (Arc::clone(port), Arc::clone(shared));
+        shared.threads.serve(thread, client, |client| async move {
             let served = async {
                 match port.table().http.is_some() {
-                    true => http::serve(client, peer, &port, &shared).await,
-                    false => serve(client, peer, &port, &shared).await,
+                    true => http::serve(client, peer, &port, &own).await,
+                    false => serve(client, peer, &port, &own).await,
                 }
             };
             select! {
                 () = served => {}
-                () = shared.stopped() => {}
+                () = own.stopped() => {}
             }
             drop(place);
         });
