@@ -16,8 +16,8 @@ use crate::cpu;
 const STALL: Duration = Duration::from_secs(5);
 /// Bytes of one write of a stream.
 const BLOCK: usize = 1 << 17;
-/// HTTP connections at a time.
-pub(super) const CONNECTIONS: usize = 8;
+/// HTTP connections at a time: enough that no CPU waits for a message while another has several.
+pub(super) const CONNECTIONS: usize = 64;
 /// The request. The name of the host is what a client of the service sends.
 const REQUEST: &[u8] =
     b"GET / HTTP/1.1\r\nHost: all.bench.svc.overlay\r\nUser-Agent: bench\r\nAccept: */*\r\n\r\n";

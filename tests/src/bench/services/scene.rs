@@ -4,6 +4,7 @@
 //! eBPF programs has its connections translated, one outside of it reaches the proxy, and both reach the endpoint's own address.
 
 use std::{
+    fs,
     net::{Ipv4Addr, SocketAddrV4},
     sync::Arc,
     thread,
@@ -34,6 +35,9 @@ const VIP: Ipv4Addr = Ipv4Addr::new(10, 251, 0, 1);
 pub(super) const DNS: Ipv4Addr = Ipv4Addr::new(10, 251, 255, 254);
 /// Names for the part DNS.
 pub(super) const NAMES: u8 = 200;
+/// The kernel's default, whatever this machine's is: BBR paces a stream by timers and by the round trip that it has seen, so that on hosts
+/// that share CPUs it measures the scheduler.
+const CONGESTION_CONTROL: &str = "/proc/sys/net/ipv4/tcp_congestion_control";
 /// How long the agent may take to have the services.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -53,6 +57,13 @@ impl Scene {
     pub(super) fn start(sandbox: &Arc<Sandbox>) -> Result<Self> {
         let cgroup = Cgroup::create("bench")?;
         let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
+        for side in [&topology.a, &topology.b] {
+            for netns in [&side.host, &side.pod] {
+                netns
+                    .run(|| fs::write(CONGESTION_CONTROL, "cubic"))?
+                    .context("choose the congestion control")?;
+            }
+        }
         let store = Store::create(sandbox)?;
         publish(&store, topology.b.pod_address)?;
         let path = cgroup.path().display().to_string();
