@@ -249,7 +249,7 @@ async fn remove(RemoveArgs { name, force, query }: RemoveArgs) -> Result<()> {
     if !store.remove(record).await? {
         bail!("the record of {shown} changed in the meantime: look at it and try again");
     }
-    print(query.output, &serde_json::json!({ "key": record.key }), |_| format!("removed {shown}"))
+    print(query.output, &serde_json::json!({ "key": &*record.key }), |_| format!("removed {shown}"))
 }
 
 async fn list(ListArgs { service, query }: ListArgs) -> Result<()> {
@@ -264,8 +264,8 @@ async fn list(ListArgs { service, query }: ListArgs) -> Result<()> {
         let (name, endpoint) = (record.id.as_ref().ok()?, record.value.as_ref().ok()?);
         is_wanted(name).then(|| Row {
             service: name.service.clone(),
-            node: name.node.clone(),
-            id: name.id.clone(),
+            node: name.node.to_string(),
+            id: name.id.to_string(),
             endpoint: endpoint.clone(),
             expires_in_s: left(record),
         })

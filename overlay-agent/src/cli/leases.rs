@@ -176,7 +176,7 @@ fn rows(network: Option<Ipv4Net>, records: &[LeaseRecord], times: &Times) -> Vec
         let left = record.version.lifetime.id().and_then(|id| times.get(&id));
         let is_reservation = record.is_reservation();
         Row {
-            key: record.key.clone(),
+            key: record.key.to_string(),
             subnet: record.subnet(),
             public_ip: record.holder(),
             backend_type: record.value.as_ref().ok().and_then(|value| value.backend_type.clone()),

@@ -205,8 +205,8 @@ async fn show(ShowArgs { name, query }: ShowArgs) -> Result<()> {
         }
     };
     let endpoints = service.endpoints.iter().map(|Endpoint { name, spec, .. }| ShownEndpoint {
-        node: name.node.clone(),
-        id: name.id.clone(),
+        node: name.node.to_string(),
+        id: name.id.to_string(),
         endpoint: spec.clone(),
     });
     let endpoints = endpoints.collect();
@@ -319,7 +319,7 @@ async fn remove(RemoveArgs { name, query }: RemoveArgs) -> Result<()> {
     let of_it = |endpoint: &&Record<Endpoints>| {
         endpoint.id.as_ref().is_ok_and(|id| record.id.as_ref() == Ok(&id.service))
     };
-    let removed = Removed { key: record.key.clone(), endpoints: endpoints.iter().filter(of_it).count() };
+    let removed = Removed { key: record.key.to_string(), endpoints: endpoints.iter().filter(of_it).count() };
     print(query.output, &removed, |removed| match removed.endpoints {
         0 => format!("removed {shown}"),
         count => format!("removed {shown}; {count} endpoints of it stay in the store"),

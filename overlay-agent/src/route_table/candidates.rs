@@ -1,5 +1,7 @@
 //! The records that name one subnet, and the route that they give it.
 
+use std::sync::Arc;
+
 use ipnet::Ipv4Net;
 
 use super::Skipped;
@@ -12,7 +14,7 @@ use crate::{
 /// A record that names the subnet.
 #[derive(Clone, Debug)]
 pub(super) struct Candidate {
-    pub(super) key: String,
+    pub(super) key: Arc<str>,
     /// The revision at which it was created, where the store keeps one.
     created: Option<i64>,
     pub(super) value: Result<LeaseValue, RecordError>,
@@ -38,7 +40,7 @@ impl Candidates {
     }
 
     pub(super) fn remove(&mut self, key: &str) {
-        self.records.retain(|known| known.key != key);
+        self.records.retain(|known| *known.key != *key);
     }
 
     /// The peer of `subnet`, and the records that do not count. The peer is a fixed one, else that of the oldest usable record,

@@ -10,7 +10,10 @@ mod reference;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use candidates::Candidates;
 use ipnet::Ipv4Net;
@@ -63,7 +66,7 @@ pub struct RouteTable {
     fixed: Routes,
     candidates: BTreeMap<Subnet, Candidates>,
     /// Records whose keys name no subnet, by key.
-    unnamed: BTreeMap<String, Skipped>,
+    unnamed: BTreeMap<Arc<str>, Skipped>,
     routes: Routes,
 }
 

@@ -71,8 +71,8 @@ fn a_record_that_breaks_keeps_its_last_good_route() {
     assert_eq!(table.apply([broken.clone()]), Outcome::default());
     assert_eq!(table.skipped().len(), 1);
     // Removed and written again, broken, in one step: the deletion was never visible.
-    let key = "10.244.2.0-24".to_owned();
-    table.apply([Change::Delete { key: key.clone() }, broken]);
+    let key: Arc<str> = "10.244.2.0-24".into();
+    table.apply([Change::Delete { key: Arc::clone(&key) }, broken]);
     assert_eq!(table.routes(), &good);
     // Deleted, not broken: the route goes.
     let outcome = table.apply([Change::Delete { key }]);
@@ -193,7 +193,7 @@ fn generated_changes_lead_to_the_table_of_all_records_at_once() {
                         let key = any(&mut random, &keys).to_owned();
                         if random.random_bool(0.3) {
                             records.remove(&key);
-                            changes.push(Change::Delete { key });
+                            changes.push(Change::Delete { key: key.into() });
                         } else {
                             let created = random.random_bool(0.5).then(|| random.random_range(0..50));
                             let version = Version { created, ..Version::default() };

@@ -130,7 +130,7 @@ fn near(service: &Service, rules: &Rules, zone: bool) -> Service {
     let mut near = service.clone();
     near.endpoints.retain(|endpoint| match zone {
         true => rules.zone.is_some() && endpoint.spec.zone == rules.zone,
-        false => endpoint.name.node == rules.node,
+        false => *endpoint.name.node == *rules.node,
     });
     near
 }

@@ -19,7 +19,7 @@ use super::{
 use crate::store::{Change, Kind, Record};
 
 /// Records by their keys.
-pub(super) type Records<K> = BTreeMap<String, Record<K>>;
+pub(super) type Records<K> = BTreeMap<Arc<str>, Record<K>>;
 
 /// See the module.
 #[derive(Debug)]
@@ -49,6 +49,9 @@ pub(super) trait Indexed: Kind + PartialEq {
     /// The index's records.
     fn records(index: &mut Index) -> &mut Records<Self>;
 
+    /// Lets a record share the memory of what it has in common with the one before it.
+    fn share(_record: &mut Record<Self>, _before: Option<&Record<Self>>) {}
+
     /// A record comes in, or goes out.
     fn touch(index: &mut Index, record: &Record<Self>, comes: bool);
 }
@@ -75,7 +78,8 @@ impl Index {
     pub(super) fn replace<K: Indexed>(&mut self, records: Vec<Record<K>>) {
         let mut before = mem::take(K::records(self));
         let mut present = Vec::with_capacity(records.len());
-        for record in records {
+        for mut record in records {
+            K::share(&mut record, present.last());
             match before.remove(&record.key) {
                 Some(known) if known == record => present.push(known),
                 known => {
@@ -153,16 +157,17 @@ impl Index {
     fn part(&self, names: &BTreeSet<ServiceName>) -> Catalog {
         let (mut services, mut vips, mut endpoints) = (Vec::new(), BTreeMap::new(), Vec::new());
         for name in names {
-            let service = self.services.get(&name.to_string());
+            let service = self.services.get(&*name.to_string());
             services.extend(service.cloned());
             let wanted = service.and_then(|record| record.value.as_ref().ok()?.vip);
             let held = self.held.get(name).into_iter().flatten().copied();
             vips.extend(held.chain(wanted).filter_map(|vip| {
-                let record = self.vips.get(&vip.to_string()).filter(|record| record.value.is_ok())?;
+                let record = self.vips.get(&*vip.to_string()).filter(|record| record.value.is_ok())?;
                 Some((vip, record.clone()))
             }));
             let prefix = format!("{name}/");
-            let own = self.endpoints.range(prefix.clone()..).take_while(|(key, _)| key.starts_with(&prefix));
+            let own =
+                self.endpoints.range(Arc::from(&*prefix)..).take_while(|(key, _)| key.starts_with(&prefix));
             endpoints.extend(own.map(|(_, record)| record).filter(|record| record.id.is_ok()).cloned());
         }
         let vips: Vec<_> = vips.into_values().collect();
@@ -244,6 +249,14 @@ impl Indexed for Endpoints {
         &mut index.endpoints
     }
 
+    fn share(record: &mut Record<Self>, before: Option<&Record<Self>>) {
+        if let (Ok(name), Some(Ok(before))) = (&mut record.id, before.map(|before| &before.id))
+            && name.service == before.service
+        {
+            name.service = before.service.clone();
+        }
+    }
+
     fn touch(index: &mut Index, record: &Record<Self>, comes: bool) {
         match &record.id {
             Ok(name) => drop(index.touched.insert(name.service.clone())),
@@ -308,7 +321,7 @@ mod tests {
         let (action, key, value, modified) = step;
         let version = Version { modified, ..Version::default() };
         let change = match action % 4 {
-            0 => Change::Delete { key },
+            0 => Change::Delete { key: key.into() },
             _ => Change::Put(Record::parse(&key, value.as_bytes(), version)),
         };
         match &change {
@@ -383,7 +396,7 @@ mod tests {
         index.apply::<Endpoints>(vec![Change::Put(change)]);
         let changed = index.catalog();
         let one = started.elapsed();
-        index.apply::<Services>(vec![Change::Delete { key: name(1) }]);
+        index.apply::<Services>(vec![Change::Delete { key: name(1).into() }]);
         let started = Instant::now();
         let fewer = (index.catalog(), index.work());
         let removal = started.elapsed();

@@ -75,15 +75,15 @@ pub struct EndpointName {
     /// The service.
     pub service: ServiceName,
     /// The node.
-    pub node: String,
+    pub node: Arc<str>,
     /// The identifier on the node.
-    pub id: String,
+    pub id: Arc<str>,
 }
 
 impl EndpointName {
     /// Fails when the node or the identifier is no DNS label.
     pub fn new(service: ServiceName, node: &str, id: &str) -> Result<Self, RecordError> {
-        let [node, id] = [label("node", node)?, label("endpoint", id)?].map(str::to_owned);
+        let [node, id] = [label("node", node)?, label("endpoint", id)?].map(Arc::from);
         Ok(Self { service, node, id })
     }
 }
@@ -135,7 +135,7 @@ mod tests {
             ("shop", "web-1", "shop/web-1")
         );
         let endpoint: EndpointName = "shop/web/node-a/1".parse().unwrap();
-        assert_eq!((endpoint.node.as_str(), endpoint.id.as_str()), ("node-a", "1"));
+        assert_eq!((&*endpoint.node, &*endpoint.id), ("node-a", "1"));
         assert_eq!(endpoint.to_string(), "shop/web/node-a/1");
         let long = "a".repeat(64);
         for bad in [

@@ -51,7 +51,7 @@ impl Fixture {
 
     async fn vips(&self) -> Vec<(String, Vip)> {
         let records = self.store.list::<Vips>().await.unwrap();
-        records.into_iter().map(|record| (record.key, record.value.unwrap())).collect()
+        records.into_iter().map(|record| (record.key.to_string(), record.value.unwrap())).collect()
     }
 }
 

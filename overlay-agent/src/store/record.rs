@@ -126,8 +126,9 @@ pub(super) const MAX_VALUE: usize = 64 * 1024;
 /// A record of the kind `K`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Record<K: Kind> {
-    /// The part of the key behind [`Kind::PREFIX`]. Bytes other than printable characters are escaped (`\\xff`).
-    pub key: String,
+    /// The part of the key behind [`Kind::PREFIX`]. Bytes other than printable characters are escaped (`\\xff`). Shared: a large
+    /// network has many, and each is a key of several maps.
+    pub key: Arc<str>,
     /// What the key names.
     pub id: Result<K::Id, RecordError>,
     /// What the value means.
@@ -139,7 +140,12 @@ pub struct Record<K: Kind> {
 impl<K: Kind> Record<K> {
     /// Parses a record. `key` is the part behind the kind's prefix.
     pub fn parse(key: &str, value: &[u8], version: Version) -> Self {
-        Self { key: key.to_owned(), id: K::parse_key(key), value: K::parse_value(value), version }
+        Self::of(key.into(), value, version)
+    }
+
+    /// As [`Self::parse`], with a key that others have, too.
+    pub(super) fn of(key: Arc<str>, value: &[u8], version: Version) -> Self {
+        Self { id: K::parse_key(&key), value: K::parse_value(value), version, key }
     }
 
     /// Whether `text`, with the same or other escapes, is the key.
@@ -163,7 +169,7 @@ pub enum Change<K: Kind> {
     /// The record was removed.
     Delete {
         /// Its key, as in [`Record::key`].
-        key: String,
+        key: Arc<str>,
     },
 }
 

@@ -108,7 +108,7 @@ async fn etcd_that_returns_empty_takes_nothing_from_a_host_that_booted_without_i
             other => panic!("{other:?}"),
         }
     };
-    assert!(known.iter().any(|record| record.key == "10.5.200.0-24"), "{known:?}");
+    assert!(known.iter().any(|record| &*record.key == "10.5.200.0-24"), "{known:?}");
     loop {
         match keeper.next().await {
             LeaseEvent::Unconfirmed { .. } => {}

@@ -57,10 +57,10 @@ async fn an_outage_behind_a_proxy_is_survived() {
     network.put("10.5.200.0-24", value(200), 0).await;
     loop {
         let found = match next(&mut events).await {
-            Event::Snapshot(records) => records.iter().any(|record| record.key == "10.5.200.0-24"),
+            Event::Snapshot(records) => records.iter().any(|record| &*record.key == "10.5.200.0-24"),
             Event::Changes(changes) => changes
                 .iter()
-                .any(|change| matches!(change, Change::Put(record) if record.key == "10.5.200.0-24")),
+                .any(|change| matches!(change, Change::Put(record) if &*record.key == "10.5.200.0-24")),
             Event::Recalled { .. } | Event::Lost(_) => false,
         };
         if found {

@@ -1,6 +1,6 @@
 //! Following the records while etcd is paused, killed, compacted and wiped.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use overlay_agent::{
     lease::{Lease, LeaseRecord},
@@ -18,7 +18,7 @@ use crate::hosts::{Keeper, NETWORK, Network, PREFIX, ip, key_of, next, subnet_ke
 /// What a follower knows, built from its events as the agent does.
 struct Follower {
     events: mpsc::Receiver<Event<Lease>>,
-    records: BTreeMap<String, LeaseRecord>,
+    records: BTreeMap<Arc<str>, LeaseRecord>,
     lost: usize,
     snapshots: usize,
 }
@@ -69,7 +69,7 @@ impl Follower {
     }
 
     fn keys(&self) -> Vec<&str> {
-        self.records.keys().map(String::as_str).collect()
+        self.records.keys().map(|key| &**key).collect()
     }
 }
 
@@ -193,7 +193,7 @@ async fn a_wiped_etcd_that_has_grown_as_long_again_is_still_recognised() {
     raw.put(subnet_key("10.5.77.0-24"), value(77), None).await.unwrap();
     network.etcd.restart_back().unwrap();
     follower.until_snapshot(2).await;
-    assert!(follower.records.contains_key(&key_of(&held)), "{:?}", follower.keys());
+    assert!(follower.records.contains_key(&*key_of(&held)), "{:?}", follower.keys());
     assert!(follower.records.contains_key("10.5.77.0-24"));
 }
 

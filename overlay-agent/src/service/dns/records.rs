@@ -175,9 +175,7 @@ impl Records {
             let (answers, additionals) = self.srv(service, port, owner).into_iter().unzip();
             return found(answers, additionals, apex);
         }
-        let of_name = |endpoint: &Endpoint| {
-            (endpoint.name.node.as_str(), endpoint.name.id.as_str()).cmp(&(second, first))
-        };
+        let of_name = |endpoint: &Endpoint| (&*endpoint.name.node, &*endpoint.name.id).cmp(&(second, first));
         let Ok(index) = service.endpoints.binary_search_by(of_name) else { return Found::NoName { apex } };
         match service.endpoints.get(index) {
             Some(endpoint) if asks_for(kind, RecordType::A) => {
@@ -247,8 +245,8 @@ fn is_part(service: &Service, part: &str) -> bool {
     match protocol(part) {
         Some(protocol) => service.spec.ports.iter().any(|port| port.protocol == protocol),
         None => {
-            let start = service.endpoints.partition_point(|endpoint| endpoint.name.node.as_str() < part);
-            service.endpoints.get(start).is_some_and(|endpoint| endpoint.name.node == part)
+            let start = service.endpoints.partition_point(|endpoint| *endpoint.name.node < *part);
+            service.endpoints.get(start).is_some_and(|endpoint| *endpoint.name.node == *part)
         }
     }
 }

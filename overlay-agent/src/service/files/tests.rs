@@ -52,7 +52,7 @@ impl Fixture {
                 .map(|record| format!("{} {}", record.key, record.value.as_ref().unwrap().ports[0].port))
                 .collect();
             let records = self.store.list::<Endpoints>().await.unwrap();
-            let own: Vec<_> = records.into_iter().map(|record| record.key).collect();
+            let own: Vec<_> = records.into_iter().map(|record| record.key.to_string()).collect();
             if found == services && own == endpoints {
                 return;
             }

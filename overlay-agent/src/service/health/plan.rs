@@ -27,7 +27,7 @@ pub(super) struct Target {
 /// The checks of a service's endpoints on this node. The error is why there are none although the service wants them.
 pub(super) fn probes(service: &Service, node: &str) -> Result<BTreeMap<EndpointName, Probe>, String> {
     let Some(check) = &service.spec.health else { return Ok(BTreeMap::new()) };
-    let own: Vec<_> = service.endpoints.iter().filter(|endpoint| endpoint.name.node == node).collect();
+    let own: Vec<_> = service.endpoints.iter().filter(|endpoint| *endpoint.name.node == *node).collect();
     let ports = checked_ports(&service.spec.ports, check.kind);
     if ports.is_empty() && !own.is_empty() {
         return Err("its endpoints are not checked, as none of its ports is TCP: remove `health`".to_owned());

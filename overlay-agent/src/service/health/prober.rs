@@ -90,7 +90,7 @@ impl Prober {
                 BTreeMap::new()
             }
         };
-        let first = EndpointName { service: name.clone(), node: String::new(), id: String::new() };
+        let first = EndpointName { service: name.clone(), node: "".into(), id: "".into() };
         let known = self.running.range(first..).take_while(|(endpoint, _)| endpoint.service == *name);
         let known: Vec<EndpointName> = known.map(|(endpoint, _)| endpoint.clone()).collect();
         for endpoint in known {

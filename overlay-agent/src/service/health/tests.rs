@@ -93,7 +93,7 @@ async fn connections_that_fail_eject_and_the_return_is_slow() {
     health.observe(&Outcomes::from([(at(first), fails), (at(second), fails)]));
     assert_eq!(serving(&view.borrow()), ["b/2"]);
     let [ejected] = &health.ejected()[..] else { panic!("{:?}", health.ejected()) };
-    assert_eq!((ejected.endpoint.id.as_str(), ejected.target), ("1", at(first)));
+    assert_eq!((&*ejected.endpoint.id, ejected.target), ("1", at(first)));
     let left = ejected.until.duration_since(Instant::now());
     assert!(left > Duration::from_secs(25) && left <= Duration::from_secs(30), "{left:?}");
     assert_eq!(web(&view.borrow()).endpoints[0].spec.state, EndpointState::Ready, "its connections stay");

@@ -84,12 +84,12 @@ impl Work {
             }
             let surplus = held.into_iter().flatten().filter(|vip| Some(**vip) != kept);
             work.surplus.extend(surplus.filter_map(|vip| {
-                let vip = vips.get(&vip.to_string())?.clone();
+                let vip = vips.get(&*vip.to_string())?.clone();
                 Some(Surplus { vip, service: Some(record.clone()) })
             }));
         }
-        let orphans = held.iter().filter(|(name, _)| !services.contains_key(&name.to_string()));
-        let orphans = orphans.flat_map(|(_, held)| held).filter_map(|vip| vips.get(&vip.to_string()));
+        let orphans = held.iter().filter(|(name, _)| !services.contains_key(&*name.to_string()));
+        let orphans = orphans.flat_map(|(_, held)| held).filter_map(|vip| vips.get(&*vip.to_string()));
         work.surplus.extend(orphans.map(|vip| Surplus { vip: vip.clone(), service: None }));
         let released = vips.values().filter(|record| matches!(record.value, Ok(Vip::Released(_))));
         work.released = released.cloned().collect();
@@ -159,7 +159,7 @@ mod tests {
     }
 
     fn keys(surplus: &[Surplus]) -> Vec<&str> {
-        surplus.iter().map(|surplus| surplus.vip.key.as_str()).collect()
+        surplus.iter().map(|surplus| &*surplus.vip.key).collect()
     }
 
     const WEB: &str = r#"{"v":1,"ports":[{"name":"http","port":80,"protocol":"tcp"}]}"#;

@@ -113,7 +113,10 @@ pub(super) fn write(
             config: Cow::Borrowed(&content.config),
             parts: content.parts.iter().map(part_header).collect(),
         })?;
-        for (key, raw) in content.parts.values().flat_map(|part| &*part.records) {
+        let records = content.parts.iter().flat_map(|(prefix, part)| {
+            part.records.iter().map(move |(key, raw)| (format!("{prefix}{key}"), raw))
+        });
+        for (key, raw) in records {
             lines.write(&Line {
                 key: key.into(),
                 value: key_text(&raw.value).into(),
@@ -176,13 +179,14 @@ fn read_lines(file: impl BufRead) -> Result<Archived, FileError> {
         let mut records = BTreeMap::new();
         for _ in 0..count {
             let line: Line<'_> = parse(lines.next()?)?;
-            if !line.key.starts_with(&*prefix) {
+            let Some(key) = line.key.strip_prefix(&*prefix) else {
                 return Err(FileError::Damaged(format!("a record is not below {prefix}")));
-            }
+            };
+            let key = Arc::from(key);
             let lifetime = line.lifetime.map_or(Lifetime::Unlimited, Lifetime::Limited);
             let version = Version { created: line.created, modified: line.modified, lifetime };
             let raw = Raw { value: key_bytes(&line.value).into(), version };
-            records.insert(line.key.into_owned(), raw);
+            records.insert(key, raw);
         }
         parts.insert(prefix.into_owned(), Part { revision, seen, records: Arc::new(records) });
     }

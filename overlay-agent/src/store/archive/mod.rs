@@ -27,7 +27,7 @@ pub use keeper::ArchiveKeeper;
 pub(super) use keeper::keep;
 pub use saved::{Saved, Unusable};
 
-use super::record::{Kind, LifetimeId, RawRecord, Record, Version};
+use super::record::{Kind, LifetimeId, Record, Version};
 use crate::route::Subnet;
 
 /// What tells the records of one network from those of another: where they were read.
@@ -88,13 +88,13 @@ pub(super) struct Raw {
 
 impl Raw {
     /// The record whose key behind the prefix of its kind is `key`.
-    pub(super) fn parse<K: Kind>(&self, key: &str) -> Record<K> {
-        Record::parse(key, &self.value, self.version)
+    pub(super) fn parse<K: Kind>(&self, key: &Arc<str>) -> Record<K> {
+        Record::of(Arc::clone(key), &self.value, self.version)
     }
 }
 
-/// Records by their whole keys. Shared with a task that writes them, and copied only when one changes meanwhile.
-type Records = Arc<BTreeMap<String, Raw>>;
+/// Records of a kind by the key behind its prefix. Not parsed: that takes less memory, and copies share keys and values.
+pub(super) type Known = BTreeMap<Arc<str>, Raw>;
 
 /// The records of one kind.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -103,7 +103,8 @@ struct Part {
     revision: i64,
     /// When they were last known to be as etcd has them.
     seen: Time,
-    records: Records,
+    /// Shared with a task that writes them, and copied only when one changes meanwhile.
+    records: Arc<Known>,
 }
 
 /// What the file holds.
@@ -141,8 +142,7 @@ pub(super) struct Archive {
 
 /// Records of the file, for a store that does not answer.
 pub(super) struct Recalled {
-    /// By the key behind the prefix of the kind.
-    pub(super) records: BTreeMap<String, Raw>,
+    pub(super) records: Known,
     /// The time of which they are.
     pub(super) seen: SystemTime,
 }
@@ -179,20 +179,16 @@ impl Archive {
             }
             return None;
         };
-        let short = |(key, raw): (&String, &Raw)| {
-            (key.strip_prefix(K::PREFIX).unwrap_or(key).to_owned(), raw.clone())
-        };
-        Some(Recalled { records: records.iter().map(short).collect(), seen: seen.into() })
+        Some(Recalled { records: Arc::unwrap_or_clone(records), seen: seen.into() })
     }
 
     /// All records of a kind at a revision. Others that are known stay if `stays` says so of their keys.
-    pub(super) fn list<K: Kind>(&self, revision: i64, records: Vec<RawRecord>, stays: impl Fn(&str) -> bool) {
+    pub(super) fn list<K: Kind>(&self, revision: i64, records: &Known, stays: impl Fn(&str) -> bool) {
         let mut state = self.state();
         let before = state.content.parts.remove(K::PREFIX).map(|part| part.records).unwrap_or_default();
-        let kept = before.iter().filter(|(key, _)| stays(key.strip_prefix(K::PREFIX).unwrap_or(key)));
-        let mut all: BTreeMap<_, _> = kept.map(|(key, raw)| (key.clone(), raw.clone())).collect();
-        all.extend(records.into_iter().map(|raw| (raw.key, Raw { value: raw.value, version: raw.version })));
-        let part = Part { revision, seen: SystemTime::now().into(), records: Arc::new(all) };
+        let kept = before.iter().filter(|(key, _)| stays(key) && !records.contains_key(*key));
+        let all = kept.chain(records).map(|(key, raw)| (Arc::clone(key), raw.clone()));
+        let part = Part { revision, seen: SystemTime::now().into(), records: Arc::new(all.collect()) };
         state.content.parts.insert(K::PREFIX.to_owned(), part);
         state.pending.remove(K::PREFIX);
         state.recalled.remove(K::PREFIX);
@@ -201,18 +197,20 @@ impl Archive {
         self.changed();
     }
 
-    /// Changes of a kind up to a revision, in order: the new record, or the whole key of one that is gone.
-    pub(super) fn apply<K: Kind>(&self, revision: i64, changes: Vec<Result<RawRecord, String>>) {
+    /// Changes of a kind up to a revision, in order: the new record of a key, or none if it is gone.
+    pub(super) fn apply<K: Kind>(
+        &self,
+        revision: i64,
+        changes: impl IntoIterator<Item = (Arc<str>, Option<Raw>)>,
+    ) {
         let mut state = self.state();
         let Some(part) = state.content.parts.get_mut(K::PREFIX) else { return };
         (part.revision, part.seen) = (revision, SystemTime::now().into());
         let records = Arc::make_mut(&mut part.records);
-        for change in changes {
-            match change {
-                Ok(RawRecord { key, value, version }) => {
-                    drop(records.insert(key, Raw { value, version }));
-                }
-                Err(key) => drop(records.remove(&key)),
+        for (key, raw) in changes {
+            match raw {
+                Some(raw) => drop(records.insert(key, raw)),
+                None => drop(records.remove(&key)),
             }
         }
         drop(state);

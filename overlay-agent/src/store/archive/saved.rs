@@ -107,7 +107,7 @@ impl Saved {
         if let Some(part) = content.parts.get_mut(Lease::PREFIX)
             && now.duration_since(part.seen.into()).is_ok_and(|age| age >= ttl)
         {
-            let has_no_end = |_: &String, raw: &mut Raw| raw.version.lifetime.id().is_none();
+            let has_no_end = |_: &Arc<str>, raw: &mut Raw| raw.version.lifetime.id().is_none();
             Arc::make_mut(&mut part.records).retain(has_no_end);
         }
         Ok(Self { identity, written, content, config, own })

@@ -46,14 +46,23 @@ fn own() -> OwnLease {
     }
 }
 
-fn raw(key: &str, value: &[u8], modified: i64, lifetime: Lifetime) -> RawRecord {
+fn raw(key: &str, value: &[u8], modified: i64, lifetime: Lifetime) -> (Arc<str>, Raw) {
     let version = Version { created: Some(modified), modified, lifetime };
-    RawRecord { key: key.to_owned(), value: value.into(), version }
+    (key.into(), Raw { value: value.into(), version })
 }
 
-fn lease(number: u8, lifetime: Lifetime) -> RawRecord {
+fn lease(number: u8, lifetime: Lifetime) -> (Arc<str>, Raw) {
     let value = crate::lease::value(Ipv4Addr::new(192, 168, 77, number));
-    raw(&format!("subnets/10.244.{number}.0-24"), value.as_bytes(), i64::from(number), lifetime)
+    raw(&format!("10.244.{number}.0-24"), value.as_bytes(), i64::from(number), lifetime)
+}
+
+/// Changes, as they are applied.
+fn written((key, raw): (Arc<str>, Raw)) -> (Arc<str>, Option<Raw>) {
+    (key, Some(raw))
+}
+
+fn gone((key, _): &(Arc<str>, Raw)) -> (Arc<str>, Option<Raw>) {
+    (Arc::clone(key), None)
 }
 
 /// The content of a host with a lease, which has followed leases and services.
@@ -61,12 +70,16 @@ fn content() -> Content {
     let archive = Archive::new(identity());
     archive.list::<Lease>(
         200,
-        vec![lease(1, Lifetime::Limited(7)), lease(2, Lifetime::Limited(8)), lease(3, Lifetime::Unlimited)],
+        &Known::from([
+            lease(1, Lifetime::Limited(7)),
+            lease(2, Lifetime::Limited(8)),
+            lease(3, Lifetime::Unlimited),
+        ]),
         |_| false,
     );
     archive.list::<Services>(
         201,
-        vec![raw("services/shop/web", b"{\"v\":1}", 150, Lifetime::Unlimited)],
+        &Known::from([raw("shop/web", b"{\"v\":1}", 150, Lifetime::Unlimited)]),
         |_| false,
     );
     archive.set_config(Some(r#"{"Network":"10.244.0.0/16"}"#.to_owned()));
@@ -97,7 +110,7 @@ fn any_content() -> impl Strategy<Value = Content> {
                     Lifetime,
                 )| {
                     (
-                        format!("{prefix}{key}"),
+                        key.into(),
                         Raw { value: value.into(), version: Version { created, modified, lifetime } },
                     )
                 };
@@ -242,7 +255,7 @@ fn a_writer_that_is_killed_at_any_time_leaves_a_whole_file() {
             let records = (0..20_000).map(|index| {
                 let raw =
                     Raw { value: Arc::from(number.to_string().as_bytes()), version: Version::default() };
-                (format!("subnets/{index:06}"), raw)
+                (format!("{index:06}").into(), raw)
             });
             part.records = Arc::new(records.collect());
             write(&path, &identity(), now(), &content).unwrap();
@@ -329,7 +342,7 @@ fn leases_that_must_have_ended_are_left_out() {
     let known = |at| {
         let saved = check(content.clone(), identity(), OURS, at).unwrap();
         let recalled = saved.into_archive().follow::<Lease>().unwrap();
-        recalled.records.into_keys().collect::<Vec<_>>()
+        recalled.records.keys().map(ToString::to_string).collect::<Vec<_>>()
     };
     assert_eq!(known(now() + DAY - HOUR).len(), 3);
     assert_eq!(known(now() + DAY), ["10.244.3.0-24"], "only the record without a lifetime");
@@ -339,11 +352,11 @@ fn leases_that_must_have_ended_are_left_out() {
 fn nothing_is_written_before_everything_is_known_that_is_followed() {
     let archive = Archive::new(identity());
     assert!(archive.follow::<Lease>().is_none() && archive.follow::<Endpoints>().is_none());
-    archive.list::<Lease>(5, vec![lease(2, Lifetime::Unlimited)], |_| false);
+    archive.list::<Lease>(5, &Known::from([lease(2, Lifetime::Unlimited)]), |_| false);
     archive.set_config(None);
     archive.set_own(Some(own()));
     assert!(archive.complete(now()).is_none(), "the endpoints are missing");
-    archive.list::<Endpoints>(6, Vec::new(), |_| false);
+    archive.list::<Endpoints>(6, &Known::new(), |_| false);
     assert!(archive.complete(now()).is_some());
     archive.set_own(None);
     assert_eq!(archive.complete(now()).unwrap().own, None, "a lost lease must not be used");
@@ -355,18 +368,18 @@ fn changes_and_remembered_records_are_followed() {
     archive.set_config(None);
     archive.set_own(None);
     let (two, three) = (lease(2, Lifetime::Unlimited), lease(3, Lifetime::Unlimited));
-    archive.list::<Lease>(5, vec![two.clone(), three.clone()], |_| false);
-    archive.apply::<Lease>(6, vec![Ok(lease(4, Lifetime::Unlimited)), Err(two.key.clone())]);
+    archive.list::<Lease>(5, &Known::from([two.clone(), three.clone()]), |_| false);
+    archive.apply::<Lease>(6, [written(lease(4, Lifetime::Unlimited)), gone(&two)]);
     let keys = || {
         let content = archive.complete(now()).unwrap();
-        content.parts[Lease::PREFIX].records.keys().cloned().collect::<Vec<_>>()
+        content.parts[Lease::PREFIX].records.keys().map(ToString::to_string).collect::<Vec<_>>()
     };
-    assert_eq!(keys(), ["subnets/10.244.3.0-24", "subnets/10.244.4.0-24"]);
+    assert_eq!(keys(), ["10.244.3.0-24", "10.244.4.0-24"]);
     // etcd lost its data, and the old records count for a while.
-    archive.list::<Lease>(1, vec![two.clone()], |key| key == "10.244.3.0-24");
-    assert_eq!(keys(), ["subnets/10.244.2.0-24", "subnets/10.244.3.0-24"]);
-    archive.apply::<Lease>(1, vec![Err(three.key)]);
-    assert_eq!(keys(), [two.key]);
+    archive.list::<Lease>(1, &Known::from([two.clone()]), |key| key == "10.244.3.0-24");
+    assert_eq!(keys(), ["10.244.2.0-24", "10.244.3.0-24"]);
+    archive.apply::<Lease>(1, [gone(&three)]);
+    assert_eq!(keys(), [two.0.to_string()]);
 }
 
 #[test]
@@ -374,7 +387,7 @@ fn records_count_as_seen_until_they_are_lost() {
     let archive = Archive::new(identity());
     archive.set_config(None);
     archive.set_own(None);
-    archive.list::<Lease>(5, Vec::new(), |_| false);
+    archive.list::<Lease>(5, &Known::new(), |_| false);
     let seen = |at| SystemTime::from(archive.complete(at).unwrap().parts[Lease::PREFIX].seen);
     let later = SystemTime::now() + 5 * HOUR;
     assert_eq!(Time::from(seen(later)), Time::from(later));
@@ -411,7 +424,7 @@ async fn without_etcd_a_host_has_the_records_of_the_file_and_writes_no_other() {
     let Event::Recalled { records, seen } = next(&mut leases).await else { panic!("not recalled") };
     assert_eq!((records.len(), seen), (3, now()));
     let Event::Recalled { records, .. } = next(&mut services).await else { panic!("not recalled") };
-    assert_eq!(records[0].key, "shop/web");
+    assert_eq!(&*records[0].key, "shop/web");
     for lost in [
         matches!(next(&mut leases).await, Event::Lost(_)),
         matches!(next(&mut services).await, Event::Lost(_)),
@@ -428,7 +441,7 @@ async fn the_file_is_written_after_a_change_and_at_the_end() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("state/ovl0.snapshot");
     let archive = Arc::new(Archive::new(identity()));
-    archive.list::<Lease>(5, vec![lease(2, Lifetime::Unlimited)], |_| false);
+    archive.list::<Lease>(5, &Known::from([lease(2, Lifetime::Unlimited)]), |_| false);
     archive.set_config(None);
     archive.set_own(Some(own()));
     // All of it was there before the task.
@@ -439,7 +452,7 @@ async fn the_file_is_written_after_a_change_and_at_the_end() {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     assert_eq!(read_content(&path).unwrap().parts[Lease::PREFIX].revision, 5);
-    archive.apply::<Lease>(6, vec![Ok(lease(3, Lifetime::Unlimited))]);
+    archive.apply::<Lease>(6, [written(lease(3, Lifetime::Unlimited))]);
     keeper.stop().await;
     assert_eq!(read_content(&path).unwrap().parts[Lease::PREFIX].records.len(), 2);
 
@@ -466,19 +479,14 @@ fn a_large_network_is_written_and_read_in_little_time() {
     let archive = Archive::new(identity());
     let before = memory();
     let services = (0..10_000).map(|number| {
-        raw(&format!("services/ns-{}/service-{number}", number % 100), service, number, Lifetime::Unlimited)
+        raw(&format!("ns-{}/service-{number}", number % 100), service, number, Lifetime::Unlimited)
     });
-    archive.list::<Services>(1, services.collect(), |_| false);
+    archive.list::<Services>(1, &services.collect(), |_| false);
     let endpoints = (0..100_000).map(|number| {
-        let key = format!(
-            "endpoints/ns-{}/service-{}/node-{}/{number}",
-            number % 100,
-            number % 10_000,
-            number % 500
-        );
+        let key = format!("ns-{}/service-{}/node-{}/{number}", number % 100, number % 10_000, number % 500);
         raw(&key, endpoint, number, Lifetime::Limited(number % 500))
     });
-    archive.list::<Endpoints>(1, endpoints.collect(), |_| false);
+    archive.list::<Endpoints>(1, &endpoints.collect(), |_| false);
     archive.set_config(None);
     archive.set_own(None);
     let directory = tempfile::tempdir().unwrap();
@@ -489,7 +497,7 @@ fn a_large_network_is_written_and_read_in_little_time() {
     write(&path, &identity(), now(), &content).unwrap();
     let written = started.elapsed();
     // Such a change meanwhile copies the records of its kind, once.
-    archive.apply::<Endpoints>(2, vec![Err("endpoints/ns-0/service-0/node-0/0".to_owned())]);
+    archive.apply::<Endpoints>(2, [("ns-0/service-0/node-0/0".into(), None)]);
     let changed = started.elapsed();
     let read = read_content(&path).unwrap();
     println!(

@@ -36,7 +36,7 @@ impl Fixture {
 
     async fn services(&self) -> Vec<String> {
         let records = self.store.list::<Services>().await.unwrap();
-        records.into_iter().map(|record| record.key).collect()
+        records.into_iter().map(|record| record.key.to_string()).collect()
     }
 }
 
@@ -113,7 +113,9 @@ async fn new_directories_are_followed() {
     fixture.store.prepare::<Endpoints>().await.unwrap();
     let mut events = fixture.store.follow::<Endpoints>();
     let mut next = async || match events.recv().await.unwrap() {
-        Event::Snapshot(records) => records.into_iter().map(|record| record.key).collect::<Vec<_>>(),
+        Event::Snapshot(records) => {
+            records.into_iter().map(|record| record.key.to_string()).collect::<Vec<_>>()
+        }
         other @ (Event::Recalled { .. } | Event::Changes(_) | Event::Lost(_)) => panic!("{other:?}"),
     };
     assert!(next().await.is_empty());

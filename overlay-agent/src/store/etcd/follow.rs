@@ -16,7 +16,7 @@ use tracing::warn;
 use super::{Etcd, error, store_error};
 use crate::store::{
     StoreError,
-    archive::{Archive, Raw, Recalled},
+    archive::{Archive, Known, Raw, Recalled},
     backend::Snapshot,
     backoff::{STEADY, backoff},
     record::{Change, Event, Kind, RawRecord, Record},
@@ -44,9 +44,6 @@ pub(in crate::store) async fn follow<K: Kind>(
         () = events.closed() => {}
     }
 }
-
-/// Records by the key behind the prefix of their kind, not parsed: that takes less memory, and shares that of the archive.
-type Known = BTreeMap<String, Raw>;
 
 struct Follower<K: Kind> {
     etcd: Arc<Etcd>,
@@ -91,7 +88,7 @@ impl<K: Kind> Follower<K> {
         if !self.is_same_history().await? {
             self.remember();
         }
-        self.known = records.iter().map(|raw| known::<K>(raw.clone())).collect();
+        self.known = records.into_iter().map(known::<K>).collect();
         self.remembered.retain(|key, _| !self.known.contains_key(key));
         // Opened before the snapshot is sent: a failure now must not be reported as a snapshot and a loss.
         let options = WatchOptions::new()
@@ -105,7 +102,7 @@ impl<K: Kind> Follower<K> {
         let mut is_steady = false;
         self.lost = None;
         if let Some(archive) = &self.archive {
-            archive.list::<K>(revision, records, |key| self.remembered.contains_key(key));
+            archive.list::<K>(revision, &self.known, |key| self.remembered.contains_key(key));
         }
         self.send(self.snapshot()).await;
         loop {
@@ -174,26 +171,12 @@ impl<K: Kind> Follower<K> {
     /// The remembered records are of no use any more.
     fn forget_in_archive(&self, revision: i64) {
         if let Some(archive) = &self.archive {
-            let gone = self.remembered.keys().map(|key| Err(format!("{}{key}", K::PREFIX)));
-            archive.apply::<K>(revision, gone.collect());
+            archive.apply::<K>(revision, self.remembered.keys().map(|key| (Arc::clone(key), None)));
         }
     }
 
     fn apply(&mut self, answer: &WatchResponse) -> Vec<Change<K>> {
-        let mut changes = Vec::new();
-        if let Some(archive) = &self.archive {
-            let raws = answer.events().iter().filter_map(|event| {
-                let raw = self.etcd.raw(event.kv()?);
-                Some(match event.event_type() {
-                    EventType::Put => Ok(raw),
-                    EventType::Delete => Err(raw.key),
-                })
-            });
-            let raws: Vec<_> = raws.collect();
-            if !raws.is_empty() {
-                archive.apply::<K>(answer.header().map_or(0, ResponseHeader::revision), raws);
-            }
-        }
+        let (mut changes, mut raws) = (Vec::new(), Vec::new());
         for event in answer.events() {
             let Some(kv) = event.kv() else { continue };
             let (key, raw) = known::<K>(self.etcd.raw(kv));
@@ -201,13 +184,18 @@ impl<K: Kind> Follower<K> {
             match event.event_type() {
                 EventType::Put => {
                     changes.push(Change::Put(raw.parse(&key)));
+                    raws.push((Arc::clone(&key), Some(raw.clone())));
                     self.known.insert(key, raw);
                 }
                 EventType::Delete => {
                     self.known.remove(&key);
+                    raws.push((Arc::clone(&key), None));
                     changes.push(Change::Delete { key });
                 }
             }
+        }
+        if let Some(archive) = self.archive.as_ref().filter(|_| !raws.is_empty()) {
+            archive.apply::<K>(answer.header().map_or(0, ResponseHeader::revision), raws);
         }
         changes
     }
@@ -219,10 +207,10 @@ impl<K: Kind> Follower<K> {
 }
 
 /// A record as it is kept.
-fn known<K: Kind>(RawRecord { key, value, version }: RawRecord) -> (String, Raw) {
-    (key.strip_prefix(K::PREFIX).unwrap_or(&key).to_owned(), Raw { value, version })
+fn known<K: Kind>(RawRecord { key, value, version }: RawRecord) -> (Arc<str>, Raw) {
+    (key.strip_prefix(K::PREFIX).unwrap_or(&key).into(), Raw { value, version })
 }
 
-fn parse<'a, K: Kind>(records: impl Iterator<Item = (&'a String, &'a Raw)>) -> Vec<Record<K>> {
+fn parse<'a, K: Kind>(records: impl Iterator<Item = (&'a Arc<str>, &'a Raw)>) -> Vec<Record<K>> {
     records.map(|(key, raw)| raw.parse(key)).collect()
 }

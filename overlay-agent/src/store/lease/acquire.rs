@@ -79,7 +79,7 @@ impl Store {
             match choose(&self.backend.list().await?, request, claim.public_ip)? {
                 Choice::Keep(record, subnet) => {
                     if self.keep_record(&record, claim).await? {
-                        return Ok(held(record.key, subnet, record.version, false));
+                        return Ok(held(record.key.to_string(), subnet, record.version, false));
                     }
                 }
                 Choice::Discard(record) => {
@@ -250,7 +250,7 @@ impl Store {
             return Ok(None);
         }
         let theirs =
-            |record: &LeaseRecord| record.key != held.key && record.holder() == Some(held.public_ip());
+            |record: &LeaseRecord| *record.key != held.key && record.holder() == Some(held.public_ip());
         Ok(self.backend.list().await?.into_iter().find(theirs))
     }
 }
