@@ -15,9 +15,10 @@ pub const DEFAULT_ROUTES: u32 = 65536;
 /// Most routes that the kernel's maps hold in a network of more than [`DEFAULT_ROUTES`] subnets.
 pub const MAX_ROUTES: u32 = 1 << 20;
 
-/// Version of everything in this file. Increment it when the layout or the meaning of a map's key or value, or of the mark of
-/// XDP, changes: agents and programs of different versions must not share maps. It is part of the path of pinned objects.
-pub const ABI_VERSION: u16 = 5;
+/// Version of the maps. Increment it when the layout or the meaning of a map's key or value changes: agents and programs of different
+/// versions must not share maps. It is part of the path of pinned maps. [`Mark`] and [`Counters`] are shared by all versions and have rules
+/// of their own.
+pub const ABI_VERSION: u16 = if cfg!(feature = "next-abi") { 7 } else { 6 };
 
 /// Most containers of this host that the programs know.
 pub const MAX_ENDPOINTS: u32 = 16384;
@@ -34,12 +35,15 @@ pub const MAX_UNDERLAYS: u32 = 64;
 /// What XDP writes in front of a packet that it decapsulated and validated, for the tc program behind it. Only an XDP program on
 /// the same device can put metadata there, so no packet on the wire can forge it. It names the network, because programs of
 /// several networks may be on the device.
+///
+/// Its bytes never change. An upgrade replaces the programs of a device one by one, so the tc program of one [`ABI_VERSION`] runs behind
+/// the XDP program of another, in either order: it must take every packet that the other decapsulated. What a later version has to
+/// hand over as well goes in front of the mark, where earlier tc programs do not look, and must be of no importance to them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct Mark {
-    magic: [u8; 2],
-    /// [`ABI_VERSION`], big endian.
-    version: [u8; 2],
+    /// Always the same: `ov`, and 5 in big endian, the [`ABI_VERSION`] with which the format became final.
+    magic: [u8; 4],
     /// The network's overlay device, big endian.
     overlay_ifindex: [u8; 4],
 }
@@ -48,7 +52,10 @@ pub struct Mark {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct Prefix {
+    #[cfg(feature = "next-abi")]
+    mask: [u8; 4],
     address: [u8; 4],
+    #[cfg(not(feature = "next-abi"))]
     mask: [u8; 4],
 }
 
@@ -114,8 +121,11 @@ pub struct Config {
     first_ifindex: u32,
     first_mac: [u8; 6],
     /// 48 bytes in all: arrays of bytes of that size can be cast.
-    padding: [u8; 6],
+    padding: [u8; PADDING],
 }
+
+/// With another layout, 64 bytes in all.
+const PADDING: usize = if cfg!(feature = "next-abi") { 22 } else { 6 };
 
 /// The outer TOS: the inner one's bits that the mask keeps, and fixed ones. ECN is always copied (RFC 6040).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
@@ -164,7 +174,7 @@ impl Config {
             reserved: 0,
             first_ifindex: 0,
             first_mac: [0; 6],
-            padding: [0; 6],
+            padding: [0; PADDING],
         }
     }
 
@@ -222,8 +232,7 @@ impl Config {
     #[inline(always)]
     pub fn mark(&self) -> Mark {
         Mark {
-            magic: *b"ov",
-            version: ABI_VERSION.to_be_bytes(),
+            magic: *b"ov\0\x05",
             overlay_ifindex: self.overlay_ifindex.to_be_bytes(),
         }
     }
@@ -346,6 +355,9 @@ impl Endpoint {
 
 /// Counters of one CPU: the one entry of the per-CPU map `COUNTERS`. Packets are counted as the kernel hands them over:
 /// a super-packet of many segments (GSO, GRO) counts once. Bytes are those of the inner packets.
+///
+/// Counters go on when an agent of another [`ABI_VERSION`] replaces the programs: it reads those of the replaced ones. So the layout is
+/// the same in all versions. Reasons keep their index, and new ones take the room behind them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct Counters {
@@ -362,10 +374,15 @@ pub struct Counters {
     /// Of the decapsulated packets, those that went straight to a container.
     pub ingress_bypass_packets: u64,
     /// Packets handed to the slow path, by [`PuntReason::index`].
-    pub punts: [u64; PuntReason::COUNT],
+    pub punts: [u64; PUNT_ROOM],
     /// Packets discarded, by [`DropReason::index`].
-    pub drops: [u64; DropReason::COUNT],
+    pub drops: [u64; DROP_ROOM],
 }
+
+/// Room for reasons, in every version.
+const PUNT_ROOM: usize = 24;
+const DROP_ROOM: usize = 32;
+const _: () = assert!(PuntReason::COUNT <= PUNT_ROOM && DropReason::COUNT <= DROP_ROOM);
 
 impl Counters {
     /// All counters at zero.
@@ -376,8 +393,8 @@ impl Counters {
         ingress_bytes: 0,
         egress_bypass_packets: 0,
         ingress_bypass_packets: 0,
-        punts: [0; PuntReason::COUNT],
-        drops: [0; DropReason::COUNT],
+        punts: [0; PUNT_ROOM],
+        drops: [0; DROP_ROOM],
     };
 
     /// Counts one punted packet.
@@ -410,6 +427,17 @@ impl Counters {
     }
 }
 
+/// The one entry of the map `CARRIED`: what the programs before these have counted in maps that are gone. Only the agent writes it, and
+/// the layout is the same in every version, as that of [`Counters`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Carried {
+    /// The kernel's number of the map `COUNTERS` that was added last: it is not added again when it is still there.
+    pub last_map: u64,
+    /// The sum.
+    pub counters: Counters,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -434,9 +462,23 @@ mod tests {
     }
 
     #[test]
-    fn a_mark_names_the_version_and_the_network() {
+    fn a_mark_names_the_network_and_has_the_same_bytes_in_every_version() {
         let mark = Config::default().with_device(0x0102_0304).mark();
-        assert_eq!(bytemuck::bytes_of(&mark), [b'o', b'v', 0, ABI_VERSION as u8, 1, 2, 3, 4]);
+        assert_eq!(bytemuck::bytes_of(&mark), [b'o', b'v', 0, 5, 1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn counters_have_the_same_layout_in_every_version() {
+        let mut carried = Carried { last_map: 1, counters: Counters::ZERO };
+        carried.counters.ingress_bypass_packets = 2;
+        carried.counters.punt(PuntReason::OuterOptions);
+        carried.counters.drop(DropReason::Truncated);
+        carried.counters.drop(DropReason::DeviceFailed);
+        let mut expected = [0u64; 1 + 6 + 24 + 32];
+        for (index, value) in [(0, 1), (6, 2), (7, 1), (31, 1), (50, 1)] {
+            expected[index] = value;
+        }
+        assert_eq!(bytemuck::bytes_of(&carried), bytemuck::cast_slice::<u64, u8>(&expected));
     }
 
     #[test]

@@ -76,6 +76,20 @@ pub fn binary() -> Result<PathBuf> {
     })
 }
 
+/// Path of an agent whose maps have another version and layout: `OVERLAY_NEXT_AGENT`, or that build of this workspace. Its eBPF object is
+/// beside it.
+pub fn next_binary() -> Result<PathBuf> {
+    let built = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/next-abi/overlay-agent");
+    let path = env::var_os("OVERLAY_NEXT_AGENT").map_or_else(built, PathBuf::from);
+    path.canonicalize().with_context(|| {
+        let path = path.display();
+        format!(
+            "find the agent with other maps at {path}: build it with `cargo xtask build --next-abi`, or name it in \
+             OVERLAY_NEXT_AGENT"
+        )
+    })
+}
+
 /// A place to run agents: a namespace, a run directory, a log.
 #[derive(Debug)]
 pub struct Site {
@@ -96,6 +110,12 @@ impl Site {
         let directory = sandbox.new_directory(role)?;
         let (netns, device) = (Arc::clone(netns), device.to_owned());
         Ok(Arc::new(Self { netns, binary: binary()?, directory, device }))
+    }
+
+    /// The same place with another agent's binary.
+    pub fn with_binary(&self, binary: PathBuf) -> Arc<Self> {
+        let (netns, directory) = (Arc::clone(&self.netns), self.directory.clone());
+        Arc::new(Self { netns, binary, directory, device: self.device.clone() })
     }
 
     /// The agent's run directory, where its control socket is.

@@ -32,6 +32,8 @@ pub(super) enum Condition {
     Forwarding,
     /// The overlay device, the slow path and the programs.
     Datapath,
+    /// Programs that should have been replaced.
+    Programs,
     /// The capabilities that the eBPF rungs need.
     Capabilities,
     /// The address under which peers know this host.

@@ -171,6 +171,7 @@ impl Forwarding {
         }
         self.conditions.update(Condition::Diversion, sentence(report.diverted.into_iter()));
         self.conditions.update(Condition::OtherUnderlays, sentence(report.refused.into_iter()));
+        self.conditions.update(Condition::Programs, report.kept);
         self.set_routes_behind(report.routes_behind);
         self.set_no_bypass(report.no_bypass);
         let slow = self.datapath.missing_capabilities().map(|missing| {

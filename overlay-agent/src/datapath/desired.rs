@@ -160,6 +160,8 @@ pub struct Report {
     pub repaired: Vec<String>,
     /// Why packets of peers behind other underlay devices than the first do not reach the slow path.
     pub refused: Vec<String>,
+    /// Why programs stay attached that should have been replaced.
+    pub kept: Option<String>,
     /// Why the kernel's map lacks routes that the slow path has. [`super::Datapath::apply_routes`] and the next
     /// reconciliation try again.
     pub routes_behind: Option<String>,

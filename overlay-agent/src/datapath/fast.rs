@@ -1,19 +1,18 @@
 //! The fast path: the loaded programs, their maps and their attachments.
 
+mod switch;
+
 use std::time::Instant;
 
-use anyhow::{Context as _, Result, bail};
-use overlay_ebpf::{
-    abi::{Config, Counters, NextHop, UnderlayValue},
-    bypass::Bypass,
-};
+use anyhow::{Context as _, Result};
+use overlay_ebpf::abi::{Config, Counters, NextHop};
 use tracing::{debug, info, warn};
 
 use super::{
     Choice, Report, Request, Rung,
     ebpf::{
         self, Attachment, LoadOptions, OverlaySet, Pins, Target, TcxLinks,
-        overlay_set::{EGRESS, INGRESS, XDP},
+        overlay_set::{INGRESS, XDP},
         self_test, unpin,
     },
     local::LocalPrograms,
@@ -22,8 +21,8 @@ use super::{
 use crate::{
     capabilities,
     containers::Containers,
-    netlink::{Link, Netlink, device_name},
-    route::{NextHops, RouteChange, diff},
+    netlink::{Netlink, device_name},
+    route::{NextHops, RouteChange},
 };
 
 /// The route map is read back at most in this share of the time: 1 in 1000.
@@ -39,6 +38,10 @@ pub(super) struct FastPath {
     /// On the devices of containers.
     local: LocalPrograms,
     set: Option<OverlaySet>,
+    /// The constants for which `set` was loaded.
+    loaded: Option<LoadOptions>,
+    /// Why other programs are attached than the plan asks for: they could not be replaced.
+    kept: Option<String>,
     /// Where programs and maps outlive the agent.
     pins: Option<Pins>,
     /// Whether an earlier agent's programs are attached, which no reconciliation has replaced yet.
@@ -66,6 +69,8 @@ impl FastPath {
             attachments: Vec::new(),
             local: LocalPrograms::default(),
             set: None,
+            loaded: None,
+            kept: None,
             is_adopting: pins.as_ref().is_some_and(Pins::has_links),
             pins,
             config: None,
@@ -79,22 +84,25 @@ impl FastPath {
     }
 
     /// Makes maps and attachments what `plan`, `config` and `routes` say: maps first. Fails when the kernel's state cannot be
-    /// read, or a step fails that was asked for explicitly; steps already made stay, unless nothing was attached before.
+    /// read, or a step fails that was asked for explicitly; steps already made stay, unless nothing was attached before. Programs that
+    /// cannot be replaced stay attached, which is no error: the report says so.
     pub(super) async fn reconcile(
         &mut self,
         plan: Plan,
         config: &Config,
         routes: &NextHops,
+        containers: &Containers,
         report: &mut Report,
     ) -> Result<()> {
         let request = plan.request;
         let started = !self.attachments.is_empty();
-        let done = self.take_steps(plan, config, routes, report).await;
+        let done = self.take_steps(plan, config, routes, containers, report).await;
+        report.kept.clone_from(&self.kept);
         if done.is_err() && !started {
             // An earlier agent's programs are better than none.
             if self.is_adopting { self.leave() } else { self.unload() }
         }
-        self.is_adopting &= done.is_err();
+        self.is_adopting &= done.is_err() || self.keeps_earlier();
         if request == Request::Auto {
             return done;
         }
@@ -106,30 +114,19 @@ impl FastPath {
         plan: Plan,
         config: &Config,
         routes: &NextHops,
+        containers: &Containers,
         report: &mut Report,
     ) -> Result<()> {
         if self.plan.as_ref() != Some(&plan) {
-            (self.refusals, self.missing) = (Refusals::default(), None);
-            // A constant of the programs: others are needed.
-            let constants = |plan: &Plan| (plan.log, plan.bypass);
-            if self.plan.as_ref().is_some_and(|before| constants(before) != constants(&plan)) {
-                self.unload();
-            }
+            (self.refusals, self.missing, self.kept) = (Refusals::default(), None, None);
             self.plan = Some(plan.clone());
         }
         if !plan.targets(&self.refusals).is_empty() {
-            if let Err(error) = self.load(&plan, config) {
-                if plan.request != Request::Auto {
-                    return Err(error);
-                }
-                self.missing = error.downcast_ref().cloned();
-                // Missing capabilities are reported as a condition.
-                if self.missing.is_none() {
-                    warn!("no eBPF datapath: {error:#}");
-                }
-                self.refusals.programs = Some(format!("{error:#}"));
+            self.provide(&plan, config, routes, containers, report).await?;
+            if self.keeps_earlier() {
+                self.show_earlier(&plan);
+                return Ok(());
             }
-            self.fill_maps(&plan, config, routes, report)?;
             self.drop_unlisted(report).await?;
         }
         loop {
@@ -166,8 +163,8 @@ impl FastPath {
         Ok(())
     }
 
-    /// Detaches what an earlier agent left at other hooks.
-    pub(super) fn unpin_others(&self) -> Result<()> {
+    /// Detaches what an earlier agent left at other hooks, and removes maps that only its programs had.
+    pub(super) fn unpin_others(&mut self) -> Result<()> {
         let Some(pins) = &self.pins else { return Ok(()) };
         let own = self.attachments.iter().chain(self.local.attachments());
         let own: Vec<_> = own.filter_map(Attachment::pin).collect();
@@ -177,86 +174,7 @@ impl FastPath {
                 info!("an earlier agent's {} is detached", link.display());
             }
         }
-        Ok(())
-    }
-
-    /// Loads and tests the tc programs, unless they are loaded.
-    fn load(&mut self, plan: &Plan, config: &Config) -> Result<()> {
-        if let Some(underlay) = plan.underlays.first().filter(|underlay| !underlay.ethernet) {
-            bail!("the underlay {} is no Ethernet device", underlay.name);
-        }
-        if self.set.is_some() {
-            return Ok(());
-        }
-        let object = object()?;
-        capabilities::check(capabilities::EBPF)?;
-        let set = self.load_set(object, plan, config)?;
-        self_test::run(object, INGRESS).context("the kernel does not run the eBPF programs as it should")?;
-        self.set = Some(set);
-        Ok(())
-    }
-
-    /// Loads maps and programs, without the bypass when the kernel cannot have it.
-    fn load_set(&mut self, object: &[u8], plan: &Plan, config: &Config) -> Result<OverlaySet> {
-        let load = |bypass| {
-            let options = LoadOptions { bypass, log: plan.log };
-            let mut set = OverlaySet::load_for(object, options, config, self.pins.as_ref())?;
-            for hook in [EGRESS, INGRESS] {
-                set.programs.load_program(hook)?;
-            }
-            anyhow::Ok(set)
-        };
-        let loaded = load(plan.bypass);
-        match loaded {
-            Err(error) if plan.bypass != Bypass::Off => {
-                let set = load(Bypass::Off)?;
-                warn!("every packet takes the host's stack, as with --bypass off: {error:#}");
-                self.local.refused = Some(format!("{error:#}"));
-                Ok(set)
-            }
-            loaded => {
-                self.local.refused = None;
-                loaded
-            }
-        }
-    }
-
-    fn fill_maps(
-        &mut self,
-        plan: &Plan,
-        config: &Config,
-        routes: &NextHops,
-        report: &mut Report,
-    ) -> Result<()> {
-        let Some(set) = &mut self.set else { return Ok(()) };
-        let first = plan.underlays.first().map(|link| link.index);
-        let value =
-            |link: &Link| Some((link.index, UnderlayValue::new(link.mac?, first == Some(link.index))));
-        // Attached programs find it alive from the first packet on.
-        set.show_alive()?;
-        set.set_underlays(&plan.underlays.iter().filter_map(value).collect())?;
-        if set.config()? != *config {
-            set.set_config(config)?;
-            let foreign = self.config == Some(*config);
-            report.add(foreign, "configuration in the kernel's map".to_owned());
-        }
-        self.config = Some(*config);
-        let now = Instant::now();
-        if self.next_read_back.is_none_or(|next| next <= now) {
-            let foreign = set.check_routes()?;
-            self.next_read_back = Some(now + now.elapsed() * READ_BACK_SHARE);
-            if foreign > 0 {
-                report.repaired.push(format!("{foreign} routes in the kernel's map"));
-            }
-        }
-        if self.is_adopting {
-            let left = set.routes()?;
-            let changes = diff(&left, routes).len();
-            info!("took over {} routes of an earlier agent, of which {changes} change", left.len());
-        }
-        report.routes_behind = set.set_routes(routes).err().map(|error| format!("{error:#}"));
-        self.behind = report.routes_behind.is_some();
-        Ok(())
+        self.set.as_mut().map_or(Ok(()), |set| set.settle(None))
     }
 
     /// Forgets attachments that the kernel does not list any more, so that they are attached again.
@@ -295,7 +213,11 @@ impl FastPath {
         containers: &Containers,
         report: &mut Report,
     ) -> Result<()> {
+        let keeps_earlier = self.keeps_earlier();
         let (Some(set), Some(plan)) = (&mut self.set, &self.plan) else { return Ok(()) };
+        if keeps_earlier {
+            return set.set_endpoints(&containers.endpoints).map(drop);
+        }
         let targets = match &self.local.refused {
             Some(_) => Vec::new(),
             None => plan.local_targets(containers, &self.refusals),
@@ -352,6 +274,9 @@ impl FastPath {
 
     /// Whether programs are attached that would go on without this process.
     pub(super) fn is_pinned(&self) -> bool {
+        if self.keeps_earlier() {
+            return true;
+        }
         !self.attachments.is_empty() && self.attachments.iter().all(|attachment| attachment.pin().is_some())
     }
 
@@ -360,7 +285,11 @@ impl FastPath {
         self.local.leave();
         self.attachments.iter_mut().for_each(Attachment::keep);
         self.attachments.clear();
-        (self.set, self.config, self.next_read_back) = (None, None, None);
+        self.forget_set();
+    }
+
+    fn forget_set(&mut self) {
+        (self.set, self.loaded, self.config, self.next_read_back) = (None, None, None, None);
     }
 
     /// Detaches all programs, XDP first, and closes their maps.
@@ -371,7 +300,7 @@ impl FastPath {
             Ok(counters) => self.counted = counters,
             Err(error) => warn!("the counters of the eBPF programs are lost: {error:#}"),
         }
-        (self.set, self.config, self.next_read_back) = (None, None, None);
+        self.forget_set();
         // Maps of an earlier agent, too, and what it left attached.
         if let Some(pins) = &self.pins
             && let Err(error) = pins.remove()

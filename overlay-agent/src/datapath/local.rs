@@ -88,6 +88,11 @@ impl LocalPrograms {
         self.attachments.iter()
     }
 
+    /// The programs, for others to take their place.
+    pub(super) fn attachments_mut(&mut self) -> impl Iterator<Item = &mut Attachment> {
+        self.attachments.iter_mut()
+    }
+
     /// Leaves pinned programs in the kernel.
     pub(super) fn leave(&mut self) {
         self.attachments.iter_mut().for_each(Attachment::keep);

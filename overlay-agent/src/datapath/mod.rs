@@ -103,13 +103,14 @@ impl Datapath {
         }
         // Replaced sockets are closed with the settings that had them.
         self.sockets = sockets;
-        self.fast.reconcile(desired.plan(ifindex), &config, desired.routes, &mut report).await?;
+        let plan = desired.plan(ifindex);
+        self.fast.reconcile(plan, &config, desired.routes, desired.containers, &mut report).await?;
         if !self.is_swept {
             // They would go on with the routes and containers of that time.
             detach_left(&self.netlink, desired.device.alias.port, &LOCAL).await?;
         }
         self.fast.set_containers(desired.containers, &mut report).await?;
-        if !self.is_swept {
+        if !self.is_swept && !self.fast.is_adopting {
             self.fast.unpin_others()?;
             self.is_swept = true;
         }

@@ -9,7 +9,7 @@ use aya_ebpf::{
 };
 use overlay_ebpf::{
     abi::{
-        Config, Counters, DEFAULT_ROUTES, Endpoint, MAX_ENDPOINTS, MAX_UNDERLAYS, NextHop, Prefix,
+        Carried, Config, Counters, DEFAULT_ROUTES, Endpoint, MAX_ENDPOINTS, MAX_UNDERLAYS, NextHop, Prefix,
         PrefixRoute, UnderlayValue,
     },
     bypass::{Bypass, Endpoints},
@@ -38,6 +38,10 @@ static ENDPOINTS: HashMap<[u8; 4], Endpoint> = HashMap::with_max_entries(MAX_END
 
 #[map]
 static COUNTERS: PerCpuArray<Counters> = PerCpuArray::with_max_entries(1, 0);
+
+/// Only the agent reads and writes it.
+#[map]
+static CARRIED: Array<Carried> = Array::with_max_entries(1, 0);
 
 /// When each CPU logged its last line, in nanoseconds since boot.
 #[map]

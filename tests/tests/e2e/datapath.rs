@@ -15,7 +15,7 @@ use overlay_agent::{
     containers::Containers,
     datapath::{
         Datapath, Desired, Policy, Report, Request, Rung, UnderlayDevice,
-        ebpf::{OBJECT, TcAttach},
+        ebpf::{OBJECT, Pins, TcAttach},
     },
     device::{DeviceAlias, DeviceSpec},
     netlink::Netlink,
@@ -48,7 +48,7 @@ pub(crate) fn register(suite: &mut Suite) {
 }
 
 /// One host, and what its datapath should be.
-struct Host<'a> {
+pub(crate) struct Host<'a> {
     netns: &'a Netns,
     netlink: Netlink,
     datapath: Datapath,
@@ -58,19 +58,29 @@ struct Host<'a> {
     request: Request,
     tc_attach: TcAttach,
     routes: NextHops,
-    log: bool,
+    pub(crate) bypass: Bypass,
+    pub(crate) log: bool,
 }
 
 impl<'a> Host<'a> {
     /// Inside the namespace of `side`, with a route to `peer`.
     fn new(side: &'a Side, peer: &Side, request: Request) -> Result<Self> {
+        Self::make(side, peer, request, None)
+    }
+
+    /// As [`Self::new`], with what an agent there has pinned.
+    pub(crate) fn with_pins(side: &'a Side, peer: &Side, request: Request) -> Result<Self> {
+        Self::make(side, peer, request, Some(Pins::open(DEVICE)?))
+    }
+
+    fn make(side: &'a Side, peer: &Side, request: Request, pins: Option<Pins>) -> Result<Self> {
         let netlink = Netlink::connect()?;
         let (sender, failures) = mpsc::channel(2);
         let underlays = vec![UPLINK.to_owned()];
         let alias = DeviceAlias { network: "10.244.0.0/16".parse()?, port: 8285, underlays };
         Ok(Self {
             netns: &side.host,
-            datapath: Datapath::new(netlink.clone(), sender, None),
+            datapath: Datapath::new(netlink.clone(), sender, pins),
             netlink,
             failures,
             spec: DeviceSpec { name: DEVICE.to_owned(), alias, subnet: side.subnet.parse()?, mtu: 1472 },
@@ -78,11 +88,12 @@ impl<'a> Host<'a> {
             request,
             tc_attach: TcAttach::Auto,
             routes: NextHops::from([(peer.subnet.parse()?, next_hop(peer.underlay)?)]),
+            bypass: Bypass::Off,
             log: false,
         })
     }
 
-    async fn reconcile(&mut self) -> Result<Report> {
+    pub(crate) async fn reconcile(&mut self) -> Result<Report> {
         let link = self.netlink.link(UPLINK).await?.context("there is no underlay")?;
         let desired = Desired {
             device: &self.spec,
@@ -91,12 +102,23 @@ impl<'a> Host<'a> {
             slow_ingress: false,
             request: self.request,
             tc_attach: self.tc_attach,
-            bypass: Bypass::Off,
+            bypass: self.bypass,
             containers: &Containers::default(),
             routes: &self.routes,
             log: self.log,
         };
         self.datapath.reconcile(&desired).await
+    }
+
+    /// Packets of the programs.
+    pub(crate) async fn counted(&self) -> Result<u64> {
+        let counters = self.datapath.counters().await?.fast;
+        Ok(counters.egress_packets + counters.ingress_packets)
+    }
+
+    /// Leaves what is pinned.
+    pub(crate) fn leave(&mut self) {
+        self.datapath.leave();
     }
 
     /// Reconciles and checks that this is all that was repaired.

@@ -45,6 +45,7 @@ mod suite;
 mod traps;
 mod underlay;
 mod unrepairable;
+mod upgrade;
 mod wait;
 mod xfrm;
 
@@ -79,6 +80,7 @@ fn main() -> ExitCode {
     node::register(&mut suite);
     repair::register(&mut suite);
     restart::register(&mut suite);
+    upgrade::register(&mut suite);
     policy::register(&mut suite);
     privileges::register(&mut suite);
     subnet_file::register(&mut suite);

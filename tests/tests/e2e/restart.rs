@@ -30,13 +30,13 @@ pub(crate) fn register(suite: &mut Suite) {
     suite.add("restart::down_removes_what_a_killed_agent_pinned", needs, down);
 }
 
-fn pair(sandbox: &Arc<Sandbox>, rung: Rung, bypass: &str) -> Result<Pair> {
+pub(crate) fn pair(sandbox: &Arc<Sandbox>, rung: Rung, bypass: &str) -> Result<Pair> {
     let topology = Topology::build(sandbox, Underlay::Virtual, PodOffload::On)?;
     Pair::start_with(sandbox, topology, rung, rung, &["--on-exit", "keep", "--bypass", bypass])
 }
 
 /// The arguments of the agent on host A.
-fn arguments(pair: &Pair, rung: Rung, bypass: &str) -> Vec<String> {
+pub(crate) fn arguments(pair: &Pair, rung: Rung, bypass: &str) -> Vec<String> {
     let more = ["--on-exit", "keep", "--bypass", bypass].map(str::to_owned);
     pair.store.arguments(&pair.topology.a, rung).into_iter().chain(more).collect()
 }
@@ -145,7 +145,12 @@ fn refused(sandbox: &Arc<Sandbox>) -> Result<()> {
 
 /// Numbered datagrams in both directions. None is lost, and on tc none overtakes another. On XDP a few of several 100,000 have been seen to do
 /// so at a restart, and none without one.
-fn both_ways<T>(rung: Rung, a: Endpoint<'_>, b: Endpoint<'_>, work: impl FnOnce() -> Result<T>) -> Result<T> {
+pub(crate) fn both_ways<T>(
+    rung: Rung,
+    a: Endpoint<'_>,
+    b: Endpoint<'_>,
+    work: impl FnOnce() -> Result<T>,
+) -> Result<T> {
     let one_way = |from, to, work: &mut dyn FnMut() -> Result<T>| {
         let (result, flow) = numbered::meanwhile(from, to, work)?;
         ensure!(flow.lost() == 0, "{} were lost: {flow:?}", flow.lost());

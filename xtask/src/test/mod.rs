@@ -3,6 +3,7 @@
 mod part;
 pub(crate) mod tally;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -52,7 +53,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let mut total = Tally::default();
     let mut lines = Vec::new();
     let built = if needs_root {
-        match prepare() {
+        match prepare(&parts) {
             Ok(built) => Some(built),
             Err(error) => {
                 interrupt::check()?;
@@ -91,9 +92,21 @@ fn selected(options: &Options) -> Vec<Part> {
     parts.into_iter().filter(|(_, chosen)| all || *chosen).map(|(part, _)| part).collect()
 }
 
-fn prepare() -> Result<Built> {
+/// What tests that need root run.
+struct Prepared {
+    built: Built,
+    /// For the end-to-end tests.
+    next_agent: Option<PathBuf>,
+}
+
+fn prepare(parts: &[Part]) -> Result<Prepared> {
     let toolchain = setup::ensure(Scope::Everything, false)?;
-    build::build(&toolchain)
+    let built = build::build(&toolchain)?;
+    let next_agent = match parts.contains(&Part::EndToEnd) {
+        true => Some(build::build_next(&toolchain)?),
+        false => None,
+    };
+    Ok(Prepared { built, next_agent })
 }
 
 /// Prints the summary. The counts are the last line.

@@ -9,8 +9,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use super::Prepared;
 use super::tally::{Lines, Tally, started_programs};
-use crate::build::{Built, OBJECT_VARIABLE};
+use crate::build::{NEXT_AGENT_VARIABLE, OBJECT_VARIABLE};
 use crate::{interrupt, step, workspace};
 
 /// How long test programs may clean up after cargo has ended.
@@ -68,7 +69,7 @@ impl Part {
 }
 
 /// Runs one part and counts results. A failed test is no error.
-pub(super) fn run(part: Part, filter: Option<&str>, built: Option<&Built>) -> Result<Tally> {
+pub(super) fn run(part: Part, filter: Option<&str>, built: Option<&Prepared>) -> Result<Tally> {
     let mut tally = Tally::default();
     for call in part.calls() {
         let mut cargo = workspace::cargo()?;
@@ -79,8 +80,9 @@ pub(super) fn run(part: Part, filter: Option<&str>, built: Option<&Built>) -> Re
             // Most of the time, these tests wait for leases and timeouts.
             cargo.env("RUST_TEST_THREADS", "4");
         }
-        if let Some(built) = built {
+        if let Some(Prepared { built, next_agent }) = built {
             cargo.env("OVERLAY_AGENT", &built.agent).env(OBJECT_VARIABLE, &built.ebpf_object);
+            cargo.envs(next_agent.iter().map(|agent| (NEXT_AGENT_VARIABLE, agent)));
         }
         tally.merge(&run_call(&mut cargo)?);
     }

@@ -58,7 +58,8 @@ pub(crate) struct Target {
 /// An attached program. Dropping it detaches, unless [`Attachment::keep`] was called.
 pub(crate) struct Attachment {
     pub(crate) target: Target,
-    link: Link,
+    /// `None` after its program could not be replaced, when it was not pinned.
+    link: Option<Link>,
     /// Where the link is pinned.
     pin: Option<PathBuf>,
 }
@@ -88,8 +89,17 @@ impl Drop for Attachment {
 /// The kernel removes tcx and XDP links with their last file descriptor and pin. A clsact filter stays until it is removed.
 enum Link {
     Tcx(FdLink),
-    Clsact { handle: u16, _link: SchedClassifierLink },
+    Clsact { handle: u16, link: SchedClassifierLink },
     Xdp(FdLink),
+}
+
+impl Link {
+    fn of(target: Target, link: FdLink) -> Self {
+        match target.hook.kind {
+            HookKind::Xdp => Self::Xdp(link),
+            HookKind::TcIngress | HookKind::TcEgress => Self::Tcx(link),
+        }
+    }
 }
 
 impl TcAttach {
@@ -114,22 +124,59 @@ impl ProgramSet {
         let pin = pins.map(|pins| pins.link(target.hook.program, target.ifindex));
         let left = pin.as_deref().map(|pin| left_link(pin, target.ifindex)).transpose()?.flatten();
         let adopted = left.is_some();
-        let link = match target.hook.kind {
-            HookKind::TcIngress => self.attach_tc(target, TcAttachType::Ingress, &device, left)?,
-            HookKind::TcEgress => self.attach_tc(target, TcAttachType::Egress, &device, left)?,
-            HookKind::Xdp => self.attach_xdp(target, &device, left)?,
-        };
+        let link = self.attach_or_replace(target, &device, left.map(|left| Link::of(target, left)))?;
         let link = match (link, &pin) {
             (Link::Tcx(link), Some(pin)) if !adopted => Link::Tcx(pin_link(link, pin)?),
             (Link::Xdp(link), Some(pin)) if !adopted => Link::Xdp(pin_link(link, pin)?),
             (link, _) => link,
         };
-        let attachment = Attachment { target, link, pin };
-        if !self.runs(netlink, &attachment).await? {
-            let program = target.hook.program;
+        let attachment = Attachment { target, link: Some(link), pin };
+        self.check(netlink, &attachment, &device).await?;
+        Ok(attachment)
+    }
+
+    /// Puts this set's program in the place of another set's, so that no packet passes without one. After an error, a pinned link keeps the
+    /// other program.
+    pub(crate) async fn replace(&mut self, netlink: &Netlink, attachment: &mut Attachment) -> Result<()> {
+        let target = attachment.target;
+        let device = device_name(target.ifindex)?;
+        self.load_program(target.hook)?;
+        let present = match &attachment.pin {
+            Some(pin) => pinned_link(pin)?.map(|link| Link::of(target, link)),
+            None => attachment.link.take(),
+        };
+        attachment.link = Some(self.attach_or_replace(target, &device, present)?);
+        self.check(netlink, attachment, &device).await
+    }
+
+    async fn check(&self, netlink: &Netlink, attachment: &Attachment, device: &str) -> Result<()> {
+        if !self.runs(netlink, attachment).await? {
+            let program = attachment.target.hook.program;
             bail!("attach {program} to {device}: the kernel took the program but does not list it");
         }
-        Ok(attachment)
+        Ok(())
+    }
+
+    /// `present` is a link or filter whose program is replaced.
+    fn attach_or_replace(&mut self, target: Target, device: &str, present: Option<Link>) -> Result<Link> {
+        let direction = match target.hook.kind {
+            HookKind::TcIngress => TcAttachType::Ingress,
+            HookKind::TcEgress => TcAttachType::Egress,
+            HookKind::Xdp => {
+                let present = present.and_then(|link| match link {
+                    Link::Xdp(link) => Some(link),
+                    Link::Tcx(_) | Link::Clsact { .. } => None,
+                });
+                return self.attach_xdp(target, device, present);
+            }
+        };
+        let context = || format!("replace {} on {device}", target.hook.program);
+        let present = match present {
+            Some(Link::Tcx(link)) => Some(SchedClassifierLink::try_from(link).with_context(context)?),
+            Some(Link::Clsact { link, .. }) => Some(link),
+            Some(Link::Xdp(_)) | None => None,
+        };
+        self.attach_tc(target, direction, device, present)
     }
 
     /// Whether the kernel still has our program on its hook. `links` are those of this process, read when the kernel is asked.
@@ -140,8 +187,9 @@ impl ProgramSet {
         links: &TcxLinks,
     ) -> Result<bool> {
         let is_there = match &attachment.link {
-            Link::Tcx(link) => links.has(link, attachment.target.ifindex)?,
-            Link::Clsact { .. } | Link::Xdp(_) => true,
+            Some(Link::Tcx(link)) => links.has(link, attachment.target.ifindex)?,
+            Some(Link::Clsact { .. } | Link::Xdp(_)) => true,
+            None => false,
         };
         Ok(is_there && self.runs(netlink, attachment).await?)
     }
@@ -151,22 +199,23 @@ impl ProgramSet {
         let Attachment { target: Target { hook, ifindex, .. }, link, .. } = attachment;
         let own = self.info(*hook)?.id();
         match link {
-            Link::Xdp(_) => Ok(netlink.xdp_program(*ifindex).await? == Some(own)),
-            Link::Tcx(link) => tcx_link::runs(link, own),
-            Link::Clsact { handle, .. } => {
+            None => Ok(false),
+            Some(Link::Xdp(_)) => Ok(netlink.xdp_program(*ifindex).await? == Some(own)),
+            Some(Link::Tcx(link)) => tcx_link::runs(link, own),
+            Some(Link::Clsact { handle, .. }) => {
                 let egress = hook.kind == HookKind::TcEgress;
                 netlink.has_filter(*ifindex, egress, FILTER_PRIORITY, *handle).await
             }
         }
     }
 
-    /// `left` is a link that an earlier agent left: its program is replaced, so that no packet passes without.
+    /// The program of `present` is replaced, so that no packet passes without.
     fn attach_tc(
         &mut self,
         target: Target,
         direction: TcAttachType,
         device: &str,
-        left: Option<FdLink>,
+        present: Option<SchedClassifierLink>,
     ) -> Result<Link> {
         let options = match target.mode {
             TcMode::Tcx => TcAttachOptions::TcxOrder(match target.hook.place {
@@ -175,7 +224,9 @@ impl ProgramSet {
             }),
             TcMode::Clsact { handle } => {
                 ensure_clsact(device)?;
-                detach_filter(device, direction, handle);
+                if present.is_none() {
+                    detach_filter(device, direction, handle);
+                }
                 TcAttachOptions::Netlink(NlOptions {
                     priority: FILTER_PRIORITY,
                     handle: TcHandle::new(0, handle),
@@ -185,15 +236,15 @@ impl ProgramSet {
         };
         let context = || format!("attach {} to {device}", target.hook.program);
         let program = self.tc(target.hook)?;
-        let attached = match left {
-            Some(left) => program.attach_to_link(left.try_into().with_context(context)?),
+        let attached = match present {
+            Some(present) => program.attach_to_link(present),
             None => program.attach_with_options(device, direction, options),
         };
         let id = attached.with_context(context)?;
         let link = program.take_link(id).with_context(context)?;
         Ok(match target.mode {
             TcMode::Tcx => Link::Tcx(FdLink::try_from(link).with_context(context)?),
-            TcMode::Clsact { handle } => Link::Clsact { handle, _link: link },
+            TcMode::Clsact { handle } => Link::Clsact { handle, link },
         })
     }
 

@@ -4,6 +4,8 @@ mod attach;
 mod backend_ids;
 mod btf;
 mod connection_counts;
+mod counter_maps;
+mod generation;
 pub mod overlay_set;
 mod pins;
 mod program_set;

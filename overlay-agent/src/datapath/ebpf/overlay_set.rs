@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, net::Ipv4Addr};
 
 use anyhow::{Context as _, Result};
-use aya::maps::{Array, HashMap, MapData, PerCpuArray};
+use aya::maps::{Array, HashMap, MapData};
 use nix::{
     sys::time::TimeValLike as _,
     time::{ClockId, clock_getres},
@@ -14,8 +14,11 @@ use overlay_ebpf::{
     wire::Ethernet,
 };
 
+use tracing::warn;
+
 use super::{
     Hook, HookKind, Pinned, Pins, Place, ProgramSet, btf,
+    counter_maps::{CounterMaps, Replaced},
     questions::{self, Answering},
     route_maps::{Capacity, RouteMaps},
 };
@@ -42,18 +45,18 @@ pub const XDP: Hook = Hook { program: "ovl_xdp", kind: HookKind::Xdp, place: Pla
 
 // aya moves map values as plain bytes, so that the types need not implement its marker trait.
 type ConfigBytes = [u8; size_of::<Config>()];
-type CountersBytes = [u8; size_of::<Counters>()];
 type EndpointBytes = [u8; size_of::<Endpoint>()];
 type UnderlayBytes = [u8; size_of::<UnderlayValue>()];
 
 /// The maps that outlive the agent. Questions to the agent and lines of the log do not.
-const PINNED: [&str; 9] = [
+const PINNED: [&str; 10] = [
     "CONFIG",
     "ROUTES",
     "PREFIXES",
     "UNDERLAYS",
     "ENDPOINTS",
     "COUNTERS",
+    "CARRIED",
     "FLOWS",
     "RELEASED",
     "ALIVE_UNTIL",
@@ -66,7 +69,7 @@ pub type Underlays = BTreeMap<u32, UnderlayValue>;
 pub type Endpoints = BTreeMap<Ipv4Addr, Endpoint>;
 
 /// Constants of the loaded programs.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LoadOptions {
     /// Which packets skip the host's stack.
     pub bypass: Bypass,
@@ -86,7 +89,11 @@ pub struct OverlaySet {
     routes: RouteMaps,
     underlay_map: HashMap<MapData, u32, UnderlayBytes>,
     endpoint_map: HashMap<MapData, [u8; 4], EndpointBytes>,
-    counters: PerCpuArray<MapData, CountersBytes>,
+    counters: CounterMaps,
+    /// Those of sets whose programs may still be attached.
+    replaced: Replaced,
+    /// Whether the maps are those of an earlier agent, or of another set of this process.
+    has_earlier_maps: bool,
     /// With [`Bypass::Flows`].
     _answering: Option<Answering>,
 }
@@ -109,8 +116,27 @@ impl OverlaySet {
         let mut set = Self::load_with(object, options, Capacity::of(config), pins)?;
         if pins.is_some() {
             set.adopt()?;
+            let (replaced, lost) = Replaced::open(set.programs.other_generations()?);
+            set.replaced = replaced;
+            for error in lost {
+                warn!("counters of an earlier agent are not continued: {error:#}");
+            }
         }
         Ok(set)
+    }
+
+    /// Whether the maps are those of an earlier agent or of another set of this process, with what they hold.
+    pub(crate) fn has_earlier_maps(&self) -> bool {
+        self.has_earlier_maps
+    }
+
+    /// Adds the counters of `before`, whose programs these replace, and those of sets before it. Then removes maps that only they had.
+    pub(crate) fn settle(&mut self, before: Option<Self>) -> Result<()> {
+        if let Some(before) = before {
+            self.replaced.push(before.counters);
+        }
+        self.replaced.carry_to(&mut self.counters)?;
+        self.programs.remove_other_generations()
     }
 
     fn load_with(
@@ -152,7 +178,9 @@ impl OverlaySet {
             routes: RouteMaps::take(&mut programs, capacity)?,
             underlay_map: programs.take_map("UNDERLAYS")?,
             endpoint_map: programs.take_map("ENDPOINTS")?,
-            counters: programs.take_map("COUNTERS")?,
+            counters: CounterMaps::take(&mut programs)?,
+            replaced: Replaced::default(),
+            has_earlier_maps: programs.keeps_maps(),
             programs,
         })
     }
@@ -294,6 +322,11 @@ impl OverlaySet {
         changed
     }
 
+    /// Whether the route maps have no room for another route.
+    pub(crate) fn is_full(&self) -> bool {
+        self.routes.is_full()
+    }
+
     /// The routes in the kernel's maps.
     pub fn routes(&self) -> Result<NextHops> {
         self.routes.read()
@@ -310,12 +343,10 @@ impl OverlaySet {
         Ok(foreign)
     }
 
-    /// The counters of all CPUs, added up.
+    /// The counters of all CPUs, added up, with those of sets that this one replaces.
     pub fn counters(&self) -> Result<Counters> {
-        let mut sum = Counters::ZERO;
-        for cpu in self.counters.get(&0, 0).context("read the map COUNTERS")?.iter() {
-            sum.add(&bytemuck::pod_read_unaligned(cpu));
-        }
+        let mut sum = self.counters.total()?;
+        sum.add(&self.replaced.total(&self.counters)?);
         Ok(sum)
     }
 }

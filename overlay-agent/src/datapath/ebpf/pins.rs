@@ -1,7 +1,7 @@
 //! Pins: maps and links of an overlay device's programs in the BPF file system, where they outlive the agent.
 //!
-//! `/sys/fs/bpf/overlay-agent/<device>:<network namespace>/` has the links, and below it the maps of one ABI version. A
-//! program is detached when the pin of its link is removed and no process holds the link, so removing the directory of an agent that is gone
+//! `/sys/fs/bpf/overlay-agent/<device>:<network namespace>/` has the links, and below it the maps of each generation
+//! (see [`super::generation`]). A program is detached when the pin of its link is removed and no process holds the link, so removing the directory of an agent that is gone
 //! removes its programs.
 
 use std::{
@@ -12,15 +12,11 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use aya::{
-    maps::{Map, MapData, MapInfo},
-    programs::links::{FdLink, PinnedLink},
-};
+use aya::programs::links::{FdLink, PinnedLink};
 use nix::{
     mount::{MsFlags, mount},
     sys::statfs::{BPF_FS_MAGIC, statfs},
 };
-use overlay_ebpf::abi::ABI_VERSION;
 
 /// Where the BPF file system is, by convention (Documentation/bpf/bpf_devel_QA.rst, systemd).
 const FILE_SYSTEM: &str = "/sys/fs/bpf";
@@ -58,21 +54,19 @@ impl Pins {
     fn of(device: &str) -> Result<Self> {
         // Devices of two network namespaces may have one name. The file system allows no dots in names (kernel/bpf/inode.c), and
         // names of devices have neither colons nor percent signs.
-        let namespace = fs::metadata("/proc/self/ns/net").context("look up this network namespace")?.ino();
+        let namespace = fs::metadata("/proc/thread-self/ns/net").context("look up this network namespace")?.ino();
         Ok(Self(
             Path::new(FILE_SYSTEM).join(DIRECTORY).join(format!("{}:{namespace}", device.replace('.', "%"))),
         ))
     }
 
-    /// The directory of the maps of this version, made if it is missing.
-    pub(super) fn maps(&self) -> Result<PathBuf> {
-        let directory = self.0.join(format!("v{ABI_VERSION}"));
-        make_directory(&directory)?;
-        Ok(directory)
+    /// The directory itself.
+    pub(super) fn directory(&self) -> &Path {
+        &self.0
     }
 
     /// Where the link of a program on the device with this index is pinned.
-    pub(super) fn link(&self, program: &str, ifindex: u32) -> PathBuf {
+    pub(crate) fn link(&self, program: &str, ifindex: u32) -> PathBuf {
         self.0.join(format!("{program}:{ifindex}"))
     }
 
@@ -88,6 +82,14 @@ impl Pins {
     /// Whether programs are attached by pinned links.
     pub(crate) fn has_links(&self) -> bool {
         self.links().is_ok_and(|links| !links.is_empty())
+    }
+
+    /// Whether programs with this name are attached by pinned links.
+    pub(crate) fn has_links_of(&self, program: &str) -> Result<bool> {
+        let start = format!("{program}:");
+        let links = self.links().with_context(|| format!("list {}", self.0.display()))?;
+        let names = links.iter().filter_map(|link| link.file_name());
+        Ok(names.into_iter().any(|name| name.to_string_lossy().starts_with(&start)))
     }
 
     /// Removes links, then maps, then the directory. Programs are detached unless a process holds their links. Returns whether there was
@@ -130,44 +132,11 @@ pub(crate) fn unpin(path: &Path) -> Result<()> {
     }
 }
 
-/// Why the pinned map at `path` cannot take the place of `map`, which was just made; `None` if it can. Fails when there is none.
-pub(super) fn difference(path: &Path, map: &Map) -> Result<Option<String>> {
-    let data: &MapData =
-        map_data(map).with_context(|| format!("{}: a map of an unknown type", path.display()))?;
-    let wanted = data.info()?;
-    let pinned =
-        MapInfo::from_pin(path).with_context(|| format!("open the pinned map {}", path.display()))?;
-    let shape = |info: &MapInfo| {
-        anyhow::Ok((
-            info.map_type()?,
-            info.key_size(),
-            info.value_size(),
-            info.max_entries(),
-            info.map_flags(),
-        ))
-    };
-    let (wanted, pinned) = (shape(&wanted)?, shape(&pinned)?);
-    Ok((wanted != pinned).then(|| format!("it is {pinned:?} instead of {wanted:?}")))
-}
-
-/// The kernel's map behind a value of the library.
-fn map_data(map: &Map) -> Option<&MapData> {
-    if let Map::Array(data)
-    | Map::HashMap(data)
-    | Map::LpmTrie(data)
-    | Map::LruHashMap(data)
-    | Map::PerCpuArray(data) = map
-    {
-        return Some(data);
-    }
-    None
-}
-
 fn is_mounted() -> bool {
     statfs(FILE_SYSTEM).is_ok_and(|state| state.filesystem_type() == BPF_FS_MAGIC)
 }
 
-fn make_directory(path: &Path) -> Result<()> {
+pub(super) fn make_directory(path: &Path) -> Result<()> {
     let made = DirBuilder::new().recursive(true).mode(MODE).create(path);
     made.with_context(|| format!("make the directory {}", path.display()))
 }

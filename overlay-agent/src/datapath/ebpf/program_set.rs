@@ -1,7 +1,7 @@
 //! A set of eBPF programs that share maps: loaded as one object, each program when it is first needed. Nothing here knows
 //! what a particular set does.
 
-use std::{path::Path, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result, anyhow};
 use aya::{
@@ -14,9 +14,11 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 use tokio::task::JoinHandle;
-use tracing::info;
 
-use super::pins::{Pins, difference, unpin};
+use super::{
+    generation::{self, Generation},
+    pins::Pins,
+};
 
 /// How often to look for lines of the programs, which are rate-limited and few.
 const LOG_INTERVAL: Duration = Duration::from_millis(100);
@@ -76,8 +78,8 @@ pub struct ProgramSet {
     ebpf: Ebpf,
     /// Forwards what the programs log. Holds the map, so it ends with the set.
     log: Option<JoinHandle<()>>,
-    /// Where links are pinned.
-    pins: Option<Pins>,
+    /// Where links and maps are pinned.
+    pinned: Option<(Pins, Generation)>,
 }
 
 /// What is pinned of a set.
@@ -85,7 +87,7 @@ pub struct ProgramSet {
 pub struct Pinned<'a> {
     /// Where.
     pub pins: &'a Pins,
-    /// The maps: those of an earlier agent are taken over if they have the same shape.
+    /// The maps: those of an earlier agent are taken over if all of them have the same shape.
     pub maps: &'a [&'static str],
 }
 
@@ -112,21 +114,56 @@ impl ProgramSet {
         }
         loader.override_global("LOG_FAILURES", &log_failures, log);
         let context = || format!("load the eBPF maps of {name}: kernel 5.10 or later is needed, with eBPF");
-        if let Some(Pinned { pins, maps }) = pinned {
-            let directory = pins.maps()?;
-            unpin_others(&directory, maps, || loader.load(object).with_context(context))?;
-            for map in maps {
-                loader.map_pin_path(map, directory.join(map));
+        let pinned = match pinned {
+            Some(Pinned { pins, maps }) => {
+                let generation =
+                    Generation::find(pins, maps, || loader.load(object).with_context(context))?;
+                for map in maps {
+                    loader.map_pin_path(map, generation.directory().join(map));
+                }
+                Some((pins.clone(), generation))
             }
-        }
+            None => None,
+        };
         let mut ebpf = loader.load(object).with_context(context)?;
         let log = if log { Some(forward_log(&mut ebpf)?) } else { None };
-        Ok(Self { name, ebpf, log, pins: pinned.map(|pinned| pinned.pins.clone()) })
+        Ok(Self { name, ebpf, log, pinned })
     }
 
     /// Where links are pinned.
     pub(super) fn pins(&self) -> Option<&Pins> {
-        self.pins.as_ref()
+        self.pinned.as_ref().map(|(pins, _)| pins)
+    }
+
+    /// Whether the maps stay when this value is dropped: those of a set that was loaded before, or after [`Self::keep_maps`].
+    pub(super) fn keeps_maps(&self) -> bool {
+        self.pinned.as_ref().is_some_and(|(_, generation)| generation.is_kept())
+    }
+
+    /// Lets pinned maps stay when this value is dropped: to be called before a program is attached.
+    pub(crate) fn keep_maps(&mut self) {
+        if let Some((_, generation)) = &mut self.pinned {
+            generation.keep();
+        }
+    }
+
+    /// The directories of pinned maps that are not this set's. Fails when they cannot be listed.
+    pub(super) fn other_generations(&self) -> Result<Vec<PathBuf>> {
+        let Some((pins, own)) = &self.pinned else { return Ok(Vec::new()) };
+        let mut others = pins.generations()?;
+        others.retain(|directory| directory != own.directory());
+        Ok(others)
+    }
+
+    /// Removes pinned maps that are not this set's: to be called when no other set's program is attached.
+    pub(crate) fn remove_other_generations(&mut self) -> Result<()> {
+        for directory in self.other_generations()? {
+            generation::remove(&directory)?;
+        }
+        match &mut self.pinned {
+            Some((pins, own)) => own.become_first(pins),
+            None => Ok(()),
+        }
     }
 
     /// Takes a map out of the set; it must live as long as the set loads programs.
@@ -220,25 +257,6 @@ impl Drop for ProgramSet {
             task.abort();
         }
     }
-}
-
-/// Removes the pins of maps that have another shape than those of `fresh`, a set that nothing else uses. The programs that use such a map
-/// keep it until others take their place.
-fn unpin_others(directory: &Path, maps: &[&str], fresh: impl FnOnce() -> Result<Ebpf>) -> Result<()> {
-    let present: Vec<_> =
-        maps.iter().map(|map| (map, directory.join(map))).filter(|(_, path)| path.exists()).collect();
-    if present.is_empty() {
-        return Ok(());
-    }
-    let fresh = fresh()?;
-    for (map, path) in present {
-        let made = fresh.map(map).with_context(|| format!("there is no map {map}"))?;
-        if let Some(why) = difference(&path, made)? {
-            info!("the map {map} of an earlier agent is made again: {why}");
-            unpin(&path)?;
-        }
-    }
-    Ok(())
 }
 
 /// `struct __sk_buff` (linux/bpf.h) with nothing but this.

@@ -144,8 +144,12 @@ impl RouteMaps {
         Ok(())
     }
 
+    pub(super) fn is_full(&self) -> bool {
+        self.routes.len() >= self.capacity.all as usize
+    }
+
     fn is_full_for(&self, subnet: Subnet) -> bool {
-        self.routes.len() >= self.capacity.all as usize && !self.routes.contains_key(&subnet)
+        self.is_full() && !self.routes.contains_key(&subnet)
     }
 
     /// Whether a route belongs into the hash, and has room there.
