@@ -34,6 +34,8 @@ pub(super) enum Condition {
     Datapath,
     /// The capabilities that the eBPF rungs need.
     Capabilities,
+    /// Programs that are left out because others remove them again and again.
+    Demotion,
     /// The address under which peers know this host.
     Address,
     /// `subnet.env`.

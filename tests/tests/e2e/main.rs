@@ -32,6 +32,7 @@ mod privileges;
 mod refusals;
 mod repair;
 mod restart;
+mod rungs;
 mod services;
 mod services_changes;
 mod services_health;
@@ -79,6 +80,7 @@ fn main() -> ExitCode {
     node::register(&mut suite);
     repair::register(&mut suite);
     restart::register(&mut suite);
+    rungs::register(&mut suite);
     policy::register(&mut suite);
     privileges::register(&mut suite);
     subnet_file::register(&mut suite);
