@@ -31,6 +31,8 @@ use tokio::{
 };
 use tracing::warn;
 
+use crate::datapath::Request as RungRequest;
+
 /// Version of the protocol. A change that an older client or agent would misread increments it.
 const VERSION: u32 = 1;
 
@@ -39,6 +41,8 @@ const MAX_REQUEST: u64 = 1024;
 
 /// How long either side waits for a message that is due.
 const TIMEOUT: Duration = Duration::from_secs(5);
+/// How long either side waits for the end of a change: it may load programs.
+const CHANGE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How often a watched query is answered again, to see whether the answer changed.
 const WATCH_INTERVAL: Duration = Duration::from_millis(if cfg!(test) { 10 } else { 1000 });
@@ -55,6 +59,26 @@ pub(crate) enum Query {
     Counters,
     /// The answer is a [`crate::service::traffic::Traffic`].
     Traffic,
+    /// The answer is a [`crate::report::Datapath`].
+    Datapath,
+    /// Asks for another rung; the answer is a [`crate::report::Datapath`], once the change is made.
+    #[serde(rename = "set_datapath")]
+    SetDatapath(RungRequest),
+}
+
+impl Query {
+    /// Whether it changes something, and so is made once.
+    fn is_change(self) -> bool {
+        match self {
+            Self::Status | Self::Routes | Self::Counters | Self::Traffic | Self::Datapath => false,
+            Self::SetDatapath(_) => true,
+        }
+    }
+
+    /// How long either side waits for the answer.
+    fn timeout(self) -> Duration {
+        if self.is_change() { CHANGE_TIMEOUT } else { TIMEOUT }
+    }
 }
 
 /// The answer to a query, or an error text.
@@ -193,7 +217,12 @@ fn parse_request(line: &[u8]) -> Result<Request, String> {
             "unsupported version {version} of the control protocol: this agent ({}) speaks version {VERSION}",
             env!("CARGO_PKG_VERSION")
         )),
-        _ => serde_json::from_slice(line).map_err(|error| format!("invalid request: {error}")),
+        _ => match serde_json::from_slice(line) {
+            Ok(Request { query, watch: true, .. }) if query.is_change() => {
+                Err("invalid request: a change cannot be watched".to_owned())
+            }
+            parsed => parsed.map_err(|error| format!("invalid request: {error}")),
+        },
     }
 }
 
@@ -204,9 +233,10 @@ async fn ask_main_loop(queries: &mpsc::Sender<QueryRequest>, query: Query) -> Re
         queries.send((query, sender)).await?;
         anyhow::Ok(receiver.await?)
     };
-    timeout(TIMEOUT, exchange)
+    let limit = query.timeout();
+    timeout(limit, exchange)
         .await
-        .unwrap_or_else(|_| Ok(Err(format!("the main loop does not answer within {TIMEOUT:?}"))))
+        .unwrap_or_else(|_| Ok(Err(format!("the main loop does not answer within {limit:?}"))))
 }
 
 async fn send(writer: &mut OwnedWriteHalf, answer: Answer) -> Result<()> {
@@ -248,7 +278,7 @@ pub(crate) async fn query<T: DeserializeOwned>(path: &Path, query: Query) -> Res
         let answer = responses.next().await?.context("the agent closed the connection without an answer")?;
         answer.map_err(|error| anyhow::anyhow!("the agent reports: {error}"))
     };
-    timeout(TIMEOUT, attempt)
+    timeout(query.timeout(), attempt)
         .await
         .with_context(|| format!("the agent at {} does not answer", path.display()))?
 }
@@ -338,11 +368,22 @@ mod tests {
             }
         });
         assert_eq!(query::<String>(&path, Query::Routes).await.unwrap(), "Routes");
+        let change = query::<String>(&path, Query::SetDatapath(RungRequest::Tc)).await.unwrap();
+        assert_eq!(change, "SetDatapath(Tc)");
         let response = raw(&path, b"{\"version\":1,\"query\":\"status\"}\n").await;
         assert_eq!(response, "{\"version\":1,\"data\":\"Status\"}\n");
         // Without the limit, the server would wait for the end of this line.
         let long = [b'x'; MAX_REQUEST as usize];
-        for invalid in [&b"\xff{{{\n"[..], b"\"status\"\n", b"{\"version\":1,\"query\":\"x\"}\n", &long] {
+        let watched = b"{\"version\":1,\"query\":{\"set_datapath\":\"tc\"},\"watch\":true}\n";
+        let unknown = b"{\"version\":1,\"query\":{\"set_datapath\":\"fast\"}}\n";
+        for invalid in [
+            &b"\xff{{{\n"[..],
+            b"\"status\"\n",
+            b"{\"version\":1,\"query\":\"x\"}\n",
+            watched,
+            unknown,
+            &long,
+        ] {
             let response = raw(&path, invalid).await;
             assert!(response.starts_with("{\"version\":1,\"error\":\"invalid request: "), "{response}");
         }

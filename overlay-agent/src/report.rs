@@ -10,7 +10,7 @@ use overlay_ebpf::reason::{DropReason, PuntReason};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    datapath::{Choice, KernelDrops, PathCounters},
+    datapath::{Choice, KernelDrops, PathCounters, Request, RungChanges},
     netlink::Link,
     route::Subnet,
     service::record::Protocol,
@@ -38,9 +38,12 @@ pub(crate) struct Status {
     /// Routes whose packets take the slow path for a reason of their peer, which `overlay-agent routes` names.
     pub(crate) slow_routes: usize,
     /// Rung of inner packets that leave this host.
-    pub(crate) egress: Option<Choice>,
+    pub(crate) egress: Option<ActiveRung>,
     /// Rung of outer packets that arrive.
-    pub(crate) ingress: Option<Choice>,
+    pub(crate) ingress: Option<ActiveRung>,
+    /// What was asked for of the datapath. Earlier agents do not say.
+    #[serde(default)]
+    pub(crate) datapath: Option<DatapathRequest>,
     /// What happens when the agent ends.
     #[serde(default)]
     pub(crate) without_agent: Option<WithoutAgent>,
@@ -67,6 +70,49 @@ impl Status {
             ..Self::default()
         }
     }
+}
+
+/// The rung of one direction.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ActiveRung {
+    /// The rung, and why it is that one.
+    #[serde(flatten)]
+    pub(crate) choice: Choice,
+    /// Since when it is that rung, in UTC. Earlier agents do not say.
+    #[serde(default)]
+    pub(crate) since: Option<String>,
+}
+
+/// What was asked for of the datapath, and what it lacks of that.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct DatapathRequest {
+    /// The rung that is asked for: by the last `datapath set`, else at the start.
+    pub(crate) requested: Request,
+    /// The rung that the agent was started with: its next start takes that one.
+    pub(crate) at_start: Request,
+    /// Programs that are left out for a while.
+    pub(crate) postponed: Vec<Postponed>,
+}
+
+/// A program that is left out for a while, because the kernel refuses it or others remove it again and again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Postponed {
+    /// The program and its device.
+    pub(crate) what: String,
+    pub(crate) why: String,
+    /// When it is attempted again, in UTC.
+    pub(crate) next_attempt: String,
+}
+
+/// Answer of `datapath show` and `datapath set`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Datapath {
+    #[serde(flatten)]
+    pub(crate) request: DatapathRequest,
+    /// As in [`Status`].
+    pub(crate) egress: Option<ActiveRung>,
+    /// As in [`Status`].
+    pub(crate) ingress: Option<ActiveRung>,
 }
 
 /// What happens when the agent ends.
@@ -182,10 +228,13 @@ pub(crate) struct CounterList {
     /// Packets dropped by the kernel's queues around both paths, by [`KernelDrops::DESCRIPTIONS`]. Earlier agents have none.
     #[serde(default)]
     pub(crate) kernel: BTreeMap<String, u64>,
+    /// Changes of the rungs, by [`RungChanges::DESCRIPTIONS`]. Earlier agents have none.
+    #[serde(default)]
+    pub(crate) rungs: BTreeMap<String, u64>,
 }
 
 impl From<PathCounters> for CounterList {
-    fn from(PathCounters { fast, slow, kernel }: PathCounters) -> Self {
+    fn from(PathCounters { fast, slow, kernel, rungs }: PathCounters) -> Self {
         let traffic = [
             ("egress_fast_packets", fast.egress_packets),
             ("egress_fast_bytes", fast.egress_bytes),
@@ -202,18 +251,20 @@ impl From<PathCounters> for CounterList {
         let dropped = fast.drops.iter().zip(slow.drops).map(|(fast, slow)| fast + slow);
         let drops = DropReason::ALL.iter().map(|reason| reason.name()).zip(dropped);
         let kernel = KernelDrops::DESCRIPTIONS.iter().map(|(name, _)| *name).zip(kernel.counts());
+        let rungs = RungChanges::DESCRIPTIONS.iter().map(|(name, _)| *name).zip(rungs.counts());
         let named = |(name, count): (&str, u64)| (name.to_owned(), count);
         Self {
             traffic: traffic.into_iter().map(named).collect(),
             punts: punts.map(named).collect(),
             drops: drops.map(named).collect(),
             kernel: kernel.map(named).collect(),
+            rungs: rungs.map(named).collect(),
         }
     }
 }
 
 /// Packets dropped as errors.
-pub(crate) fn errors(PathCounters { fast, slow, kernel }: &PathCounters) -> u64 {
+pub(crate) fn errors(PathCounters { fast, slow, kernel, rungs: _ }: &PathCounters) -> u64 {
     let counts = DropReason::ALL.iter().zip(fast.drops.iter().zip(slow.drops));
     let decided = counts.filter(|(reason, _)| reason.is_error()).map(|(_, (fast, slow))| fast + slow);
     decided.chain(kernel.counts()).sum()

@@ -125,6 +125,9 @@ pub struct Counters {
     pub drops: BTreeMap<String, u64>,
     /// Packets dropped by the kernel's queues around both paths.
     pub kernel: BTreeMap<String, u64>,
+    /// Changes of the rungs.
+    #[serde(default)]
+    pub rungs: BTreeMap<String, u64>,
 }
 
 /// Packets per direction and path. A super-packet of many segments counts once.

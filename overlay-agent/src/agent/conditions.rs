@@ -36,6 +36,8 @@ pub(super) enum Condition {
     Programs,
     /// The capabilities that the eBPF rungs need.
     Capabilities,
+    /// Programs that are left out because others remove them again and again.
+    Demotion,
     /// The address under which peers know this host.
     Address,
     /// `subnet.env`.

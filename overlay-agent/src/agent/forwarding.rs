@@ -25,7 +25,7 @@ use super::{
     retry::Retry,
 };
 use crate::{
-    datapath::{Choice, Datapath, Desired, UnderlayDevice, ebpf::Pins},
+    datapath::{Datapath, Desired, Request, UnderlayDevice, ebpf::Pins},
     device::{DeviceAlias, DeviceSpec},
     icmp::{Problem, Report},
     lease::{Lease, LeaseRecord},
@@ -58,6 +58,8 @@ pub(super) struct Forwarding {
     netlink: Netlink,
     pub(super) next_hops: NextHopTable,
     pub(super) options: Options,
+    /// The requested rung: that of the options until an operator asks for another.
+    pub(super) request: Request,
     /// For the bypass.
     pub(super) containers: ContainerWatch,
     /// Why programs cannot outlive the agent.
@@ -96,13 +98,14 @@ impl Forwarding {
         Ok(Self {
             table: RouteTable::new(local, options.peers.clone()),
             routes: watch::Sender::new(options.peers.clone()),
-            datapath: Datapath::new(netlink.clone(), sender, pins),
+            datapath: Datapath::new(netlink.clone(), sender, pins, options.rung_pauses),
             failures,
             spec: DeviceSpec { name: options.device.clone(), alias, subnet: local.subnet, mtu },
             underlay: UnderlayDevice { link: underlay.link.clone(), local_ip: underlay.local_ip },
             netlink: netlink.clone(),
             next_hops: NextHopTable::new(underlay.local_ip, port)?,
             options: options.clone(),
+            request: options.datapath,
             containers: ContainerWatch::new(options),
             unpinned,
             has_snapshot: false,
@@ -129,8 +132,8 @@ impl Forwarding {
         Ok(())
     }
 
-    /// Reconciles the datapath with the options, the underlay and the route table.
-    async fn reconcile(&mut self) -> Result<()> {
+    /// Reconciles the datapath with the options, the request, the underlay and the route table.
+    pub(super) async fn reconcile(&mut self) -> Result<()> {
         let changes = self.follow_paths().await;
         let reconciled = self.reconcile_datapath().await;
         if reconciled.is_err() {
@@ -152,7 +155,7 @@ impl Forwarding {
             policy: self.options.policy,
             slow_ingress: self.options.policy.source_check != SourceCheck::Strict
                 && self.next_hops.has_policies(),
-            request: self.options.datapath,
+            request: self.request,
             tc_attach: self.options.tc_attach,
             bypass: self.options.bypass.into(),
             containers: &self.containers.get(),
@@ -178,6 +181,7 @@ impl Forwarding {
             format!("every packet takes the slow path, on the tun rung: {missing}, or choose --datapath tun")
         });
         self.conditions.update(Condition::Capabilities, slow);
+        self.conditions.update(Condition::Demotion, self.demotion());
         Ok(())
     }
 
@@ -264,6 +268,11 @@ impl Forwarding {
     /// Reconciles, and schedules another attempt when it fails.
     pub(super) async fn try_reconcile(&mut self) {
         let reconciled = self.reconcile().await;
+        self.conclude(reconciled).await;
+    }
+
+    /// Notes how a reconciliation ended.
+    pub(super) async fn conclude(&mut self, reconciled: Result<()>) {
         // Threads that ended meanwhile may have reported the same failure.
         while self.failures.try_recv().is_ok() {}
         let now = Instant::now();
@@ -302,7 +311,7 @@ impl Forwarding {
         }
     }
 
-    /// Attaches programs again that another program detached, and reads what the kernel dropped before a device may be gone.
+    /// Attaches programs again that another program detached, or that were left out for a while, and reads what the kernel dropped before a device may be gone.
     pub(super) async fn check_programs(&mut self) {
         if let Err(error) = self.datapath.observe_device().await {
             debug!("{error:#}");
@@ -310,7 +319,8 @@ impl Forwarding {
         if let Err(error) = self.datapath.show_alive() {
             debug!("{error:#}");
         }
-        if self.retry.at.is_none() && !self.datapath.has_programs().await {
+        let is_due = self.datapath.is_attempt_due();
+        if self.retry.at.is_none() && (is_due || !self.datapath.has_programs().await) {
             self.try_reconcile().await;
         }
     }
@@ -522,9 +532,9 @@ impl Forwarding {
         self.underlays().iter().skip(1).map(|device| report::Device::from(&device.link)).collect()
     }
 
-    /// The rungs of egress and ingress; `None` while the datapath is down.
-    pub(super) fn rungs(&self) -> Option<(Choice, Choice)> {
-        self.up.then(|| (self.datapath.egress().clone(), self.datapath.ingress().clone()))
+    /// Whether the last reconciliation succeeded, and nothing has failed since.
+    pub(super) fn is_up(&self) -> bool {
+        self.up
     }
 }
 

@@ -20,6 +20,7 @@ mod notifier;
 mod options;
 mod recall;
 mod retry;
+mod rungs;
 mod services;
 mod start;
 mod status;

@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use ipnet::Ipv4Net;
 
 use crate::{
-    datapath::{BypassRequest, Policy, Request, ebpf::TcAttach},
+    datapath::{BypassRequest, Pauses, Policy, Request, ebpf::TcAttach},
     route::{Routes, Subnet},
     service::LbRequest,
     store::etcd::{EtcdOptions, RENEW_MARGIN},
@@ -42,6 +42,8 @@ pub struct Options {
     pub port: Option<u16>,
     /// The requested rung.
     pub datapath: Request,
+    /// When [`Request::Auto`] attempts again what was refused.
+    pub rung_pauses: Pauses,
     /// Log failures inside the eBPF programs.
     pub datapath_log: bool,
     /// Choices that the packet core follows.

@@ -33,16 +33,25 @@ pub(super) fn answer_while_starting(query: Query, health: &Health, store: &str) 
         Query::Routes => json(&RouteList { routes: Vec::new(), skipped: Vec::new() }),
         Query::Counters => json(&CounterList::from(PathCounters::ZERO)),
         Query::Traffic => json(&Traffic::default()),
+        Query::Datapath | Query::SetDatapath(_) => {
+            Err(format!("the agent has no datapath yet, it is starting: {health}"))
+        }
     }
 }
 
 impl Agent {
     /// Answers at once, or where that may take time, later.
-    pub(super) async fn respond(&self, query: Query, answer: oneshot::Sender<Answer>) {
+    pub(super) async fn respond(&mut self, query: Query, answer: oneshot::Sender<Answer>) {
         if query == Query::Traffic {
             let traffic = self.services.traffic();
             // The client may be gone.
             tokio::spawn(async move { drop(answer.send(traffic.await)) });
+            return;
+        }
+        if let Query::SetDatapath(request) = query
+            && let Err(why) = self.forwarding.set_request(request).await
+        {
+            let _ = answer.send(Err(why));
             return;
         }
         let _ = answer.send(self.answer(query).await);
@@ -62,18 +71,18 @@ impl Agent {
                 json(&CounterList::from(counters))
             }
             Query::Traffic => self.services.traffic().await,
+            Query::Datapath | Query::SetDatapath(_) => json(&self.forwarding.datapath_report()),
         }
     }
 
     async fn status(&self) -> Status {
         let (local, spec) = (self.membership.local(), &self.forwarding.spec);
-        let (rungs, health) = (self.forwarding.rungs(), self.health());
+        let (datapath, health) = (self.forwarding.datapath_report(), self.health());
         let mut problems = self.problems();
         let counters = self.forwarding.datapath.counters().await;
         if let Err(error) = &counters {
             problems.push(format!("counters cannot be read: {error:#}"));
         }
-        let (egress, ingress) = rungs.unzip();
         let state = match (self.running, &health.healthy, problems.is_empty()) {
             (_, Err(_), _) => "unhealthy",
             (false, Ok(()), _) => "starting",
@@ -95,8 +104,9 @@ impl Agent {
             underlay: Some(Device::from(&self.underlay.link)),
             other_underlays: self.forwarding.other_underlays(),
             slow_routes: self.forwarding.next_hops.slow_routes(),
-            egress,
-            ingress,
+            egress: datapath.egress,
+            ingress: datapath.ingress,
+            datapath: Some(datapath.request),
             without_agent: Some(self.without_agent()),
             bypass: self.running.then(|| self.forwarding.bypass()),
             services: self.services.report(),

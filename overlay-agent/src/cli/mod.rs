@@ -2,6 +2,7 @@
 
 mod config;
 mod config_set;
+mod datapath;
 mod down;
 mod endpoints;
 mod etcd_args;
@@ -23,7 +24,8 @@ use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use self::{
-    config::ConfigCommand, endpoints::EndpointCommand, leases::LeaseCommand, services::ServiceCommand,
+    config::ConfigCommand, datapath::DatapathCommand, endpoints::EndpointCommand, leases::LeaseCommand,
+    services::ServiceCommand,
 };
 use crate::{
     control::{self, Query},
@@ -37,6 +39,7 @@ Examples:
   overlay-agent run --network 10.244.0.0/16 --subnet 10.244.1.0/24 --peer 10.244.2.0/24=192.168.77.2
   overlay-agent status --watch
   overlay-agent counters -o json
+  overlay-agent datapath set tc
   overlay-agent leases --etcd-endpoints http://192.168.77.10:2379
   overlay-agent config set network.json --store dir:/var/lib/overlay
   overlay-agent service set web.yaml --store dir:/var/lib/overlay
@@ -69,8 +72,11 @@ enum Command {
     Status(StatusArgs),
     /// Show the routes, and the records that were skipped
     Routes(QueryArgs),
-    /// Show the packets that were forwarded, punted to the slow path and dropped
+    /// Show the packets that were forwarded, punted to the slow path and dropped, and changes of the datapath
     Counters(QueryArgs),
+    /// Show or change how the running agent moves packets: xdp, tc or tun
+    #[command(subcommand)]
+    Datapath(DatapathCommand),
     /// List the leases in the store: subnet, host and remaining time
     #[command(args_override_self = true, after_help = leases::LIST_AFTER_HELP)]
     Leases(StoreQuery),
@@ -175,6 +181,7 @@ fn dispatch(command: Command) -> Result<()> {
             Command::Status(args) => query::query(&args.query, Query::Status, query::status).await,
             Command::Routes(args) => query::query(&args, Query::Routes, query::routes).await,
             Command::Counters(args) => query::query(&args, Query::Counters, query::counters).await,
+            Command::Datapath(command) => datapath::run(command).await,
             Command::Leases(args) => leases::leases(args).await,
             Command::Lease(LeaseCommand::Release(args)) => leases::release(args).await,
             Command::Config(ConfigCommand::Show(args)) => config::show(args).await,

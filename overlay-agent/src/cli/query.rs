@@ -10,10 +10,10 @@ use comfy_table::{Table, presets};
 use overlay_ebpf::reason::{DropReason, PuntReason};
 use serde::{Serialize, de::DeserializeOwned};
 
-use super::{Output, QueryArgs};
+use super::{Output, QueryArgs, datapath};
 use crate::{
     control::{self, Query, Responses},
-    datapath::KernelDrops,
+    datapath::{KernelDrops, RungChanges},
     report::{self, Bypass, CounterList, RouteList, Status},
 };
 
@@ -73,9 +73,6 @@ pub(super) fn status(status: &Status) -> String {
     let device = |device: &crate::report::Device| {
         format!("{} (index {}, MTU {})", device.name, device.ifindex, device.mtu)
     };
-    let rung = |choice: &crate::datapath::Choice| {
-        format!("{} ({})", format!("{:?}", choice.rung).to_lowercase(), choice.why)
-    };
     // A part that is missing, because the agent starts or lost it, has no line.
     let subnet = status.subnet.zip(status.network).map(|(subnet, network)| format!("{subnet} of {network}"));
     let address = status.public_ip.zip(status.port).map(|(address, port)| format!("{address} port {port}"));
@@ -92,8 +89,9 @@ pub(super) fn status(status: &Status) -> String {
         ("overlay device", status.device.as_ref().map(device)),
         ("underlay device", status.underlay.as_ref().map(device)),
         ("other underlay devices", other_underlays),
-        ("egress", status.egress.as_ref().map(rung)),
-        ("ingress", status.ingress.as_ref().map(rung)),
+        ("datapath", status.datapath.as_ref().map(datapath::requested)),
+        ("egress", status.egress.as_ref().map(datapath::active)),
+        ("ingress", status.ingress.as_ref().map(datapath::active)),
         ("without the agent", status.without_agent.as_ref().map(without_agent)),
         ("bypass", status.bypass.as_ref().map(bypass)),
         ("services", status.services.as_ref().map(services)),
@@ -185,20 +183,22 @@ pub(super) fn counters(list: &CounterList) -> String {
     }
     let punts = PuntReason::ALL.iter().map(|reason| (reason.name(), reason.describe()));
     let drops = DropReason::ALL.iter().map(|reason| (reason.name(), reason.describe()));
-    let punts = reasons("PUNTED TO THE SLOW PATH", &list.punts, punts);
-    let drops = reasons("DROPPED", &list.drops, drops);
-    let kernel = reasons("DROPPED BY THE KERNEL", &list.kernel, KernelDrops::DESCRIPTIONS.into_iter());
-    format!("{traffic}\n\n{punts}\n\n{drops}\n\n{kernel}")
+    let punts = reasons(["PUNTED TO THE SLOW PATH", "PACKETS"], &list.punts, punts);
+    let drops = reasons(["DROPPED", "PACKETS"], &list.drops, drops);
+    let kernel = KernelDrops::DESCRIPTIONS.into_iter();
+    let kernel = reasons(["DROPPED BY THE KERNEL", "PACKETS"], &list.kernel, kernel);
+    let rungs = reasons(["CHANGES OF THE DATAPATH", ""], &list.rungs, RungChanges::DESCRIPTIONS.into_iter());
+    format!("{traffic}\n\n{punts}\n\n{drops}\n\n{kernel}\n\n{rungs}")
 }
 
 /// Lists the reasons that were counted; zeros would hide the counts that matter.
 fn reasons<'a>(
-    title: &str,
+    [title, unit]: [&str; 2],
     counts: &BTreeMap<String, u64>,
     known: impl Iterator<Item = (&'a str, &'a str)>,
 ) -> Table {
     let mut table = table();
-    table.set_header([title, "PACKETS", ""]);
+    table.set_header([title, unit, ""]);
     table.add_rows(known.filter_map(|(name, text)| {
         let count = counts.get(name).filter(|count| **count > 0)?;
         Some([name.to_owned(), count.to_string(), text.to_owned()])

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     agent::{self, OnExit, Options, StoreOption},
-    datapath::{BypassRequest, Policy, Request, ebpf::TcAttach},
+    datapath::{BypassRequest, Pauses, Policy, Request, ebpf::TcAttach},
     route::{Peer, Routes, Subnet, SubnetError},
 };
 
@@ -41,6 +41,9 @@ pub(super) struct RunArgs {
     /// Datapath of both directions
     #[arg(long, env = "OVERLAY_AGENT_DATAPATH", value_enum, default_value_t)]
     datapath: Request,
+    /// Pause before the first attempt of `--datapath auto` to return to a faster rung; further ones wait twice as long, up to 20 times this
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, hide = true, value_parser = clap::value_parser!(u16).range(1..))]
+    rung_pause: u16,
     /// Which packets between containers and peers skip the host's stack, on the eBPF rungs
     #[arg(long, env = "OVERLAY_AGENT_BYPASS", value_enum, default_value_t)]
     bypass: BypassRequest,
@@ -181,6 +184,7 @@ impl RunArgs {
             device: self.agent.device,
             port: self.port,
             datapath: self.datapath,
+            rung_pauses: Pauses::from_first(Duration::from_secs(self.rung_pause.into())),
             bypass: self.bypass,
             container_ifaces: self.container_ifaces,
             tc_attach: self.tc_attach,

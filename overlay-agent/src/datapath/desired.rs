@@ -8,7 +8,7 @@ use overlay_ebpf::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{KernelDrops, ebpf::TcAttach, plan::Plan};
+use super::{KernelDrops, RungChanges, ebpf::TcAttach, plan::Plan};
 use crate::{
     containers::Containers,
     device::DeviceSpec,
@@ -17,7 +17,8 @@ use crate::{
 };
 
 /// What `--datapath` asks for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Request {
     /// The best rung that this host can have, for each direction
     #[default]
@@ -33,8 +34,13 @@ pub enum Request {
 impl Request {
     /// As on the command line.
     pub(crate) fn flag(self) -> String {
-        let value = self.to_possible_value();
-        value.map_or_else(String::new, |value| format!("--datapath {}", value.get_name()))
+        format!("--datapath {self}")
+    }
+}
+
+impl std::fmt::Display for Request {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.to_possible_value().map_or(Ok(()), |value| f.write_str(value.get_name()))
     }
 }
 
@@ -48,6 +54,16 @@ pub enum Rung {
     Tc,
     /// User space.
     Tun,
+}
+
+impl std::fmt::Display for Rung {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Xdp => "xdp",
+            Self::Tc => "tc",
+            Self::Tun => "tun",
+        })
+    }
 }
 
 /// The rung of one direction, and why it is that one.
@@ -177,7 +193,7 @@ impl Report {
     }
 }
 
-/// Counters of both paths and of the kernel's queues around them.
+/// Counters of both paths, of the kernel's queues around them, and of the rungs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PathCounters {
     /// The eBPF programs'.
@@ -186,9 +202,16 @@ pub struct PathCounters {
     pub slow: Counters,
     /// The kernel's.
     pub kernel: KernelDrops,
+    /// Changes of the rungs.
+    pub rungs: RungChanges,
 }
 
 impl PathCounters {
     /// All counters at zero.
-    pub const ZERO: Self = Self { fast: Counters::ZERO, slow: Counters::ZERO, kernel: KernelDrops::ZERO };
+    pub const ZERO: Self = Self {
+        fast: Counters::ZERO,
+        slow: Counters::ZERO,
+        kernel: KernelDrops::ZERO,
+        rungs: RungChanges::ZERO,
+    };
 }

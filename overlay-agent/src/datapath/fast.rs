@@ -2,21 +2,24 @@
 
 mod switch;
 
-use std::time::Instant;
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, Result};
 use overlay_ebpf::abi::{Config, Counters, NextHop};
+use tokio::time::sleep;
 use tracing::{debug, info, warn};
 
 use super::{
-    Choice, Report, Request, Rung,
+    Pauses, Postponed, Report, Request,
     ebpf::{
         self, Attachment, LoadOptions, OverlaySet, Pins, Target, TcxLinks,
         overlay_set::{INGRESS, XDP},
         self_test, unpin,
     },
     local::LocalPrograms,
-    plan::{Plan, Refusals, Step, next_step},
+    plan::{Plan, Step, next_step},
+    refusals::{Cause, Refusals, Subject},
+    rungs::{ActiveRungs, Trigger},
 };
 use crate::{
     capabilities,
@@ -28,10 +31,13 @@ use crate::{
 /// The route map is read back at most in this share of the time: 1 in 1000.
 const READ_BACK_SHARE: u32 = 1000;
 
+/// How long frames that XDP has decapsulated may be on their way to the tc program behind it: in the lists of GRO, or in the queue of another
+/// CPU.
+const XDP_REST: Duration = Duration::from_millis(20);
+
 /// The programs, and where they are attached.
 pub(super) struct FastPath {
-    pub(super) egress: Choice,
-    pub(super) ingress: Choice,
+    pub(super) rungs: ActiveRungs,
     netlink: Netlink,
     /// XDP first: dropped from the front.
     attachments: Vec<Attachment>,
@@ -60,11 +66,9 @@ pub(super) struct FastPath {
 }
 
 impl FastPath {
-    pub(super) fn new(netlink: Netlink, pins: Option<Pins>) -> Self {
-        let choice = Choice { rung: Rung::Tun, why: "not started".to_owned() };
+    pub(super) fn new(netlink: Netlink, pins: Option<Pins>, pauses: Pauses) -> Self {
         Self {
-            egress: choice.clone(),
-            ingress: choice,
+            rungs: ActiveRungs::new(SystemTime::now()),
             netlink,
             attachments: Vec::new(),
             local: LocalPrograms::default(),
@@ -76,7 +80,7 @@ impl FastPath {
             config: None,
             plan: None,
             missing: None,
-            refusals: Refusals::default(),
+            refusals: Refusals::new(pauses),
             counted: Counters::ZERO,
             next_read_back: None,
             behind: false,
@@ -117,17 +121,21 @@ impl FastPath {
         containers: &Containers,
         report: &mut Report,
     ) -> Result<()> {
+        let mut trigger = Trigger::Refusals;
         if self.plan.as_ref() != Some(&plan) {
-            (self.refusals, self.missing, self.kept) = (Refusals::default(), None, None);
+            trigger = Trigger::Plan;
+            self.forget_refusals();
+            self.kept = None;
             self.plan = Some(plan.clone());
         }
+        self.refusals.advance(Instant::now());
         if !plan.targets(&self.refusals).is_empty() {
             self.provide(&plan, config, routes, containers, report).await?;
             if self.keeps_earlier() {
-                self.show_earlier(&plan);
+                self.show_earlier(&plan, trigger);
                 return Ok(());
             }
-            self.drop_unlisted(report).await?;
+            self.drop_unlisted(&plan, report).await?;
         }
         loop {
             let attached: Vec<_> = self.attachments.iter().map(|attachment| attachment.target).collect();
@@ -136,13 +144,16 @@ impl FastPath {
                 Some(Step::Detach(target)) => {
                     self.attachments.retain(|attachment| attachment.target != target);
                     report.made.push(format!("{} detached", target.hook.program));
+                    if target.hook == XDP {
+                        sleep(XDP_REST).await;
+                    }
                 }
                 Some(Step::Attach(target)) => match self.attach(target).await {
                     Ok(()) => report.made.push(format!("{} attached", target.hook.program)),
                     // Other underlay devices than the first come with routes: none of them ends an explicit request.
                     Err(error) if plan.request == Request::Auto || !plan.is_essential(target) => {
                         debug!("{} is not attached: {error:#}", target.hook.program);
-                        self.refusals.targets.push((target, format!("{error:#}")));
+                        self.refusals.refuse(Subject::Target(target), format!("{error:#}"), Instant::now());
                     }
                     Err(error) => {
                         // Without the tc program, nothing delivers what XDP decapsulates on the device.
@@ -158,9 +169,38 @@ impl FastPath {
         if self.attachments.is_empty() {
             self.unload();
         }
-        update("egress", &mut self.egress, plan.egress(&self.refusals));
-        update("ingress", &mut self.ingress, plan.ingress(&self.refusals));
+        let (egress, ingress) = (plan.egress(&self.refusals), plan.ingress(&self.refusals));
+        self.rungs.set(egress, ingress, trigger, SystemTime::now());
         Ok(())
+    }
+
+    /// Attempts at the next reconciliation what was refused before, as if it had never been.
+    pub(super) fn forget_refusals(&mut self) {
+        self.refusals.clear();
+        self.missing = None;
+    }
+
+    /// Whether the next reconciliation attempts something that was refused.
+    pub(super) fn is_attempt_due(&self) -> bool {
+        self.refusals.next_attempt().is_some_and(|at| at <= Instant::now())
+    }
+
+    /// What is left out for a while.
+    pub(super) fn postponed(&self) -> Vec<Postponed> {
+        let (now, clock) = (Instant::now(), SystemTime::now());
+        let postponed = self.refusals.iter().map(|refusal| Postponed {
+            what: match refusal.subject {
+                Subject::Programs => "all eBPF programs".to_owned(),
+                Subject::Target(Target { hook, ifindex, .. }) => {
+                    let device = device_name(ifindex).unwrap_or_else(|_| format!("device {ifindex}"));
+                    format!("{} on {device}", hook.program)
+                }
+            },
+            why: refusal.why.to_owned(),
+            is_removed: refusal.cause == Cause::Removal,
+            next_attempt: clock + refusal.until.saturating_duration_since(now),
+        });
+        postponed.collect()
     }
 
     /// Detaches what an earlier agent left at other hooks, and removes maps that only its programs had.
@@ -178,7 +218,8 @@ impl FastPath {
     }
 
     /// Forgets attachments that the kernel does not list any more, so that they are attached again.
-    async fn drop_unlisted(&mut self, report: &mut Report) -> Result<()> {
+    /// [`Request::Auto`] leaves out what is removed again and again.
+    async fn drop_unlisted(&mut self, plan: &Plan, report: &mut Report) -> Result<()> {
         let Some(set) = &self.set else { return Ok(()) };
         let (mut unlisted, links) = (Vec::new(), TcxLinks::read()?);
         for attachment in &self.attachments {
@@ -186,8 +227,11 @@ impl FastPath {
             // The kernel removes a program with its device; the plan has the successor of the device.
             let Ok(device) = device_name(target.ifindex) else { continue };
             if !set.programs.is_attached(&self.netlink, attachment, &links).await? {
-                report.repaired.push(format!("program {} on {device}", target.hook.program));
                 unlisted.push(*target);
+                let is_auto = plan.request == Request::Auto;
+                if !(is_auto && self.refusals.removed(*target, Instant::now())) {
+                    report.repaired.push(format!("program {} on {device}", target.hook.program));
+                }
             }
         }
         self.attachments.retain(|attachment| !unlisted.contains(&attachment.target));
@@ -312,11 +356,4 @@ impl FastPath {
 
 fn object() -> Result<&'static [u8]> {
     ebpf::OBJECT.context("this binary was built without eBPF programs: build it with `cargo xtask build`")
-}
-
-fn update(direction: &str, choice: &mut Choice, now: Choice) {
-    if *choice != now {
-        info!("{direction}: {:?}, {}", now.rung, now.why);
-        *choice = now;
-    }
 }

@@ -8,12 +8,16 @@ mod fast;
 mod local;
 mod losses;
 mod plan;
+mod refusals;
+mod rungs;
 pub mod tun;
 
 pub use desired::{
     BypassRequest, Choice, Desired, PathCounters, Policy, Report, Request, Rung, UnderlayDevice,
 };
 pub use losses::KernelDrops;
+pub use refusals::Pauses;
+pub use rungs::{ActiveRung, Postponed, RungChanges};
 
 use std::{
     net::{Ipv4Addr, SocketAddrV4},
@@ -59,10 +63,11 @@ pub struct Datapath {
 
 impl Datapath {
     /// A datapath without device and programs. When its slow path has to stop, the reason comes through `failures`; the next
-    /// [`Datapath::reconcile`] makes what was lost again. With `pins`, programs and maps can outlive the process.
-    pub fn new(netlink: Netlink, failures: mpsc::Sender<String>, pins: Option<Pins>) -> Self {
+    /// [`Datapath::reconcile`] makes what was lost again. With `pins`, programs and maps can outlive the process. [`Request::Auto`]
+    /// attempts after `pauses` what was refused.
+    pub fn new(netlink: Netlink, failures: mpsc::Sender<String>, pins: Option<Pins>, pauses: Pauses) -> Self {
         Self {
-            fast: FastPath::new(netlink.clone(), pins),
+            fast: FastPath::new(netlink.clone(), pins, pauses),
             netlink,
             failures,
             slow: None,
@@ -226,12 +231,32 @@ impl Datapath {
 
     /// How inner packets leave.
     pub fn egress(&self) -> &Choice {
-        &self.fast.egress
+        &self.fast.rungs.egress.choice
     }
 
     /// How outer packets arrive.
     pub fn ingress(&self) -> &Choice {
-        &self.fast.ingress
+        &self.fast.rungs.ingress.choice
+    }
+
+    /// The rungs of egress and ingress, with their history.
+    pub(crate) fn rungs(&self) -> [&ActiveRung; 2] {
+        [&self.fast.rungs.egress, &self.fast.rungs.ingress]
+    }
+
+    /// Attempts at the next reconciliation what was refused before, as if it had never been.
+    pub(crate) fn forget_refusals(&mut self) {
+        self.fast.forget_refusals();
+    }
+
+    /// Whether the next reconciliation attempts something that was refused.
+    pub(crate) fn is_attempt_due(&self) -> bool {
+        self.fast.is_attempt_due()
+    }
+
+    /// What [`Request::Auto`] goes without for a while.
+    pub(crate) fn postponed(&self) -> Vec<Postponed> {
+        self.fast.postponed()
     }
 
     /// The capabilities for whose lack [`Request::Auto`] has chosen the tun rung.
@@ -256,7 +281,8 @@ impl Datapath {
             delivery_refused: device.received.saturating_sub(self.counters.refused()),
             socket_buffer_full: self.socket_losses.total(),
         };
-        Ok(PathCounters { fast: self.fast.counters()?, slow: self.counters.read(), kernel })
+        let rungs = self.fast.rungs.changes;
+        Ok(PathCounters { fast: self.fast.counters()?, slow: self.counters.read(), kernel, rungs })
     }
 
     /// Reads what the overlay device dropped. A device that another program removes takes with it what it dropped since the last

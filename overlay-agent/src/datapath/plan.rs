@@ -8,6 +8,7 @@ use super::{
         Hook, Target, TcMode,
         overlay_set::{EGRESS, FROM_LOCAL, INGRESS, TO_LOCAL, XDP},
     },
+    refusals::Refusals,
 };
 use crate::{containers::Containers, netlink::Link};
 
@@ -20,20 +21,6 @@ pub(super) struct Plan {
     pub(super) overlay_ifindex: u32,
     pub(super) bypass: Bypass,
     pub(super) log: bool,
-}
-
-/// What the kernel refused under a plan of [`Request::Auto`]. It is not asked again until the plan changes.
-#[derive(Debug, Default)]
-pub(super) struct Refusals {
-    /// Why there are no programs at all.
-    pub(super) programs: Option<String>,
-    pub(super) targets: Vec<(Target, String)>,
-}
-
-impl Refusals {
-    fn why(&self, target: Target) -> Option<&str> {
-        self.targets.iter().find(|(refused, _)| *refused == target).map(|(_, why)| why.as_str())
-    }
 }
 
 impl Plan {
@@ -88,7 +75,7 @@ impl Plan {
 
     /// How inner packets leave.
     pub(super) fn egress(&self, refusals: &Refusals) -> Choice {
-        let (rung, why) = match refusals.why(self.target(EGRESS, self.overlay_ifindex)) {
+        let (rung, why) = match refusals.of(self.target(EGRESS, self.overlay_ifindex)) {
             Some(why) => (Rung::Tun, format!("no tc program on the overlay device: {why}")),
             None => (Rung::Tc, "the kernel runs tc programs on the overlay device".to_owned()),
         };
@@ -103,7 +90,7 @@ impl Plan {
     }
 
     fn ingress_of(&self, underlay: &Link, refusals: &Refusals) -> Choice {
-        let [no_tc, no_xdp] = [INGRESS, XDP].map(|hook| refusals.why(self.target(hook, underlay.index)));
+        let [no_tc, no_xdp] = [INGRESS, XDP].map(|hook| refusals.of(self.target(hook, underlay.index)));
         let (rung, why) = match (no_tc, no_xdp, &underlay.kind) {
             _ if !underlay.ethernet => (Rung::Tun, format!("{} is no Ethernet device", underlay.name)),
             (Some(why), ..) => (Rung::Tun, format!("no tc program on the underlay: {why}")),
@@ -122,8 +109,8 @@ impl Plan {
 
     /// `rung`, unless there are no programs; `why` if it was not asked for.
     fn choice(&self, refusals: &Refusals, rung: Rung, why: String) -> Choice {
-        let asked = || format!("asked for with {}", self.request.flag());
-        let (rung, why) = match (self.request, &refusals.programs) {
+        let asked = || format!("{} is asked for", self.request);
+        let (rung, why) = match (self.request, refusals.of_programs()) {
             (Request::Tun, _) => (Rung::Tun, asked()),
             (_, Some(why)) => (Rung::Tun, format!("eBPF is not available: {why}")),
             // Of an underlay device other than the first, programs may be refused all the same.
@@ -154,9 +141,17 @@ pub(super) fn next_step(attached: &[Target], wanted: &[Target]) -> Option<Step> 
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::time::Instant;
+
+    use super::{super::refusals::Subject, *};
 
     const OVERLAY: u32 = 9;
+
+    fn refusals(subject: Subject, why: &str) -> Refusals {
+        let mut refusals = Refusals::default();
+        refusals.refuse(subject, why.to_owned(), Instant::now());
+        refusals
+    }
 
     fn plan(request: Request, kinds: &[Option<&str>]) -> Plan {
         let underlay = |(index, kind): (u32, &Option<&str>)| Link {
@@ -212,13 +207,13 @@ mod tests {
             (tc, &[egress], (Rung::Tun, Rung::Tc)),
             (egress, &[tc, xdp], (Rung::Xdp, Rung::Tun)),
         ] {
-            let refusals = Refusals { programs: None, targets: vec![(refused, "no".to_owned())] };
+            let refusals = refusals(Subject::Target(refused), "no");
             assert_eq!(auto.targets(&refusals), targets);
             let (ingress, egress) = (auto.ingress(&refusals), auto.egress(&refusals));
             assert_eq!((ingress.rung, egress.rung), rungs);
             assert_eq!(ingress.why == "no XDP: no", refused == xdp);
         }
-        let refusals = Refusals { programs: Some("no BPF".to_owned()), targets: Vec::new() };
+        let refusals = refusals(Subject::Programs, "no BPF");
         assert!(auto.targets(&refusals).is_empty());
         assert_eq!(auto.egress(&refusals).why, "eBPF is not available: no BPF");
     }

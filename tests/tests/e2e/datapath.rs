@@ -14,7 +14,7 @@ use aya::{
 use overlay_agent::{
     containers::Containers,
     datapath::{
-        Datapath, Desired, Policy, Report, Request, Rung, UnderlayDevice,
+        Datapath, Desired, Pauses, Policy, Report, Request, Rung, UnderlayDevice,
         ebpf::{OBJECT, Pins, TcAttach},
     },
     device::{DeviceAlias, DeviceSpec},
@@ -80,7 +80,7 @@ impl<'a> Host<'a> {
         let alias = DeviceAlias { network: "10.244.0.0/16".parse()?, port: 8285, underlays };
         Ok(Self {
             netns: &side.host,
-            datapath: Datapath::new(netlink.clone(), sender, pins),
+            datapath: Datapath::new(netlink.clone(), sender, pins, Pauses::default()),
             netlink,
             failures,
             spec: DeviceSpec { name: DEVICE.to_owned(), alias, subnet: side.subnet.parse()?, mtu: 1472 },

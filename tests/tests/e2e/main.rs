@@ -32,6 +32,7 @@ mod privileges;
 mod refusals;
 mod repair;
 mod restart;
+mod rungs;
 mod services;
 mod services_changes;
 mod services_health;
@@ -81,6 +82,7 @@ fn main() -> ExitCode {
     repair::register(&mut suite);
     restart::register(&mut suite);
     upgrade::register(&mut suite);
+    rungs::register(&mut suite);
     policy::register(&mut suite);
     privileges::register(&mut suite);
     subnet_file::register(&mut suite);

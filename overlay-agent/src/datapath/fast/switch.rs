@@ -5,7 +5,7 @@
 //! The tc program that delivers what XDP decapsulated is replaced before XDP. Between the two, it runs behind XDP of the other set:
 //! [`Mark`](overlay_ebpf::abi::Mark) is the same in all versions.
 
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use anyhow::{Context as _, Result, bail};
 use overlay_ebpf::{
@@ -14,7 +14,7 @@ use overlay_ebpf::{
 };
 use tracing::{debug, info, warn};
 
-use super::{FastPath, READ_BACK_SHARE, object, update};
+use super::{FastPath, READ_BACK_SHARE, object};
 use crate::{
     capabilities,
     containers::Containers,
@@ -26,6 +26,8 @@ use crate::{
             self_test,
         },
         plan::Plan,
+        refusals::Subject,
+        rungs::Trigger,
     },
     netlink::{Link, device_name},
     route::{NextHops, diff},
@@ -47,7 +49,10 @@ impl FastPath {
             self.refuse(plan, anyhow::anyhow!("the underlay {} is no Ethernet device", underlay.name))?;
         } else if self.kept.is_none() && (self.set.is_none() || self.loaded != Some(options(plan))) {
             match (self.stage(plan, config, routes, containers, report), self.set.take()) {
-                (Ok(set), None) => self.set = Some(set),
+                (Ok(set), None) => {
+                    self.missing = None;
+                    self.set = Some(set);
+                }
                 (Ok(set), Some(before)) => self.switch(plan, before, set).await,
                 (Err(error), Some(before)) => {
                     self.set = Some(before);
@@ -77,7 +82,7 @@ impl FastPath {
     }
 
     /// Reports how packets move through programs of an earlier agent.
-    pub(super) fn show_earlier(&mut self, plan: &Plan) {
+    pub(super) fn show_earlier(&mut self, plan: &Plan, trigger: Trigger) {
         let has = |hook: Hook, ifindex| {
             self.pins.as_ref().is_some_and(|pins| pins.link(hook.program, ifindex).exists())
         };
@@ -90,8 +95,7 @@ impl FastPath {
             (_, false) => Rung::Tun,
         };
         let egress = if has(EGRESS, plan.overlay_ifindex) { Rung::Tc } else { Rung::Tun };
-        update("egress", &mut self.egress, choice(egress));
-        update("ingress", &mut self.ingress, choice(ingress));
+        self.rungs.set(choice(egress), choice(ingress), trigger, SystemTime::now());
     }
 
     /// There are no programs, and none are attached.
@@ -100,11 +104,11 @@ impl FastPath {
             return Err(error);
         }
         self.missing = error.downcast_ref().cloned();
+        let is_new = self.refusals.refuse(Subject::Programs, format!("{error:#}"), Instant::now());
         // Missing capabilities are reported as a condition.
-        if self.missing.is_none() {
+        if is_new && self.missing.is_none() {
             warn!("no eBPF datapath: {error:#}");
         }
-        self.refusals.programs = Some(format!("{error:#}"));
         Ok(())
     }
 
