@@ -374,7 +374,7 @@ impl FastPath {
         (self.set, self.config, self.next_read_back) = (None, None, None);
         // Maps of an earlier agent, too, and what it left attached.
         if let Some(pins) = &self.pins
-            && let Err(error) = pins.remove()
+            && let Err(error) = pins.remove_datapath()
         {
             warn!("{error:#}");
         }

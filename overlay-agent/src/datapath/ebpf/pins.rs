@@ -2,7 +2,7 @@
 //!
 //! `/sys/fs/bpf/overlay-agent/<device>:<network namespace>/` has the links, and below it the maps of one ABI version. A
 //! program is detached when the pin of its link is removed and no process holds the link, so removing the directory of an agent that is gone
-//! removes its programs.
+//! removes its programs. What services have is in the directory `services` below, in the same form.
 
 use std::{
     fs::{self, DirBuilder},
@@ -20,12 +20,14 @@ use nix::{
     mount::{MsFlags, mount},
     sys::statfs::{BPF_FS_MAGIC, statfs},
 };
-use overlay_ebpf::abi::ABI_VERSION;
+use overlay_ebpf::{abi::ABI_VERSION, service::abi::SERVICE_ABI_VERSION};
 
 /// Where the BPF file system is, by convention (Documentation/bpf/bpf_devel_QA.rst, systemd).
 const FILE_SYSTEM: &str = "/sys/fs/bpf";
 /// The directory of all agents.
 const DIRECTORY: &str = "overlay-agent";
+/// The directory of what belongs to services, below that of the device: it stays when the datapath takes another rung.
+const SERVICES: &str = "services";
 /// Only root reads and writes pins.
 const MODE: u32 = 0o700;
 
@@ -64,9 +66,15 @@ impl Pins {
         ))
     }
 
+    /// The directory of services, which may be missing.
+    pub(crate) fn services(&self) -> Self {
+        Self(self.0.join(SERVICES))
+    }
+
     /// The directory of the maps of this version, made if it is missing.
     pub(super) fn maps(&self) -> Result<PathBuf> {
-        let directory = self.0.join(format!("v{ABI_VERSION}"));
+        let version = if self.0.ends_with(SERVICES) { SERVICE_ABI_VERSION } else { ABI_VERSION };
+        let directory = self.0.join(format!("v{version}"));
         make_directory(&directory)?;
         Ok(directory)
     }
@@ -74,6 +82,11 @@ impl Pins {
     /// Where the link of a program on the device with this index is pinned.
     pub(super) fn link(&self, program: &str, ifindex: u32) -> PathBuf {
         self.0.join(format!("{program}:{ifindex}"))
+    }
+
+    /// Where the link of a program of services is pinned.
+    pub(super) fn service_link(&self, program: &str) -> PathBuf {
+        self.0.join(program)
     }
 
     /// The pins of all links, those of XDP first: what XDP passes on needs the program behind it.
@@ -88,6 +101,33 @@ impl Pins {
     /// Whether programs are attached by pinned links.
     pub(crate) fn has_links(&self) -> bool {
         self.links().is_ok_and(|links| !links.is_empty())
+    }
+
+    /// The directories of maps, of any version.
+    pub(super) fn versions(&self) -> Result<Vec<PathBuf>> {
+        let is_directory = |path: &PathBuf| path.is_dir() && !path.ends_with(SERVICES);
+        let entries = match fs::read_dir(&self.0) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.with_context(|| format!("list {}", self.0.display()))?,
+        };
+        Ok(entries.flatten().map(|entry| entry.path()).filter(is_directory).collect())
+    }
+
+    /// As [`Self::remove`], without what services have.
+    pub(crate) fn remove_datapath(&self) -> Result<()> {
+        let context = || format!("remove {}", self.0.display());
+        for link in self.links().with_context(context)? {
+            unpin(&link)?;
+        }
+        for version in self.versions()? {
+            fs::remove_dir_all(version).with_context(context)?;
+        }
+        match fs::remove_dir(&self.0) {
+            Err(error) if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::DirectoryNotEmpty) => {
+                Err(error).with_context(context)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Removes links, then maps, then the directory. Programs are detached unless a process holds their links. Returns whether there was
@@ -156,7 +196,8 @@ fn map_data(map: &Map) -> Option<&MapData> {
     | Map::HashMap(data)
     | Map::LpmTrie(data)
     | Map::LruHashMap(data)
-    | Map::PerCpuArray(data) = map
+    | Map::PerCpuArray(data)
+    | Map::SkStorage(data) = map
     {
         return Some(data);
     }

@@ -194,6 +194,11 @@ impl ProgramSet {
         result.with_context(|| format!("run {} on a test packet", hook.program))
     }
 
+    /// A map that was not taken.
+    pub(super) fn map(&self, name: &str) -> Option<&Map> {
+        self.ebpf.map(name)
+    }
+
     pub(super) fn program(&mut self, name: &str) -> Result<&mut Program> {
         let lacks = format!("{} has no program {name}", self.name);
         self.ebpf.program_mut(name).context(lacks)
