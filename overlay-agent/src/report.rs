@@ -150,6 +150,9 @@ pub(crate) struct Services {
     pub(crate) skipped: usize,
     /// How connections to virtual addresses reach an endpoint, and why so.
     pub(crate) load_balancer: String,
+    /// Whether they do when the agent ends.
+    #[serde(default)]
+    pub(crate) without_agent: Option<WithoutAgent>,
     /// Where the DNS server of the node answers.
     pub(crate) dns: Option<SocketAddr>,
     /// Endpoints of this node that do not pass their health checks, each with the reason.

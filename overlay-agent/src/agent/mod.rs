@@ -93,7 +93,7 @@ pub async fn run(options: Options) -> Result<()> {
     let underlay_changes = underlay::watch(underlay.clone(), &options.underlay)?;
     let host_changes = host_watch::watch()?;
     membership.keep_lease();
-    let services = Services::start(&options, &config, membership.store(), &underlay, &netlink);
+    let services = Services::start(&options, &config, membership.store(), &underlay, &netlink).await;
     let mut agent = Agent {
         netlink,
         membership,

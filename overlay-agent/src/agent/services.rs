@@ -2,9 +2,11 @@
 
 use std::time::Instant;
 
+use anyhow::Result;
 use ipnet::Ipv4Net;
+use tracing::warn;
 
-use super::{Options, ServiceOptions, status::json};
+use super::{OnExit, Options, ServiceOptions, status::json};
 use crate::{
     config::NetworkConfig,
     control::Answer,
@@ -12,11 +14,11 @@ use crate::{
     report,
     service::{
         LbRequest,
-        device::ServiceDevice,
+        device::{self, ServiceDevice},
         files::FileOptions,
         front::Rules,
         health::Ejected,
-        node::{NodeOptions, ServiceNode},
+        node::{NodeOptions, ServiceNode, remove_left},
     },
     store::Store,
     underlay::Underlay,
@@ -32,8 +34,23 @@ pub(super) enum Services {
 }
 
 impl Services {
-    /// Starts what the network's config and the options say.
-    pub(super) fn start(
+    /// Starts what the network's config and the options say, and removes what an earlier agent left and this one does not take over.
+    pub(super) async fn start(
+        options: &Options,
+        config: &NetworkConfig,
+        store: Option<&Store>,
+        underlay: &Underlay,
+        netlink: &Netlink,
+    ) -> Self {
+        let services = Self::try_start(options, config, store, underlay, netlink);
+        let device = matches!(services, Self::Running(_)).then_some(options.services.device.as_str());
+        if let Err(error) = remove_unused(&options.device, device, netlink).await {
+            warn!("remove what an earlier agent left of services: {error:#}");
+        }
+        services
+    }
+
+    fn try_start(
         options: &Options,
         config: &NetworkConfig,
         store: Option<&Store>,
@@ -77,6 +94,10 @@ impl Services {
             endpoints: state.endpoints,
             skipped: state.skipped,
             load_balancer: state.balancers,
+            without_agent: Some(report::WithoutAgent {
+                forwards: state.without_agent.0,
+                why: state.without_agent.1,
+            }),
             dns: state.dns,
             down: state.down,
             ejected: state.ejected.iter().map(ejected).collect(),
@@ -95,12 +116,25 @@ impl Services {
         async move { json(&traffic?.await?) }
     }
 
-    /// Removes what was made for services.
+    /// Removes what was made for services, or leaves what can go on.
     pub(super) async fn stop(self) {
         if let Self::Running(node) = self {
             node.stop().await;
         }
     }
+}
+
+/// Removes what an agent with the overlay device `owner` left, unless services run with the service device `device`, which takes it over.
+async fn remove_unused(owner: &str, device: Option<&str>, netlink: &Netlink) -> Result<()> {
+    if device.is_none() {
+        remove_left(owner)?;
+    }
+    for left in device::left(netlink, owner).await? {
+        if device != Some(left.name()) {
+            left.remove(netlink).await?;
+        }
+    }
+    Ok(())
 }
 
 fn ejected(ejected: &Ejected) -> report::EjectedEndpoint {
@@ -123,6 +157,8 @@ fn node_options(options: &Options, config: &NetworkConfig) -> Option<NodeOptions
     };
     Some(NodeOptions {
         device: ServiceDevice::new(device, &options.device),
+        overlay: options.device.clone(),
+        keep: options.on_exit == OnExit::Keep,
         pool: services.pool,
         domain: services.domain.clone(),
         lb: *lb,

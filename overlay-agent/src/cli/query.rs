@@ -113,7 +113,8 @@ fn without_agent(without: &report::WithoutAgent) -> String {
 }
 
 fn services(services: &report::Services) -> String {
-    let report::Services { services, endpoints, skipped, load_balancer, dns, down, ejected } = services;
+    let report::Services { services, endpoints, skipped, load_balancer, without_agent, dns, down, ejected } =
+        services;
     if *services == 0 {
         return "none yet".to_owned();
     }
@@ -129,8 +130,13 @@ fn services(services: &report::Services) -> String {
         format!("; connections to {endpoint} at {protocol} {address} fail: it gets none for {left_s} s")
     });
     let ejected: String = ejected.collect();
+    let without = without_agent.as_ref().map(|without| {
+        let verb = if without.forwards { "goes on" } else { "stops" };
+        format!(", and {verb} without the agent ({})", without.why)
+    });
+    let without = without.unwrap_or_default();
     format!(
-        "{services} with {endpoints} endpoints{skipped}; load balancing: {load_balancer}; {dns}{down}{ejected}"
+        "{services} with {endpoints} endpoints{skipped}; load balancing: {load_balancer}{without}; {dns}{down}{ejected}"
     )
 }
 

@@ -347,7 +347,7 @@ impl FastPath {
         self.forget_set();
         // Maps of an earlier agent, too, and what it left attached.
         if let Some(pins) = &self.pins
-            && let Err(error) = pins.remove()
+            && let Err(error) = pins.remove_datapath()
         {
             warn!("{error:#}");
         }

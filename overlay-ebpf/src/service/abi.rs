@@ -2,6 +2,9 @@
 
 use bytemuck::{Pod, Zeroable};
 
+/// Version of the types below, part of the path of pinned maps. To be raised with every change of their layout or meaning.
+pub const SERVICE_ABI_VERSION: u16 = 1;
+
 /// Most virtual ports: entries of `SERVICES` and of the counters.
 pub const MAX_SERVICES: u32 = 16_384;
 /// Most slots of all tables. The kernel allocates 16 bytes for each in advance, and the rest with the slot.

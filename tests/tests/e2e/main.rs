@@ -37,6 +37,7 @@ mod services;
 mod services_changes;
 mod services_health;
 mod services_http;
+mod services_restart;
 mod shells;
 mod snapshot;
 mod socket_lb;
@@ -106,5 +107,6 @@ fn main() -> ExitCode {
     autonomy::register(&mut suite);
     services_health::register(&mut suite);
     services_changes::register(&mut suite);
+    services_restart::register(&mut suite);
     run(&arguments, suite.into_trials()).exit_code()
 }

@@ -1,5 +1,7 @@
 //! What the programs of virtual service addresses count: of each endpoint, and of each virtual port.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, MapData, MapError};
 use overlay_ebpf::service::abi::Counts;
@@ -24,6 +26,15 @@ impl ConnectionCounts {
             backends: programs.take_map("BACKEND_COUNTS")?,
             services: programs.take_map("SERVICE_COUNTS")?,
         })
+    }
+
+    /// The numbers of all endpoints and of all virtual ports that are counted.
+    pub(super) fn counted(&self) -> Result<(BTreeSet<u32>, BTreeSet<u32>)> {
+        let backends =
+            self.backends.keys().collect::<Result<_, _>>().context("read the map BACKEND_COUNTS")?;
+        let services =
+            self.services.keys().collect::<Result<_, _>>().context("read the map SERVICE_COUNTS")?;
+        Ok((backends, services))
     }
 
     /// Begins at 0 to count for the endpoint with this number.

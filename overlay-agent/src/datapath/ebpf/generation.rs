@@ -12,7 +12,6 @@ use aya::{
     Ebpf,
     maps::{Map, MapData, MapInfo},
 };
-use overlay_ebpf::abi::ABI_VERSION;
 use tracing::{info, warn};
 
 use super::pins::{Pins, make_directory};
@@ -25,11 +24,11 @@ pub(super) struct Generation {
 }
 
 impl Generation {
-    /// The directory whose maps `maps` have this [`ABI_VERSION`] and the shapes of those in `fresh`, a set that nothing else uses; a new
+    /// The directory whose maps `maps` have this agent's version and the shapes of those in `fresh`, a set that nothing else uses; a new
     /// one if there is none. Removes all directories while no link is pinned whose program could use their maps.
     pub(super) fn find(pins: &Pins, maps: &[&str], fresh: impl FnOnce() -> Result<Ebpf>) -> Result<Self> {
         let mut present = pins.generations()?;
-        let own = |path: &PathBuf| version(path) == Some(ABI_VERSION);
+        let own = |path: &PathBuf| version(path) == Some(pins.version());
         if present.iter().any(own) {
             let fresh = fresh()?;
             for directory in present.iter().filter(|path| own(path)) {
@@ -39,7 +38,7 @@ impl Generation {
                 }
             }
         } else if !present.is_empty() {
-            info!("maps of version {ABI_VERSION} are made beside those of another version");
+            info!("maps of version {} are made beside those of another version", pins.version());
         }
         if !pins.has_links() {
             for directory in std::mem::take(&mut present) {
@@ -90,11 +89,11 @@ impl Drop for Generation {
 }
 
 impl Pins {
-    /// The directory for the maps of this [`ABI_VERSION`]. The first has no number in its name.
+    /// The directory for the maps of this agent's version. The first has no number in its name.
     fn generation(&self, number: u32) -> PathBuf {
         self.directory().join(match number {
-            1 => format!("v{ABI_VERSION}"),
-            number => format!("v{ABI_VERSION}-{number}"),
+            1 => format!("v{}", self.version()),
+            number => format!("v{}-{number}", self.version()),
         })
     }
 
@@ -175,7 +174,8 @@ fn map_data(map: &Map) -> Option<&MapData> {
     | Map::HashMap(data)
     | Map::LpmTrie(data)
     | Map::LruHashMap(data)
-    | Map::PerCpuArray(data) = map
+    | Map::PerCpuArray(data)
+    | Map::SkStorage(data) = map
     {
         return Some(data);
     }

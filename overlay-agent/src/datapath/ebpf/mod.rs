@@ -3,6 +3,7 @@
 mod attach;
 mod backend_ids;
 mod btf;
+mod cgroup_link;
 mod connection_counts;
 mod counter_maps;
 mod generation;
@@ -12,6 +13,7 @@ mod program_set;
 mod questions;
 mod route_maps;
 pub mod self_test;
+mod service_adoption;
 mod service_maps;
 pub mod service_set;
 mod tcx_link;

@@ -2,7 +2,7 @@
 //!
 //! `/sys/fs/bpf/overlay-agent/<device>:<network namespace>/` has the links, and below it the maps of each generation
 //! (see [`super::generation`]). A program is detached when the pin of its link is removed and no process holds the link, so removing the directory of an agent that is gone
-//! removes its programs.
+//! removes its programs. What services have is in the directory `services` below, in the same form.
 
 use std::{
     fs::{self, DirBuilder},
@@ -17,11 +17,14 @@ use nix::{
     mount::{MsFlags, mount},
     sys::statfs::{BPF_FS_MAGIC, statfs},
 };
+use overlay_ebpf::{abi::ABI_VERSION, service::abi::SERVICE_ABI_VERSION};
 
 /// Where the BPF file system is, by convention (Documentation/bpf/bpf_devel_QA.rst, systemd).
 const FILE_SYSTEM: &str = "/sys/fs/bpf";
 /// The directory of all agents.
 const DIRECTORY: &str = "overlay-agent";
+/// The directory of what belongs to services, below that of the device: it stays when the datapath takes another rung.
+const SERVICES: &str = "services";
 /// Only root reads and writes pins.
 const MODE: u32 = 0o700;
 
@@ -60,6 +63,16 @@ impl Pins {
         ))
     }
 
+    /// The directory of services, which may be missing.
+    pub(crate) fn services(&self) -> Self {
+        Self(self.0.join(SERVICES))
+    }
+
+    /// The version of the maps that this agent pins there.
+    pub(super) fn version(&self) -> u16 {
+        if self.0.ends_with(SERVICES) { SERVICE_ABI_VERSION } else { ABI_VERSION }
+    }
+
     /// The directory itself.
     pub(super) fn directory(&self) -> &Path {
         &self.0
@@ -68,6 +81,11 @@ impl Pins {
     /// Where the link of a program on the device with this index is pinned.
     pub(crate) fn link(&self, program: &str, ifindex: u32) -> PathBuf {
         self.0.join(format!("{program}:{ifindex}"))
+    }
+
+    /// Where the link of a program of services is pinned.
+    pub(super) fn service_link(&self, program: &str) -> PathBuf {
+        self.0.join(program)
     }
 
     /// The pins of all links, those of XDP first: what XDP passes on needs the program behind it.
@@ -90,6 +108,23 @@ impl Pins {
         let links = self.links().with_context(|| format!("list {}", self.0.display()))?;
         let names = links.iter().filter_map(|link| link.file_name());
         Ok(names.into_iter().any(|name| name.to_string_lossy().starts_with(&start)))
+    }
+
+    /// As [`Self::remove`], without what services have.
+    pub(crate) fn remove_datapath(&self) -> Result<()> {
+        let context = || format!("remove {}", self.0.display());
+        for link in self.links().with_context(context)? {
+            unpin(&link)?;
+        }
+        for version in self.generations()? {
+            fs::remove_dir_all(version).with_context(context)?;
+        }
+        match fs::remove_dir(&self.0) {
+            Err(error) if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::DirectoryNotEmpty) => {
+                Err(error).with_context(context)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Removes links, then maps, then the directory. Programs are detached unless a process holds their links. Returns whether there was

@@ -147,6 +147,11 @@ impl ProgramSet {
         }
     }
 
+    /// Removes the pins of this set's maps. Programs that are attached keep them. Fails when they cannot be removed.
+    pub(super) fn remove_maps(&self) -> Result<()> {
+        self.pinned.as_ref().map_or(Ok(()), |(_, own)| generation::remove(own.directory()))
+    }
+
     /// The directories of pinned maps that are not this set's. Fails when they cannot be listed.
     pub(super) fn other_generations(&self) -> Result<Vec<PathBuf>> {
         let Some((pins, own)) = &self.pinned else { return Ok(Vec::new()) };

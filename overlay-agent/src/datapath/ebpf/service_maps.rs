@@ -4,19 +4,24 @@
 //! slots stay for [`GRACE`], for programs that read the former entry.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::SocketAddrV4,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, anyhow};
 use aya::maps::{Array, HashMap, MapData, MapError};
+use bytemuck::AnyBitPattern;
 use overlay_ebpf::service::abi::{
     Address, Backend, Counts, MAX_SERVICES, MAX_SLOTS, MemberKey, ServiceEntry, ServiceKey, SlotKey, TCP,
 };
 
 use super::{
-    ProgramSet, backend_ids::BackendIds, connection_counts::ConnectionCounts, route_maps::if_present,
+    ProgramSet,
+    backend_ids::{BackendIds, Freed},
+    connection_counts::ConnectionCounts,
+    route_maps::if_present,
+    service_adoption::{AdoptedService, Content, adopt, free_below, parked},
 };
 use crate::service::{
     front::{Front, Fronts, abi_address, socket_address},
@@ -49,11 +54,16 @@ pub(super) struct ServiceMaps {
     /// Numbers of services that are free, below `next_number`.
     free_numbers: Vec<u32>,
     next_number: u32,
+    /// Whether the maps outlive the agent.
+    is_pinned: bool,
 }
 
 /// A virtual port as it was written.
 struct Written {
-    front: Front,
+    /// `None` when an earlier agent wrote it, and it was not compared yet.
+    front: Option<Front>,
+    /// The table then.
+    slots: Vec<Backend>,
     entry: ServiceEntry,
     backends: Vec<Backend>,
     /// Failed connections when [`ServiceMaps::outcomes`] looked last.
@@ -113,7 +123,49 @@ impl ServiceMaps {
             next_table: 0,
             free_numbers: Vec::new(),
             next_number: 0,
+            is_pinned: false,
         })
+    }
+
+    /// Takes over what an earlier agent left, and returns the number of its virtual ports. Fails when that contradicts itself. Nothing is
+    /// removed that programs may use.
+    pub(super) fn adopt(&mut self, now: Instant) -> Result<usize> {
+        let (counted_backends, counted_services) = self.counts.counted()?;
+        let content = Content {
+            services: content(&self.services).context("read the map SERVICES")?,
+            slots: content(&self.slots).context("read the map SLOTS")?,
+            members: content(&self.members).context("read the map MEMBERS")?,
+            counted_backends: counted_backends.clone(),
+        };
+        let adopted = adopt(content)?;
+        self.is_pinned = true;
+        self.ids = BackendIds::adopt(&adopted.endpoints, &adopted.unnamed, now);
+        for endpoint in adopted.endpoints.values().filter(|endpoint| !counted_backends.contains(&endpoint.id))
+        {
+            self.counts.begin_backend(endpoint.id)?;
+        }
+        for stray in &adopted.strays {
+            self.remove_member(stray.service, stray.address)?;
+        }
+        let retired = adopted.retired.into_iter();
+        self.retired = retired.map(|(table, slots)| Retired { table, slots, since: now }).collect();
+        self.next_table = adopted.next_table;
+        let numbers: BTreeSet<u32> = adopted.services.values().map(|service| service.entry.service).collect();
+        for number in counted_services.difference(&numbers) {
+            self.counts.end_service(*number)?;
+        }
+        for number in numbers.difference(&counted_services) {
+            self.counts.begin_service(*number)?;
+        }
+        (self.free_numbers, self.next_number) = free_below(&numbers);
+        self.written = adopted
+            .services
+            .into_iter()
+            .map(|(key, AdoptedService { entry, slots, members })| {
+                (key, Written::adopted(entry, slots, members))
+            })
+            .collect();
+        Ok(self.written.len())
     }
 
     /// Makes the virtual ports `desired`, as [`Self::change`] does.
@@ -140,7 +192,7 @@ impl ServiceMaps {
         }
         let mut failures = Vec::new();
         for (key, front) in desired {
-            if self.written.get(key).is_some_and(|written| written.front == *front) {
+            if self.written.get_mut(key).is_some_and(|written| written.is(front)) {
                 continue;
             }
             match self.write(*key, front, now) {
@@ -172,7 +224,14 @@ impl ServiceMaps {
         }
         let connections = &self.connections;
         let free = self.ids.collect(is_due, |id| connections.get(&id, 0).unwrap_or(u64::MAX));
-        free.into_iter().try_for_each(|id| self.counts.end_backend(id))
+        for Freed { id, endpoint } in free {
+            self.counts.end_backend(id)?;
+            if let Some((protocol, address)) = endpoint.filter(|_| self.is_pinned) {
+                let parked = parked(protocol, address);
+                self.remove_member(parked.service, parked.address)?;
+            }
+        }
+        Ok(())
     }
 
     /// Open connections to an endpoint, as the programs count them; `None` when no service has it.
@@ -259,7 +318,7 @@ impl ServiceMaps {
         self.retired.push(Retired { table: entry.table, slots: entry.slots, since: now });
         self.free_number(entry.service);
         for backend in backends {
-            self.ids.release(key.protocol, backend.address, now);
+            self.release(key.protocol, backend, now);
             self.remove_member(entry.service, backend.address)?;
         }
         Ok(())
@@ -292,7 +351,7 @@ impl ServiceMaps {
         if let Some(former) = self.written.insert(key, prepared) {
             self.retired.push(Retired { table: former.entry.table, slots: former.entry.slots, since: now });
             for backend in former.backends {
-                self.ids.release(key.protocol, backend.address, now);
+                self.release(key.protocol, backend, now);
                 if !kept.contains(&backend.address) {
                     self.remove_member(number, backend.address)?;
                 }
@@ -321,7 +380,8 @@ impl ServiceMaps {
             self.undo(key, number, entry, &backends, now);
             return Err(error);
         }
-        Ok(Written { front: front.clone(), entry, backends, failed: 0, outcomes: Vec::new() })
+        let (slots, outcomes) = (Vec::new(), Vec::new());
+        Ok(Written { front: Some(front.clone()), slots, entry, backends, failed: 0, outcomes })
     }
 
     fn write_members(
@@ -334,6 +394,7 @@ impl ServiceMaps {
         for backend in &front.backends {
             let address = abi_address(backend.address);
             let is_new = self.ids.get(key.protocol, address).is_none();
+            let is_parked = self.is_pinned && self.ids.is_released(key.protocol, address);
             let id = self.ids.acquire(key.protocol, address)?;
             let backend = Backend { address, weight: backend.weight.max(1), id };
             backends.push(backend);
@@ -343,8 +404,23 @@ impl ServiceMaps {
             let member = bytemuck::cast::<_, MemberKeyBytes>(MemberKey::new(number, address));
             let written = self.members.insert(member, bytemuck::cast::<_, BackendBytes>(backend), 0);
             written.map_err(|error| full_or(error, "MEMBERS", MAX_SLOTS))?;
+            if is_parked {
+                let parked = parked(key.protocol, address);
+                self.remove_member(parked.service, parked.address)?;
+            }
         }
         Ok(())
+    }
+
+    /// One user of an endpoint less. After the last one, an agent that starts while it has connections finds its number where it is parked.
+    fn release(&mut self, protocol: u8, backend: Backend, now: Instant) {
+        let Some(id) = self.ids.release(protocol, backend.address, now).filter(|_| self.is_pinned) else {
+            return;
+        };
+        let key = bytemuck::cast::<_, MemberKeyBytes>(parked(protocol, backend.address));
+        let value = bytemuck::cast::<_, BackendBytes>(Backend { id, ..backend });
+        // Without room, that agent keeps the number, but does not know the endpoint.
+        let _ = self.members.insert(key, value, 0);
     }
 
     fn write_slots(&mut self, table: u32, slots: &[u32], backends: &[Backend]) -> Result<()> {
@@ -369,7 +445,7 @@ impl ServiceMaps {
         // What cannot be removed now is tried again later.
         let _ = self.remove_slots(entry.table, entry.slots);
         for backend in backends {
-            self.ids.release(key.protocol, backend.address, now);
+            self.release(key.protocol, *backend, now);
             let former = self.written.get(&key).map(|written| written.backends.as_slice());
             let is_kept = former.unwrap_or_default().iter().any(|former| former.address == backend.address);
             if !is_kept {
@@ -414,6 +490,59 @@ impl ServiceMaps {
         let _ = self.counts.end_service(number);
         self.free_numbers.push(number);
     }
+}
+
+impl Written {
+    fn adopted(entry: ServiceEntry, slots: Vec<Backend>, backends: Vec<Backend>) -> Self {
+        Self { front: None, slots, entry, backends, failed: 0, outcomes: Vec::new() }
+    }
+
+    /// Whether it was written so.
+    fn is(&mut self, front: &Front) -> bool {
+        match &self.front {
+            Some(known) => return known == front,
+            None if !self.is_like(front) => return false,
+            None => {}
+        }
+        (self.front, self.slots) = (Some(front.clone()), Vec::new());
+        true
+    }
+
+    /// Whether an earlier agent wrote what would be written now.
+    fn is_like(&self, front: &Front) -> bool {
+        let Self { entry, slots, backends, .. } = self;
+        let wanted: BTreeMap<Address, u16> = front
+            .backends
+            .iter()
+            .map(|backend| (abi_address(backend.address), backend.weight.max(1)))
+            .collect();
+        let present: BTreeMap<Address, u16> =
+            backends.iter().map(|backend| (backend.address, backend.weight)).collect();
+        let ids: BTreeMap<Address, u32> =
+            backends.iter().map(|backend| (backend.address, backend.id)).collect();
+        let is_slot = |(slot, index): (&Backend, &u32)| {
+            let backend = front.backends.get(*index as usize);
+            backend.is_some_and(|backend| abi_address(backend.address) == slot.address)
+                && wanted.get(&slot.address) == Some(&slot.weight)
+                && ids.get(&slot.address) == Some(&slot.id)
+        };
+        let table = front.slots();
+        (entry.policy, entry.affinity_ttl_s) == (front.abi_policy() as u32, front.affinity_ttl_s)
+            && (entry.slots as usize, slots.len()) == (table.len(), table.len())
+            && wanted == present
+            && slots.iter().zip(&table).all(is_slot)
+    }
+}
+
+/// All entries of a map.
+fn content<K: Ord + AnyBitPattern, V: AnyBitPattern, const N: usize, const M: usize>(
+    map: &HashMap<MapData, [u8; N], [u8; M]>,
+) -> Result<BTreeMap<K, V>> {
+    let entries = map.iter().map(|entry| {
+        let (key, value) = entry?;
+        Ok((bytemuck::pod_read_unaligned(&key), bytemuck::pod_read_unaligned(&value)))
+    });
+    entries.collect()
 }
 
 /// Names the limit when a map is full.

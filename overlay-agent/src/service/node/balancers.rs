@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use crate::{
-    datapath::ebpf::{SERVICE_OBJECT, ServiceSet},
+    datapath::ebpf::{Pins, SERVICE_OBJECT, ServiceSet},
     service::{
         Catalog, LbRequest,
         catalog::Service,
@@ -28,7 +28,13 @@ const PAUSE: Duration = Duration::from_secs(30);
 pub(super) struct Balancers {
     request: LbRequest,
     cgroup: Option<PathBuf>,
+    /// The overlay device, by which an agent knows what it pinned.
+    device: String,
     programs: Programs,
+    /// Why programs would end with this process.
+    unpinned: Option<String>,
+    /// Whether it is settled what becomes of programs of an earlier agent: this one has taken them over or removed them.
+    is_settled: bool,
     proxy: Option<Proxy>,
     /// Whether there are HTTP ports of which only connections are balanced.
     has_unread_http: bool,
@@ -81,12 +87,26 @@ enum Programs {
 
 impl Balancers {
     /// Starts nothing yet.
-    pub(super) fn new(request: LbRequest, cgroup: Option<PathBuf>) -> Self {
+    pub(super) fn new(request: LbRequest, cgroup: Option<PathBuf>, device: &str) -> Self {
         let programs = match request {
             LbRequest::Auto | LbRequest::Ebpf => Programs::Due(Instant::now()),
             LbRequest::Proxy | LbRequest::Off => Programs::NotWanted,
         };
-        Self { request, cgroup, programs, proxy: None, has_unread_http: false }
+        Self {
+            request,
+            cgroup,
+            device: device.to_owned(),
+            programs,
+            unpinned: None,
+            is_settled: false,
+            proxy: None,
+            has_unread_http: false,
+        }
+    }
+
+    /// Whether programs of an earlier agent translate virtual addresses.
+    pub(super) fn has_left(&self) -> bool {
+        Pins::find(&self.device).is_ok_and(|pins| pins.is_some_and(|pins| pins.services().has_links()))
     }
 
     /// Starts what is missing, and balances as the catalog says. Returns what does not work.
@@ -125,11 +145,17 @@ impl Balancers {
             if Instant::now() < *time {
                 return Ok(());
             }
+            let has_left = self.has_left();
             match self.load(catalog, rules) {
                 Ok(set) => {
+                    self.is_settled = true;
                     info!("eBPF programs translate virtual addresses for the sockets of this node");
                     let sockets = SocketKeeper::start(set.udp_sockets());
                     sockets.update(catalog, rules);
+                    if has_left {
+                        // Endpoints may have left while no agent ran.
+                        sockets.look();
+                    }
                     self.programs = Programs::Attached(Box::new(set), sockets);
                     return Ok(());
                 }
@@ -148,14 +174,26 @@ impl Balancers {
             set.reconcile(catalog, rules).context("virtual addresses in eBPF")?;
             sockets.update(catalog, rules);
         }
+        if let Programs::NotWanted | Programs::Missing(_) = &self.programs
+            && !self.is_settled
+        {
+            // The proxy listens by now. They would go on with the endpoints of that time.
+            remove_left(&self.device)?;
+            self.is_settled = true;
+        }
         Ok(())
     }
 
     /// The maps are filled before a program can see a connection.
-    fn load(&self, catalog: &Catalog, rules: &Rules) -> Result<ServiceSet> {
+    fn load(&mut self, catalog: &Catalog, rules: &Rules) -> Result<ServiceSet> {
         let object =
             SERVICE_OBJECT.context("this binary was built without eBPF programs (cargo xtask build)")?;
-        let mut set = ServiceSet::load(object)?;
+        let pins = Pins::open(&self.device);
+        self.unpinned = pins.as_ref().err().map(|error| format!("{error:#}"));
+        let mut set = match pins {
+            Ok(pins) => ServiceSet::load_pinned(object, &pins)?,
+            Err(_) => ServiceSet::load(object)?,
+        };
         set.reconcile(catalog, rules)?;
         set.attach(self.cgroup.as_deref())?;
         Ok(set)
@@ -212,13 +250,48 @@ impl Balancers {
         }
     }
 
-    /// Ends all: connections through the programs stay as they are, those through the proxy are reset.
-    pub(super) async fn stop(self) {
-        drop(self.programs);
+    /// Whether the programs go on when this process ends, and why, or why not.
+    pub(super) fn without_agent(&self, keep: bool) -> (bool, String) {
+        let (goes_on, why) = match (&self.programs, &self.unpinned) {
+            (Programs::Attached(set, _), None) if set.is_pinned() && keep => {
+                (true, "the eBPF programs are pinned; names, HTTP and forwarded connections need the agent")
+            }
+            (Programs::Attached(set, _), None) if set.is_pinned() => {
+                (false, "--on-exit remove; only a kill leaves the eBPF programs")
+            }
+            (Programs::Due(_), None) if keep && self.has_left() => (true, "those of an earlier agent go on"),
+            (_, Some(why)) => (false, why.as_str()),
+            _ => (false, "no eBPF programs translate virtual addresses"),
+        };
+        (goes_on, why.to_owned())
+    }
+
+    /// Ends all but what is to go on: connections through the programs stay as they are, those through the proxy are reset.
+    pub(super) async fn stop(self, leave: bool) {
+        if !leave {
+            if let Programs::Attached(mut set, _) = self.programs
+                && let Err(error) = set.detach()
+            {
+                warn!("{error:#}");
+            }
+            if let Err(error) = remove_left(&self.device) {
+                warn!("{error:#}");
+            }
+        }
         if let Some(proxy) = self.proxy {
             proxy.stop().await;
         }
     }
+}
+
+/// Removes programs and maps of services that an agent with this overlay device left. Fails when a pin cannot be removed.
+pub(crate) fn remove_left(device: &str) -> Result<()> {
+    if let Some(pins) = Pins::find(device)?
+        && pins.services().remove()?
+    {
+        info!("the eBPF programs of services are removed");
+    }
+    Ok(())
 }
 
 #[cfg(test)]

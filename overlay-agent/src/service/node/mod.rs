@@ -7,6 +7,8 @@ mod names;
 
 pub(crate) use names::restore as restore_resolv_conf;
 
+pub(crate) use balancers::remove_left;
+
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::Result;
@@ -45,6 +47,10 @@ const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct NodeOptions {
     /// The device of the virtual addresses.
     pub device: ServiceDevice,
+    /// The overlay device.
+    pub overlay: String,
+    /// Whether the end of the agent leaves what can go on without it.
+    pub keep: bool,
     /// The virtual addresses of the network.
     pub pool: Ipv4Net,
     /// The domain below which services have names.
@@ -74,6 +80,8 @@ pub struct NodeState {
     pub skipped: usize,
     /// How connections to virtual addresses reach an endpoint.
     pub balancers: String,
+    /// Whether they reach one when this process ends, and why, or why not.
+    pub without_agent: (bool, String),
     /// Where the DNS server answers, once it does.
     pub dns: Option<SocketAddr>,
     /// Endpoints of this node that do not pass their checks, each with the reason.
@@ -112,7 +120,9 @@ impl ServiceNode {
         let vips = vip::keep(store, vip_options, following.work.clone());
         let health = Health::new(options.rules.node.clone());
         let files = options.files.clone().map(|options| files::keep(store, options, health.verdicts()));
-        let balancers = Balancers::new(options.lb, options.cgroup.clone());
+        let balancers = Balancers::new(options.lb, options.cgroup.clone(), &options.overlay);
+        // What an earlier agent left follows the store, too, when there is no service any more.
+        let is_active = balancers.has_left();
         let keeper = Keeper {
             options,
             netlink,
@@ -126,7 +136,7 @@ impl ServiceNode {
             state: sender,
             questions: asked,
             host_problems: Vec::new(),
-            is_active: false,
+            is_active,
         };
         Ok(Self { state: receiver, questions, stop, task: tokio::spawn(keeper.run(stopped)) })
     }
@@ -147,7 +157,7 @@ impl ServiceNode {
         }
     }
 
-    /// Removes what the task made, and ends it.
+    /// Removes what the task made, or leaves what can go on if [`NodeOptions::keep`] says so, and ends it.
     pub async fn stop(mut self) {
         // The task may have ended.
         let _ = self.stop.send(());
@@ -280,6 +290,7 @@ impl Keeper {
             endpoints: present.services.values().map(|service| service.endpoints.len()).sum(),
             skipped: present.skipped.len(),
             balancers: self.balancers.describe(),
+            without_agent: self.balancers.without_agent(self.options.keep),
             dns: self.names.address(),
             down: self.health.down(),
             ejected: self.health.ejected(),
@@ -304,7 +315,15 @@ impl Keeper {
                 return;
             }
             names.stop();
-            balancers.stop().await;
+            let (leave, _) = balancers.without_agent(options.keep);
+            balancers.stop(leave).await;
+            if leave {
+                // Nothing else refuses what the programs do not translate.
+                info!(
+                    "the eBPF programs go on with the present endpoints: `overlay-agent down` removes them"
+                );
+                return;
+            }
             if let Err(error) = options.device.remove(&netlink).await {
                 warn!("remove the device {}: {error:#}", options.device.name());
             }

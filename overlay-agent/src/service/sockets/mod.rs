@@ -70,6 +70,11 @@ impl SocketKeeper {
         });
     }
 
+    /// Looks at all sockets soon, also if no endpoint has left since: some may have before.
+    pub fn look(&self) {
+        self.wanted.send_modify(|wanted| wanted.losses += 1);
+    }
+
     /// Why connections cannot be ended, all or some.
     pub fn problem(&self) -> Option<String> {
         self.problem.lock().unwrap_or_else(PoisonError::into_inner).clone()
