@@ -32,6 +32,7 @@ use tokio::{
 use tracing::warn;
 
 use crate::datapath::Request as RungRequest;
+use crate::handover::{self, Channel};
 
 /// Version of the protocol. A change that an older client or agent would misread increments it.
 const VERSION: u32 = 1;
@@ -152,8 +153,9 @@ impl Control {
         Ok(Self { listener, _file: file })
     }
 
-    /// Serves clients until the receiver of `queries`, the main loop, is gone.
-    pub(crate) async fn serve(self, queries: mpsc::Sender<QueryRequest>) {
+    /// Serves clients until the receiver of `queries`, the main loop, is gone. Agents that want to take over from this one get to it through
+    /// `successors`.
+    pub(crate) async fn serve(self, queries: mpsc::Sender<QueryRequest>, successors: mpsc::Sender<Channel>) {
         loop {
             let stream = tokio::select! {
                 stream = self.listener.accept() => stream,
@@ -161,9 +163,9 @@ impl Control {
             };
             match stream {
                 Ok((stream, _)) => {
-                    let queries = queries.clone();
+                    let (queries, successors) = (queries.clone(), successors.clone());
                     // A failed connection concerns only its client.
-                    tokio::spawn(async move { drop(serve_client(stream, queries).await) });
+                    tokio::spawn(async move { drop(serve_client(stream, queries, successors).await) });
                 }
                 Err(error) => {
                     warn!("accept on the control socket: {error}");
@@ -183,11 +185,23 @@ pub(crate) fn remove(path: &Path) -> Result<bool> {
     }
 }
 
-async fn serve_client(stream: UnixStream, queries: mpsc::Sender<QueryRequest>) -> Result<()> {
+async fn serve_client(
+    stream: UnixStream,
+    queries: mpsc::Sender<QueryRequest>,
+    successors: mpsc::Sender<Channel>,
+) -> Result<()> {
     let (reader, mut writer) = stream.into_split();
     let mut reader = BufReader::new(reader.take(MAX_REQUEST));
     let mut line = Vec::new();
     timeout(TIMEOUT, reader.read_until(b'\n', &mut line)).await??;
+    if line == handover::REQUEST.as_bytes() {
+        let channel = Channel::new(reader.into_inner().into_inner().reunite(writer)?);
+        let (_, user) = channel.peer()?;
+        if user == 0 || user == rustix::process::geteuid().as_raw() {
+            successors.send(channel).await?;
+        }
+        return Ok(());
+    }
     let request = match parse_request(&line) {
         Ok(request) => request,
         Err(error) => return send(&mut writer, Err(error)).await,
@@ -250,7 +264,7 @@ fn line(message: &impl Serialize) -> Result<String> {
 }
 
 /// Whether connecting failed because no process listens.
-fn is_absent(error: &std::io::Error) -> bool {
+pub(crate) fn is_absent(error: &std::io::Error) -> bool {
     matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused)
 }
 
@@ -338,7 +352,7 @@ mod tests {
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         let control = Control::listen(path.clone()).unwrap();
         let (sender, receiver) = mpsc::channel(1);
-        tokio::spawn(control.serve(sender));
+        tokio::spawn(control.serve(sender, mpsc::channel(1).0));
         (directory, path, receiver)
     }
 

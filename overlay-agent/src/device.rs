@@ -4,9 +4,11 @@ use std::{io, path::Path};
 
 use anyhow::{Context as _, Result, bail};
 use ipnet::Ipv4Net;
+use tracing::{debug, warn};
 use tun_rs::{DeviceBuilder, Layer, SyncDevice};
 
 use crate::{
+    datapath::tun::Queue,
     netlink::{Link, Netlink, Route},
     route::Subnet,
 };
@@ -15,6 +17,9 @@ use crate::{
 const ALIAS: &str = "overlay-agent";
 /// Longest alias in bytes: `IFALIASZ` (linux/if.h) less the terminating zero.
 const LONGEST_ALIAS: usize = 255;
+/// Packets that wait in the device's queue: a second of 20,000 each, while one agent takes over from another. The kernel keeps packets, not
+/// copies, so that it takes memory only as they come.
+const QUEUE_LENGTH: u32 = 20_000;
 const TUN_NODE: &str = "/dev/net/tun";
 
 /// The alias of an overlay device: shows that an agent made it, and what `down` must know when that agent is gone.
@@ -71,7 +76,7 @@ pub struct DeviceSpec {
 /// An open overlay device.
 pub(crate) struct OverlayDevice {
     pub(crate) index: u32,
-    pub(crate) fd: SyncDevice,
+    pub(crate) queue: Queue,
 }
 
 /// Whether an agent made the device.
@@ -138,23 +143,50 @@ pub(crate) fn is_held(name: &str) -> bool {
 }
 
 impl OverlayDevice {
-    /// Makes the device, or takes over the one that an earlier agent left, and sets its attributes. Fails when another process
-    /// holds it or the kernel refuses.
-    pub(crate) async fn open(netlink: &Netlink, spec: &DeviceSpec) -> Result<Self> {
-        let fd = open_tun(&spec.name)?;
+    /// Makes the device, or takes over the one that an earlier agent left, and sets its attributes. `kept` is its queue, if that is open
+    /// still. Fails when another process holds it or the kernel refuses.
+    pub(crate) async fn open(netlink: &Netlink, spec: &DeviceSpec, kept: Option<Queue>) -> Result<Self> {
+        let kept = match kept {
+            Some(queue) if is_queue_of(netlink, &spec.name).await? => Some(queue),
+            Some(_) => {
+                warn!(
+                    "the queue that was kept is of another device {}, in another network namespace",
+                    spec.name
+                );
+                None
+            }
+            None => None,
+        };
+        let (queue, opened) = match kept {
+            Some(queue) => (queue, None),
+            None => {
+                let device = open_tun(&spec.name)?;
+                (Queue::of(&device).context("open the overlay device's queue")?, Some(device))
+            }
+        };
         let configure = async {
             let link = netlink.link(&spec.name).await?.context("the device vanished")?;
             // The overlay carries no IPv6; without this the kernel sends router solicitations into the device for ever.
             // Fails where the kernel has no IPv6, and then there is nothing to forbid.
             let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", spec.name), "1");
             reconcile(netlink, &link, std::slice::from_ref(&link), spec).await?;
-            // Last: until here the kernel removes the device when its descriptor is closed, also when the agent is killed.
-            fd.persist().context("make the device persistent")?;
+            if let Some(device) = opened {
+                if let Err(error) = device.set_tx_queue_len(QUEUE_LENGTH) {
+                    debug!("set the length of the device's queue: {error}");
+                }
+                // Last: until here the kernel removes the device when its descriptor is closed, also when the agent is killed.
+                device.persist().context("make the device persistent")?;
+            }
             anyhow::Ok(link.index)
         };
         let index = configure.await.with_context(|| format!("set up the overlay device {}", spec.name))?;
-        Ok(Self { index, fd })
+        Ok(Self { index, queue })
     }
+}
+
+/// Whether an open queue of a device `name` is that of the agents' device in this network namespace.
+async fn is_queue_of(netlink: &Netlink, name: &str) -> Result<bool> {
+    Ok(netlink.link(name).await?.is_some_and(|link| is_ours(&link)) && is_held(name))
 }
 
 /// The overlay device with this index, which has this name now; `None` when it is gone or in another network namespace. A

@@ -196,6 +196,8 @@ impl Site {
 
     fn spawn(&self, mut command: Command) -> Result<Child> {
         let path = self.log_file();
+        // An agent that runs here goes on to write to its own.
+        let _ = fs::remove_file(&path);
         let log = File::create(&path).with_context(|| format!("create {}", path.display()))?;
         // In its own process group: on Ctrl-C, the test runner stops the agents in order.
         command.process_group(0).stdout(log.try_clone().context("share the log file")?).stderr(log);
@@ -384,15 +386,24 @@ impl Agent {
     /// # Errors
     ///
     /// When it does not end within 20 seconds or with another exit code than 0, with the end of its log.
-    pub fn stop(mut self) -> Result<()> {
+    pub fn stop(self) -> Result<()> {
         self.signal(Signal::SIGTERM)?;
+        self.wait_for_end()
+    }
+
+    /// Checks that the agent ends with success by itself.
+    ///
+    /// # Errors
+    ///
+    /// As [`Agent::stop`].
+    pub fn wait_for_end(mut self) -> Result<()> {
         let Some(status) = wait(&mut self.child, TIMEOUT)? else {
-            bail!("an agent does not end on SIGTERM; the end of its log:\n{}", self.site.log_tail());
+            bail!("an agent does not end; the end of the last log:\n{}", self.site.log_tail());
         };
         self.ended = true;
         ensure!(
             status.success(),
-            "an agent ended with {status}; the end of its log:\n{}",
+            "an agent ended with {status}; the end of the last log:\n{}",
             self.site.log_tail()
         );
         Ok(())
@@ -421,6 +432,22 @@ impl Agent {
             let (netns, log) = (self.site.netns.name(), self.site.log_tail());
             anyhow::anyhow!("start an agent in {netns}: {error:#}; the end of its log:\n{log}")
         })
+    }
+
+    /// Waits until the agent runs in the place of another one, which answers until then.
+    ///
+    /// # Errors
+    ///
+    /// As [`Agent::wait_until_running`].
+    pub fn wait_until_taken_over(&mut self) -> Result<()> {
+        let (deadline, pid) = (Instant::now() + TIMEOUT, self.pid());
+        while self.state().map_or(true, |state| state.pid != pid) {
+            if !self.is_running()? || Instant::now() > deadline {
+                bail!("an agent does not take over; the end of its log:\n{}", self.site.log_tail());
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        self.wait_until_running()
     }
 
     fn run_up(&mut self) -> Result<()> {

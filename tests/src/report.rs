@@ -11,6 +11,8 @@ pub struct State {
     pub state: String,
     /// Problems.
     pub problems: Vec<String>,
+    /// The process that answers.
+    pub pid: u32,
 }
 
 impl State {

@@ -27,6 +27,7 @@ use super::{
 use crate::{
     datapath::{Datapath, Desired, Request, UnderlayDevice, ebpf::Pins},
     device::{DeviceAlias, DeviceSpec},
+    fd_store::FdStore,
     icmp::{Problem, Report},
     lease::{Lease, LeaseRecord},
     netlink::Netlink,
@@ -51,6 +52,8 @@ pub(super) struct Forwarding {
     /// The table's routes, for other tasks.
     routes: watch::Sender<Routes>,
     pub(super) datapath: Datapath,
+    /// What systemd keeps for the next start.
+    pub(super) fd_store: FdStore,
     failures: mpsc::Receiver<String>,
     pub(super) spec: DeviceSpec,
     /// The device with this host's address. Others come with the paths of peers.
@@ -99,6 +102,7 @@ impl Forwarding {
             table: RouteTable::new(local, options.peers.clone()),
             routes: watch::Sender::new(options.peers.clone()),
             datapath: Datapath::new(netlink.clone(), sender, pins, options.rung_pauses),
+            fd_store: FdStore::default(),
             failures,
             spec: DeviceSpec { name: options.device.clone(), alias, subnet: local.subnet, mtu },
             underlay: UnderlayDevice { link: underlay.link.clone(), local_ip: underlay.local_ip },
@@ -163,6 +167,7 @@ impl Forwarding {
             log: self.options.datapath_log,
         };
         let report = self.datapath.reconcile(&desired).await?;
+        self.fd_store.update(&self.datapath.descriptors());
         for step in &report.made {
             info!("set up: {step}");
         }

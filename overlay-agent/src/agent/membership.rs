@@ -254,7 +254,20 @@ impl Membership {
             OwnLease::Fixed | OwnLease::Kept(_) => return,
         };
         self.lease = OwnLease::Kept(keeper);
-        self.snapshot = self.snapshot_file.take().and_then(|path| store.keep_archive(path));
+        if let Some(path) = self.snapshot_file.take() {
+            self.snapshot = store.keep_archive(path);
+        }
+    }
+
+    /// Stops to keep the lease, which another agent of this host is about to keep. [`Self::keep_lease`] goes on.
+    pub(super) async fn pause_lease(&mut self) {
+        self.lease = match std::mem::replace(&mut self.lease, OwnLease::Fixed) {
+            OwnLease::Kept(keeper) => match keeper.stop().await {
+                Some(held) => OwnLease::Held(Box::new(held)),
+                None => OwnLease::Fixed,
+            },
+            other => other,
+        };
     }
 
     /// Reports a snapshot that cannot be written.

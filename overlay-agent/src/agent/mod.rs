@@ -24,7 +24,9 @@ mod rungs;
 mod services;
 mod start;
 mod status;
+mod successor;
 mod sysctl;
+mod takeover;
 
 use std::{pin::pin, time::Duration};
 
@@ -42,6 +44,8 @@ use crate::{
     capabilities,
     control::{self, Control, QueryRequest},
     datapath::{PathCounters, Request},
+    fd_store::FdStore,
+    handover::Channel,
     netlink::Netlink,
     route::LocalNode,
     underlay::{self, Underlay, UnderlayChange},
@@ -53,7 +57,9 @@ use host::HostSetup;
 use membership::{Membership, News};
 use notifier::HealthNotifier;
 use services::Services;
-use start::Prepared;
+use start::{Before, Prepared};
+use successor::Successor;
+use takeover::TakeOver;
 
 /// Interval of checks of the host's state.
 const CHECK_INTERVAL: Duration = Duration::from_secs(5);
@@ -66,15 +72,31 @@ pub async fn run(options: Options) -> Result<()> {
     check_capabilities(options.datapath)?;
     let mut stop = StopSignals::new()?;
     let netlink = Netlink::connect()?;
-    // First, so that `down` and a second agent find this one while it waits for etcd.
-    let control = Control::listen(control::path(&options.run_dir, &options.device))?;
+    let kept = FdStore::take();
+    let path = control::path(&options.run_dir, &options.device);
+    let take_over = match options.take_over {
+        true => TakeOver::request(&path, &options.device).await?,
+        false => None,
+    };
+    let is_taking_over = take_over.is_some();
     let (query_sender, mut queries) = mpsc::channel(8);
-    tokio::spawn(control.serve(query_sender));
-    let mut notifier = HealthNotifier::start(options.host.healthz).await?;
+    let (successor_sender, mut successors) = mpsc::channel(1);
+    let listen = || {
+        let control = Control::listen(path.clone())?;
+        tokio::spawn(control.serve(query_sender.clone(), successor_sender.clone()));
+        anyhow::Ok(())
+    };
+    // First, so that `down` and a second agent find this one while it waits for etcd.
+    if !is_taking_over {
+        listen()?;
+    }
+    let healthz = options.host.healthz;
+    let mut notifier = HealthNotifier::start(healthz.filter(|_| !is_taking_over)).await?;
     let report = notifier.subscribe();
     let prepared = {
         let store = status::store_name(&options);
-        let mut preparing = pin!(Prepared::new(options, &netlink, &mut notifier));
+        let before = Before { kept, take_over };
+        let mut preparing = pin!(Prepared::new(options, &netlink, &mut notifier, before));
         loop {
             tokio::select! {
                 prepared = &mut preparing => break prepared?,
@@ -84,12 +106,17 @@ pub async fn run(options: Options) -> Result<()> {
                     // The client may be gone.
                     let _ = answer.send(status::answer_while_starting(query, &health, &store));
                 }
+                Some(channel) = successors.recv() => successor::refuse(channel, "it is starting").await,
             }
         }
     };
     // Not interrupted: half of it would stay. It takes a moment; a signal meanwhile ends the main loop at once.
-    let Prepared { options, config, mut membership, forwarding, host, underlay } =
+    let Prepared { options, config, mut membership, forwarding, host, underlay, .. } =
         prepared.apply(&netlink).await?;
+    if is_taking_over {
+        listen()?;
+        notifier.serve(healthz).await?;
+    }
     let underlay_changes = underlay::watch(underlay.clone(), &options.underlay)?;
     let host_changes = host_watch::watch()?;
     membership.keep_lease();
@@ -104,13 +131,24 @@ pub async fn run(options: Options) -> Result<()> {
         underlay_changes,
         host_changes,
         queries,
+        successors,
+        successor: None,
         underlay,
         running: false,
     };
     agent.check_link();
     agent.check_silent().await;
-    agent.run_until(&mut stop).await;
-    agent.stop().await
+    match agent.run_until(&mut stop).await {
+        End::Stopped => agent.stop().await,
+        End::TakenOver => agent.end().await,
+    }
+}
+
+/// Why the main loop ends.
+enum End {
+    Stopped,
+    /// Another agent forwards now.
+    TakenOver,
 }
 
 /// Refuses at once what cannot work. With [`Request::Auto`], an agent that may not use eBPF takes the tun rung.
@@ -154,13 +192,17 @@ struct Agent {
     /// Changes that may have been made to what the agent made.
     host_changes: mpsc::Receiver<()>,
     queries: mpsc::Receiver<QueryRequest>,
+    /// Agents that ask to take over.
+    successors: mpsc::Receiver<Channel>,
+    /// The one that prepares to.
+    successor: Option<Successor>,
     underlay: Underlay,
     /// Whether everything was there once.
     running: bool,
 }
 
 impl Agent {
-    async fn run_until(&mut self, stop: &mut StopSignals) {
+    async fn run_until(&mut self, stop: &mut StopSignals) -> End {
         let [mut check, mut silent_check] = [CHECK_INTERVAL, SILENT_CHECK_INTERVAL].map(|period| {
             let mut interval = interval_at(Instant::now() + period, period);
             interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -171,7 +213,13 @@ impl Agent {
             let health = self.health();
             self.notifier.notify(health);
             tokio::select! {
-                () = stop.wait() => return,
+                () = stop.wait() => return End::Stopped,
+                Some(channel) = self.successors.recv() => self.offer(channel).await,
+                message = successor::next(&mut self.successor) => {
+                    if self.on_successor(message).await {
+                        return End::TakenOver;
+                    }
+                }
                 news = self.membership.next() => self.on_news(news).await,
                 Some(change) = self.underlay_changes.recv() => self.on_underlay(change).await,
                 Some((query, answer)) = self.queries.recv() => self.respond(query, answer).await,
@@ -292,18 +340,36 @@ impl Agent {
     async fn stop(mut self) -> Result<()> {
         self.notifier.stopping();
         self.services.stop().await;
-        if self.forwarding.options.on_exit == OnExit::Keep && self.forwarding.datapath.is_pinned() {
-            info!(
-                "the eBPF programs go on with {} routes: `overlay-agent down` removes them",
-                self.forwarding.table.routes().len()
-            );
-            self.forwarding.datapath.leave();
+        let datapath = &mut self.forwarding.datapath;
+        if self.forwarding.options.on_exit == OnExit::Keep
+            && (datapath.is_pinned() || datapath.is_slow_only())
+        {
+            match datapath.is_pinned() {
+                true => info!(
+                    "the eBPF programs go on with {} routes: `overlay-agent down` removes them",
+                    self.forwarding.table.routes().len()
+                ),
+                false => {
+                    info!("the overlay device stays for the next agent: `overlay-agent down` removes it")
+                }
+            }
             self.host.leave().await;
             self.membership.leave().await;
+            // Last: the slow path goes on until here, and packets wait in what systemd keeps open.
+            self.forwarding.datapath.leave();
             return Ok(());
         }
+        self.forwarding.fd_store.clear();
         let removed = start::remove(&mut self.forwarding, &mut self.host, &self.netlink).await;
         self.membership.leave().await;
         removed
+    }
+
+    /// Ends after another agent has taken over: what this one made is that agent's now.
+    async fn end(self) -> Result<()> {
+        self.notifier.stopping();
+        self.services.stop().await;
+        self.membership.leave().await;
+        Ok(())
     }
 }

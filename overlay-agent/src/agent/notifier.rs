@@ -25,16 +25,24 @@ impl HealthNotifier {
     /// Starts the HTTP server, if there is an address for it.
     /// Fails when the address is not available.
     pub(super) async fn start(healthz: Option<SocketAddr>) -> Result<Self> {
-        let (report, receiver) = watch::channel(Report::now(Health::starting()));
-        if let Some(address) = healthz {
-            tokio::spawn(HealthServer::listen(address).await?.serve(receiver));
-        }
+        let report = watch::Sender::new(Report::now(Health::starting()));
         let watchdog = Systemd::watchdog_period().map(|period| {
             let mut interval = interval(period);
             interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
             interval
         });
-        Ok(Self { report, systemd: Systemd::default(), watchdog })
+        let notifier = Self { report, systemd: Systemd::default(), watchdog };
+        notifier.serve(healthz).await?;
+        Ok(notifier)
+    }
+
+    /// Starts the HTTP server, if there is an address for it.
+    /// Fails when the address is not available.
+    pub(super) async fn serve(&self, healthz: Option<SocketAddr>) -> Result<()> {
+        if let Some(address) = healthz {
+            tokio::spawn(HealthServer::listen(address).await?.serve(self.report.subscribe()));
+        }
+        Ok(())
     }
 
     /// Reports that the start waits for something. A new reason is logged.

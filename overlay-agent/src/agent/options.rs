@@ -68,6 +68,8 @@ pub struct Options {
     pub services: ServiceOptions,
     /// What SIGTERM leaves.
     pub on_exit: OnExit,
+    /// Whether to take over from the agent that runs.
+    pub take_over: bool,
 }
 
 /// Services on this node, in a network whose config has them.

@@ -12,10 +12,14 @@ use super::{
     host::HostSetup,
     membership::{Membership, Network},
     notifier::HealthNotifier,
+    takeover::TakeOver,
 };
 use crate::{
     config::NetworkConfig,
-    datapath::tun::{Endpoint, Socket},
+    datapath::{
+        Inherited,
+        tun::{Endpoint, Socket},
+    },
     device,
     netlink::Netlink,
     subnet_env,
@@ -30,6 +34,23 @@ pub(super) struct Prepared {
     pub(super) forwarding: Forwarding,
     pub(super) host: HostSetup,
     pub(super) underlay: Underlay,
+    /// The agent that forwards until this one does.
+    take_over: Option<TakeOver>,
+}
+
+/// What is there of an earlier agent of this device.
+pub(super) struct Before {
+    /// Descriptors that systemd kept.
+    pub(super) kept: Inherited,
+    /// The agent that runs.
+    pub(super) take_over: Option<TakeOver>,
+}
+
+impl Before {
+    /// Whether there is nothing.
+    fn is_none(&self) -> bool {
+        self.kept.is_empty() && self.take_over.is_none()
+    }
 }
 
 impl Prepared {
@@ -39,6 +60,7 @@ impl Prepared {
         options: Options,
         netlink: &Netlink,
         notifier: &mut HealthNotifier,
+        before: Before,
     ) -> Result<Self> {
         // Looked up now to refuse at once what cannot work, and again when etcd, perhaps hours later, has answered.
         let underlay = Underlay::find(netlink, &options.underlay).await?;
@@ -53,19 +75,26 @@ impl Prepared {
         let config = network.config.clone();
         let port = config.port;
         let address = SocketAddrV4::new(underlay.local_ip, port);
-        drop(Socket::bind(Endpoint { address, ifindex: underlay.link.index }, Arc::default())?);
+        if before.is_none() {
+            drop(Socket::bind(Endpoint { address, ifindex: underlay.link.index }, Arc::default())?);
+        }
+        let Before { kept, take_over } = before;
+        if let Some(take_over) = &take_over {
+            take_over.check(config.network, underlay.public_ip, port, options.subnet)?;
+        }
         let membership = network.join(&options, underlay.public_ip, notifier).await?;
         let local = membership.local();
         info!("{} is {} in {}, MTU {mtu}, port {port}", local.public_ip, local.subnet, local.network);
-        let forwarding = Forwarding::new(&options, netlink, local, &underlay, port, mtu)?;
+        let mut forwarding = Forwarding::new(&options, netlink, local, &underlay, port, mtu)?;
+        forwarding.datapath.inherit(kept);
         let host = HostSetup::new(&options);
-        Ok(Self { options, config, membership, forwarding, host, underlay })
+        Ok(Self { options, config, membership, forwarding, host, underlay, take_over })
     }
 
     /// Changes the host: datapath with its routes first, then firewall and routes.
     /// Fails when a step fails; the host is then as it was before, and a new lease is given back.
     pub(super) async fn apply(mut self, netlink: &Netlink) -> Result<Self> {
-        let is_adopting = self.forwarding.datapath.is_adopting();
+        let is_adopting = self.forwarding.datapath.is_adopting() || self.take_over.is_some();
         match self.try_apply(netlink).await {
             Ok(()) => Ok(self),
             Err(error) => {
@@ -86,12 +115,20 @@ impl Prepared {
 
     async fn try_apply(&mut self, netlink: &Netlink) -> Result<()> {
         // The programs get their routes before they see a packet. Those of an earlier agent have routes, which must not be replaced by none.
-        if let Some(event) = self.membership.first_records(self.forwarding.datapath.is_adopting()).await {
+        let is_running = self.forwarding.datapath.is_adopting() || self.take_over.is_some();
+        if let Some(event) = self.membership.first_records(is_running).await {
             self.forwarding.on_records(event).await;
+        }
+        if let Some(take_over) = &mut self.take_over {
+            self.forwarding.datapath.inherit(take_over.take().await?);
         }
         self.forwarding.start().await?;
         let (port, routes) = (self.forwarding.spec.alias.port, self.forwarding.watch_routes());
-        self.host.apply(netlink, self.membership.local(), port, routes).await
+        self.host.apply(netlink, self.membership.local(), port, routes).await?;
+        match self.take_over.take() {
+            Some(take_over) => take_over.finish().await,
+            None => Ok(()),
+        }
     }
 }
 

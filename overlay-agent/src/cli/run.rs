@@ -63,6 +63,10 @@ pub(super) struct RunArgs {
     /// What stays when the agent ends on SIGTERM: `overlay-agent down` removes it
     #[arg(long, env = "OVERLAY_AGENT_ON_EXIT", value_enum, default_value_t)]
     on_exit: OnExit,
+    /// Take over from the agent that runs on this device, if one does, without a loss of packets: it ends when this one forwards. Not for
+    /// a unit of systemd, which has its own way to restart without loss
+    #[arg(long)]
+    take_over: bool,
     /// Log failures inside the eBPF programs (rate-limited)
     #[arg(long, env = "OVERLAY_AGENT_DATAPATH_LOG", value_parser = clap::builder::FalseyValueParser::new())]
     datapath_log: bool,
@@ -197,6 +201,7 @@ impl RunArgs {
             host: self.host.into(),
             services: self.services.into(),
             on_exit: self.on_exit,
+            take_over: self.take_over,
         })
     }
 }

@@ -336,6 +336,11 @@ impl FastPath {
         (self.set, self.loaded, self.config, self.next_read_back) = (None, None, None, None);
     }
 
+    /// From now on, what is pinned may be another agent's.
+    pub(super) fn expect_links(&mut self) {
+        self.is_adopting = self.pins.as_ref().is_some_and(Pins::has_links);
+    }
+
     /// Detaches all programs, XDP first, and closes their maps.
     pub(super) fn unload(&mut self) {
         self.local.detach();

@@ -80,6 +80,15 @@ impl DeviceLosses {
         self.seen(|seen| seen.total)
     }
 
+    /// Packets on their way out that a device, whose statistics are `drops` now, has dropped since it was last observed, by whichever
+    /// agent; all of them if that is not known.
+    pub(super) fn unobserved(&self, index: u32, drops: LinkDrops) -> u64 {
+        self.seen(|seen| match seen.device {
+            Some((followed, before)) if followed == index => drops.sent.saturating_sub(before.sent),
+            Some(_) | None => drops.sent,
+        })
+    }
+
     fn seen<T>(&self, use_it: impl FnOnce(&mut DeviceSeen) -> T) -> T {
         use_it(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -107,9 +116,11 @@ mod tests {
     fn drops_of_devices_add_up_and_those_of_an_earlier_agent_do_not_count() {
         let drops = |received, sent| LinkDrops { received, sent };
         let losses = DeviceLosses::default();
+        assert_eq!(losses.unobserved(7, drops(9, 8)), 8);
         losses.observe(7, drops(9, 9));
         assert_eq!(losses.total(), drops(0, 0), "no device is followed");
         losses.follow(7, drops(100, 50));
+        assert_eq!((losses.unobserved(7, drops(101, 55)), losses.unobserved(6, drops(0, 1))), (5, 1));
         losses.observe(7, drops(101, 55));
         losses.observe(7, drops(103, 55));
         assert_eq!(losses.total(), drops(3, 5));

@@ -5,6 +5,7 @@ mod desired;
 mod diversion;
 pub mod ebpf;
 mod fast;
+mod inherited;
 mod local;
 mod losses;
 mod plan;
@@ -15,6 +16,7 @@ pub mod tun;
 pub use desired::{
     BypassRequest, Choice, Desired, PathCounters, Policy, Report, Request, Rung, UnderlayDevice,
 };
+pub(crate) use inherited::{Descriptor, Inherited};
 pub use losses::KernelDrops;
 pub use refusals::Pauses;
 pub use rungs::{ActiveRung, Postponed, RungChanges};
@@ -27,7 +29,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use overlay_ebpf::{abi::NextHop, rejection::Rejection};
 use tokio::sync::mpsc;
-use tracing::debug;
+use tracing::{debug, warn};
 use tun::{Endpoint, Settings, SlowCounters, Socket, TunRung};
 
 use crate::{
@@ -35,7 +37,7 @@ use crate::{
     containers::Containers,
     device::{self, DeviceSpec, OverlayDevice},
     icmp::Answers,
-    netlink::{Netlink, Route},
+    netlink::{LinkDrops, Netlink, Route},
     route::{NextHops, RouteChange},
 };
 use ebpf::{Pins, detach_left, overlay_set::LOCAL};
@@ -57,6 +59,8 @@ pub struct Datapath {
     socket_losses: Arc<SocketLosses>,
     /// What the last reconciliation made of the device.
     device: Option<DeviceSpec>,
+    /// What an earlier agent left open, until it is taken over.
+    inherited: Inherited,
     /// Whether the filters that a killed agent left on devices of containers are removed.
     is_swept: bool,
 }
@@ -77,6 +81,7 @@ impl Datapath {
             device_losses: DeviceLosses::default(),
             socket_losses: Arc::default(),
             device: None,
+            inherited: Inherited::default(),
             is_swept: false,
         }
     }
@@ -121,6 +126,7 @@ impl Datapath {
         }
         let found =
             diversion::find(&self.netlink, &others_routes, ifindex, desired.device, desired.routes).await;
+        self.inherited.discard();
         // The next check is not far.
         report.diverted =
             found.inspect_err(|error| debug!("look for other routes: {error:#}")).unwrap_or_default();
@@ -128,7 +134,7 @@ impl Datapath {
     }
 
     /// A socket for each underlay device: the present one where it is bound to the same address, port and device.
-    fn bind_sockets(&self, desired: &Desired<'_>, report: &mut Report) -> Result<Vec<Arc<Socket>>> {
+    fn bind_sockets(&mut self, desired: &Desired<'_>, report: &mut Report) -> Result<Vec<Arc<Socket>>> {
         let mut sockets = Vec::new();
         for UnderlayDevice { link, local_ip } in desired.underlays {
             let address = SocketAddrV4::new(*local_ip, desired.device.alias.port);
@@ -137,7 +143,12 @@ impl Datapath {
             sockets.push(match present {
                 Some(socket) => Arc::clone(socket),
                 None => {
-                    let socket = match Socket::bind(endpoint, Arc::clone(&self.socket_losses)) {
+                    let losses = Arc::clone(&self.socket_losses);
+                    let socket = match self.inherited.take_socket(endpoint) {
+                        Some(kept) => Socket::adopt(kept, endpoint, losses),
+                        None => Socket::bind(endpoint, losses),
+                    };
+                    let socket = match socket {
                         Ok(socket) => socket,
                         // Other devices than the first come and go with routes.
                         Err(error) if !sockets.is_empty() => {
@@ -168,8 +179,13 @@ impl Datapath {
             // Ends what is left of it: the name is free only when its descriptor is closed.
             self.slow = None;
             device::preflight(&self.netlink, &spec.name, spec.alias.network).await?;
-            let device = OverlayDevice::open(&self.netlink, spec).await?;
+            let kept = self.inherited.take_queue(&spec.name);
+            let is_kept = kept.is_some();
+            let device = OverlayDevice::open(&self.netlink, spec, kept).await?;
             if let Some(drops) = self.netlink.drops(device.index).await? {
+                if !is_kept {
+                    self.report_unobserved(device.index, drops);
+                }
                 self.device_losses.follow(device.index, drops);
             }
             let lost = self.device.replace(spec.clone()).is_some_and(|before| before.name == spec.name);
@@ -184,6 +200,29 @@ impl Datapath {
             report.add(same, format!("{attribute} of {}", spec.name));
         }
         Ok((None, routes))
+    }
+
+    /// Reports at the start of an agent what the device has dropped without one.
+    fn report_unobserved(&self, index: u32, drops: LinkDrops) {
+        let lost = self.device_losses.unobserved(index, drops);
+        if self.device.is_none() && lost > 0 {
+            warn!(
+                "{lost} packets for peers were dropped while no agent read them, by the statistics of the overlay device; what peers \
+                 sent to this host meanwhile is in no statistic"
+            );
+        }
+    }
+
+    /// Takes over what an earlier agent left open, at the next [`Datapath::reconcile`]: packets wait there.
+    pub(crate) fn inherit(&mut self, inherited: Inherited) {
+        self.inherited = inherited;
+    }
+
+    /// What the next agent can take over, without a loss of packets that arrive meanwhile.
+    pub(crate) fn descriptors(&self) -> Vec<Descriptor<'_>> {
+        let queue = self.slow.as_ref().zip(self.device.as_ref());
+        let queue = queue.map(|(rung, spec)| Descriptor::of_queue(&spec.name, rung.queue()));
+        queue.into_iter().chain(self.sockets.iter().map(|socket| socket.descriptor())).collect()
     }
 
     /// Makes `changes`, which lead to `routes`, in both paths. Fails when the kernel refuses an update of its map, or the map is
@@ -312,6 +351,11 @@ impl Datapath {
         self.fast.is_pinned()
     }
 
+    /// Whether no eBPF program carries packets.
+    pub(crate) fn is_slow_only(&self) -> bool {
+        [self.egress(), self.ingress()].iter().all(|choice| choice.rung == Rung::Tun)
+    }
+
     /// Leaves programs, maps and device in the kernel, which forwards packets by the routes of this moment, and stops the threads. What
     /// is not pinned is removed.
     pub fn leave(&mut self) {
@@ -319,6 +363,22 @@ impl Datapath {
         self.slow = None;
         self.sockets.clear();
         self.device = None;
+    }
+
+    /// As [`Self::leave`], and returns what the next agent needs to lose nothing. If there is none, this value can go on with it.
+    /// Fails when the kernel has no descriptors for their duplicates.
+    pub(crate) fn hand_over(&mut self) -> Result<Inherited> {
+        let duplicate = |descriptor: Descriptor<'_>| {
+            let fd = descriptor
+                .fd
+                .try_clone_to_owned()
+                .with_context(|| format!("duplicate {}", descriptor.name))?;
+            anyhow::Ok((descriptor.name, fd))
+        };
+        let kept = self.descriptors().into_iter().map(duplicate).collect::<Result<_>>()?;
+        self.leave();
+        self.fast.expect_links();
+        Ok(Inherited::new(kept))
     }
 
     /// Detaches the programs, stops the threads and removes the overlay device, in this order: nothing may redirect to a

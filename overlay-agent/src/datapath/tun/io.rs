@@ -29,6 +29,9 @@ const LONGEST: usize = 65535;
 /// Packets moved before looking at the settings.
 const BUDGET: usize = 256;
 
+/// How long a packet that was read waits for its socket when the rung stops.
+const LAST_WAIT: u16 = 1000;
+
 /// Times the budget that the last packets of a socket may take: its buffer holds about 11000 of them.
 const LAST_BUDGETS: usize = 64;
 
@@ -42,14 +45,14 @@ pub(super) fn egress(shared: &Shared) -> Result<()> {
         let settings = shared.settings.load_full();
         for _ in 0..BUDGET {
             // A super-packet comes out as the packets it stands for, with their checksums complete.
-            let count = match shared.device.recv_multiple(&mut raw, &mut packets, &mut sizes, 0) {
+            let count = match shared.device.receive(&mut raw, &mut packets, &mut sizes) {
                 Ok(count) => count,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
                 Err(error) if error.raw_os_error().is_some() => {
                     return Err(error).context("read from the overlay device: was it removed?");
                 }
-                // The library does not understand this one packet.
+                // This one packet is no valid one.
                 Err(_) => {
                     shared.counters.dropped(DropReason::DeviceFailed);
                     continue;
@@ -186,7 +189,7 @@ fn receive(
         header.copy_from_slice(bytemuck::bytes_of(&partial::header(payload, settings.mtu)));
         let whole = buffer.get(..VIRTIO_NET_HDR_LEN + len).unwrap_or_default();
         match shared.device.send(whole) {
-            Ok(_) => shared.counters.delivered(len),
+            Ok(()) => shared.counters.delivered(len),
             Err(error) => match error.raw_os_error() {
                 // What a tun descriptor answers when its device was deleted.
                 Some(libc::EBADFD) => {
@@ -218,10 +221,16 @@ fn wait(shared: &Shared, wake: &EventFd, sources: &[BorrowedFd<'_>]) -> Result<O
     Ok((!shared.stop.load(Ordering::Relaxed)).then_some(ready))
 }
 
-/// Waits until the egress thread's socket can take another packet; `false` when there are new settings.
+/// Waits until the egress thread's socket can take another packet; `false` when there are new settings, or when the rung stops and the
+/// socket takes none for a while.
 fn is_writable(shared: &Shared, socket: &Socket) -> bool {
     let [wake, _] = &shared.wakes;
+    if shared.stop.load(Ordering::Relaxed) {
+        let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)];
+        return poll(&mut fds, LAST_WAIT).is_ok_and(|ready| ready > 0);
+    }
     let mut fds =
         [PollFd::new(socket.as_fd(), PollFlags::POLLOUT), PollFd::new(wake.as_fd(), PollFlags::POLLIN)];
-    poll(&mut fds, PollTimeout::NONE).is_ok() && !fds[1].any().unwrap_or(false)
+    let is_ready = poll(&mut fds, PollTimeout::NONE).is_ok();
+    is_ready && (!fds[1].any().unwrap_or(false) || shared.stop.load(Ordering::Relaxed))
 }

@@ -8,11 +8,13 @@ pub mod fragment;
 mod io;
 mod lookup;
 pub mod partial;
+mod queue;
 pub mod shell;
 mod socket;
 
 pub(crate) use counters::SlowCounters;
 pub use lookup::Lookup;
+pub(crate) use queue::{Queue, device_of};
 pub(crate) use socket::{Endpoint, Socket};
 
 use std::{
@@ -33,7 +35,6 @@ use overlay_ebpf::{
 };
 use tokio::sync::mpsc;
 use tracing::error;
-use tun_rs::SyncDevice;
 
 use crate::{
     device::OverlayDevice,
@@ -63,7 +64,7 @@ pub(crate) struct Settings {
 
 /// What both threads use.
 struct Shared {
-    device: SyncDevice,
+    device: Queue,
     settings: ArcSwap<Settings>,
     routes: RwLock<Lookup>,
     counters: Arc<SlowCounters>,
@@ -91,12 +92,11 @@ impl TunRung {
         (counters, answers): (Arc<SlowCounters>, Arc<Answers>),
         failures: &mpsc::Sender<String>,
     ) -> Result<Self> {
-        device.fd.set_nonblocking(true).context("make the overlay device non-blocking")?;
         let wake = || {
             EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).context("create an eventfd")
         };
         let shared = Arc::new(Shared {
-            device: device.fd,
+            device: device.queue,
             settings: ArcSwap::from_pointee(settings),
             routes: RwLock::new(Lookup::new(routes)),
             counters,
@@ -130,7 +130,12 @@ impl TunRung {
 
     /// The present name of the device; `None` when it was removed.
     pub(crate) fn device_name(&self) -> Option<String> {
-        self.shared.device.name().ok()
+        self.shared.device.device_name()
+    }
+
+    /// The device's queue.
+    pub(crate) fn queue(&self) -> &Queue {
+        &self.shared.device
     }
 
     /// Replaces the settings if they differ.

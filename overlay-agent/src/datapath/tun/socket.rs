@@ -22,10 +22,17 @@ use nix::{
 use rustix::net::sockopt::Ipv4PathMtuDiscovery;
 use tracing::warn;
 
-use crate::{datapath::losses::SocketLosses, netlink::device_name};
+use crate::{
+    datapath::{inherited::Descriptor, losses::SocketLosses},
+    netlink::device_name,
+};
 
 /// Room for a burst of 1472-byte packets while the thread is not scheduled.
-const SOCKET_BUFFER: usize = 4 << 20;
+const SEND_BUFFER: usize = 4 << 20;
+
+/// Room for what arrives in a second while one agent takes over from another: 20,000 packets, of which each takes up to 2304 bytes of
+/// the kernel's memory. The kernel doubles the number (socket(7)).
+const RECEIVE_BUFFER: usize = 24 << 20;
 
 /// The UDP sockets of this thread's network namespace, with their lost datagrams in the last column (kernel doc
 /// Documentation/networking/proc_net_tcp.rst has the others).
@@ -97,17 +104,33 @@ impl Socket {
             ),
             bound => bound.with_context(|| format!("bind UDP {address}"))?,
         }
+        Self::prepare(fd, endpoint, losses, 0)
+    }
+
+    /// Takes over a socket that an earlier agent has bound to `endpoint`. What it has lost before does not count.
+    pub(crate) fn adopt(fd: OwnedFd, endpoint: Endpoint, losses: Arc<SocketLosses>) -> Result<Self> {
+        let inode = fstat(&fd).context("identify the UDP socket")?.st_ino;
+        let lost = std::fs::read_to_string(UDP_SOCKETS).ok().and_then(|table| dropped(&table, inode));
+        Self::prepare(fd, endpoint, losses, lost.context("the UDP socket is of another network namespace")?)
+    }
+
+    fn prepare(fd: OwnedFd, endpoint: Endpoint, losses: Arc<SocketLosses>, counted: u32) -> Result<Self> {
         // The outer header carries the inner one's ECN and DSCP, so it must be known on arrival.
         setsockopt(&fd, sockopt::IpRecvTos, &true).context("ask for the TOS of datagrams")?;
-        setsockopt(&fd, sockopt::RcvBufForce, &SOCKET_BUFFER)
+        setsockopt(&fd, sockopt::RcvBufForce, &RECEIVE_BUFFER)
             .context("enlarge the socket's receive buffer")?;
-        setsockopt(&fd, sockopt::SndBufForce, &SOCKET_BUFFER).context("enlarge the socket's send buffer")?;
+        setsockopt(&fd, sockopt::SndBufForce, &SEND_BUFFER).context("enlarge the socket's send buffer")?;
         // DF on every outer packet. Unlike IP_PMTUDISC_DO this does not believe ICMP about the path: ports and addresses are
         // known, so any host could shrink it. The agent checks such messages, and says how long inner packets may be.
         rustix::net::sockopt::set_ip_mtu_discover(&fd, Ipv4PathMtuDiscovery::PROBE)
             .context("set DF on datagrams")?;
         let inode = fstat(&fd).context("identify the UDP socket")?.st_ino;
-        Ok(Self { endpoint, fd, inode, counted: AtomicU32::new(0), losses })
+        Ok(Self { endpoint, fd, inode, counted: AtomicU32::new(counted), losses })
+    }
+
+    /// For the next agent.
+    pub(crate) fn descriptor(&self) -> Descriptor<'_> {
+        Descriptor::of_socket(self.endpoint, self.inode, self.as_fd())
     }
 
     /// Adds what the kernel has dropped since the last call to the losses. Fails when the kernel does not list the socket.
