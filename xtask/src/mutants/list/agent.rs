@@ -8,6 +8,8 @@ const PARTIAL: &str = "overlay-agent/src/datapath/tun/partial.rs";
 const FRAGMENT: &str = "overlay-agent/src/datapath/tun/fragment.rs";
 const ERROR: &str = "overlay-agent/src/icmp/error_message.rs";
 const LIMITER: &str = "overlay-agent/src/icmp/limiter.rs";
+const REFUSALS: &str = "overlay-agent/src/datapath/refusals.rs";
+const RUNGS: &str = "overlay-agent/src/datapath/rungs.rs";
 const REPORT: &str = "overlay-agent/src/icmp/report.rs";
 const LEARNED: &str = "overlay-agent/src/path/learned.rs";
 const PATH: &str = "overlay-agent/src/path/mod.rs";
@@ -318,6 +320,42 @@ pub(super) const CHANGES: &[Change] = &[
         to: "bucket.tokens > BURST",
         wrong: "Forged sources make the limit void.",
         tests: &[Tests::Agent("limiter::")],
+        reason: None,
+    },
+    Change {
+        name: "agent-refusals-trial-forgives",
+        file: REFUSALS,
+        from: "if count <= REPAIRED && !is_trial {",
+        to: "if count <= REPAIRED {",
+        wrong: "A program that is removed after each pause is attached three times as often.",
+        tests: &[Tests::Agent("refusals::")],
+        reason: None,
+    },
+    Change {
+        name: "agent-refusals-pause-does-not-grow",
+        file: REFUSALS,
+        from: "failures.saturating_sub(1).min(16)",
+        to: "failures.min(0)",
+        wrong: "The rung changes every 30 s for ever.",
+        tests: &[Tests::Agent("refusals::")],
+        reason: None,
+    },
+    Change {
+        name: "agent-refusals-never-forgotten",
+        file: REFUSALS,
+        from: "now.duration_since(since) < longest",
+        to: "now.duration_since(since) < longest * 1000",
+        wrong: "One removal a week after the last ends a faster rung.",
+        tests: &[Tests::Agent("refusals::")],
+        reason: None,
+    },
+    Change {
+        name: "agent-rungs-demotion-is-a-promotion",
+        file: RUNGS,
+        from: "(trigger, *rung > before)",
+        to: "(trigger, *rung < before)",
+        wrong: "Counters and log take one direction for the other.",
+        tests: &[Tests::Agent("rungs::")],
         reason: None,
     },
     Change {
