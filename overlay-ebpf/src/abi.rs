@@ -231,10 +231,7 @@ impl Config {
     /// The mark of this network's XDP program.
     #[inline(always)]
     pub fn mark(&self) -> Mark {
-        Mark {
-            magic: *b"ov\0\x05",
-            overlay_ifindex: self.overlay_ifindex.to_be_bytes(),
-        }
+        Mark { magic: *b"ov\0\x05", overlay_ifindex: self.overlay_ifindex.to_be_bytes() }
     }
 
     /// The same configuration with the overlay device, which only the eBPF programs need.

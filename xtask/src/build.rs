@@ -73,8 +73,7 @@ pub(crate) fn build_next(toolchain: &Toolchain) -> Result<PathBuf> {
     std::fs::create_dir_all(&directory).with_context(|| format!("create {}", directory.display()))?;
     let copy = |from: &Path, name: &str| {
         let to = directory.join(name);
-        std::fs::copy(from, &to)
-            .with_context(|| format!("copy {} to {}", from.display(), to.display()))?;
+        std::fs::copy(from, &to).with_context(|| format!("copy {} to {}", from.display(), to.display()))?;
         anyhow::Ok(to)
     };
     // The same place for both kinds, so that the standard library is built once. What is there afterwards are the programs as they are.

@@ -165,7 +165,8 @@ fn refused(sandbox: &Arc<Sandbox>) -> Result<()> {
     let host = Arc::clone(&pair.topology.a.host);
     let now = Arc::clone(pair.a.site());
     let object = env::var_os("OVERLAY_EBPF_OBJECT").map(PathBuf::from);
-    let object = object.context("OVERLAY_EBPF_OBJECT names the eBPF object: run the tests with `cargo xtask test`")?;
+    let object =
+        object.context("OVERLAY_EBPF_OBJECT names the eBPF object: run the tests with `cargo xtask test`")?;
     let next = agent::next_binary()?;
     let next_object = next.with_file_name("overlay-ebpf");
     for (binary, object, keeps_maps) in [(now.binary(), &object, true), (&next, &next_object, false)] {
@@ -182,7 +183,10 @@ fn refused(sandbox: &Arc<Sandbox>) -> Result<()> {
                 Ok(problems.iter().any(is_it))
             })?;
             let status = agent.status()?;
-            ensure!([&status.ingress.rung, &status.egress.rung].iter().all(|rung| *rung == "tc"), "{status:?}");
+            ensure!(
+                [&status.ingress.rung, &status.egress.rung].iter().all(|rung| *rung == "tc"),
+                "{status:?}"
+            );
             has_only(&host, ABI_VERSION)?;
             let before = routes(&host)?;
             pair.store.write_lease("10.244.77.0-24", "192.168.77.77")?;
@@ -215,16 +219,20 @@ fn routes(host: &Netns) -> Result<usize> {
 /// A copy of an agent with the object `object` inside, of which the kernel refuses one program: it ends without a return value.
 fn broken(sandbox: &Sandbox, binary: &Path, object: &Path) -> Result<PathBuf> {
     const EXIT: [u8; 8] = [0x95, 0, 0, 0, 0, 0, 0, 0];
-    let object = fs::read(object).with_context(|| format!("read {}", object.display()))?;
+    let (path, object) = (object, fs::read(object).with_context(|| format!("read {}", object.display()))?);
     let file = object::File::parse(&*object)?;
     let symbol = file.symbols().find(|symbol| symbol.name() == Ok(REFUSED)).context("no such program")?;
     let section = symbol.section_index().context("the program is in no section")?;
     let (start, _) = file.section_by_index(section)?.file_range().context("the section has no bytes")?;
     let program = usize::try_from(start + symbol.address())?;
     let mut bytes = fs::read(binary)?;
-    let inside = bytes.windows(object.len()).position(|window| window == object);
-    let at = inside.context("the agent was built with another eBPF object")? + program;
-    bytes[at..at + EXIT.len()].copy_from_slice(&EXIT);
+    // The compiler may have copied it.
+    let found = bytes.windows(object.len()).enumerate().filter(|(_, window)| *window == object);
+    let copies: Vec<_> = found.map(|(at, _)| at + program).collect();
+    ensure!(!copies.is_empty(), "the agent was built with another eBPF object than {}", path.display());
+    for at in copies {
+        bytes[at..at + EXIT.len()].copy_from_slice(&EXIT);
+    }
     let path = sandbox.new_directory("broken")?.join("overlay-agent");
     fs::write(&path, bytes)?;
     fs::set_permissions(&path, fs::metadata(binary)?.permissions())?;
@@ -234,7 +242,9 @@ fn broken(sandbox: &Sandbox, binary: &Path, object: &Path) -> Result<PathBuf> {
 /// A datapath takes over what an agent has left, and then changes the constants of the programs.
 fn constants(sandbox: &Arc<Sandbox>) -> Result<()> {
     let _one = OneCpu::enter()?;
-    for rung in [Rung::Xdp, Rung::Tc] {
+    let of_xdp = [(Bypass::Off, true), (Bypass::Flows, false), (Bypass::All, false)];
+    let of_tc = [(Bypass::All, true), (Bypass::Off, true)];
+    for (rung, changes) in [(Rung::Xdp, &of_xdp[..]), (Rung::Tc, &of_tc)] {
         let mut pair = pair(sandbox, rung, "off")?;
         let arguments = arguments(&pair, rung, "off");
         let (from, to) = pair.topology.pods();
@@ -246,13 +256,7 @@ fn constants(sandbox: &Arc<Sandbox>) -> Result<()> {
                 let mut host = Host::with_pins(side, &pair.topology.b, request)?;
                 host.reconcile().await?;
                 let mut counted = host.counted().await?;
-                for (bypass, log) in [
-                    (Bypass::Off, true),
-                    (Bypass::All, true),
-                    (Bypass::Flows, false),
-                    (Bypass::All, false),
-                    (Bypass::Off, false),
-                ] {
+                for (bypass, log) in changes.iter().copied() {
                     (host.bypass, host.log) = (bypass, log);
                     tokio::time::sleep(Duration::from_millis(200)).await;
                     let report = host.reconcile().await?;

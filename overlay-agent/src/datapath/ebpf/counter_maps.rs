@@ -38,10 +38,7 @@ impl CounterMaps {
         Self::new(live, Array::try_from(map("CARRIED")?).context(size)?)
     }
 
-    fn new(
-        live: PerCpuArray<MapData, CountersBytes>,
-        carried: Array<MapData, CarriedBytes>,
-    ) -> Result<Self> {
+    fn new(live: PerCpuArray<MapData, CountersBytes>, carried: Array<MapData, CarriedBytes>) -> Result<Self> {
         let id = live.map().info().context("read the number of the map COUNTERS")?.id();
         Ok(Self { live, carried, id })
     }

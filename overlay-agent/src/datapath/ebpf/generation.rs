@@ -46,7 +46,8 @@ impl Generation {
             }
         }
         let free = |path: &PathBuf| !present.contains(path);
-        let directory = (1u32..).map(|number| pins.generation(number)).find(free).context("no name is free")?;
+        let directory =
+            (1u32..).map(|number| pins.generation(number)).find(free).context("no name is free")?;
         make_directory(&directory)?;
         Ok(Self { directory, is_kept: false })
     }

@@ -57,7 +57,8 @@ impl Pins {
     fn of(device: &str) -> Result<Self> {
         // Devices of two network namespaces may have one name. The file system allows no dots in names (kernel/bpf/inode.c), and
         // names of devices have neither colons nor percent signs.
-        let namespace = fs::metadata("/proc/thread-self/ns/net").context("look up this network namespace")?.ino();
+        let namespace =
+            fs::metadata("/proc/thread-self/ns/net").context("look up this network namespace")?.ino();
         Ok(Self(
             Path::new(FILE_SYSTEM).join(DIRECTORY).join(format!("{}:{namespace}", device.replace('.', "%"))),
         ))

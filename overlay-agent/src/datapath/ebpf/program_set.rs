@@ -116,8 +116,7 @@ impl ProgramSet {
         let context = || format!("load the eBPF maps of {name}: kernel 5.10 or later is needed, with eBPF");
         let pinned = match pinned {
             Some(Pinned { pins, maps }) => {
-                let generation =
-                    Generation::find(pins, maps, || loader.load(object).with_context(context))?;
+                let generation = Generation::find(pins, maps, || loader.load(object).with_context(context))?;
                 for map in maps {
                     loader.map_pin_path(map, generation.directory().join(map));
                 }

@@ -206,10 +206,9 @@ impl FastPath {
                 self.set = Some(after);
             }
             Err(error) => {
-                for result in [
-                    self.replace_all(plan, &mut before).await,
-                    before.programs.remove_other_generations(),
-                ] {
+                for result in
+                    [self.replace_all(plan, &mut before).await, before.programs.remove_other_generations()]
+                {
                     if let Err(error) = result {
                         warn!("{error:#}");
                     }
