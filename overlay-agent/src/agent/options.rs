@@ -96,7 +96,7 @@ pub struct ServiceOptions {
 /// What the end of the agent leaves.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum OnExit {
-    /// Device, programs, routes and firewall rules stay, and the eBPF rungs go on with the last routes
+    /// Device, programs, routes and firewall rules stay: the eBPF rungs go on with the last routes, services by eBPF with the last endpoints
     #[default]
     Keep,
     /// All that the agent made is removed

@@ -65,13 +65,10 @@ pub(super) struct AdoptedEndpoint {
 /// Fails when the maps contradict themselves, which no agent leaves.
 pub(super) fn adopt(content: Content) -> Result<Adopted> {
     let Content { services, slots, members, counted_backends } = content;
-    let mut adopted = Adopted::default();
-    adopted.next_table = slots
-        .keys()
-        .map(|key| key.table)
-        .chain(services.values().map(|entry| entry.table))
-        .max()
-        .map_or(0, |last| last.wrapping_add(1));
+    let last_table =
+        slots.keys().map(|key| key.table).chain(services.values().map(|entry| entry.table)).max();
+    let next_table = last_table.map_or(0, |last: u32| last.wrapping_add(1));
+    let mut adopted = Adopted { next_table, ..Adopted::default() };
 
     let mut protocols = BTreeMap::new();
     for (key, entry) in services {

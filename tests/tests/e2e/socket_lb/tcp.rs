@@ -120,7 +120,7 @@ pub(super) fn untouched(sandbox: &Arc<Sandbox>) -> Result<()> {
     })??;
     // A connection outlives the programs.
     let mut stream = stage.netns.run(|| TcpStream::connect(WEB))??;
-    stage.set.detach();
+    stage.set.detach()?;
     ensure!(ask(&mut stream)? == 1, "the connection has moved");
     let error = error_of(stage.netns.run(|| TcpStream::connect(WEB))?)?;
     ensure!(error == libc::ENETUNREACH, "detached programs translate: error {error}");
