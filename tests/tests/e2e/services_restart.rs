@@ -355,7 +355,7 @@ fn without_agent(sandbox: &Arc<Sandbox>) -> Result<()> {
             fs::remove_file(maps.join("SLOTS"))?;
             let agent = site.start(&arguments)?;
             wait_until("the maps are made again", || {
-                Ok(site.log().contains("made again: SLOTS is missing") && maps.join("SLOTS").exists())
+                Ok(site.log().contains("SLOTS is missing") && maps.join("SLOTS").exists())
             })?;
             thread::sleep(PAUSE);
             Ok(agent)
