@@ -231,7 +231,7 @@ fn broken(sandbox: &Sandbox, binary: &Path, object: &Path) -> Result<PathBuf> {
     let copies: Vec<_> = found.map(|(at, _)| at + program).collect();
     ensure!(!copies.is_empty(), "the agent was built with another eBPF object than {}", path.display());
     for at in copies {
-        bytes[at..at + EXIT.len()].copy_from_slice(&EXIT);
+        bytes.get_mut(at..at + EXIT.len()).context("the program is cut off")?.copy_from_slice(&EXIT);
     }
     let path = sandbox.new_directory("broken")?.join("overlay-agent");
     fs::write(&path, bytes)?;

@@ -70,8 +70,8 @@ impl CounterMaps {
         let mut carried = self.carried()?;
         carried.counters.add(&other.total()?);
         carried.last_map = other.id.into();
-        let bytes = bytemuck::bytes_of(&carried).try_into().context("the size of CARRIED")?;
-        self.carried.set(0, &bytes, 0).context("write the map CARRIED")
+        let bytes: CarriedBytes = bytemuck::bytes_of(&carried).try_into().context("the size of CARRIED")?;
+        self.carried.set(0, bytes, 0).context("write the map CARRIED")
     }
 }
 

@@ -155,6 +155,7 @@ impl FastPath {
         if is_wanted(XDP) && self.is_attached(XDP)? {
             set.programs.load_program(XDP)?;
             self_test::run(object, XDP)?;
+            self.is_xdp_tested = true;
         }
         let bypasses = plan.bypass != Bypass::Off && self.local.refused.is_none();
         for hook in LOCAL {

@@ -46,6 +46,8 @@ pub(super) struct FastPath {
     set: Option<OverlaySet>,
     /// The constants for which `set` was loaded.
     loaded: Option<LoadOptions>,
+    /// Whether the kernel runs XDP of `set` as it should.
+    is_xdp_tested: bool,
     /// Why other programs are attached than the plan asks for: they could not be replaced.
     kept: Option<String>,
     /// Where programs and maps outlive the agent.
@@ -74,6 +76,7 @@ impl FastPath {
             local: LocalPrograms::default(),
             set: None,
             loaded: None,
+            is_xdp_tested: false,
             kept: None,
             is_adopting: pins.as_ref().is_some_and(Pins::has_links),
             pins,
@@ -279,7 +282,10 @@ impl FastPath {
         let xdp = target.hook == XDP;
         if xdp {
             set.programs.load_program(XDP)?;
-            self_test::run(object()?, XDP)?;
+            if !self.is_xdp_tested {
+                self_test::run(object()?, XDP)?;
+                self.is_xdp_tested = true;
+            }
         }
         let attachment = set.programs.attach(&self.netlink, target).await?;
         let position = if xdp { 0 } else { self.attachments.len() };
@@ -334,6 +340,7 @@ impl FastPath {
 
     fn forget_set(&mut self) {
         (self.set, self.loaded, self.config, self.next_read_back) = (None, None, None, None);
+        self.is_xdp_tested = false;
     }
 
     /// From now on, what is pinned may be another agent's.
