@@ -136,8 +136,8 @@ pub(super) const CHANGES: &[Change] = &[
     Change {
         name: "agent-io-delivered-bytes-not-counted",
         file: IO,
-        from: "Ok(_) => shared.counters.delivered(len)",
-        to: "Ok(_) => {}",
+        from: "Ok(()) => shared.counters.delivered(len)",
+        to: "Ok(()) => {}",
         wrong: "Delivered packets are in no counter.",
         tests: &[Tests::EndToEnd("matrix::tun_tun_virtual")],
         reason: None,
