@@ -19,6 +19,7 @@ mod next_hops;
 mod notifier;
 mod options;
 mod recall;
+mod record;
 mod retry;
 mod services;
 mod start;
@@ -33,16 +34,18 @@ use tokio::{
     sync::mpsc,
     time::{Instant, MissedTickBehavior, interval_at},
 };
-use tracing::info;
+use tracing::{debug, info};
 
 pub use options::{HostOptions, OnExit, Options, ServiceOptions, StoreOption};
 
 use crate::{
     capabilities,
     control::{self, Control, QueryRequest},
-    datapath::{PathCounters, Request},
+    datapath::{PathCounters, Request, ebpf},
+    left::Left,
     netlink::Netlink,
     route::LocalNode,
+    run_record::RecordFile,
     underlay::{self, Underlay, UnderlayChange},
 };
 use checks::{check_underlay, dead_link, inner_mtu};
@@ -71,6 +74,8 @@ pub async fn run(options: Options) -> Result<()> {
     tokio::spawn(control.serve(query_sender));
     let mut notifier = HealthNotifier::start(options.host.healthz).await?;
     let report = notifier.subscribe();
+    let (device, run_dir) = (options.device.clone(), options.run_dir.clone());
+    let record_file = RecordFile::new(options.record_file())?;
     let prepared = {
         let store = status::store_name(&options);
         let mut preparing = pin!(Prepared::new(options, &netlink, &mut notifier));
@@ -80,15 +85,17 @@ pub async fn run(options: Options) -> Result<()> {
                 () = stop.wait() => return Ok(()),
                 Some((query, answer)) = queries.recv() => {
                     let health = report.borrow().health().clone();
+                    let left = Left::find(&netlink, &device, &run_dir).await.ok().flatten();
                     // The client may be gone.
-                    let _ = answer.send(status::answer_while_starting(query, &health, &store));
+                    let _ = answer.send(status::answer_while_starting(query, &health, &store, left.as_ref()));
                 }
             }
         }
     };
     // Not interrupted: half of it would stay. It takes a moment; a signal meanwhile ends the main loop at once.
-    let Prepared { options, config, mut membership, forwarding, host, underlay } =
+    let Prepared { options, config, mut membership, forwarding, host, underlay, .. } =
         prepared.apply(&netlink).await?;
+    tokio::task::spawn_blocking(remove_old_pins);
     let underlay_changes = underlay::watch(underlay.clone(), &options.underlay)?;
     let host_changes = host_watch::watch()?;
     membership.keep_lease();
@@ -104,12 +111,25 @@ pub async fn run(options: Options) -> Result<()> {
         host_changes,
         queries,
         underlay,
+        record_file,
         running: false,
     };
     agent.check_link();
     agent.check_silent().await;
     agent.run_until(&mut stop).await;
     agent.stop().await
+}
+
+/// Removes pins of network namespaces that are gone.
+fn remove_old_pins() {
+    match ebpf::sweep() {
+        Ok(removed) => {
+            for directory in removed {
+                info!("removed {}: its network namespace is gone", directory.display());
+            }
+        }
+        Err(error) => debug!("pins of other network namespaces: {error:#}"),
+    }
 }
 
 /// Refuses at once what cannot work. With [`Request::Auto`], an agent that may not use eBPF takes the tun rung.
@@ -154,6 +174,7 @@ struct Agent {
     host_changes: mpsc::Receiver<()>,
     queries: mpsc::Receiver<QueryRequest>,
     underlay: Underlay,
+    record_file: RecordFile,
     /// Whether everything was there once.
     running: bool,
 }
@@ -262,6 +283,7 @@ impl Agent {
         self.host.conditions.update(Condition::Services, self.services.problem());
         self.membership.check_snapshot();
         self.count_ingress().await;
+        self.keep_record();
     }
 
     async fn count_ingress(&mut self) {
@@ -290,18 +312,22 @@ impl Agent {
 
     async fn stop(mut self) -> Result<()> {
         self.notifier.stopping();
+        let record = self.run_record();
         self.services.stop().await;
+        self.forwarding.check_counters().await;
         if self.forwarding.options.on_exit == OnExit::Keep && self.forwarding.datapath.is_pinned() {
             info!(
                 "the eBPF programs go on with {} routes: `overlay-agent down` removes them",
                 self.forwarding.table.routes().len()
             );
             self.forwarding.datapath.leave();
+            record::end(&mut self.record_file, &self.forwarding, record);
             self.host.leave().await;
             self.membership.leave().await;
             return Ok(());
         }
         let removed = start::remove(&mut self.forwarding, &mut self.host, &self.netlink).await;
+        record::end(&mut self.record_file, &self.forwarding, record);
         self.membership.leave().await;
         removed
     }

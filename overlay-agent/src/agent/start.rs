@@ -17,7 +17,9 @@ use crate::{
     config::NetworkConfig,
     datapath::tun::{Endpoint, Socket},
     device,
+    lease::Lease,
     netlink::Netlink,
+    store::Event,
     subnet_env,
     underlay::Underlay,
 };
@@ -30,6 +32,8 @@ pub(super) struct Prepared {
     pub(super) forwarding: Forwarding,
     pub(super) host: HostSetup,
     pub(super) underlay: Underlay,
+    /// The first records, where an earlier agent's programs must not be without routes.
+    first: Option<Event<Lease>>,
 }
 
 impl Prepared {
@@ -54,12 +58,16 @@ impl Prepared {
         let port = config.port;
         let address = SocketAddrV4::new(underlay.local_ip, port);
         drop(Socket::bind(Endpoint { address, ifindex: underlay.link.index }, Arc::default())?);
-        let membership = network.join(&options, underlay.public_ip, notifier).await?;
+        let mut membership = network.join(&options, underlay.public_ip, notifier).await?;
         let local = membership.local();
         info!("{} is {} in {}, MTU {mtu}, port {port}", local.public_ip, local.subnet, local.network);
         let forwarding = Forwarding::new(&options, netlink, local, &underlay, port, mtu)?;
+        let first = match forwarding.datapath.is_adopting() {
+            true => membership.first_snapshot(notifier).await,
+            false => None,
+        };
         let host = HostSetup::new(&options);
-        Ok(Self { options, config, membership, forwarding, host, underlay })
+        Ok(Self { options, config, membership, forwarding, host, underlay, first })
     }
 
     /// Changes the host: datapath with its routes first, then firewall and routes.
@@ -85,8 +93,12 @@ impl Prepared {
     }
 
     async fn try_apply(&mut self, netlink: &Netlink) -> Result<()> {
-        // The programs get their routes before they see a packet. Those of an earlier agent have routes, which must not be replaced by none.
-        if let Some(event) = self.membership.first_records(self.forwarding.datapath.is_adopting()).await {
+        // The programs get their routes before they see a packet.
+        let first = match self.first.take() {
+            Some(event) => Some(event),
+            None => self.membership.first_records().await,
+        };
+        if let Some(event) = first {
             self.forwarding.on_records(event).await;
         }
         self.forwarding.start().await?;

@@ -12,12 +12,13 @@ use tracing::{debug, info, warn};
 use super::{
     Choice, Report, Request, Rung,
     ebpf::{
-        self, Attachment, LoadOptions, OverlaySet, Pins, Target, TcxLinks,
-        overlay_set::{EGRESS, INGRESS, XDP},
+        self, Attachment, InUse, LoadOptions, OverlaySet, Pins, RouteWrites, Target, TcxLinks, left_counters,
+        overlay_set::{COUNTERS, EGRESS, INGRESS, XDP},
         self_test, unpin,
     },
     local::LocalPrograms,
     plan::{Plan, Refusals, Step, next_step},
+    tally::Tally,
 };
 use crate::{
     capabilities,
@@ -51,6 +52,10 @@ pub(super) struct FastPath {
     refusals: Refusals,
     /// What sets that are gone counted.
     counted: Counters,
+    /// What the programs had counted that [`Self::leave`] left.
+    left: Counters,
+    /// While a set is loaded: other agents leave the pins alone.
+    in_use: Option<InUse>,
     next_read_back: Option<Instant>,
     /// Whether the last update of the route map failed.
     behind: bool,
@@ -73,6 +78,8 @@ impl FastPath {
             missing: None,
             refusals: Refusals::default(),
             counted: Counters::ZERO,
+            left: Counters::ZERO,
+            in_use: None,
             next_read_back: None,
             behind: false,
         }
@@ -198,6 +205,9 @@ impl FastPath {
 
     /// Loads maps and programs, without the bypass when the kernel cannot have it.
     fn load_set(&mut self, object: &[u8], plan: &Plan, config: &Config) -> Result<OverlaySet> {
+        if let Some(pins) = &self.pins {
+            self.in_use = Some(pins.claim()?);
+        }
         let load = |bypass| {
             let options = LoadOptions { bypass, log: plan.log };
             let mut set = OverlaySet::load_for(object, options, config, self.pins.as_ref())?;
@@ -345,6 +355,38 @@ impl FastPath {
         Ok(sum)
     }
 
+    /// As [`Self::counters`], with what an earlier agent's programs have counted in a map that no set has taken over.
+    fn counters_with_left(&self) -> Result<Counters> {
+        let mut sum = self.counters()?;
+        if self.set.is_none()
+            && let Some(left) = self.pins.as_ref().map(left_counters).transpose()?.flatten()
+        {
+            sum.add(&left);
+        }
+        Ok(sum)
+    }
+
+    /// Goes on from what earlier agents' programs have counted.
+    pub(super) fn restore(&mut self, tally: &Tally) {
+        let has_map = self.pins.as_ref().is_some_and(|pins| pins.has_map(COUNTERS));
+        self.counted = tally.fast_elsewhere(has_map);
+    }
+
+    /// What was counted in maps that are gone, or go with this process, and in the pinned map.
+    pub(super) fn tally(&self) -> Result<(Counters, Counters)> {
+        let (mut gone, mut pinned) = (self.counted, self.left);
+        if let Some(set) = &self.set {
+            let counted = set.counters()?;
+            if self.pins.is_some() { pinned = counted } else { gone.add(&counted) }
+        }
+        Ok((gone, pinned))
+    }
+
+    /// Changes that were made in the route maps of the present programs.
+    pub(super) fn route_writes(&self) -> RouteWrites {
+        self.set.as_ref().map(OverlaySet::route_writes).unwrap_or_default()
+    }
+
     /// Tells the programs that the agent is there.
     pub(super) fn show_alive(&mut self) -> Result<()> {
         self.set.as_mut().map_or(Ok(()), OverlaySet::show_alive)
@@ -360,18 +402,21 @@ impl FastPath {
         self.local.leave();
         self.attachments.iter_mut().for_each(Attachment::keep);
         self.attachments.clear();
-        (self.set, self.config, self.next_read_back) = (None, None, None);
+        if let Some(counted) = self.set.as_ref().and_then(|set| set.counters().ok()) {
+            self.left = counted;
+        }
+        (self.set, self.config, self.next_read_back, self.in_use) = (None, None, None, None);
     }
 
     /// Detaches all programs, XDP first, and closes their maps.
     pub(super) fn unload(&mut self) {
         self.local.detach();
         self.attachments.clear();
-        match self.counters() {
-            Ok(counters) => self.counted = counters,
+        match self.counters_with_left() {
+            Ok(counters) => (self.counted, self.left) = (counters, Counters::ZERO),
             Err(error) => warn!("the counters of the eBPF programs are lost: {error:#}"),
         }
-        (self.set, self.config, self.next_read_back) = (None, None, None);
+        (self.set, self.config, self.next_read_back, self.in_use) = (None, None, None, None);
         // Maps of an earlier agent, too, and what it left attached.
         if let Some(pins) = &self.pins
             && let Err(error) = pins.remove()

@@ -17,7 +17,7 @@ use overlay_ebpf::{
 use super::{
     Hook, HookKind, Pinned, Pins, Place, ProgramSet, btf,
     questions::{self, Answering},
-    route_maps::{Capacity, RouteMaps},
+    route_maps::{Capacity, RouteMaps, RouteWrites},
 };
 use crate::route::{NextHops, RouteChange};
 
@@ -40,24 +40,18 @@ const HEARTBEAT: Hook = Hook { program: "ovl_heartbeat", kind: HookKind::TcIngre
 /// XDP of an underlay device; needs [`INGRESS`] behind it.
 pub const XDP: Hook = Hook { program: "ovl_xdp", kind: HookKind::Xdp, place: Place::First };
 
+/// The map of the programs' counters.
+pub(crate) const COUNTERS: &str = "COUNTERS";
+
 // aya moves map values as plain bytes, so that the types need not implement its marker trait.
-type ConfigBytes = [u8; size_of::<Config>()];
-type CountersBytes = [u8; size_of::<Counters>()];
+pub(super) type ConfigBytes = [u8; size_of::<Config>()];
+pub(super) type CountersBytes = [u8; size_of::<Counters>()];
 type EndpointBytes = [u8; size_of::<Endpoint>()];
 type UnderlayBytes = [u8; size_of::<UnderlayValue>()];
 
 /// The maps that outlive the agent. Questions to the agent and lines of the log do not.
-const PINNED: [&str; 9] = [
-    "CONFIG",
-    "ROUTES",
-    "PREFIXES",
-    "UNDERLAYS",
-    "ENDPOINTS",
-    "COUNTERS",
-    "FLOWS",
-    "RELEASED",
-    "ALIVE_UNTIL",
-];
+const PINNED: [&str; 9] =
+    ["CONFIG", "ROUTES", "PREFIXES", "UNDERLAYS", "ENDPOINTS", COUNTERS, "FLOWS", "RELEASED", "ALIVE_UNTIL"];
 
 /// The underlay devices, by index.
 pub type Underlays = BTreeMap<u32, UnderlayValue>;
@@ -152,7 +146,7 @@ impl OverlaySet {
             routes: RouteMaps::take(&mut programs, capacity)?,
             underlay_map: programs.take_map("UNDERLAYS")?,
             endpoint_map: programs.take_map("ENDPOINTS")?,
-            counters: programs.take_map("COUNTERS")?,
+            counters: programs.take_map(COUNTERS)?,
             programs,
         })
     }
@@ -310,12 +304,22 @@ impl OverlaySet {
         Ok(foreign)
     }
 
+    /// Changes that were made in the route maps.
+    pub(crate) fn route_writes(&self) -> RouteWrites {
+        self.routes.writes
+    }
+
     /// The counters of all CPUs, added up.
     pub fn counters(&self) -> Result<Counters> {
-        let mut sum = Counters::ZERO;
-        for cpu in self.counters.get(&0, 0).context("read the map COUNTERS")?.iter() {
-            sum.add(&bytemuck::pod_read_unaligned(cpu));
-        }
-        Ok(sum)
+        sum(&self.counters)
     }
+}
+
+/// The counters of all CPUs, added up.
+pub(super) fn sum(counters: &PerCpuArray<MapData, CountersBytes>) -> Result<Counters> {
+    let mut sum = Counters::ZERO;
+    for cpu in counters.get(&0, 0).context("read the map COUNTERS")?.iter() {
+        sum.add(&bytemuck::pod_read_unaligned(cpu));
+    }
+    Ok(sum)
 }
