@@ -125,6 +125,9 @@ pub struct Counters {
     pub drops: BTreeMap<String, u64>,
     /// Packets dropped by the kernel's queues around both paths.
     pub kernel: BTreeMap<String, u64>,
+    /// Changes of routes that the agent has made in the kernel's map.
+    #[serde(default)]
+    pub route_changes: BTreeMap<String, u64>,
 }
 
 /// Packets per direction and path. A super-packet of many segments counts once.

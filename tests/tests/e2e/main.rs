@@ -43,6 +43,7 @@ mod spread;
 mod subnet_file;
 mod suite;
 mod traps;
+mod unattended;
 mod underlay;
 mod unrepairable;
 mod wait;
@@ -79,6 +80,7 @@ fn main() -> ExitCode {
     node::register(&mut suite);
     repair::register(&mut suite);
     restart::register(&mut suite);
+    unattended::register(&mut suite);
     policy::register(&mut suite);
     privileges::register(&mut suite);
     subnet_file::register(&mut suite);
