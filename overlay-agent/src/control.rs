@@ -23,6 +23,7 @@ use nix::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 use tempfile::TempPath;
+use thiserror::Error;
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader, Lines},
     net::{UnixListener, UnixStream, unix::OwnedWriteHalf},
@@ -297,6 +298,16 @@ pub(crate) async fn query<T: DeserializeOwned>(path: &Path, query: Query) -> Res
         .with_context(|| format!("the agent at {} does not answer", path.display()))?
 }
 
+/// No agent answers at the socket `path`.
+#[derive(Debug, Error)]
+#[error(
+    "no agent answers at {}: is it running, and are --device and --run-dir the ones it was started with?",
+    path.display()
+)]
+pub(crate) struct NoAgent {
+    path: PathBuf,
+}
+
 /// The responses to one request, in the order in which the agent sends them.
 #[derive(Debug)]
 pub(crate) struct Responses(Lines<BufReader<UnixStream>>);
@@ -306,10 +317,7 @@ impl Responses {
     /// answers there.
     pub(crate) async fn open(path: &Path, query: Query, watch: bool) -> Result<Self> {
         let mut stream = match UnixStream::connect(path).await {
-            Err(error) if is_absent(&error) => bail!(
-                "no agent answers at {}: is it running, and are --device and --run-dir the ones it was started with?",
-                path.display()
-            ),
+            Err(error) if is_absent(&error) => return Err(NoAgent { path: path.to_owned() }.into()),
             stream => stream.with_context(|| format!("connect to the agent at {}", path.display()))?,
         };
         stream.write_all(line(&Request { version: VERSION, query, watch })?.as_bytes()).await?;

@@ -10,7 +10,7 @@ use overlay_ebpf::reason::{DropReason, PuntReason};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    datapath::{Choice, KernelDrops, PathCounters, Request, RungChanges},
+    datapath::{Choice, KernelDrops, PathCounters, Request, RungChanges, ebpf::RouteWrites},
     netlink::Link,
     route::Subnet,
     service::record::Protocol,
@@ -19,7 +19,7 @@ use crate::{
 /// State of an agent. Parts that are missing, because the agent starts or lost them, are `null`.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Status {
-    /// `starting`; `running` once lease, device, datapath and first snapshot are there; `degraded` while there are problems that
+    /// `absent` when no agent runs; `starting`; `running` once lease, device, datapath and first snapshot are there; `degraded` while there are problems that
     /// do not affect packets yet; `unhealthy` when packets are or will be lost, and `/healthz` answers 503.
     pub(crate) state: String,
     pub(crate) problems: Vec<String>,
@@ -58,6 +58,12 @@ pub(crate) struct Status {
     pub(crate) store: Store,
     /// Packets dropped as errors, on both paths and by the kernel's queues around them.
     pub(crate) drops: u64,
+    /// `running`, or `absent` when this is what an agent that has ended left. Earlier agents do not say.
+    #[serde(default)]
+    pub(crate) agent: String,
+    /// What goes on unattended; `null` while an agent attends to it.
+    #[serde(default)]
+    pub(crate) frozen: Option<Frozen>,
 }
 
 impl Status {
@@ -65,6 +71,7 @@ impl Status {
     pub(crate) fn starting() -> Self {
         Self {
             state: "starting".to_owned(),
+            agent: "running".to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
             ..Self::default()
@@ -113,6 +120,32 @@ pub(crate) struct Datapath {
     pub(crate) egress: Option<ActiveRung>,
     /// As in [`Status`].
     pub(crate) ingress: Option<ActiveRung>,
+}
+
+/// The eBPF programs of an agent that has ended, which forward packets all the same. Times are RFC 3339.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Frozen {
+    /// When the agent showed itself last: routes, peers and containers are those of that time. `null` when its run directory does not
+    /// have the record of its run.
+    pub(crate) since: Option<String>,
+    /// Whether that is so long ago that programs leave neighbours to the kernel and containers to the host's stack.
+    pub(crate) neighbours_stale: bool,
+    /// When the lease ends, or has ended, without an agent that renews it; `null` when it has no end or that is not known.
+    pub(crate) lease_ends: Option<String>,
+    /// Whether that time has passed.
+    pub(crate) lease_ended: bool,
+    pub(crate) programs: Vec<FrozenProgram>,
+}
+
+/// A pinned program.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct FrozenProgram {
+    pub(crate) program: String,
+    /// The device for which it is pinned; `null` when that is gone.
+    pub(crate) device: Option<String>,
+    pub(crate) ifindex: u32,
+    /// Whether the kernel still lists it there.
+    pub(crate) attached: bool,
 }
 
 /// What happens when the agent ends.
@@ -219,7 +252,7 @@ pub(crate) struct Route {
     pub(crate) link_address: Option<String>,
 }
 
-/// Counters since the agent started. A super-packet of many segments counts once.
+/// Counters since the host booted or `overlay-agent down`. A super-packet of many segments counts once.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct CounterList {
     /// Forwarded packets and bytes, by direction and path: `egress_fast_packets` and so on.
@@ -234,6 +267,20 @@ pub(crate) struct CounterList {
     /// Changes of the rungs, by [`RungChanges::DESCRIPTIONS`]. Earlier agents have none.
     #[serde(default)]
     pub(crate) rungs: BTreeMap<String, u64>,
+    /// Changes of routes that this agent has made in the kernel's map since it loaded the programs: `written`, `removed`, and
+    /// `readdressed` where only link-layer addresses changed. Empty on the tun rung.
+    #[serde(default)]
+    pub(crate) route_changes: BTreeMap<String, u64>,
+}
+
+impl CounterList {
+    /// With the changes of routes.
+    pub(crate) fn with_writes(mut self, writes: RouteWrites) -> Self {
+        let RouteWrites { written, readdressed, removed } = writes;
+        let counts = [("written", written), ("readdressed", readdressed), ("removed", removed)];
+        self.route_changes = counts.into_iter().map(|(name, count)| (name.to_owned(), count)).collect();
+        self
+    }
 }
 
 impl From<PathCounters> for CounterList {
@@ -262,8 +309,14 @@ impl From<PathCounters> for CounterList {
             drops: drops.map(named).collect(),
             kernel: kernel.map(named).collect(),
             rungs: rungs.map(named).collect(),
+            route_changes: BTreeMap::new(),
         }
     }
+}
+
+/// A hardware address in the usual form.
+pub(crate) fn hardware_address([a, b, c, d, e, f]: [u8; 6]) -> String {
+    format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}")
 }
 
 /// Packets dropped as errors.

@@ -12,6 +12,18 @@ use std::{
 /// left of the temporary file is removed.
 /// Fails when the file or its directory cannot be written; `path` is then as it was.
 pub(crate) fn replace(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<()> {
+    swap(path, write, true)
+}
+
+/// As [`replace`], for what counts until the next boot only: it does not wait for the disk.
+pub(crate) fn replace_until_reboot(
+    path: &Path,
+    write: impl FnOnce(&mut File) -> io::Result<()>,
+) -> io::Result<()> {
+    swap(path, write, false)
+}
+
+fn swap(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>, sync: bool) -> io::Result<()> {
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
     let temporary = temporary(path);
@@ -21,6 +33,9 @@ pub(crate) fn replace(path: &Path, write: impl FnOnce(&mut File) -> io::Result<(
     }
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
     write(&mut file)?;
+    if !sync {
+        return fs::rename(&temporary, path);
+    }
     file.sync_all()?;
     fs::rename(&temporary, path)?;
     // The new name must survive a crash, too.

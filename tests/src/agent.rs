@@ -5,7 +5,7 @@ use std::{
     fs::File,
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
-    process::{Child, Command, ExitStatus, Stdio},
+    process::{Child, Command, ExitStatus, Output, Stdio},
     sync::Arc,
     thread,
     time::{Duration, Instant},
@@ -262,10 +262,15 @@ impl Site {
         command
     }
 
-    fn run(&self, subcommand: &str, arguments: &[&str]) -> Result<Vec<u8>> {
+    /// Runs `overlay-agent SUBCOMMAND` with `arguments`, for the agent here, however it ends.
+    pub fn try_run(&self, subcommand: &str, arguments: &[&str]) -> Result<Output> {
         let mut command = self.subcommand(subcommand);
         command.args(arguments);
-        let output = self.netns.output(&mut command)?;
+        self.netns.output(&mut command)
+    }
+
+    fn run(&self, subcommand: &str, arguments: &[&str]) -> Result<Vec<u8>> {
+        let output = self.try_run(subcommand, arguments)?;
         if !output.status.success() {
             bail!(
                 "`overlay-agent {subcommand}` in {}: {}: {}",

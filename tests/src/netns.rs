@@ -11,7 +11,10 @@ use std::{
     panic::resume_unwind,
     path::PathBuf,
     process::{Child, Command, Output, Stdio},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
 };
 
@@ -26,6 +29,7 @@ pub struct Netns {
     name: String,
     handle: File,
     sandbox: Arc<Sandbox>,
+    keeps_pins: AtomicBool,
 }
 
 impl Netns {
@@ -37,7 +41,8 @@ impl Netns {
         drop(creating);
         let path = format!("/run/netns/{name}");
         let handle = File::open(&path).with_context(|| format!("open network namespace {path}"))?;
-        let netns = Self { name, handle, sandbox: Arc::clone(sandbox) };
+        let (sandbox, keeps_pins) = (Arc::clone(sandbox), AtomicBool::new(false));
+        let netns = Self { name, handle, sandbox, keeps_pins };
         netns.tool("ip link set lo up")?;
         Ok(Arc::new(netns))
     }
@@ -78,6 +83,11 @@ impl Netns {
         Ok(own.map(|entry| entry.path()).collect())
     }
 
+    /// Leaves what agents pinned here when the namespace is deleted.
+    pub fn keep_pins(&self) {
+        self.keeps_pins.store(true, Ordering::Relaxed);
+    }
+
     /// Runs a program in the namespace to its end, its output captured.
     ///
     /// # Errors
@@ -106,7 +116,10 @@ impl Drop for Netns {
         if self.sandbox.is_kept() {
             return;
         }
-        let pins = self.pins().and_then(|pins| pins.into_iter().try_for_each(fs::remove_dir_all));
+        let pins = match self.keeps_pins.load(Ordering::Relaxed) {
+            true => Ok(()),
+            false => self.pins().and_then(|pins| pins.into_iter().try_for_each(fs::remove_dir_all)),
+        };
         if let Err(error) = pins {
             eprintln!("error: remove what agents pinned in {}: {error}", self.name);
         }

@@ -130,6 +130,9 @@ pub struct Counters {
     /// Changes of the rungs.
     #[serde(default)]
     pub rungs: BTreeMap<String, u64>,
+    /// Changes of routes that the agent has made in the kernel's map.
+    #[serde(default)]
+    pub route_changes: BTreeMap<String, u64>,
 }
 
 /// Packets per direction and path. A super-packet of many segments counts once.

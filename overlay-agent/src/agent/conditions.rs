@@ -56,6 +56,8 @@ pub(super) enum Condition {
     Services,
     /// The snapshot on disk.
     Snapshot,
+    /// The record of this run.
+    Record,
     /// Rules that keep containers from sending what peers take for packets of this host.
     Guard,
 }

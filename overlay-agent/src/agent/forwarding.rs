@@ -34,6 +34,7 @@ use crate::{
     report,
     route::{LocalNode, RouteChange, Routes},
     route_table::{Outcome, OwnRecord, OwnSubnet, Rival, RouteTable},
+    run_record::RunRecord,
     store::Event,
     timer::sleep_until_some,
     underlay::{Iface, Underlay},
@@ -97,11 +98,20 @@ impl Forwarding {
             Ok(pins) => (Some(pins), None),
             Err(error) => (None, Some(format!("{error:#}"))),
         };
+        if let Some(pins) = &pins
+            && let Err(error) = pins.discard_detached()
+        {
+            warn!("{error:#}");
+        }
+        let mut datapath = Datapath::new(netlink.clone(), sender, pins, options.rung_pauses);
+        if let Some((record, _)) = RunRecord::read(&options.record_file()) {
+            datapath.restore(&record.tally);
+        }
         let alias = DeviceAlias { network: local.network, port, underlays: vec![underlay.link.name.clone()] };
         Ok(Self {
             table: RouteTable::new(local, options.peers.clone()),
             routes: watch::Sender::new(options.peers.clone()),
-            datapath: Datapath::new(netlink.clone(), sender, pins, options.rung_pauses),
+            datapath,
             fd_store: FdStore::default(),
             failures,
             spec: DeviceSpec { name: options.device.clone(), alias, subnet: local.subnet, mtu },
@@ -316,11 +326,16 @@ impl Forwarding {
         }
     }
 
-    /// Attaches programs again that another program detached, or that were left out for a while, and reads what the kernel dropped before a device may be gone.
-    pub(super) async fn check_programs(&mut self) {
-        if let Err(error) = self.datapath.observe_device().await {
+    /// Reads what the kernel dropped before a device may be gone.
+    pub(super) async fn check_counters(&mut self) {
+        if let Err(error) = self.datapath.observe_drops().await {
             debug!("{error:#}");
         }
+    }
+
+    /// Attaches programs again that another program detached, and reads what the kernel dropped before a device may be gone.
+    pub(super) async fn check_programs(&mut self) {
+        self.check_counters().await;
         if let Err(error) = self.datapath.show_alive() {
             debug!("{error:#}");
         }

@@ -94,6 +94,8 @@ pub(super) struct Membership {
     state: LeaseState,
     /// With less than this left, an unconfirmed lease is a danger.
     margin: Duration,
+    /// When the lease ends, as the store last confirmed it; `None` when it has no end or was not confirmed yet.
+    ends: Option<SystemTime>,
     lease_log: LogWindow,
     /// The file of the snapshot, unless there is to be none, and the task that writes it.
     snapshot_file: Option<PathBuf>,
@@ -200,6 +202,7 @@ impl Network {
             arrived: None,
             state: LeaseState::Held,
             margin: options.lease_margin(),
+            ends: None,
             lease_log: LogWindow::default(),
             snapshot_file: options.snapshot.then(|| options.snapshot_file()),
             snapshot: None,
@@ -228,28 +231,37 @@ impl Membership {
         self.store.as_ref().map_or_else(|| "none".to_owned(), Store::name)
     }
 
-    /// The first records; `None` when the store does not answer in time. With `wait`, that time has no end.
-    pub(super) async fn first_records(&mut self, wait: bool) -> Option<Event<Lease>> {
-        if wait {
-            return self.first_snapshot().await;
-        }
+    /// The first records; `None` when the store does not answer in time.
+    pub(super) async fn first_records(&mut self) -> Option<Event<Lease>> {
         timeout(FIRST_SNAPSHOT, self.records.recv()).await.ok().flatten()
     }
 
-    async fn first_snapshot(&mut self) -> Option<Event<Lease>> {
+    /// The first records, however long that takes: an earlier agent's programs have routes, which must not be replaced by none.
+    pub(super) async fn first_snapshot(&mut self, notifier: &mut HealthNotifier) -> Option<Event<Lease>> {
         loop {
-            match self.records.recv().await {
-                Some(Event::Lost(why)) => warn!("routes stay as an earlier agent left them: {why}"),
-                event => return event,
+            match timeout(FIRST_SNAPSHOT, self.records.recv()).await {
+                Ok(Some(Event::Lost(why))) => {
+                    notifier.waiting(&format!("routes stay as an earlier agent left them: {why}"));
+                }
+                Ok(event) => return event,
+                Err(_) => notifier.extend_start(),
             }
         }
+    }
+
+    /// When the lease ends without another renewal, RFC 3339; `None` when it has no end.
+    pub(super) fn lease_ends(&self) -> Option<String> {
+        self.ends.map(|end| humantime::format_rfc3339_seconds(end).to_string())
     }
 
     /// Starts to keep the lease, and the snapshot.
     pub(super) fn keep_lease(&mut self) {
         let Some(store) = &self.store else { return };
         let keeper = match &self.lease {
-            OwnLease::Held(held) => store.keep((**held).clone()),
+            OwnLease::Held(held) => {
+                self.ends = store.lasts(held).map(|left| SystemTime::now() + left);
+                store.keep((**held).clone())
+            }
             OwnLease::Recalled(lease) => store.keep_recalled((**lease).clone()),
             OwnLease::Fixed | OwnLease::Kept(_) => return,
         };
@@ -301,8 +313,12 @@ impl Membership {
     /// Follows the lease. Returns the subnet when it is another one.
     pub(super) fn on_lease(&mut self, event: LeaseEvent) -> Option<Subnet> {
         match event {
-            LeaseEvent::Confirmed { .. } => self.confirmed(),
+            LeaseEvent::Confirmed { expires_in } => {
+                self.ends = expires_in.map(|left| SystemTime::now() + left);
+                self.confirmed();
+            }
             LeaseEvent::Unconfirmed { why, expires_in } => {
+                self.ends = expires_in.map(|left| SystemTime::now() + left);
                 self.state = LeaseState::Unconfirmed(expires_in.map(|left| Instant::now() + left));
                 let end = expires_in.map_or_else(String::new, |left| {
                     format!(", and ends at {}", humantime::format_rfc3339_seconds(SystemTime::now() + left))
@@ -476,6 +492,7 @@ mod tests {
             arrived: None,
             state: LeaseState::Held,
             margin: Duration::from_secs(60),
+            ends: None,
             lease_log: LogWindow::default(),
             snapshot_file: None,
             snapshot: None,
@@ -547,7 +564,7 @@ mod tests {
     #[tokio::test]
     async fn a_network_without_a_store_has_no_records_and_no_news() {
         let mut membership = membership();
-        assert_eq!(membership.first_records(false).await, Some(Event::Snapshot(Vec::new())));
+        assert_eq!(membership.first_records().await, Some(Event::Snapshot(Vec::new())));
         assert!(timeout(Duration::from_millis(50), membership.next()).await.is_err());
     }
 }

@@ -19,6 +19,7 @@ mod next_hops;
 mod notifier;
 mod options;
 mod recall;
+mod record;
 mod retry;
 mod rungs;
 mod services;
@@ -36,18 +37,20 @@ use tokio::{
     sync::mpsc,
     time::{Instant, MissedTickBehavior, interval_at},
 };
-use tracing::info;
+use tracing::{debug, info};
 
 pub use options::{HostOptions, OnExit, Options, ServiceOptions, StoreOption};
 
 use crate::{
     capabilities,
     control::{self, Control, QueryRequest},
-    datapath::{PathCounters, Request},
+    datapath::{PathCounters, Request, ebpf},
     fd_store::FdStore,
     handover::Channel,
+    left::Left,
     netlink::Netlink,
     route::LocalNode,
+    run_record::RecordFile,
     underlay::{self, Underlay, UnderlayChange},
 };
 use checks::{check_underlay, dead_link, inner_mtu};
@@ -93,6 +96,8 @@ pub async fn run(options: Options) -> Result<()> {
     let healthz = options.host.healthz;
     let mut notifier = HealthNotifier::start(healthz.filter(|_| !is_taking_over)).await?;
     let report = notifier.subscribe();
+    let (device, run_dir) = (options.device.clone(), options.run_dir.clone());
+    let record_file = RecordFile::new(options.record_file())?;
     let prepared = {
         let store = status::store_name(&options);
         let before = Before { kept, take_over };
@@ -103,8 +108,9 @@ pub async fn run(options: Options) -> Result<()> {
                 () = stop.wait() => return Ok(()),
                 Some((query, answer)) = queries.recv() => {
                     let health = report.borrow().health().clone();
+                    let left = Left::find(&netlink, &device, &run_dir).await.ok().flatten();
                     // The client may be gone.
-                    let _ = answer.send(status::answer_while_starting(query, &health, &store));
+                    let _ = answer.send(status::answer_while_starting(query, &health, &store, left.as_ref()));
                 }
                 Some(channel) = successors.recv() => successor::refuse(channel, "it is starting").await,
             }
@@ -117,6 +123,7 @@ pub async fn run(options: Options) -> Result<()> {
         listen()?;
         notifier.serve(healthz).await?;
     }
+    tokio::task::spawn_blocking(remove_old_pins);
     let underlay_changes = underlay::watch(underlay.clone(), &options.underlay)?;
     let host_changes = host_watch::watch()?;
     membership.keep_lease();
@@ -134,6 +141,7 @@ pub async fn run(options: Options) -> Result<()> {
         successors,
         successor: None,
         underlay,
+        record_file,
         running: false,
     };
     agent.check_link();
@@ -149,6 +157,18 @@ enum End {
     Stopped,
     /// Another agent forwards now.
     TakenOver,
+}
+
+/// Removes pins of network namespaces that are gone.
+fn remove_old_pins() {
+    match ebpf::sweep() {
+        Ok(removed) => {
+            for directory in removed {
+                info!("removed {}: its network namespace is gone", directory.display());
+            }
+        }
+        Err(error) => debug!("pins of other network namespaces: {error:#}"),
+    }
 }
 
 /// Refuses at once what cannot work. With [`Request::Auto`], an agent that may not use eBPF takes the tun rung.
@@ -197,6 +217,7 @@ struct Agent {
     /// The one that prepares to.
     successor: Option<Successor>,
     underlay: Underlay,
+    record_file: RecordFile,
     /// Whether everything was there once.
     running: bool,
 }
@@ -311,6 +332,7 @@ impl Agent {
         self.host.conditions.update(Condition::Services, self.services.problem());
         self.membership.check_snapshot();
         self.count_ingress().await;
+        self.keep_record();
     }
 
     async fn count_ingress(&mut self) {
@@ -339,7 +361,9 @@ impl Agent {
 
     async fn stop(mut self) -> Result<()> {
         self.notifier.stopping();
+        let record = self.run_record();
         self.services.stop().await;
+        self.forwarding.check_counters().await;
         let datapath = &mut self.forwarding.datapath;
         if self.forwarding.options.on_exit == OnExit::Keep
             && (datapath.is_pinned() || datapath.is_slow_only())
@@ -361,6 +385,7 @@ impl Agent {
         }
         self.forwarding.fd_store.clear();
         let removed = start::remove(&mut self.forwarding, &mut self.host, &self.netlink).await;
+        record::end(&mut self.record_file, &self.forwarding, record);
         self.membership.leave().await;
         removed
     }

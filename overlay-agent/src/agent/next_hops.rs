@@ -331,7 +331,7 @@ impl NextHopTable {
             device: self.paths.link(hop.ifindex).map(|link| link.name.clone()),
             mtu: (hop.ifindex != 0).then_some(hop.mtu),
             slow_path: self.paths.why_slow(hop),
-            link_address: hop.has(NextHop::RESOLVED).then(|| hardware_address(hop.mac)),
+            link_address: hop.has(NextHop::RESOLVED).then(|| report::hardware_address(hop.mac)),
         };
         self.hops.iter().map(route).collect()
     }
@@ -340,8 +340,4 @@ impl NextHopTable {
     pub(super) fn slow_routes(&self) -> usize {
         self.hops.values().filter(|hop| hop.has(NextHop::SLOW_PATH)).count()
     }
-}
-
-fn hardware_address([a, b, c, d, e, f]: [u8; 6]) -> String {
-    format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}")
 }

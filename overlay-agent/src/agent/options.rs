@@ -7,6 +7,7 @@ use ipnet::Ipv4Net;
 use crate::{
     datapath::{BypassRequest, Pauses, Policy, Request, ebpf::TcAttach},
     route::{Routes, Subnet},
+    run_record::RunRecord,
     service::LbRequest,
     store::etcd::{EtcdOptions, RENEW_MARGIN},
     underlay,
@@ -56,7 +57,7 @@ pub struct Options {
     pub tc_attach: TcAttach,
     /// Path of `subnet.env`.
     pub subnet_file: Option<PathBuf>,
-    /// Directory of the control socket.
+    /// Directory of the control socket and of the record of this run.
     pub run_dir: PathBuf,
     /// Directory of what has to survive a reboot.
     pub state_dir: PathBuf,
@@ -124,6 +125,11 @@ impl Options {
     /// The file of the snapshot.
     pub(super) fn snapshot_file(&self) -> PathBuf {
         self.state_dir.join(format!("{}.snapshot", self.device))
+    }
+
+    /// The file of the record of this run.
+    pub(super) fn record_file(&self) -> PathBuf {
+        RunRecord::path(&self.run_dir, &self.device)
     }
 
     /// The file in which this agent remembers the services that it wrote.

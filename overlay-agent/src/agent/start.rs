@@ -21,7 +21,9 @@ use crate::{
         tun::{Endpoint, Socket},
     },
     device,
+    lease::Lease,
     netlink::Netlink,
+    store::Event,
     subnet_env,
     underlay::Underlay,
 };
@@ -34,6 +36,8 @@ pub(super) struct Prepared {
     pub(super) forwarding: Forwarding,
     pub(super) host: HostSetup,
     pub(super) underlay: Underlay,
+    /// The first records, where an earlier agent's programs must not be without routes.
+    first: Option<Event<Lease>>,
     /// The agent that forwards until this one does.
     take_over: Option<TakeOver>,
 }
@@ -82,13 +86,18 @@ impl Prepared {
         if let Some(take_over) = &take_over {
             take_over.check(config.network, underlay.public_ip, port, options.subnet)?;
         }
-        let membership = network.join(&options, underlay.public_ip, notifier).await?;
+        let mut membership = network.join(&options, underlay.public_ip, notifier).await?;
         let local = membership.local();
         info!("{} is {} in {}, MTU {mtu}, port {port}", local.public_ip, local.subnet, local.network);
         let mut forwarding = Forwarding::new(&options, netlink, local, &underlay, port, mtu)?;
         forwarding.datapath.inherit(kept);
+        // Those of an earlier agent have routes, which must not be replaced by none.
+        let first = match forwarding.datapath.is_adopting() || take_over.is_some() {
+            true => membership.first_snapshot(notifier).await,
+            false => None,
+        };
         let host = HostSetup::new(&options);
-        Ok(Self { options, config, membership, forwarding, host, underlay, take_over })
+        Ok(Self { options, config, membership, forwarding, host, underlay, first, take_over })
     }
 
     /// Changes the host: datapath with its routes first, then firewall and routes.
@@ -114,9 +123,12 @@ impl Prepared {
     }
 
     async fn try_apply(&mut self, netlink: &Netlink) -> Result<()> {
-        // The programs get their routes before they see a packet. Those of an earlier agent have routes, which must not be replaced by none.
-        let is_running = self.forwarding.datapath.is_adopting() || self.take_over.is_some();
-        if let Some(event) = self.membership.first_records(is_running).await {
+        // The programs get their routes before they see a packet.
+        let first = match self.first.take() {
+            Some(event) => Some(event),
+            None => self.membership.first_records().await,
+        };
+        if let Some(event) = first {
             self.forwarding.on_records(event).await;
         }
         if let Some(take_over) = &mut self.take_over {

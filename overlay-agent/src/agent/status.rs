@@ -1,5 +1,7 @@
 //! Answers to queries, in every state of the agent.
 
+use std::time::SystemTime;
+
 use serde::Serialize;
 use tokio::{sync::oneshot, time::Instant};
 use tracing::debug;
@@ -9,6 +11,7 @@ use crate::{
     control::{Answer, Query},
     datapath::PathCounters,
     health::Health,
+    left::Left,
     report::{self, CounterList, Device, RouteList, Status},
     service::traffic::Traffic,
 };
@@ -23,15 +26,33 @@ pub(super) fn store_name(options: &Options) -> String {
 }
 
 /// The answer of an agent that has no parts yet.
-pub(super) fn answer_while_starting(query: Query, health: &Health, store: &str) -> Answer {
+/// `left` is what an earlier agent left.
+pub(super) fn answer_while_starting(
+    query: Query,
+    health: &Health,
+    store: &str,
+    left: Option<&Left>,
+) -> Answer {
     match query {
-        Query::Status => json(&Status {
-            problems: vec![health.to_string()],
-            store: report::Store { name: store.to_owned(), lost: None },
-            ..Status::starting()
-        }),
-        Query::Routes => json(&RouteList { routes: Vec::new(), skipped: Vec::new() }),
-        Query::Counters => json(&CounterList::from(PathCounters::ZERO)),
+        Query::Status => {
+            let frozen = left.map(|left| left.frozen(SystemTime::now()));
+            let goes_on = left.filter(|left| left.forwards()).map(|left| {
+                let since = frozen.as_ref().and_then(|frozen| frozen.since.clone());
+                let since = since.map_or_else(String::new, |since| format!(" of {since}"));
+                format!("forwarding goes on by the {} routes{since} of an earlier agent", left.route_count())
+            });
+            json(&Status {
+                problems: std::iter::once(health.to_string()).chain(goes_on).collect(),
+                routes: left.map_or(0, Left::route_count),
+                store: report::Store { name: store.to_owned(), lost: None },
+                frozen,
+                ..Status::starting()
+            })
+        }
+        Query::Routes => {
+            json(&left.map_or_else(|| RouteList { routes: Vec::new(), skipped: Vec::new() }, Left::routes))
+        }
+        Query::Counters => json(&left.map_or_else(|| CounterList::from(PathCounters::ZERO), Left::counters)),
         Query::Traffic => json(&Traffic::default()),
         Query::Datapath | Query::SetDatapath(_) => {
             Err(format!("the agent has no datapath yet, it is starting: {health}"))
@@ -68,7 +89,8 @@ impl Agent {
             Query::Counters => {
                 let counters = self.forwarding.datapath.counters().await;
                 let counters = counters.map_err(|error| format!("{error:#}"))?;
-                json(&CounterList::from(counters))
+                let writes = self.forwarding.datapath.route_writes();
+                json(&CounterList::from(counters).with_writes(writes))
             }
             Query::Traffic => self.services.traffic().await,
             Query::Datapath | Query::SetDatapath(_) => json(&self.forwarding.datapath_report()),

@@ -5,7 +5,7 @@ use clap::{Args, Subcommand};
 
 use super::{
     QueryArgs,
-    query::{query, table},
+    query::{ask, table},
 };
 use crate::{
     control::Query,
@@ -45,8 +45,8 @@ pub(super) struct SetArgs {
 
 pub(super) async fn run(command: DatapathCommand) -> Result<()> {
     match command {
-        DatapathCommand::Show(args) => query(&args, Query::Datapath, text).await,
-        DatapathCommand::Set(args) => query(&args.query, Query::SetDatapath(args.rung), text).await,
+        DatapathCommand::Show(args) => ask(&args, Query::Datapath, text).await,
+        DatapathCommand::Set(args) => ask(&args.query, Query::SetDatapath(args.rung), text).await,
     }
 }
 

@@ -1,6 +1,6 @@
 //! `overlay-agent down`: removes everything that an agent, even a killed one, left on the host.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 use aya::programs::TcAttachType;
@@ -11,10 +11,11 @@ use serde_json::json;
 use super::{AgentArgs, QueryArgs, query::print};
 use crate::{
     capabilities, control,
-    datapath::ebpf::{Pins, detach_filter, detach_left, overlay_set::LOCAL},
+    datapath::ebpf::{self, Pins, detach_filter, detach_left, overlay_set::LOCAL},
     device::{self, DeviceAlias},
     firewall,
     netlink::Netlink,
+    run_record::RunRecord,
     service,
 };
 
@@ -39,6 +40,9 @@ pub(super) async fn down(QueryArgs { agent: args, output }: &QueryArgs) -> Resul
         && pins.remove()?
     {
         removed.push(format!("the eBPF programs of {}", args.device));
+    }
+    for directory in tokio::task::spawn_blocking(sweep).await.context("look for old pins")? {
+        removed.push(format!("the pins of a network namespace that is gone ({})", directory.display()));
     }
     if device::remove(&netlink, &args.device).await? {
         removed.push(format!("the device {}", args.device));
@@ -74,6 +78,10 @@ pub(super) async fn down(QueryArgs { agent: args, output }: &QueryArgs) -> Resul
     if control::remove(&socket)? {
         removed.push(format!("the socket {}", socket.display()));
     }
+    let record = RunRecord::path(&args.run_dir, &args.device);
+    if RunRecord::remove(&record)? {
+        removed.push(format!("the record of the last run, {}", record.display()));
+    }
     print(*output, &json!({ "removed": removed }), |_| match removed.is_empty() {
         true => format!("nothing to remove for {}", args.device),
         false => format!("removed {}", removed.join(", ")),
@@ -100,6 +108,11 @@ async fn check_holder(netlink: &Netlink, args: &AgentArgs, agent: Option<i32>) -
          end it first",
         args.socket().display()
     )
+}
+
+/// Removes pins of network namespaces that are gone. What cannot be removed concerns no agent of this host.
+fn sweep() -> Vec<PathBuf> {
+    ebpf::sweep().unwrap_or_default()
 }
 
 /// Terminates a process through a pidfd, which cannot refer to a reused process id, and waits for its end.

@@ -47,7 +47,8 @@ Examples:
   overlay-agent service top
   overlay-agent down
 
-Exit codes: 0 success, 1 refused or failed (one line on standard error gives the reason), 2 wrong usage.";
+Exit codes: 0 success, 1 refused or failed (one line on standard error gives the reason), 2 wrong usage. status, routes and counters: 3 \
+when no agent runs and they show what one that has ended left in the kernel, 1 when there is nothing.";
 
 // One line per paragraph: the parser fits it to the terminal.
 const RUN_AFTER_HELP: &str = "\
@@ -68,7 +69,7 @@ enum Command {
     /// Acquire a subnet, create the overlay device and forward packets until SIGTERM
     #[command(args_override_self = true, after_help = RUN_AFTER_HELP)]
     Run(Box<run::RunArgs>),
-    /// Show the state of the running agent
+    /// Show the state of the running agent, or of what one that has ended left
     Status(StatusArgs),
     /// Show the routes, and the records that were skipped
     Routes(QueryArgs),
@@ -102,7 +103,7 @@ struct AgentArgs {
     /// Name of the overlay device
     #[arg(long, env = "OVERLAY_AGENT_DEVICE", default_value = "ovl0", value_name = "NAME")]
     device: String,
-    /// Directory of the control socket
+    /// Directory of the control socket and of the record of the last run
     #[arg(long, env = "OVERLAY_AGENT_RUN_DIR", default_value = "/run/overlay-agent", value_name = "DIR")]
     run_dir: PathBuf,
 }
@@ -160,7 +161,7 @@ pub fn main() -> ExitCode {
     });
     let cli = Cli::parse_from(words);
     match dispatch(cli.command) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
@@ -168,19 +169,25 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn dispatch(command: Command) -> Result<()> {
+fn dispatch(command: Command) -> Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .context("start the async runtime")?;
     let result = runtime.block_on(async {
-        match command {
+        let done = match command {
             Command::Run(args) => run::run(*args).await,
             Command::Status(args) if args.watch => query::watch_status(&args.query).await,
-            Command::Status(args) => query::query(&args.query, Query::Status, query::status).await,
-            Command::Routes(args) => query::query(&args, Query::Routes, query::routes).await,
-            Command::Counters(args) => query::query(&args, Query::Counters, query::counters).await,
+            Command::Status(args) => {
+                return query::query(&args.query, Query::Status, query::status, query::left_status).await;
+            }
+            Command::Routes(args) => {
+                return query::query(&args, Query::Routes, query::routes, query::left_routes).await;
+            }
+            Command::Counters(args) => {
+                return query::query(&args, Query::Counters, query::counters, query::left_counters).await;
+            }
             Command::Datapath(command) => datapath::run(command).await,
             Command::Leases(args) => leases::leases(args).await,
             Command::Lease(LeaseCommand::Release(args)) => leases::release(args).await,
@@ -190,7 +197,8 @@ fn dispatch(command: Command) -> Result<()> {
             Command::Service(command) => services::run(command).await,
             Command::Endpoint(command) => endpoints::run(command).await,
             Command::Down(args) => down::down(&args).await,
-        }
+        };
+        done.map(|()| ExitCode::SUCCESS)
     });
     // A connection to a store that hangs must not keep the process alive.
     runtime.shutdown_timeout(Duration::from_secs(1));

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     io::{ErrorKind, Write as _},
+    process::ExitCode,
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -10,21 +11,80 @@ use comfy_table::{Table, presets};
 use overlay_ebpf::reason::{DropReason, PuntReason};
 use serde::{Serialize, de::DeserializeOwned};
 
-use super::{Output, QueryArgs, datapath};
+use super::{AgentArgs, Output, QueryArgs, datapath};
 use crate::{
-    control::{self, Query, Responses},
+    control::{self, NoAgent, Query, Responses},
     datapath::{KernelDrops, RungChanges},
+    device,
+    left::Left,
+    netlink::Netlink,
     report::{self, Bypass, CounterList, RouteList, Status},
 };
 
-/// Prints the answer to a query, as JSON or by `text`.
+/// The exit code where no agent runs, and what one that has ended left was shown: as of service scripts for a service that does not
+/// run.
+pub(super) const ABSENT: u8 = 3;
+
+/// Prints the answer to a query, as JSON or by `text`. Where no agent runs and one that has ended left its programs, `left` answers
+/// with what they do, and the exit code is [`ABSENT`].
 pub(super) async fn query<T: Serialize + DeserializeOwned>(
     args: &QueryArgs,
     query: Query,
     text: fn(&T) -> String,
+    left: fn(&Left, &AgentArgs, &NoAgent) -> T,
+) -> Result<ExitCode> {
+    let error = match control::query::<T>(&args.agent.socket(), query).await {
+        Ok(answer) => {
+            print(args.output, &answer, text)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Err(error) => error,
+    };
+    let Some(absent) = error.downcast_ref::<NoAgent>() else { return Err(error) };
+    let Some(found) = find_left(&args.agent).await? else { return Err(error) };
+    print(args.output, &left(&found, &args.agent, absent), text)?;
+    Ok(ExitCode::from(ABSENT))
+}
+
+/// Prints the answer of the agent that runs. Fails when there is none.
+pub(super) async fn ask<T: Serialize + DeserializeOwned>(
+    args: &QueryArgs,
+    query: Query,
+    text: fn(&T) -> String,
 ) -> Result<()> {
-    let answer: T = control::query(&args.agent.socket(), query).await?;
+    let answer = control::query::<T>(&args.agent.socket(), query).await?;
     print(args.output, &answer, text)
+}
+
+/// Fails when an agent with another run directory has the device, or what is left cannot be read.
+async fn find_left(args: &AgentArgs) -> Result<Option<Left>> {
+    let netlink = Netlink::connect()?;
+    let found = Left::find(&netlink, &args.device, &args.run_dir).await?;
+    // The first process keeps the device of an agent that it is about to start again.
+    let holder = device::holders(&args.device).into_iter().find(|pid| *pid != 1);
+    match holder.filter(|_| found.is_some()) {
+        Some(pid) => bail!(
+            "no agent answers at {}, and process {pid} holds the device {}: name its --run-dir if it is an agent",
+            args.socket().display(),
+            args.device
+        ),
+        None => Ok(found),
+    }
+}
+
+/// `status` of what is left.
+pub(super) fn left_status(left: &Left, args: &AgentArgs, why: &NoAgent) -> Status {
+    left.status(&args.device, why.to_string())
+}
+
+/// `routes` of what is left.
+pub(super) fn left_routes(left: &Left, _: &AgentArgs, _: &NoAgent) -> RouteList {
+    left.routes()
+}
+
+/// `counters` of what is left.
+pub(super) fn left_counters(left: &Left, _: &AgentArgs, _: &NoAgent) -> CounterList {
+    left.counters()
 }
 
 /// Prints the state whenever it changes, until the agent ends or the reader of the output does.
@@ -67,6 +127,7 @@ pub(super) fn write_line(text: &str) -> Result<bool> {
 pub(super) fn status(status: &Status) -> String {
     let mut table = table();
     let store = match &status.store.lost {
+        Some(_) if status.agent == "absent" => status.store.name.clone(),
         None => status.store.name.clone(),
         Some(why) => format!("{}, which cannot be read: {why}", status.store.name),
     };
@@ -82,6 +143,11 @@ pub(super) fn status(status: &Status) -> String {
         0 => status.routes.to_string(),
         slow => format!("{}, {slow} on the slow path (`overlay-agent routes` says why)", status.routes),
     };
+    let agent = match status.agent.as_str() {
+        "absent" => "none".to_owned(),
+        _ => format!("{} (process {})", status.version, status.pid),
+    };
+    let store = if store.is_empty() { "unknown".to_owned() } else { store };
     for (name, value) in [
         ("state", Some([std::slice::from_ref(&status.state), &status.problems].concat().join("; "))),
         ("subnet", subnet),
@@ -92,19 +158,49 @@ pub(super) fn status(status: &Status) -> String {
         ("datapath", status.datapath.as_ref().map(datapath::requested)),
         ("egress", status.egress.as_ref().map(datapath::active)),
         ("ingress", status.ingress.as_ref().map(datapath::active)),
+        ("frozen since", status.frozen.as_ref().map(frozen_since)),
+        ("lease ends", status.frozen.as_ref().map(lease_ends)),
+        ("programs", status.frozen.as_ref().map(programs)),
         ("without the agent", status.without_agent.as_ref().map(without_agent)),
         ("bypass", status.bypass.as_ref().map(bypass)),
         ("services", status.services.as_ref().map(services)),
         ("routes", Some(routes)),
         ("store", Some(store)),
         ("packets dropped", Some(status.drops.to_string())),
-        ("agent", Some(format!("{} (process {})", status.version, status.pid))),
+        ("agent", Some(agent)),
     ] {
         if let Some(value) = value {
             table.add_row([name.to_owned(), value]);
         }
     }
     table.to_string()
+}
+
+fn frozen_since(frozen: &report::Frozen) -> String {
+    let since = frozen.since.clone().unwrap_or_else(|| "an unknown time".to_owned());
+    match frozen.neighbours_stale {
+        true => format!("{since}; the kernel looks up neighbours, and nothing skips the host's stack"),
+        false => since,
+    }
+}
+
+fn lease_ends(frozen: &report::Frozen) -> String {
+    match (&frozen.lease_ends, frozen.lease_ended, &frozen.since) {
+        (Some(end), true, _) => format!("{end}, which has passed"),
+        (Some(end), false, _) => end.clone(),
+        (None, _, Some(_)) => "never, or it was not confirmed".to_owned(),
+        (None, _, None) => "unknown".to_owned(),
+    }
+}
+
+fn programs(frozen: &report::Frozen) -> String {
+    let programs = frozen.programs.iter().map(|program| {
+        let device =
+            program.device.clone().unwrap_or_else(|| format!("device {}, which is gone", program.ifindex));
+        let state = if program.attached { "on" } else { "NOT on" };
+        format!("{} {state} {device}", program.program)
+    });
+    programs.collect::<Vec<_>>().join(", ")
 }
 
 fn without_agent(without: &report::WithoutAgent) -> String {
@@ -194,7 +290,12 @@ pub(super) fn counters(list: &CounterList) -> String {
     let kernel = KernelDrops::DESCRIPTIONS.into_iter();
     let kernel = reasons(["DROPPED BY THE KERNEL", "PACKETS"], &list.kernel, kernel);
     let rungs = reasons(["CHANGES OF THE DATAPATH", ""], &list.rungs, RungChanges::DESCRIPTIONS.into_iter());
-    format!("{traffic}\n\n{punts}\n\n{drops}\n\n{kernel}\n\n{rungs}")
+    let changes: Vec<_> = list.route_changes.iter().map(|(name, count)| format!("{count} {name}")).collect();
+    let changes = match changes.is_empty() {
+        true => String::new(),
+        false => format!("\n\nroutes in the kernel's map: {}", changes.join(", ")),
+    };
+    format!("{traffic}\n\n{punts}\n\n{drops}\n\n{kernel}\n\n{rungs}{changes}")
 }
 
 /// Lists the reasons that were counted; zeros would hide the counts that matter.

@@ -28,7 +28,7 @@ impl KernelDrops {
     pub const DESCRIPTIONS: [(&'static str, &'static str); 3] = [
         (
             "device_queue_full",
-            "The overlay device's queue was full: the agent did not read packets as fast as they came.",
+            "The overlay device's queue was full, or no agent was there: packets were not read as fast as they came.",
         ),
         (
             "delivery_refused",
@@ -58,9 +58,21 @@ struct DeviceSeen {
 }
 
 impl DeviceLosses {
-    /// Follows a device from now on: what it dropped before, for an earlier agent, does not count.
+    /// Goes on from what an earlier agent has added up, up to these statistics of a device.
+    pub(super) fn restore(&self, device: Option<(u32, LinkDrops)>, total: LinkDrops) {
+        self.seen(|seen| *seen = DeviceSeen { device, total });
+    }
+
+    /// Follows a device from now on: what it dropped before, for an agent that is not known, does not count. What the device that was
+    /// followed last has dropped since does.
     pub(super) fn follow(&self, index: u32, drops: LinkDrops) {
+        self.observe(index, drops);
         self.seen(|seen| seen.device = Some((index, drops)));
+    }
+
+    /// The present device with its statistics that are in the total, and the total.
+    pub(super) fn state(&self) -> (Option<(u32, LinkDrops)>, LinkDrops) {
+        self.seen(|seen| (seen.device, seen.total))
     }
 
     /// Adds what the device dropped since it was last observed. Another device than the one that is followed counts nothing.
@@ -99,6 +111,11 @@ impl DeviceLosses {
 pub(crate) struct SocketLosses(AtomicU64);
 
 impl SocketLosses {
+    /// Goes on from the sum of an earlier agent.
+    pub(super) fn restore(&self, total: u64) {
+        self.0.fetch_add(total, Relaxed);
+    }
+
     pub(super) fn add(&self, drops: u32) {
         self.0.fetch_add(u64::from(drops), Relaxed);
     }
@@ -128,5 +145,21 @@ mod tests {
         losses.observe(7, drops(200, 200));
         losses.observe(8, drops(1, 2));
         assert_eq!(losses.total(), drops(4, 7));
+    }
+
+    #[test]
+    fn an_agent_goes_on_from_what_the_one_before_added_up() {
+        let drops = |received, sent| LinkDrops { received, sent };
+        let losses = DeviceLosses::default();
+        losses.restore(Some((7, drops(100, 50))), drops(1, 2));
+        losses.follow(7, drops(100, 53));
+        assert_eq!(losses.total(), drops(1, 5), "what the device dropped meanwhile counts");
+        losses.observe(7, drops(101, 53));
+        assert_eq!(losses.total(), drops(2, 5));
+
+        let losses = DeviceLosses::default();
+        losses.restore(Some((7, drops(100, 50))), drops(1, 2));
+        losses.follow(8, drops(900, 900));
+        assert_eq!(losses.total(), drops(1, 2), "another device");
     }
 }

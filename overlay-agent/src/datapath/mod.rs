@@ -11,6 +11,7 @@ mod losses;
 mod plan;
 mod refusals;
 mod rungs;
+mod tally;
 pub mod tun;
 
 pub use desired::{
@@ -20,6 +21,7 @@ pub(crate) use inherited::{Descriptor, Inherited};
 pub use losses::KernelDrops;
 pub use refusals::Pauses;
 pub use rungs::{ActiveRung, Postponed, RungChanges};
+pub(crate) use tally::Tally;
 
 use std::{
     net::{Ipv4Addr, SocketAddrV4},
@@ -40,9 +42,10 @@ use crate::{
     netlink::{LinkDrops, Netlink, Route},
     route::{NextHops, RouteChange},
 };
-use ebpf::{Pins, detach_left, overlay_set::LOCAL};
+use ebpf::{Pins, RouteWrites, detach_left, overlay_set::LOCAL};
 use fast::FastPath;
 use losses::{DeviceLosses, SocketLosses};
+use tally::SeenDevice;
 
 /// A datapath: the overlay device, the slow path on it, and as much of the fast path as is requested and possible.
 /// Dropping it detaches the programs and stops the threads; [`Datapath::remove`] also removes the device.
@@ -84,6 +87,39 @@ impl Datapath {
             inherited: Inherited::default(),
             is_swept: false,
         }
+    }
+
+    /// Goes on from what an earlier agent has counted.
+    pub(crate) fn restore(&mut self, tally: &Tally) {
+        self.fast.restore(tally);
+        self.fast.rungs.changes = tally.rungs;
+        self.counters.restore(&tally.slow.counters(), tally.refused);
+        let device =
+            tally.device.map(|SeenDevice { index, received, sent }| (index, LinkDrops { received, sent }));
+        self.device_losses.restore(device, tally.device_total());
+        self.socket_losses.restore(tally.sockets);
+    }
+
+    /// What was counted until now, for [`Self::restore`]. Fails when the kernel's map cannot be read.
+    pub(crate) fn tally(&self) -> Result<Tally> {
+        let (fast, pinned) = self.fast.tally()?;
+        let (device, total) = self.device_losses.state();
+        Ok(Tally {
+            fast: fast.into(),
+            pinned: pinned.into(),
+            slow: self.counters.read().into(),
+            refused: self.counters.refused(),
+            device: device.map(|(index, LinkDrops { received, sent })| SeenDevice { index, received, sent }),
+            device_received: total.received,
+            device_sent: total.sent,
+            sockets: self.socket_losses.total(),
+            rungs: self.fast.rungs.changes,
+        })
+    }
+
+    /// Changes that were made in the route maps of the present programs.
+    pub(crate) fn route_writes(&self) -> RouteWrites {
+        self.fast.route_writes()
     }
 
     /// Makes the datapath what `desired` says, and repairs what was changed by others. Programs, threads and sockets that
@@ -311,8 +347,7 @@ impl Datapath {
     /// What both paths and the kernel's queues have counted since this value was made. Fails when the kernel's map or statistics
     /// cannot be read.
     pub async fn counters(&self) -> Result<PathCounters> {
-        self.observe_device().await?;
-        self.sockets.iter().try_for_each(|socket| socket.count_losses())?;
+        self.observe_drops().await?;
         let device = self.device_losses.total();
         let kernel = KernelDrops {
             device_queue_full: device.sent,
@@ -324,15 +359,15 @@ impl Datapath {
         Ok(PathCounters { fast: self.fast.counters()?, slow: self.counters.read(), kernel, rungs })
     }
 
-    /// Reads what the overlay device dropped. A device that another program removes takes with it what it dropped since the last
-    /// reading. Fails when the kernel does not say.
-    pub(crate) async fn observe_device(&self) -> Result<()> {
+    /// Reads what the overlay device and the sockets dropped. A device that another program removes takes with it what it dropped since
+    /// the last reading. Fails when the kernel does not say.
+    pub(crate) async fn observe_drops(&self) -> Result<()> {
         if let Some(index) = self.overlay_ifindex()
             && let Some(drops) = self.netlink.drops(index).await?
         {
             self.device_losses.observe(index, drops);
         }
-        Ok(())
+        self.sockets.iter().try_for_each(|socket| socket.count_losses())
     }
 
     /// Tells the programs that the agent keeps up to date what only an agent can. To be called at least every few seconds: otherwise the

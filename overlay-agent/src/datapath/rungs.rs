@@ -2,6 +2,7 @@
 
 use std::time::SystemTime;
 
+use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
 use super::{Choice, Rung};
@@ -15,8 +16,9 @@ pub struct ActiveRung {
     pub since: SystemTime,
 }
 
-/// Changes of the rungs of both directions since the agent started. The first choice is none.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// Changes of the rungs of both directions, those by earlier agents included. The first choice of an agent is none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct RungChanges {
     /// All of them: those below, and those that follow from a request, a device or an option.
     pub changes: u64,

@@ -3,6 +3,13 @@
 use std::{fs, path::Path};
 
 use anyhow::{Context, Result};
+use aya::{
+    Ebpf,
+    programs::{
+        LinkOrder, SchedClassifier,
+        tc::{TcAttachOptions, TcAttachType},
+    },
+};
 use object::{
     Architecture, BinaryFormat, Endianness, SectionKind, SymbolFlags, SymbolKind, SymbolScope,
     write::{Object, Symbol, SymbolSection},
@@ -11,6 +18,9 @@ use overlay_tests::{netns::Netns, topology::UPLINK};
 
 /// `r0 = 2; exit`: XDP_PASS, as two eBPF instructions of eight bytes (RFC 9669).
 const PASS: [u8; 16] = [0xb7, 0, 0, 0, 2, 0, 0, 0, 0x95, 0, 0, 0, 0, 0, 0, 0];
+
+/// `r0 = TCX_NEXT; exit`.
+const NEXT: [u8; 16] = [0xb7, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0x95, 0, 0, 0, 0, 0, 0, 0];
 
 /// `bpf_skb_vlan_push(skb, htons(0x8100), 5); return TC_ACT_OK`: the tag goes where a card's offload has it, beside the bytes.
 const TAG: [u8; 40] = [
@@ -65,6 +75,24 @@ pub(crate) fn attach_xdp(host: &Netns, directory: &Path) -> Result<()> {
     fs::write(&path, object_file("xdp", &PASS)?).with_context(|| format!("write {}", path.display()))?;
     host.tool(&format!("ip link set dev {UPLINK} xdpdrv object {} section xdp", path.display()))?;
     Ok(())
+}
+
+/// Attaches a foreign program to the ingress of the underlay device of `host`, with tcx and behind all others, for as long as the value
+/// lives. It passes on every packet.
+pub(crate) fn attach_tcx(host: &Netns) -> Result<Ebpf> {
+    let mut object = Ebpf::load(&object_file("classifier", &NEXT)?).context("load a foreign program")?;
+    host.run(|| {
+        let program: &mut SchedClassifier =
+            object.program_mut("somebody_elses").context("the object has no program")?.try_into()?;
+        program.load()?;
+        program.attach_with_options(
+            UPLINK,
+            TcAttachType::Ingress,
+            TcAttachOptions::TcxOrder(LinkOrder::last()),
+        )?;
+        anyhow::Ok(())
+    })??;
+    Ok(object)
 }
 
 fn object_file(section: &str, program: &[u8]) -> Result<Vec<u8>> {

@@ -47,6 +47,7 @@ mod spread;
 mod subnet_file;
 mod suite;
 mod traps;
+mod unattended;
 mod underlay;
 mod unrepairable;
 mod upgrade;
@@ -87,6 +88,7 @@ fn main() -> ExitCode {
     upgrade::register(&mut suite);
     rungs::register(&mut suite);
     handover::register(&mut suite);
+    unattended::register(&mut suite);
     policy::register(&mut suite);
     privileges::register(&mut suite);
     subnet_file::register(&mut suite);

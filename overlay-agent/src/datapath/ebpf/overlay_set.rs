@@ -20,7 +20,7 @@ use super::{
     Hook, HookKind, Pinned, Pins, Place, ProgramSet, btf,
     counter_maps::{CounterMaps, Replaced},
     questions::{self, Answering},
-    route_maps::{Capacity, RouteMaps},
+    route_maps::{Capacity, RouteMaps, RouteWrites},
 };
 use crate::route::{NextHops, RouteChange};
 
@@ -43,8 +43,11 @@ const HEARTBEAT: Hook = Hook { program: "ovl_heartbeat", kind: HookKind::TcIngre
 /// XDP of an underlay device; needs [`INGRESS`] behind it.
 pub const XDP: Hook = Hook { program: "ovl_xdp", kind: HookKind::Xdp, place: Place::First };
 
+/// The map of the programs' counters.
+pub(crate) const COUNTERS: &str = "COUNTERS";
+
 // aya moves map values as plain bytes, so that the types need not implement its marker trait.
-type ConfigBytes = [u8; size_of::<Config>()];
+pub(super) type ConfigBytes = [u8; size_of::<Config>()];
 type EndpointBytes = [u8; size_of::<Endpoint>()];
 type UnderlayBytes = [u8; size_of::<UnderlayValue>()];
 
@@ -55,7 +58,7 @@ const PINNED: [&str; 10] = [
     "PREFIXES",
     "UNDERLAYS",
     "ENDPOINTS",
-    "COUNTERS",
+    COUNTERS,
     "CARRIED",
     "FLOWS",
     "RELEASED",
@@ -341,6 +344,11 @@ impl OverlaySet {
             Ok(())
         })?;
         Ok(foreign)
+    }
+
+    /// Changes that were made in the route maps.
+    pub(crate) fn route_writes(&self) -> RouteWrites {
+        self.routes.writes
     }
 
     /// The counters of all CPUs, added up, with those of sets that this one replaces.

@@ -30,7 +30,7 @@ const MODE: u32 = 0o700;
 
 /// The directory of an overlay device.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Pins(PathBuf);
+pub struct Pins(pub(super) PathBuf);
 
 impl Pins {
     /// Opens the directory of the overlay device `device` in this network namespace, and mounts the file system if it is missing.
@@ -77,6 +77,17 @@ impl Pins {
     /// The directory itself.
     pub(super) fn directory(&self) -> &Path {
         &self.0
+    }
+
+    /// The directory of the maps of this version, if there is one.
+    pub(super) fn present_maps(&self) -> Option<PathBuf> {
+        Some(self.0.join(format!("v{}", self.version()))).filter(|directory| directory.is_dir())
+    }
+
+    /// Whether a map of this name is pinned, of any version.
+    pub(crate) fn has_map(&self, name: &str) -> bool {
+        let entries = fs::read_dir(&self.0).into_iter().flatten().flatten();
+        entries.map(|entry| entry.path()).any(|path| path.is_dir() && path.join(name).exists())
     }
 
     /// Where the link of a program on the device with this index is pinned.
@@ -166,6 +177,11 @@ pub(crate) fn unpin(path: &Path) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// The directory of all agents, if the file system is there.
+pub(super) fn directory_of_all() -> Option<PathBuf> {
+    is_mounted().then(|| Path::new(FILE_SYSTEM).join(DIRECTORY))
 }
 
 fn is_mounted() -> bool {

@@ -4,20 +4,23 @@
 //! subnet. Other lengths are rare (reservations); only while there are some do programs ask the trie as well, and prefer the longer
 //! prefix.
 
-use std::{collections::BTreeSet, io::ErrorKind, net::Ipv4Addr};
+use std::{collections::BTreeSet, io::ErrorKind, net::Ipv4Addr, path::Path};
 
 use anyhow::{Context as _, Result, bail};
 use aya::maps::{HashMap, LpmTrie, MapData, MapError, lpm_trie::Key};
 use ipnet::Ipv4Net;
 use overlay_ebpf::abi::{Config, DEFAULT_ROUTES, MAX_ROUTES, NextHop, Prefix, PrefixRoute};
 
-use super::ProgramSet;
+use super::{ProgramSet, pinned_state::open_map};
 use crate::route::{NextHops, Route, RouteChange, Subnet, abi_prefix, diff};
 
 // aya moves map keys and values as plain bytes, so that the types need not implement its marker trait.
 type PrefixBytes = [u8; size_of::<Prefix>()];
 type NextHopBytes = [u8; size_of::<NextHop>()];
 type PrefixRouteBytes = [u8; size_of::<PrefixRoute>()];
+
+type Exact = HashMap<MapData, PrefixBytes, NextHopBytes>;
+type Trie = LpmTrie<MapData, [u8; 4], PrefixRouteBytes>;
 
 /// Fewest entries of the hash.
 const SMALLEST: u32 = 256;
@@ -52,10 +55,21 @@ impl Capacity {
     }
 }
 
+/// Changes of routes that were made in the maps. A route that moves from one map to the other counts as none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct RouteWrites {
+    /// Routes that were written: new ones, and others with another peer, device, MTU or path.
+    pub(crate) written: u64,
+    /// Of other routes, only the link-layer addresses were written.
+    pub(crate) readdressed: u64,
+    /// Routes that were removed.
+    pub(crate) removed: u64,
+}
+
 /// The maps, and what was written to them.
 pub(super) struct RouteMaps {
-    exact: HashMap<MapData, PrefixBytes, NextHopBytes>,
-    trie: LpmTrie<MapData, [u8; 4], PrefixRouteBytes>,
+    exact: Exact,
+    trie: Trie,
     capacity: Capacity,
     /// This host's subnet: the hash has routes of its length.
     own: Prefix,
@@ -63,6 +77,7 @@ pub(super) struct RouteMaps {
     routes: NextHops,
     /// Those in the trie.
     in_trie: BTreeSet<Subnet>,
+    pub(super) writes: RouteWrites,
 }
 
 impl RouteMaps {
@@ -74,6 +89,7 @@ impl RouteMaps {
             own: Prefix::default(),
             routes: NextHops::new(),
             in_trie: BTreeSet::new(),
+            writes: RouteWrites::default(),
         })
     }
 
@@ -180,7 +196,11 @@ impl RouteMaps {
             }
         };
         written.with_context(|| format!("write the route {subnet} via {}", Ipv4Addr::from(via.peer)))?;
-        self.routes.insert(subnet, via);
+        match self.routes.insert(subnet, via) {
+            Some(before) if before == via => {}
+            Some(before) if without_link(before) == without_link(via) => self.writes.readdressed += 1,
+            Some(_) | None => self.writes.written += 1,
+        }
         Ok(())
     }
 
@@ -197,19 +217,18 @@ impl RouteMaps {
         }
         self.routes.remove(&subnet);
         self.in_trie.remove(&subnet);
+        self.writes.removed += 1;
         Ok(())
     }
 
     /// The routes in the kernel's maps.
     pub(super) fn read(&self) -> Result<NextHops> {
-        let mut routes = self.read_trie()?;
-        routes.extend(self.read_hash()?);
-        Ok(routes)
+        read_both(&self.exact, &self.trie)
     }
 
     /// Reads the maps, and returns how many of their routes are not as they were written. The next [`Self::set`] repairs them.
     pub(super) fn check(&mut self) -> Result<usize> {
-        let (trie, hash) = (self.read_trie()?, self.read_hash()?);
+        let (trie, hash) = (read_trie(&self.trie)?, read_hash(&self.exact)?);
         let mut foreign = 0;
         // What is in the wrong map, or in both, is removed; `set` writes it again.
         let misplaced = |subnet: &&Subnet| subnet.prefix().prefix_len() != self.own.length();
@@ -234,44 +253,56 @@ impl RouteMaps {
         self.routes = found;
         Ok(foreign)
     }
-
-    fn read_hash(&self) -> Result<NextHops> {
-        let entries = self.exact.iter().map(|entry| {
-            let (key, via) = entry.context("read the map ROUTES")?;
-            let key = bytemuck::cast::<PrefixBytes, Prefix>(key);
-            let prefix = Ipv4Net::new(key.address().into(), key.length())?;
-            Ok((Subnet::containing(prefix), bytemuck::cast::<NextHopBytes, NextHop>(via)))
-        });
-        entries.collect()
-    }
-
-    fn read_trie(&self) -> Result<NextHops> {
-        let entries = self.trie.iter().map(|entry| {
-            let (key, value) = entry.context("read the map PREFIXES")?;
-            let prefix = Ipv4Net::new(key.data().into(), u8::try_from(key.prefix_len())?)?;
-            let value = bytemuck::cast::<PrefixRouteBytes, PrefixRoute>(value);
-            // A value that names another prefix than its key is none that we wrote.
-            let is_right = value.prefix == abi_prefix(prefix);
-            Ok((Subnet::containing(prefix), if is_right { value.next_hop } else { NextHop::default() }))
-        });
-        entries.collect()
-    }
 }
 
-fn insert_in_trie(
-    trie: &mut LpmTrie<MapData, [u8; 4], PrefixRouteBytes>,
-    subnet: Subnet,
-    next_hop: NextHop,
-) -> Result<()> {
+/// The routes in the maps that an agent has pinned in a directory.
+pub(super) fn pinned(directory: &Path) -> Result<NextHops> {
+    read_both(&open_map(directory, "ROUTES")?, &open_map(directory, "PREFIXES")?)
+}
+
+fn read_both(exact: &Exact, trie: &Trie) -> Result<NextHops> {
+    let mut routes = read_trie(trie)?;
+    routes.extend(read_hash(exact)?);
+    Ok(routes)
+}
+
+fn read_hash(exact: &Exact) -> Result<NextHops> {
+    let entries = exact.iter().map(|entry| {
+        let (key, via) = entry.context("read the map ROUTES")?;
+        let key = bytemuck::cast::<PrefixBytes, Prefix>(key);
+        let prefix = Ipv4Net::new(key.address().into(), key.length())?;
+        Ok((Subnet::containing(prefix), bytemuck::cast::<NextHopBytes, NextHop>(via)))
+    });
+    entries.collect()
+}
+
+fn read_trie(trie: &Trie) -> Result<NextHops> {
+    let entries = trie.iter().map(|entry| {
+        let (key, value) = entry.context("read the map PREFIXES")?;
+        let prefix = Ipv4Net::new(key.data().into(), u8::try_from(key.prefix_len())?)?;
+        let value = bytemuck::cast::<PrefixRouteBytes, PrefixRoute>(value);
+        // A value that names another prefix than its key is none that we wrote.
+        let is_right = value.prefix == abi_prefix(prefix);
+        Ok((Subnet::containing(prefix), if is_right { value.next_hop } else { NextHop::default() }))
+    });
+    entries.collect()
+}
+
+/// A next hop without what follows from the kernel's neighbours.
+fn without_link(hop: NextHop) -> NextHop {
+    NextHop { flags: hop.flags & !NextHop::RESOLVED, mac: [0; 6], source_mac: [0; 6], ..hop }
+}
+
+fn insert_in_trie(trie: &mut Trie, subnet: Subnet, next_hop: NextHop) -> Result<()> {
     let value = PrefixRoute { prefix: abi_prefix(subnet.prefix()), next_hop };
     Ok(trie.insert(&key(subnet), bytemuck::cast::<PrefixRoute, PrefixRouteBytes>(value), 0)?)
 }
 
-fn remove_from_trie(trie: &mut LpmTrie<MapData, [u8; 4], PrefixRouteBytes>, subnet: Subnet) -> Result<()> {
+fn remove_from_trie(trie: &mut Trie, subnet: Subnet) -> Result<()> {
     if_present(trie.remove(&key(subnet)))
 }
 
-fn remove_from_hash(exact: &mut HashMap<MapData, PrefixBytes, NextHopBytes>, subnet: Subnet) -> Result<()> {
+fn remove_from_hash(exact: &mut Exact, subnet: Subnet) -> Result<()> {
     if_present(exact.remove(&bytemuck::cast::<Prefix, PrefixBytes>(abi_prefix(subnet.prefix()))))
 }
 

@@ -31,10 +31,14 @@ impl TcxLinks {
 
     /// Whether `link` is attached to the device `ifindex`.
     pub(super) fn has(&self, link: &FdLink, ifindex: u32) -> Result<bool> {
+        let device = self.device(link)?;
+        Ok(device.with_context(|| format!("{DESCRIPTORS} does not show a tcx link"))? == ifindex)
+    }
+
+    /// The device that `link` is attached to, 0 when it is detached; `None` for a link that leads to something else than a device.
+    pub(super) fn device(&self, link: &FdLink) -> Result<Option<u32>> {
         let id = link.info().context("read the state of a tcx link")?.id();
-        let device = self.0.get(&id).copied();
-        let device = device.with_context(|| format!("{DESCRIPTORS} does not show the tcx link {id}"))?;
-        Ok(device == ifindex)
+        Ok(self.0.get(&id).copied())
     }
 }
 

@@ -12,14 +12,15 @@ use tracing::{debug, info, warn};
 use super::{
     Pauses, Postponed, Report, Request,
     ebpf::{
-        self, Attachment, LoadOptions, OverlaySet, Pins, Target, TcxLinks,
-        overlay_set::{INGRESS, XDP},
+        self, Attachment, InUse, LoadOptions, OverlaySet, Pins, RouteWrites, Target, TcxLinks, left_counters,
+        overlay_set::{COUNTERS, INGRESS, XDP},
         self_test, unpin,
     },
     local::LocalPrograms,
     plan::{Plan, Step, next_step},
     refusals::{Cause, Refusals, Subject},
     rungs::{ActiveRungs, Trigger},
+    tally::Tally,
 };
 use crate::{
     capabilities,
@@ -62,6 +63,10 @@ pub(super) struct FastPath {
     refusals: Refusals,
     /// What sets that are gone counted.
     counted: Counters,
+    /// What the programs had counted that [`Self::leave`] left.
+    left: Counters,
+    /// While a set is loaded: other agents leave the pins alone.
+    in_use: Option<InUse>,
     next_read_back: Option<Instant>,
     /// Whether the last update of the route map failed.
     behind: bool,
@@ -85,6 +90,8 @@ impl FastPath {
             missing: None,
             refusals: Refusals::new(pauses),
             counted: Counters::ZERO,
+            left: Counters::ZERO,
+            in_use: None,
             next_read_back: None,
             behind: false,
         }
@@ -317,6 +324,38 @@ impl FastPath {
         Ok(sum)
     }
 
+    /// As [`Self::counters`], with what an earlier agent's programs have counted in a map that no set has taken over.
+    fn counters_with_left(&self) -> Result<Counters> {
+        let mut sum = self.counters()?;
+        if self.set.is_none()
+            && let Some(left) = self.pins.as_ref().map(left_counters).transpose()?.flatten()
+        {
+            sum.add(&left);
+        }
+        Ok(sum)
+    }
+
+    /// Goes on from what earlier agents' programs have counted.
+    pub(super) fn restore(&mut self, tally: &Tally) {
+        let has_map = self.pins.as_ref().is_some_and(|pins| pins.has_map(COUNTERS));
+        self.counted = tally.fast_elsewhere(has_map);
+    }
+
+    /// What was counted in maps that are gone, or go with this process, and in the pinned map.
+    pub(super) fn tally(&self) -> Result<(Counters, Counters)> {
+        let (mut gone, mut pinned) = (self.counted, self.left);
+        if let Some(set) = &self.set {
+            let counted = set.counters()?;
+            if self.pins.is_some() { pinned = counted } else { gone.add(&counted) }
+        }
+        Ok((gone, pinned))
+    }
+
+    /// Changes that were made in the route maps of the present programs.
+    pub(super) fn route_writes(&self) -> RouteWrites {
+        self.set.as_ref().map(OverlaySet::route_writes).unwrap_or_default()
+    }
+
     /// Tells the programs that the agent is there.
     pub(super) fn show_alive(&mut self) -> Result<()> {
         self.set.as_mut().map_or(Ok(()), OverlaySet::show_alive)
@@ -335,11 +374,15 @@ impl FastPath {
         self.local.leave();
         self.attachments.iter_mut().for_each(Attachment::keep);
         self.attachments.clear();
+        if let Some(counted) = self.set.as_ref().and_then(|set| set.counters().ok()) {
+            self.left = counted;
+        }
         self.forget_set();
     }
 
     fn forget_set(&mut self) {
         (self.set, self.loaded, self.config, self.next_read_back) = (None, None, None, None);
+        self.in_use = None;
         self.is_xdp_tested = false;
     }
 
@@ -352,8 +395,8 @@ impl FastPath {
     pub(super) fn unload(&mut self) {
         self.local.detach();
         self.attachments.clear();
-        match self.counters() {
-            Ok(counters) => self.counted = counters,
+        match self.counters_with_left() {
+            Ok(counters) => (self.counted, self.left) = (counters, Counters::ZERO),
             Err(error) => warn!("the counters of the eBPF programs are lost: {error:#}"),
         }
         self.forget_set();

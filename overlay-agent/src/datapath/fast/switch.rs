@@ -234,6 +234,9 @@ impl FastPath {
 
     /// Loads maps and programs, without the bypass when the kernel cannot have it.
     fn load_set(&mut self, object: &[u8], plan: &Plan, config: &Config) -> Result<OverlaySet> {
+        if let Some(pins) = &self.pins {
+            self.in_use = Some(pins.claim()?);
+        }
         let load = |bypass| {
             let options = LoadOptions { bypass, log: plan.log };
             let mut set = OverlaySet::load_for(object, options, config, self.pins.as_ref())?;

@@ -17,6 +17,21 @@ pub(crate) struct SlowCounters {
 }
 
 impl SlowCounters {
+    /// Goes on from what an earlier agent counted.
+    pub(crate) fn restore(&self, counters: &Counters, refused: u64) {
+        let traffic = [
+            (&self.egress_packets, counters.egress_packets),
+            (&self.egress_bytes, counters.egress_bytes),
+            (&self.ingress_packets, counters.ingress_packets),
+            (&self.ingress_bytes, counters.ingress_bytes),
+            (&self.refused, refused),
+        ];
+        let drops = self.drops.iter().zip(counters.drops);
+        for (counter, count) in traffic.into_iter().chain(drops) {
+            counter.fetch_add(count, Relaxed);
+        }
+    }
+
     pub(super) fn sent(&self, bytes: usize) {
         self.egress_packets.fetch_add(1, Relaxed);
         self.egress_bytes.fetch_add(bytes as u64, Relaxed);
@@ -52,5 +67,24 @@ impl SlowCounters {
         counters.ingress_bytes = self.ingress_bytes.load(Relaxed);
         counters.drops.iter_mut().zip(&self.drops).for_each(|(into, from)| *into = from.load(Relaxed));
         counters
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_agent_goes_on_from_what_the_one_before_counted() {
+        let first = SlowCounters::default();
+        first.sent(100);
+        first.delivered(60);
+        first.dropped(DropReason::NoRoute);
+        first.refused_by_device();
+        let next = SlowCounters::default();
+        next.restore(&first.read(), first.refused());
+        assert_eq!((next.read(), next.refused()), (first.read(), 1));
+        next.sent(11);
+        assert_eq!((next.read().egress_packets, next.read().egress_bytes), (2, 111));
     }
 }

@@ -1,6 +1,6 @@
 //! Performs the keeper's actions on the store.
 
-use std::net::Ipv4Addr;
+use std::{net::Ipv4Addr, time::Duration};
 
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -25,6 +25,11 @@ use crate::{
 };
 
 impl Store {
+    /// How long a lease that was just acquired lasts without a renewal; `None` for a record without end.
+    pub fn lasts(&self, held: &Held) -> Option<Duration> {
+        held.lifetime.map(|_| self.times.lease_ttl)
+    }
+
     /// Keeps a lease in a task: renews it, acquires it again when it is lost, moves it to another address of this host.
     pub fn keep(&self, held: Held) -> LeaseKeeper {
         let keeper = Keeper::new(held, self.times, self.backend.has_lifetimes(), Instant::now());
