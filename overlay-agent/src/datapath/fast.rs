@@ -13,7 +13,7 @@ use super::{
     Choice, Report, Request, Rung,
     ebpf::{
         self, Attachment, LoadOptions, OverlaySet, Pins, Target, TcxLinks,
-        overlay_set::{EGRESS, INGRESS, XDP},
+        overlay_set::{EGRESS, FormerAddresses, INGRESS, XDP},
         self_test, unpin,
     },
     local::LocalPrograms,
@@ -52,6 +52,8 @@ pub(super) struct FastPath {
     /// What sets that are gone counted.
     counted: Counters,
     next_read_back: Option<Instant>,
+    /// Former addresses of peers.
+    former: FormerAddresses,
     /// Whether the last update of the route map failed.
     behind: bool,
 }
@@ -74,6 +76,7 @@ impl FastPath {
             refusals: Refusals::default(),
             counted: Counters::ZERO,
             next_read_back: None,
+            former: FormerAddresses::new(),
             behind: false,
         }
     }
@@ -192,8 +195,8 @@ impl FastPath {
         capabilities::check(capabilities::EBPF)?;
         let set = self.load_set(object, plan, config)?;
         self_test::run(object, INGRESS).context("the kernel does not run the eBPF programs as it should")?;
-        self.set = Some(set);
-        Ok(())
+        let set = self.set.insert(set);
+        set.set_former(&self.former)
     }
 
     /// Loads maps and programs, without the bypass when the kernel cannot have it.
@@ -330,6 +333,12 @@ impl FastPath {
         };
         self.behind = done.is_err();
         done
+    }
+
+    /// Makes the kernel's map of former addresses of peers hold these.
+    pub(super) fn set_former(&mut self, former: FormerAddresses) -> Result<()> {
+        self.former = former;
+        self.set.as_mut().map_or(Ok(()), |set| set.set_former(&self.former))
     }
 
     /// The capabilities for whose lack [`Request::Auto`] has chosen the tun rung.

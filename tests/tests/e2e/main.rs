@@ -44,6 +44,7 @@ mod subnet_file;
 mod suite;
 mod traps;
 mod underlay;
+mod underlay_traffic;
 mod unrepairable;
 mod wait;
 mod xfrm;
@@ -65,6 +66,7 @@ fn main() -> ExitCode {
     comparison::register(&mut suite);
     traps::register(&mut suite);
     restart::register(&mut suite);
+    underlay_traffic::register(&mut suite);
     spread::register(&mut suite);
     suite.waiting(|suite| {
         addressing::register(suite);
