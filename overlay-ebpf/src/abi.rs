@@ -98,11 +98,14 @@ impl Prefix {
     }
 }
 
+/// Most former addresses of peers in the map `MOVED`, whose key is an address that a peer had, and whose value is the one that it has now.
+pub const MAX_MOVED: u32 = 4096;
+
 /// This host's place in the network: the one entry of the map `CONFIG`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct Config {
-    /// This host's underlay address.
+    /// This host's underlay address: the source of outer packets.
     pub public_ip: [u8; 4],
     /// The whole overlay.
     pub network: Prefix,
@@ -122,10 +125,12 @@ pub struct Config {
     first_mac: [u8; 6],
     /// 48 bytes in all: arrays of bytes of that size can be cast.
     padding: [u8; PADDING],
+    /// See [`Config::with_other_ip`]. Zero, which is no address of a host, where an earlier agent wrote the configuration.
+    other_ip: [u8; 4],
 }
 
 /// With another layout, 64 bytes in all.
-const PADDING: usize = if cfg!(feature = "next-abi") { 22 } else { 6 };
+const PADDING: usize = if cfg!(feature = "next-abi") { 18 } else { 2 };
 
 /// The outer TOS: the inner one's bits that the mask keeps, and fixed ones. ECN is always copied (RFC 6040).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
@@ -175,6 +180,7 @@ impl Config {
             first_ifindex: 0,
             first_mac: [0; 6],
             padding: [0; PADDING],
+            other_ip: public_ip,
         }
     }
 
@@ -226,6 +232,17 @@ impl Config {
             value if value == SourceCheck::Off as u8 => SourceCheck::Off,
             _ => SourceCheck::Strict,
         }
+    }
+
+    /// The same configuration with another address to which peers may send: that before the last change, or that after the next.
+    pub fn with_other_ip(self, other_ip: [u8; 4]) -> Self {
+        Self { other_ip, ..self }
+    }
+
+    /// Whether peers send to this address.
+    #[inline(always)]
+    pub fn is_own_address(&self, address: [u8; 4]) -> bool {
+        address == self.public_ip || address == self.other_ip
     }
 
     /// The mark of this network's XDP program.

@@ -123,7 +123,7 @@ fn ours<P: Bytes + ?Sized>(
     if ipv4.version() != 4
         || ipv4.header_len() < Ipv4::LEN
         || ipv4.protocol() != PROTOCOL_UDP
-        || ipv4.destination() != config.public_ip
+        || !config.is_own_address(ipv4.destination())
         || ipv4.is_later_fragment()
     {
         return None;
@@ -195,6 +195,15 @@ mod tests {
             fn next_hop(&self, address: [u8; 4]) -> Option<NextHop> {
                 (address[2] == 2).then_some(self.0)
             }
+
+            fn present_address(&self, former: [u8; 4]) -> Option<[u8; 4]> {
+                // The second is of another peer.
+                match former {
+                    [192, 168, 77, 22] => Some(self.0.peer),
+                    [192, 168, 77, 23] => Some([192, 168, 77, 3]),
+                    _ => None,
+                }
+            }
         }
         let own = Prefix::new([10, 244, 1, 0], 24);
         let config = Config::new([192, 168, 77, 1], Prefix::new([10, 244, 0, 0], 16), own, 8285);
@@ -219,6 +228,10 @@ mod tests {
         assert_eq!(decide(2, other, Strict, 0), spoofed);
         assert_eq!((decide(3, peer, Strict, 0), decide(3, peer, Loose, 0)), (unknown, unknown));
         assert!(accepted(decide(2, other, Loose, 0)) && accepted(decide(3, other, Off, 0)));
+        let [former, others] = [[192, 168, 77, 22], [192, 168, 77, 23]];
+        assert!(accepted(decide(2, former, Strict, 0)) && accepted(decide_on(2, 2, former, Strict, 0)));
+        assert_eq!((decide(2, others, Strict, 0), decide(3, former, Strict, 0)), (spoofed, unknown));
+        assert_eq!(decide_on(3, 2, former, Strict, 0), spoofed);
         // The peer is reached through the device 2.
         assert!(accepted(decide_on(2, 2, peer, Strict, 0)) && accepted(decide_on(3, 2, peer, Loose, 0)));
         assert_eq!(decide_on(3, 2, peer, Strict, 0), spoofed);

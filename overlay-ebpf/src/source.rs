@@ -1,12 +1,16 @@
 //! Source validation: which overlay addresses a sender may use (BCP 38 for the overlay).
 
-use crate::{abi::Config, reason::DropReason, route::Routes};
+use crate::{
+    abi::{Config, NextHop},
+    reason::DropReason,
+    route::Routes,
+};
 
 /// How strictly the sources of inner packets are checked. No mode accepts a packet from a peer with a source in our own subnet.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(u8)]
 pub enum SourceCheck {
-    /// The sender's underlay address must hold the lease of the inner source, and on another underlay device than the first, that
+    /// The sender's underlay address must hold the lease of the inner source, or have held it until a moment ago, and on another underlay device than the first, that
     /// peer must be reached through it.
     #[default]
     Strict = 0,
@@ -62,7 +66,16 @@ pub fn check_ingress(
     };
     let is_holder = holder.peer == sender.address && (sender.device == 0 || sender.device == holder.ifindex);
     match config.source_check() {
-        SourceCheck::Strict if !is_holder => Err(DropReason::SpoofedSource),
+        SourceCheck::Strict if !is_holder && !was_holder(routes, &holder, sender) => {
+            Err(DropReason::SpoofedSource)
+        }
         SourceCheck::Strict | SourceCheck::Loose | SourceCheck::Off => Ok(holder.flags),
     }
+}
+
+/// Whether a sender that does not hold a lease by its address has just changed it.
+#[inline(always)]
+fn was_holder(routes: &impl Routes, holder: &NextHop, sender: Sender) -> bool {
+    (sender.device == 0 || sender.device == holder.ifindex)
+        && routes.present_address(sender.address) == Some(holder.peer)
 }

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    io::{ErrorKind, IoSlice},
+    io::IoSlice,
     net::UdpSocket,
     os::fd::AsRawFd,
     panic::resume_unwind,
@@ -22,6 +22,7 @@ use crate::{
     netns::Netns,
     pair::Pair,
     topology::{POD_LINK, Side, UPLINK},
+    traffic::udp::is_no_datagram,
 };
 
 /// Bytes of each datagram's payload: the flow, the number, zeros.
@@ -267,7 +268,7 @@ fn receive(socket: &UdpSocket, flow: u32, received: &AtomicU64, finished: &Atomi
                 ensure!(seen.insert(number), "datagram {number} arrived twice");
                 received.fetch_add(1, Relaxed);
             }
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+            Err(error) if is_no_datagram(&error) => {}
             Err(error) => return Err(error).context("receive datagrams"),
         }
     }

@@ -43,8 +43,17 @@ impl OneCpu {
     ///
     /// When the kernel refuses.
     pub fn enter() -> Result<Self> {
+        Self::on(&first()?)
+    }
+
+    /// Takes the last one, which on a machine with several is another.
+    pub(crate) fn last() -> Result<Self> {
+        Self::on(&last()?)
+    }
+
+    fn on(cpus: &CpuSet) -> Result<Self> {
         let all = sched_getaffinity(Pid::from_raw(0)).context("read the CPUs of this thread")?;
-        stay_on(&first()?)?;
+        stay_on(cpus)?;
         Ok(Self(all))
     }
 }

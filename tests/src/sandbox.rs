@@ -5,6 +5,7 @@
 
 use std::{
     fs,
+    io::ErrorKind,
     path::{Path, PathBuf},
     process,
     sync::{
@@ -15,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::{Pid, Uid},
@@ -75,7 +76,11 @@ impl Sandbox {
         }
         let name = format!("{}-{}", kind.prefix(), process::id());
         let directory = Path::new(DIRECTORY).join(&name);
-        fs::create_dir_all(&directory).with_context(|| format!("create {}", directory.display()))?;
+        // Another run that ends at this moment may remove the parent.
+        let created = (0..10).find_map(|_| fs::create_dir_all(&directory).ok());
+        created
+            .map_or_else(|| fs::create_dir_all(&directory), Ok)
+            .with_context(|| format!("create {}", directory.display()))?;
         Ok(Arc::new(Self { name, next: AtomicU32::new(1), kept: AtomicBool::new(false) }))
     }
 
@@ -179,13 +184,20 @@ fn remove_where(chosen: impl Fn(&Owner<'_>) -> bool) -> Result<usize> {
         for pid in pids.split_whitespace().filter_map(|pid| pid.parse().ok()) {
             end_process(Pid::from_raw(pid));
         }
-        run_tool(&["ip", "netns", "delete", &name])?;
+        if let Err(error) = run_tool(&["ip", "netns", "delete", &name]) {
+            // Another run may remove it, too.
+            ensure!(!Path::new(NETNS_DIRECTORY).join(&name).exists(), "{error:#}");
+        }
         sandboxes.push(owner.name());
     }
     for name in entries(DIRECTORY) {
         let Some(owner) = Owner::parse(&name).filter(|owner| chosen(owner)) else { continue };
         let path = Path::new(DIRECTORY).join(&name);
-        fs::remove_dir_all(&path).with_context(|| format!("remove {}", path.display()))?;
+        if let Err(error) = fs::remove_dir_all(&path)
+            && error.kind() != ErrorKind::NotFound
+        {
+            return Err(error).with_context(|| format!("remove {}", path.display()));
+        }
         sandboxes.push(owner.name());
     }
     // Fails, as intended, while other sandboxes have files there.

@@ -107,8 +107,10 @@ impl Topology {
             host.tool(&format!("ip address add {}/24 dev {UPLINK}", side.underlay))?;
             host.tool(&format!("ip link set {UPLINK} mtu {UNDERLAY_MTU} up"))?;
         }
-        for netns in [&a.host, &b.host, &a.pod, &b.pod] {
-            wait_for_carrier(netns)?;
+        for side in [&a, &b] {
+            for (netns, device) in [(&side.host, UPLINK), (&side.host, POD_LINK), (&side.pod, UPLINK)] {
+                wait_for_carrier(netns, device)?;
+            }
         }
         Ok(Self { a, b })
     }
@@ -166,12 +168,12 @@ impl Side {
 }
 
 /// Waits for the carrier: the kernel reports a link as up a moment after its other end.
-fn wait_for_carrier(netns: &Netns) -> Result<()> {
+fn wait_for_carrier(netns: &Netns, device: &str) -> Result<()> {
     for _ in 0..500 {
-        if netns.tool(&format!("ip -oneline link show {UPLINK}"))?.contains(" state UP ") {
+        if netns.tool(&format!("ip -oneline link show {device}"))?.contains(" state UP ") {
             return Ok(());
         }
         thread::sleep(Duration::from_millis(10));
     }
-    bail!("{UPLINK} in {} has no carrier after 5 seconds", netns.name())
+    bail!("{device} in {} has no carrier after 5 seconds", netns.name())
 }

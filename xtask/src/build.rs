@@ -48,7 +48,11 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 
 /// Builds the eBPF programs and the agent; cargo does only what has changed.
 pub(crate) fn build(toolchain: &Toolchain) -> Result<Built> {
-    let ebpf_object = build_ebpf(toolchain)?;
+    agent(build_ebpf(toolchain)?)
+}
+
+/// Builds the agent with the eBPF programs of this object.
+pub(crate) fn agent(ebpf_object: PathBuf) -> Result<Built> {
     let start = Instant::now();
     step::headline("build: overlay-agent (release)");
     let mut cargo = workspace::cargo()?;
@@ -100,7 +104,8 @@ fn ebpf_directory() -> Result<PathBuf> {
     Ok(workspace::target_dir()?.join("bpf"))
 }
 
-fn build_ebpf(toolchain: &Toolchain) -> Result<PathBuf> {
+/// Builds the eBPF programs. Returns the path of the overlay's object.
+pub(crate) fn build_ebpf(toolchain: &Toolchain) -> Result<PathBuf> {
     let start = Instant::now();
     step::headline(format_args!("build: eBPF programs ({})", toolchain.compiler));
     let (commands, object) = ebpf_builds(toolchain, &ebpf_directory()?)?;

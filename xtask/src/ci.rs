@@ -1,6 +1,8 @@
 //! `cargo xtask ci`: every check and every test that a change has to pass before it is merged.
 
+use std::panic::resume_unwind;
 use std::process::ExitCode;
+use std::thread;
 use std::time::Instant;
 
 use anyhow::Result;
@@ -9,7 +11,25 @@ use crate::step::{self, elapsed};
 use crate::{interrupt, test, tidy, workspace};
 
 /// Runs all checks, even after one failed, and then all tests. The last line is the count of the tests.
+///
+/// The eBPF programs are built beside the checks: most of the time, either keeps one CPU busy.
 pub(crate) fn run() -> Result<ExitCode> {
+    test::require_root()?;
+    thread::scope(|scope| {
+        let object = scope.spawn(test::ebpf_object);
+        let failed = checks()?;
+        step::headline("test");
+        if !failed.is_empty() {
+            println!("failed before the tests: {}", failed.join(", "));
+        }
+        let object = || object.join().unwrap_or_else(|panic| resume_unwind(panic));
+        let code = test::run_with(&test::Options::default(), object)?;
+        Ok(if failed.is_empty() { code } else { ExitCode::FAILURE })
+    })
+}
+
+/// Runs the checks. Returns the names of those that failed.
+fn checks() -> Result<Vec<&'static str>> {
     let mut failed = Vec::new();
     for (name, check) in CHECKS {
         let start = Instant::now();
@@ -23,12 +43,7 @@ pub(crate) fn run() -> Result<ExitCode> {
             }
         }
     }
-    step::headline("test");
-    if !failed.is_empty() {
-        println!("failed before the tests: {}", failed.join(", "));
-    }
-    let code = test::run(&test::Options::default())?;
-    Ok(if failed.is_empty() { code } else { ExitCode::FAILURE })
+    Ok(failed)
 }
 
 type Check = (&'static str, fn() -> Result<()>);

@@ -1,10 +1,11 @@
-//! Forwards SIGINT, SIGTERM and SIGHUP to the running child, and lets xtask wait until that child has cleaned up.
+//! Forwards SIGINT, SIGTERM and SIGHUP to the running children, and lets xtask wait until these have cleaned up.
 //!
 //! Children run in their own process group (see [`crate::step`]) and the whole group receives the signal once, because cargo
 //! does not forward signals to its test programs.
 
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use anyhow::{Context, Result, bail};
@@ -13,8 +14,8 @@ use nix::unistd::Pid;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-/// The process group of the running child, 0 when there is none. xtask runs one child at a time.
-static GROUP: AtomicI32 = AtomicI32::new(0);
+/// The process groups of running children.
+static GROUPS: Mutex<Vec<i32>> = Mutex::new(Vec::new());
 /// The last signal received, 0 when there was none.
 static CAUGHT: AtomicI32 = AtomicI32::new(0);
 
@@ -45,21 +46,27 @@ pub(crate) fn exit_code() -> Option<ExitCode> {
 
 /// Forwards signals to the process group `id` until the returned guard is dropped.
 pub(crate) fn attend(id: u32) -> Attended {
-    GROUP.store(i32::try_from(id).unwrap_or(0), Ordering::SeqCst);
+    let group = i32::try_from(id).unwrap_or(0);
+    groups().push(group);
     // A signal since the start of the child has not been forwarded.
     if let Some(signal) = caught() {
-        forward(signal);
+        send(signal, group);
     }
-    Attended
+    Attended(group)
 }
 
 /// See [`attend`].
-pub(crate) struct Attended;
+pub(crate) struct Attended(i32);
 
 impl Drop for Attended {
     fn drop(&mut self) {
-        GROUP.store(0, Ordering::SeqCst);
+        groups().retain(|group| *group != self.0);
     }
+}
+
+fn groups() -> MutexGuard<'static, Vec<i32>> {
+    // The list is valid even after a panic.
+    GROUPS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn caught() -> Option<i32> {
@@ -70,7 +77,12 @@ fn caught() -> Option<i32> {
 }
 
 fn forward(signal: i32) {
-    let group = GROUP.load(Ordering::SeqCst);
+    for group in groups().iter() {
+        send(signal, *group);
+    }
+}
+
+fn send(signal: i32, group: i32) {
     if let (1.., Ok(signal)) = (group, Signal::try_from(signal)) {
         // Fails only if the group has just ended.
         let _ = killpg(Pid::from_raw(group), signal);

@@ -22,6 +22,7 @@ use super::{
     host_state::HostState,
     log_window::LogWindow,
     next_hops::{Happening, NextHopTable},
+    readdressing::{FormerOwn, FormerPeers},
     retry::Retry,
 };
 use crate::{
@@ -64,6 +65,8 @@ pub(super) struct Forwarding {
     pub(super) options: Options,
     /// The requested rung: that of the options until an operator asks for another.
     pub(super) request: Request,
+    former: FormerOwn,
+    former_peers: FormerPeers,
     /// For the bypass.
     pub(super) containers: ContainerWatch,
     /// Why programs cannot outlive the agent.
@@ -120,6 +123,8 @@ impl Forwarding {
             next_hops: NextHopTable::new(underlay.local_ip, port)?,
             options: options.clone(),
             request: options.datapath,
+            former: FormerOwn::default(),
+            former_peers: FormerPeers::default(),
             containers: ContainerWatch::new(options),
             unpinned,
             has_snapshot: false,
@@ -163,9 +168,12 @@ impl Forwarding {
         let excluded = excluded.chain(self.datapath.overlay_ifindex()).collect();
         self.containers.follow(self.spec.subnet.prefix(), excluded).await;
         self.spec.alias.underlays = underlays.iter().map(|device| device.link.name.clone()).collect();
+        let (source, other_ip) = self.former.addresses(self.underlay.local_ip);
         let desired = Desired {
             device: &self.spec,
             underlays: &underlays,
+            source,
+            other_ip,
             policy: self.options.policy,
             slow_ingress: self.options.policy.source_check != SourceCheck::Strict
                 && self.next_hops.has_policies(),
@@ -236,6 +244,7 @@ impl Forwarding {
         match due {
             Due::Reconcile => self.try_reconcile().await,
             Due::Containers => self.on_containers().await,
+            Due::Former => self.expire_former().await,
             Due::Happening(Happening::Report(report)) => self.on_icmp(report),
             Due::Happening(Happening::Neighbours(neighbours)) => {
                 let now = Instant::now().into_std();
@@ -349,10 +358,13 @@ impl Forwarding {
     pub(super) async fn due(&mut self) -> Due {
         let retry_at = self.retry.at;
         let refresh_at = self.next_hops.refresh_at().map(Instant::from_std);
+        let former = [self.former.expires_at(), self.former_peers.expires_at()];
+        let expires_at = former.into_iter().flatten().min().map(Instant::from_std);
         tokio::select! {
             () = sleep_until_some(retry_at) => Due::Reconcile,
             () = sleep_until_some(refresh_at), if retry_at.is_none() => Due::Reconcile,
             () = self.containers.changed() => Due::Containers,
+            () = sleep_until_some(expires_at) => Due::Former,
             happening = self.next_hops.next() => Due::Happening(happening),
             Some(failure) = self.failures.recv() => {
                 error!("the datapath failed, setting it up again: {failure}");
@@ -416,13 +428,38 @@ impl Forwarding {
         }
     }
 
-    /// The underlay has another address, MTU or device.
-    pub(super) async fn set_underlay(&mut self, underlay: &Underlay, mtu: u32) {
+    /// The underlay has another address, MTU or device. `is_announced` when a record tells peers of the address.
+    pub(super) async fn set_underlay(&mut self, underlay: &Underlay, mtu: u32, is_announced: bool) {
+        if underlay.local_ip != self.underlay.local_ip {
+            self.former.changed(self.underlay.local_ip, is_announced, Instant::now().into_std());
+        }
         self.underlay = UnderlayDevice { link: underlay.link.clone(), local_ip: underlay.local_ip };
         self.next_hops.set_local_ip(underlay.local_ip);
         self.spec.mtu = mtu;
         self.conditions.update(Condition::UnderlayName, self.misnamed());
         self.try_reconcile().await;
+    }
+
+    /// The record names this host's address.
+    pub(super) fn announced(&mut self) {
+        self.former.announced(Instant::now().into_std());
+    }
+
+    /// Former addresses count for a while only.
+    async fn expire_former(&mut self) {
+        let now = Instant::now().into_std();
+        if self.former_peers.expire(now) {
+            self.set_former_peers();
+        }
+        if self.former.expire(now) {
+            self.try_reconcile().await;
+        }
+    }
+
+    fn set_former_peers(&mut self) {
+        if let Err(error) = self.datapath.set_former(self.former_peers.addresses()) {
+            warn!("packets from former addresses of peers are dropped: {error:#}");
+        }
     }
 
     /// What the operator should know about another name of the underlay device.
@@ -454,6 +491,10 @@ impl Forwarding {
             self.routes.send_modify(|routes| {
                 outcome.changes.iter().for_each(|change| change.make_in(routes));
             });
+        }
+        // Before the changes take effect.
+        if self.former_peers.note(&outcome.changes, self.next_hops.hops(), Instant::now().into_std()) {
+            self.set_former_peers();
         }
         let devices = self.underlays().len();
         let (changes, known) = self.next_hops.apply(&outcome.changes, Instant::now().into_std());
@@ -564,6 +605,8 @@ pub(super) enum Due {
     Reconcile,
     /// To follow the containers.
     Containers,
+    /// To forget former addresses.
+    Former,
     /// To act on something.
     Happening(Happening),
 }

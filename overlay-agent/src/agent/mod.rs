@@ -18,6 +18,7 @@ mod membership;
 mod next_hops;
 mod notifier;
 mod options;
+mod readdressing;
 mod recall;
 mod record;
 mod retry;
@@ -51,6 +52,7 @@ use crate::{
     netlink::Netlink,
     route::LocalNode,
     run_record::RecordFile,
+    store::LeaseEvent,
     underlay::{self, Underlay, UnderlayChange},
 };
 use checks::{check_underlay, dead_link, inner_mtu};
@@ -269,6 +271,9 @@ impl Agent {
             News::Records(event) => self.forwarding.on_records(event).await,
             News::Config(config) => self.membership.on_config(config.as_deref()),
             News::Lease(event) => {
+                if matches!(event, LeaseEvent::Readdressed { .. }) {
+                    self.forwarding.announced();
+                }
                 let Some(subnet) = self.membership.on_lease(event) else { return };
                 self.forwarding.set_local(self.membership.local()).await;
                 self.host.set_subnet(&self.netlink, subnet.prefix()).await;
@@ -307,7 +312,8 @@ impl Agent {
         if resized {
             info!("the MTU of {} is {}: that of the overlay is {mtu} now", link.name, link.mtu);
         }
-        self.forwarding.set_underlay(&underlay, mtu).await;
+        let is_announced = self.membership.store().is_some();
+        self.forwarding.set_underlay(&underlay, mtu, is_announced).await;
         if underlay.public_ip != self.membership.local().public_ip {
             self.membership.set_public_ip(underlay.public_ip);
             // Packets to the old address do not count any more.

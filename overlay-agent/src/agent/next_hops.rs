@@ -155,7 +155,7 @@ impl NextHopTable {
 
     /// Outer packets have another source.
     pub(super) fn set_local_ip(&mut self, local_ip: Ipv4Addr) {
-        self.paths.local_ip = local_ip;
+        self.paths.set_local_ip(local_ip);
         self.refresh = None;
         self.stale = true;
     }

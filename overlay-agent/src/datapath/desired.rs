@@ -1,6 +1,6 @@
 //! What a datapath should be, and what it reports.
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use clap::ValueEnum as _;
 use overlay_ebpf::{
     abi::{Config, Counters, SourceCheck, TosRule},
@@ -124,6 +124,10 @@ pub struct Desired<'a> {
     /// The devices on which outer packets arrive and through which they leave, at least one. All have the first one's address as
     /// far as the overlay is concerned.
     pub underlays: &'a [UnderlayDevice],
+    /// The source of outer packets of the programs.
+    pub source: std::net::Ipv4Addr,
+    /// Another address to which peers may send, or the same.
+    pub other_ip: std::net::Ipv4Addr,
     /// How the packet core decides where operators may choose.
     pub policy: Policy,
     /// Whether all arriving packets take the slow path: IPsec policies may cover senders that no route names.
@@ -145,11 +149,11 @@ pub struct Desired<'a> {
 impl Desired<'_> {
     /// The configuration of the packet core for an overlay device with this index.
     pub(super) fn config(&self, overlay_ifindex: u32) -> Result<Config> {
-        let first = self.underlays.first().context("there is no underlay device")?;
         let (network, subnet) = (self.device.alias.network, self.device.subnet.prefix());
-        let local_ip = first.local_ip.octets();
-        let config = Config::new(local_ip, abi_prefix(network), abi_prefix(subnet), self.device.alias.port);
+        let source = self.source.octets();
+        let config = Config::new(source, abi_prefix(network), abi_prefix(subnet), self.device.alias.port);
         Ok(config
+            .with_other_ip(self.other_ip.octets())
             .with_policy(self.policy.tos, self.policy.source_check)
             .with_slow_ingress(self.slow_ingress)
             .with_device(overlay_ifindex))

@@ -42,7 +42,10 @@ use crate::{
     netlink::{LinkDrops, Netlink, Route},
     route::{NextHops, RouteChange},
 };
-use ebpf::{Pins, RouteWrites, detach_left, overlay_set::LOCAL};
+use ebpf::{
+    Pins, RouteWrites, detach_left,
+    overlay_set::{FormerAddresses, LOCAL},
+};
 use fast::FastPath;
 use losses::{DeviceLosses, SocketLosses};
 use tally::SeenDevice;
@@ -268,6 +271,15 @@ impl Datapath {
             rung.apply_routes(changes);
         }
         self.fast.apply_routes(changes, routes)
+    }
+
+    /// Accepts packets from these former addresses of peers, and from no other one. Fails when the kernel refuses an update of its map: the slow
+    /// path accepts them then all the same.
+    pub(crate) fn set_former(&mut self, former: FormerAddresses) -> Result<()> {
+        if let Some(rung) = &self.slow {
+            rung.set_former(&former);
+        }
+        self.fast.set_former(former)
     }
 
     /// Makes the bypass what `containers` says. Fails when the kernel refuses an update of its map.

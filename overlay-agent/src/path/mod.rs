@@ -10,12 +10,12 @@ mod query;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::{Ipv4Addr, UdpSocket},
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use ipnet::Ipv4Net;
 use overlay_ebpf::{abi::NextHop, wire::OVERHEAD};
 
@@ -35,11 +35,16 @@ use query::{Answer, KernelRoute, RouteQuery};
 /// of padding and trailer, up to 32 of integrity check.
 const ESP_OVERHEAD: u16 = 20 + 8 + 16 + 17 + 32;
 
+/// How long routes may be missing after this host's address has changed.
+const SETTLE_TIME: Duration = Duration::from_secs(2);
+
 /// The paths to all peers, from one address of this host.
 #[derive(Debug)]
 pub(crate) struct Paths {
     /// Source of outer packets.
-    pub(crate) local_ip: Ipv4Addr,
+    local_ip: Ipv4Addr,
+    /// When it became another one.
+    readdressed: Option<Instant>,
     /// UDP port of the network.
     port: u16,
     query: RouteQuery,
@@ -59,6 +64,7 @@ impl Paths {
     pub(crate) fn new(local_ip: Ipv4Addr, port: u16) -> Result<Self> {
         Ok(Self {
             local_ip,
+            readdressed: None,
             port,
             query: RouteQuery::open()?,
             kernel: BTreeMap::new(),
@@ -68,6 +74,13 @@ impl Paths {
             neighbours: BTreeMap::new(),
             policies: Arc::default(),
         })
+    }
+
+    /// Outer packets have another source.
+    pub(crate) fn set_local_ip(&mut self, local_ip: Ipv4Addr) {
+        if local_ip != self.local_ip {
+            (self.local_ip, self.readdressed) = (local_ip, Some(Instant::now()));
+        }
     }
 
     /// Asks the kernel about all of `peers` again, with the devices as they are now. Fails when the kernel does not answer; the
@@ -88,17 +101,24 @@ impl Paths {
     }
 
     /// What is known about a peer stays while the kernel says nothing, and about all of them while this host has lost its address:
-    /// then it refuses every question.
+    /// then it refuses every question. Fails when there is no route at all, just after the address has changed: the kernel removes the routes
+    /// of an address before it adds those of the next one.
     fn ask(&mut self, peers: &[Ipv4Addr]) -> Result<()> {
         let answers = self.query.ask(self.local_ip, self.port, peers)?;
-        let is_addressless = answers.values().all(|answer| *answer == Answer::Invalid);
+        // A source that no device holds is EINVAL or ENETUNREACH, by the version of the kernel.
+        let is_settling = self.readdressed.is_some_and(|at| at.elapsed() < SETTLE_TIME);
+        let is_cut_off = answers.values().all(|answer| !matches!(answer, Answer::Route(_)));
+        if is_settling && is_cut_off && !answers.is_empty() {
+            bail!("there is no route from {}, the new address, yet", self.local_ip);
+        }
+        let is_addressless = is_cut_off && !is_held(self.local_ip);
         for (peer, answer) in answers {
             match answer {
                 Answer::Route(route) => {
                     self.kernel.insert(peer, route);
                     self.devices.insert(route.ifindex);
                 }
-                Answer::Invalid if is_addressless => {}
+                Answer::NoRoute | Answer::Invalid if is_addressless => {}
                 Answer::NoRoute | Answer::Invalid => drop(self.kernel.remove(&peer)),
                 Answer::Unknown => {}
             }
@@ -197,6 +217,11 @@ impl Paths {
     pub(crate) fn link(&self, index: u32) -> Option<&Link> {
         self.links.get(&index).filter(|link| !crate::device::is_ours(link))
     }
+}
+
+/// Whether a device of this host has the address.
+fn is_held(address: Ipv4Addr) -> bool {
+    UdpSocket::bind((address, 0)).is_ok()
 }
 
 /// The way to a peer by the kernel's route, with the MTU that routers `learned` us, if any.

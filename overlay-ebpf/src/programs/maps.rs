@@ -9,8 +9,8 @@ use aya_ebpf::{
 };
 use overlay_ebpf::{
     abi::{
-        Carried, Config, Counters, DEFAULT_ROUTES, Endpoint, MAX_ENDPOINTS, MAX_UNDERLAYS, NextHop, Prefix,
-        PrefixRoute, UnderlayValue,
+        Carried, Config, Counters, DEFAULT_ROUTES, Endpoint, MAX_ENDPOINTS, MAX_MOVED, MAX_UNDERLAYS,
+        NextHop, Prefix, PrefixRoute, UnderlayValue,
     },
     bypass::{Bypass, Endpoints},
     rejection::Rejection,
@@ -28,6 +28,10 @@ static ROUTES: HashMap<Prefix, NextHop> = HashMap::with_max_entries(DEFAULT_ROUT
 /// The routes of other lengths.
 #[map]
 static PREFIXES: LpmTrie<[u8; 4], PrefixRoute> = LpmTrie::with_max_entries(DEFAULT_ROUTES, 0);
+
+/// The former addresses of peers, asked for packets that no present one explains.
+#[map]
+static MOVED: HashMap<[u8; 4], [u8; 4]> = HashMap::with_max_entries(MAX_MOVED, BPF_F_NO_PREALLOC);
 
 #[map]
 static UNDERLAYS: HashMap<u32, UnderlayValue> = HashMap::with_max_entries(MAX_UNDERLAYS, 0);
@@ -128,6 +132,13 @@ impl Routes for RouteMap<'_> {
             }
             _ => exact,
         }
+    }
+
+    #[inline(always)]
+    fn present_address(&self, former: [u8; 4]) -> Option<[u8; 4]> {
+        let address = MOVED.get_ptr(former)?;
+        // SAFETY: the kernel replaces entries and writes into none that a program may see.
+        Some(unsafe { *address })
     }
 }
 

@@ -1,4 +1,5 @@
-//! Benchmarks of the agent: its control plane beside the limits that it has to meet, its datapath beside the alternatives.
+//! Benchmarks of the agent: its control plane beside the limits that it has to meet, its datapath beside the alternatives, and what its
+//! restarts cost.
 
 mod control;
 mod datapath;
@@ -8,6 +9,7 @@ mod lone_host;
 mod metrics;
 mod network;
 mod programs;
+mod restart;
 mod route_map;
 mod services;
 mod spread;
@@ -36,6 +38,7 @@ enum Benchmark {
     Control(control::Options),
     Datapath(datapath::Options),
     Programs(programs::Options),
+    Restart(restart::Options),
     Services(services::Options),
 }
 
@@ -45,6 +48,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         Benchmark::Control(options) => control::run(options),
         Benchmark::Datapath(options) => datapath::run(options),
         Benchmark::Programs(options) => programs::run(options),
+        Benchmark::Restart(options) => restart::run(options),
         Benchmark::Services(options) => services::run(options),
     }
 }

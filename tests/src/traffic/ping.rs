@@ -19,13 +19,13 @@ pub struct Ping {
     pub fastest: Option<f64>,
 }
 
-/// Sends `count` echo requests 20 ms apart.
+/// Sends `count` echo requests 100 ms apart: after the last, `ping` waits as long as that, or twice the longest round trip so far.
 ///
 /// # Errors
 ///
 /// When `ping` cannot be run or prints something else than expected; lost packets are no error.
 pub fn ping(from: &Netns, to: Ipv4Addr, count: u32) -> Result<Ping> {
-    let arguments = ["-n", "-i", "0.02", "-W", "1", "-c", &count.to_string(), &to.to_string()];
+    let arguments = ["-n", "-i", "0.1", "-W", "1", "-c", &count.to_string(), &to.to_string()];
     let output = from.output(Command::new("ping").args(arguments).env("LC_ALL", "C"))?;
     let text = String::from_utf8_lossy(&output.stdout);
     parse(&text).with_context(|| {

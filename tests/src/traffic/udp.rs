@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    io::ErrorKind,
+    io::{self, ErrorKind},
     net::{Ipv4Addr, SocketAddr, UdpSocket},
     panic::resume_unwind,
     sync::atomic::{AtomicBool, Ordering},
@@ -134,12 +134,14 @@ pub fn is_answered(socket: &UdpSocket, index: u32, timeout: Duration) -> Result<
     let expected = answer(&bytes);
     let mut buffer = [0; 128];
     // Answers to earlier datagrams may still come in.
-    while let Ok(count) = socket.recv(&mut buffer) {
-        if buffer.get(..count) == Some(expected.as_slice()) {
-            return Ok(true);
+    loop {
+        match socket.recv(&mut buffer) {
+            Ok(count) if buffer.get(..count) == Some(expected.as_slice()) => return Ok(true),
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(_) => return Ok(false),
         }
     }
-    Ok(false)
 }
 
 /// Runs an echo server at `to` while `work` uses a socket at `from` that is connected to it.
@@ -180,11 +182,16 @@ fn echo(server: &UdpSocket, finished: &AtomicBool) -> Result<()> {
     while !finished.load(Ordering::Relaxed) {
         match server.recv_from(&mut buffer) {
             Ok((count, peer)) => reply(server, buffer.get(..count).unwrap_or_default(), peer)?,
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+            Err(error) if is_no_datagram(&error) => {}
             Err(error) => return Err(error).context("receive in the UDP echo server"),
         }
     }
     Ok(())
+}
+
+/// Whether a socket with a timeout has received nothing, for now.
+pub(crate) fn is_no_datagram(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted)
 }
 
 fn reply(server: &UdpSocket, bytes: &[u8], peer: SocketAddr) -> Result<()> {
@@ -238,6 +245,7 @@ fn receive_all<K: Ord + Copy + std::fmt::Display>(
     while let Some((&first, _)) = expected.first_key_value() {
         let count = match socket.recv(&mut buffer) {
             Ok(count) => count,
+            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
                 bail!("{} datagrams lost, the first with {label} {first}", expected.len());
             }

@@ -98,6 +98,8 @@ impl<'a> Host<'a> {
         let desired = Desired {
             device: &self.spec,
             underlays: &[UnderlayDevice { link, local_ip: self.local_ip }],
+            source: self.local_ip,
+            other_ip: self.local_ip,
             policy: Policy::default(),
             slow_ingress: false,
             request: self.request,

@@ -1,6 +1,6 @@
 //! End-to-end tests: agents, hosts and containers in network namespaces, with traffic that is verified.
 //!
-//! One binary, one topology per test, one test at a time: they share two CPUs, and rates and losses count.
+//! One binary, one topology per test, and one test at a time, except those that mostly wait: see `suite`.
 
 mod addressing;
 mod autonomy;
@@ -49,6 +49,7 @@ mod suite;
 mod traps;
 mod unattended;
 mod underlay;
+mod underlay_traffic;
 mod unrepairable;
 mod upgrade;
 mod wait;
@@ -56,62 +57,64 @@ mod xfrm;
 
 use std::process::ExitCode;
 
-use libtest_mimic::{Arguments, run};
+use libtest_mimic::Arguments;
 use overlay_tests::sandbox::Sandbox;
 
 use crate::suite::Suite;
 
 fn main() -> ExitCode {
-    let mut arguments = Arguments::from_args();
-    arguments.test_threads = Some(1);
+    let arguments = Arguments::from_args();
     if let Err(error) = Sandbox::remove_on_signals() {
         eprintln!("error: {error:#}");
         return ExitCode::FAILURE;
     }
-    let mut suite = Suite::new();
+    let mut suite = Suite::default();
     comparison::register(&mut suite);
-    addressing::register(&mut suite);
-    matrix::register(&mut suite);
-    bypass::register(&mut suite);
-    bypass_containers::register(&mut suite);
     traps::register(&mut suite);
-    shells::register(&mut suite);
-    checksums::register(&mut suite);
-    losses::register(&mut suite);
-    lifecycle::register(&mut suite);
-    etcd::register(&mut suite);
-    faults::register(&mut suite);
-    refusals::register(&mut suite);
-    node::register(&mut suite);
-    repair::register(&mut suite);
     restart::register(&mut suite);
     upgrade::register(&mut suite);
     rungs::register(&mut suite);
     handover::register(&mut suite);
-    unattended::register(&mut suite);
-    policy::register(&mut suite);
-    privileges::register(&mut suite);
-    subnet_file::register(&mut suite);
-    underlay::register(&mut suite);
-    xfrm::register(&mut suite);
-    unrepairable::register(&mut suite);
-    datapath::register(&mut suite);
-    containers::register(&mut suite);
-    firewall::register(&mut suite);
-    guard::register(&mut suite);
-    icmp::register(&mut suite);
-    path_mtu::register(&mut suite);
-    other_underlay::register(&mut suite);
-    neighbours::register(&mut suite);
+    underlay_traffic::register(&mut suite);
     spread::register(&mut suite);
-    flannel_proxy::register(&mut suite);
-    forward_policy::register(&mut suite);
-    socket_lb::register(&mut suite);
-    services::register(&mut suite);
-    services_http::register(&mut suite);
-    autonomy::register(&mut suite);
-    services_health::register(&mut suite);
-    services_changes::register(&mut suite);
-    services_restart::register(&mut suite);
-    run(&arguments, suite.into_trials()).exit_code()
+    suite.waiting(|suite| {
+        addressing::register(suite);
+        matrix::register(suite);
+        bypass::register(suite);
+        bypass_containers::register(suite);
+        shells::register(suite);
+        checksums::register(suite);
+        losses::register(suite);
+        lifecycle::register(suite);
+        etcd::register(suite);
+        faults::register(suite);
+        refusals::register(suite);
+        node::register(suite);
+        repair::register(suite);
+        policy::register(suite);
+        privileges::register(suite);
+        subnet_file::register(suite);
+        underlay::register(suite);
+        xfrm::register(suite);
+        unrepairable::register(suite);
+        datapath::register(suite);
+        containers::register(suite);
+        firewall::register(suite);
+        guard::register(suite);
+        icmp::register(suite);
+        path_mtu::register(suite);
+        other_underlay::register(suite);
+        neighbours::register(suite);
+        flannel_proxy::register(suite);
+        forward_policy::register(suite);
+        socket_lb::register(suite);
+        services::register(suite);
+        services_http::register(suite);
+        autonomy::register(suite);
+        services_health::register(suite);
+        services_changes::register(suite);
+        services_restart::register(suite);
+        unattended::register(suite);
+    });
+    if suite.run(arguments) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

@@ -3,8 +3,10 @@
 mod part;
 pub(crate) mod tally;
 
-use std::path::PathBuf;
+use std::panic::resume_unwind;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::thread;
 use std::time::Instant;
 
 use anyhow::{Result, bail};
@@ -13,7 +15,7 @@ use clap::Args;
 use crate::setup::{self, Scope};
 use crate::step::{self, elapsed};
 use crate::{build, interrupt, workspace};
-use build::Built;
+use build::{Built, OBJECT_VARIABLE};
 use part::Part;
 use tally::Tally;
 
@@ -41,19 +43,26 @@ pub(crate) struct Options {
 
 /// Runs the command.
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    run_with(options, ebpf_object)
+}
+
+/// Sets up and builds the eBPF programs.
+pub(crate) fn ebpf_object() -> Result<PathBuf> {
+    build::build_ebpf(&setup::ensure(Scope::Everything, false)?)
+}
+
+/// As [`run`], with the object that `object` returns.
+pub(crate) fn run_with(options: &Options, object: impl FnOnce() -> Result<PathBuf>) -> Result<ExitCode> {
     let parts = selected(options);
     let needs_root = parts.iter().any(|part| part.needs_root());
-    if needs_root && !workspace::is_root() {
-        bail!(
-            "all parts but unit load eBPF programs, create network namespaces or run servers: run the tests as root, or \
-             only `cargo xtask test --unit`"
-        );
+    if needs_root {
+        require_root()?;
     }
 
     let mut total = Tally::default();
     let mut lines = Vec::new();
     let built = if needs_root {
-        match prepare(&parts) {
+        match object().and_then(|object| prepare(object, &parts)) {
             Ok(built) => Some(built),
             Err(error) => {
                 interrupt::check()?;
@@ -99,14 +108,38 @@ struct Prepared {
     next_agent: Option<PathBuf>,
 }
 
-fn prepare(parts: &[Part]) -> Result<Prepared> {
-    let toolchain = setup::ensure(Scope::Everything, false)?;
-    let built = build::build(&toolchain)?;
+/// Fails where not all tests can run.
+pub(crate) fn require_root() -> Result<()> {
+    if !workspace::is_root() {
+        bail!(
+            "all parts but unit load eBPF programs, create network namespaces or run servers: run the tests as root, or \
+             only `cargo xtask test --unit`"
+        );
+    }
+    Ok(())
+}
+
+/// Builds the agent and, beside it, the test programs: each alone leaves CPUs idle while its last crates are compiled.
+fn prepare(object: PathBuf, parts: &[Part]) -> Result<Prepared> {
+    let built = thread::scope(|scope| {
+        let path = object.clone();
+        let agent = scope.spawn(|| build::agent(object));
+        // The part whose programs do not build reports it.
+        let _ = build_tests(parts, &path);
+        agent.join().unwrap_or_else(|panic| resume_unwind(panic))
+    })?;
     let next_agent = match parts.contains(&Part::EndToEnd) {
-        true => Some(build::build_next(&toolchain)?),
+        true => Some(build::build_next(&setup::ensure(Scope::Everything, false)?)?),
         false => None,
     };
     Ok(Prepared { built, next_agent })
+}
+
+/// Builds all test programs of the parts at once.
+fn build_tests(parts: &[Part], object: &Path) -> Result<()> {
+    let mut cargo = workspace::cargo()?;
+    cargo.args(["test", "--workspace", "--no-run"]).args(parts.iter().flat_map(|part| part.programs()));
+    step::stream(cargo.env(OBJECT_VARIABLE, object))
 }
 
 /// Prints the summary. The counts are the last line.

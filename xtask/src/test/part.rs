@@ -56,6 +56,11 @@ impl Part {
         self != Self::Unit
     }
 
+    /// Arguments of `cargo test` that select its test programs. Documentation tests have none.
+    pub(super) fn programs(self) -> impl Iterator<Item = &'static str> {
+        self.calls().iter().filter(|call| **call != ["--doc"]).flat_map(|call| call.iter().copied())
+    }
+
     /// Arguments of its `cargo test` commands. All select the whole workspace: with the same features in each, dependencies are
     /// compiled once.
     fn calls(self) -> &'static [&'static [&'static str]] {

@@ -9,7 +9,7 @@ use nix::{
     time::{ClockId, clock_getres},
 };
 use overlay_ebpf::{
-    abi::{Config, Counters, Endpoint, MAX_ENDPOINTS, MAX_FLOWS, NextHop, UnderlayValue},
+    abi::{Config, Counters, Endpoint, MAX_ENDPOINTS, MAX_FLOWS, MAX_MOVED, NextHop, UnderlayValue},
     bypass::Bypass,
     wire::Ethernet,
 };
@@ -68,6 +68,9 @@ const PINNED: [&str; 10] = [
 /// The underlay devices, by index.
 pub type Underlays = BTreeMap<u32, UnderlayValue>;
 
+/// The addresses that peers had until a moment ago, and those that they have now.
+pub type FormerAddresses = BTreeMap<Ipv4Addr, Ipv4Addr>;
+
 /// The containers of this host, by address.
 pub type Endpoints = BTreeMap<Ipv4Addr, Endpoint>;
 
@@ -91,6 +94,7 @@ pub struct OverlaySet {
     first: (u32, [u8; 6]),
     routes: RouteMaps,
     underlay_map: HashMap<MapData, u32, UnderlayBytes>,
+    moved: HashMap<MapData, [u8; 4], [u8; 4]>,
     endpoint_map: HashMap<MapData, [u8; 4], EndpointBytes>,
     counters: CounterMaps,
     /// Those of sets whose programs may still be attached.
@@ -180,6 +184,7 @@ impl OverlaySet {
             first: (0, [0; 6]),
             routes: RouteMaps::take(&mut programs, capacity)?,
             underlay_map: programs.take_map("UNDERLAYS")?,
+            moved: programs.take_map("MOVED")?,
             endpoint_map: programs.take_map("ENDPOINTS")?,
             counters: CounterMaps::take(&mut programs)?,
             replaced: Replaced::default(),
@@ -268,6 +273,18 @@ impl OverlaySet {
             Ok((index, bytemuck::cast::<UnderlayBytes, UnderlayValue>(value)))
         });
         entries.collect()
+    }
+
+    /// Makes the map of peers' former addresses hold exactly `desired`, as far as it has room. Fails when the kernel refuses an update.
+    pub fn set_former(&mut self, desired: &FormerAddresses) -> Result<()> {
+        let present = self.moved.keys().collect::<Result<Vec<_>, _>>().context("read the map MOVED")?;
+        for former in present.iter().filter(|former| !desired.contains_key(&Ipv4Addr::from(**former))) {
+            self.moved.remove(former).context("write the map MOVED")?;
+        }
+        for (former, now) in desired.iter().take(MAX_MOVED as usize) {
+            self.moved.insert(former.octets(), now.octets(), 0).context("write the map MOVED")?;
+        }
+        Ok(())
     }
 
     /// Makes the map of containers hold exactly `desired`, as far as it has room: removals first. Returns how many it has no room for.

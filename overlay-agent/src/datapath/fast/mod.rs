@@ -13,7 +13,7 @@ use super::{
     Pauses, Postponed, Report, Request,
     ebpf::{
         self, Attachment, InUse, LoadOptions, OverlaySet, Pins, RouteWrites, Target, TcxLinks, left_counters,
-        overlay_set::{COUNTERS, INGRESS, XDP},
+        overlay_set::{COUNTERS, FormerAddresses, INGRESS, XDP},
         self_test, unpin,
     },
     local::LocalPrograms,
@@ -68,6 +68,8 @@ pub(super) struct FastPath {
     /// While a set is loaded: other agents leave the pins alone.
     in_use: Option<InUse>,
     next_read_back: Option<Instant>,
+    /// Former addresses of peers.
+    former: FormerAddresses,
     /// Whether the last update of the route map failed.
     behind: bool,
 }
@@ -93,6 +95,7 @@ impl FastPath {
             left: Counters::ZERO,
             in_use: None,
             next_read_back: None,
+            former: FormerAddresses::new(),
             behind: false,
         }
     }
@@ -309,6 +312,12 @@ impl FastPath {
         };
         self.behind = done.is_err();
         done
+    }
+
+    /// Makes the kernel's map of former addresses of peers hold these.
+    pub(super) fn set_former(&mut self, former: FormerAddresses) -> Result<()> {
+        self.former = former;
+        self.set.as_mut().map_or(Ok(()), |set| set.set_former(&self.former))
     }
 
     /// The capabilities for whose lack [`Request::Auto`] has chosen the tun rung.

@@ -149,6 +149,7 @@ impl FastPath {
         let object = object()?;
         capabilities::check(capabilities::EBPF)?;
         let mut set = self.load_set(object, plan, config)?;
+        set.set_former(&self.former)?;
         self_test::run(object, INGRESS).context("the kernel does not run the eBPF programs as it should")?;
         // Before others have been replaced, it must be known that these can be.
         let is_wanted = |hook| plan.targets(&self.refusals).iter().any(|target| target.hook == hook);

@@ -1,6 +1,10 @@
 //! Longest-prefix-match lookup in user space, for the tun rung.
 
-use std::{cmp::Reverse, collections::BTreeSet};
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet},
+    net::Ipv4Addr,
+};
 
 use ipnet::Ipv4Net;
 use overlay_ebpf::{abi::NextHop, route};
@@ -13,13 +17,15 @@ pub struct Lookup {
     pub(super) routes: NextHops,
     /// The prefix lengths that occur or have occurred, longest first.
     lengths: BTreeSet<Reverse<u8>>,
+    /// The present addresses of peers by their former ones.
+    pub(super) former: BTreeMap<Ipv4Addr, Ipv4Addr>,
 }
 
 impl Lookup {
     /// Prepares `routes` for lookups.
     pub fn new(routes: &NextHops) -> Self {
         let lengths = routes.keys().map(|subnet| Reverse(subnet.prefix().prefix_len())).collect();
-        Self { routes: routes.clone(), lengths }
+        Self { routes: routes.clone(), lengths, former: BTreeMap::new() }
     }
 
     /// Makes `changes`, in order.
@@ -42,6 +48,10 @@ impl route::Routes for Lookup {
             let prefix = Ipv4Net::new(address.into(), *length).ok()?;
             self.routes.get(&Subnet::containing(prefix)).copied()
         })
+    }
+
+    fn present_address(&self, former: [u8; 4]) -> Option<[u8; 4]> {
+        self.former.get(&Ipv4Addr::from(former)).map(Ipv4Addr::octets)
     }
 }
 

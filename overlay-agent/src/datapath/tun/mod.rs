@@ -18,6 +18,7 @@ pub(crate) use queue::{Queue, device_of};
 pub(crate) use socket::{Endpoint, Socket};
 
 use std::{
+    collections::BTreeMap,
     net::Ipv4Addr,
     sync::{
         Arc, PoisonError, RwLock, RwLockReadGuard,
@@ -150,9 +151,17 @@ impl TunRung {
     pub(crate) fn set_routes(&self, routes: &NextHops) {
         // Compared and built without the write lock: that stops all packets.
         if self.shared.routes().routes != *routes {
-            let lookup = Lookup::new(routes);
-            *self.shared.routes.write().unwrap_or_else(PoisonError::into_inner) = lookup;
+            let mut lookup = Lookup::new(routes);
+            let mut present = self.shared.routes.write().unwrap_or_else(PoisonError::into_inner);
+            std::mem::swap(&mut lookup.former, &mut present.former);
+            *present = lookup;
         }
+    }
+
+    /// Accepts packets from these former addresses of peers, and from no other one.
+    pub(crate) fn set_former(&self, former: &BTreeMap<Ipv4Addr, Ipv4Addr>) {
+        let mut routes = self.shared.routes.write().unwrap_or_else(PoisonError::into_inner);
+        routes.former.clone_from(former);
     }
 
     /// The way to the peer that holds an overlay address.

@@ -33,7 +33,7 @@ pub(crate) fn register(suite: &mut Suite) {
     records::register(suite);
     networks::register(suite);
     own_record::register(suite);
-    pinned::register(suite);
+    suite.alone(pinned::register);
     credentials::register(suite);
     flanneld::register(suite);
     health::register(suite);

@@ -25,6 +25,8 @@ pub(super) fn register(suite: &mut Suite) {
         let name = format!("etcd::two_networks_side_by_side_on_{}_and_{}", first.name(), second.name());
         suite.add(name, needs, move |sandbox| side_by_side(sandbox, first, second));
     }
+    let needs = needs(Rung::Xdp, Rung::Tc);
+    suite.add("etcd::killed_agents_of_two_networks_leave_each_others_pins_alone", needs, killed);
 }
 
 /// One network.
@@ -58,16 +60,20 @@ impl Network {
         server.put(&format!("{}/config", self.prefix), self.config.as_bytes(), 0)?;
         let agents = switch.hosts.iter().zip(self.subnets).map(|(host, subnet)| {
             let site = Site::of_device(sandbox, &host.netns, "agent", self.device)?;
-            let mut arguments = arguments(server, rung);
-            let more = ["--etcd-prefix", self.prefix, "--subnet", subnet];
-            arguments.extend(more.map(str::to_owned));
-            site.start(&arguments)
+            site.start(&self.arguments(server, rung, subnet))
         });
         let agents = agents.collect::<Result<Vec<_>>>()?;
         for agent in &agents {
             wait_until("the other host's route and no more", || Ok(agent.routes()?.routes.len() == 1))?;
         }
         Ok(agents)
+    }
+
+    fn arguments(&self, server: &Server, rung: Rung, subnet: &str) -> Vec<String> {
+        let mut arguments = arguments(server, rung);
+        let more = ["--etcd-prefix", self.prefix, "--subnet", subnet];
+        arguments.extend(more.map(str::to_owned));
+        arguments
     }
 
     fn ends<'a>(&self, switch: &'a Switch) -> Result<(Endpoint<'a>, Endpoint<'a>)> {
@@ -114,6 +120,43 @@ fn side_by_side(sandbox: &Arc<Sandbox>, rung: Rung, other_rung: Rung) -> Result<
         ensure!(on_its_rung > 1000, "{counters:?}");
     }
     first.into_iter().try_for_each(Agent::stop)
+}
+
+/// All agents are killed. Those of one network start again, and `down` removes what those of the other one left.
+fn killed(sandbox: &Arc<Sandbox>) -> Result<()> {
+    let switch = Switch::build(sandbox, 2)?;
+    let server = Server::start(sandbox, &switch.hub, HUB)?;
+    let first = FIRST.start(sandbox, &server, &switch, Rung::Xdp)?;
+    let second = SECOND.start(sandbox, &server, &switch, Rung::Tc)?;
+    let ((a, b), (blue_a, blue_b)) = (FIRST.ends(&switch)?, SECOND.ends(&switch)?);
+    let have_pins = |count: usize, when: &str| {
+        switch.hosts.iter().try_for_each(|host| {
+            let pins = host.netns.pins()?;
+            ensure!(pins.len() == count, "{when}: {pins:?}");
+            Ok(())
+        })
+    };
+    let (agents, blue_sites) = without_loss(a, b, || {
+        without_loss(blue_a, blue_b, || {
+            let sites = first.into_iter().map(Agent::crash).collect::<Result<Vec<_>>>()?;
+            let blue_sites = second.into_iter().map(Agent::crash).collect::<Result<Vec<_>>>()?;
+            have_pins(2, "killed")?;
+            let started = sites.iter().zip(FIRST.subnets);
+            let started =
+                started.map(|(site, subnet)| site.start(&FIRST.arguments(&server, Rung::Xdp, subnet)));
+            let agents = started.collect::<Result<Vec<_>>>()?;
+            have_pins(2, "one network's agents run again")?;
+            every_size(blue_b, blue_a, 1400)?;
+            Ok((agents, blue_sites))
+        })
+    })?;
+    without_loss(a, b, || {
+        blue_sites.iter().try_for_each(|site| site.down())?;
+        have_pins(1, "the other network is down")?;
+        every_size(b, a, first_mtu(&agents)?).map(drop)
+    })?;
+    agents.into_iter().try_for_each(Agent::stop)?;
+    have_pins(0, "all are stopped")
 }
 
 fn first_mtu(agents: &[Agent]) -> Result<usize> {

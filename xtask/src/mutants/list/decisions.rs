@@ -274,7 +274,7 @@ pub(super) const CHANGES: &[Change] = &[
     Change {
         name: "core-ingress-any-address",
         file: INGRESS,
-        from: "        || ipv4.destination() != config.public_ip\n",
+        from: "        || !config.is_own_address(ipv4.destination())\n",
         to: "",
         wrong: "Packets for other addresses of the host are taken.",
         tests: &[Tests::Core, Tests::Vectors],
