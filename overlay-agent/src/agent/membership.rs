@@ -278,7 +278,7 @@ impl Membership {
                 Some(held) => OwnLease::Held(Box::new(held)),
                 None => OwnLease::Fixed,
             },
-            other => other,
+            other @ (OwnLease::Fixed | OwnLease::Held(_) | OwnLease::Recalled(_)) => other,
         };
     }
 

@@ -118,9 +118,10 @@ async fn give(channel: &mut Channel, inherited: &Inherited) -> Result<()> {
     };
     let answer =
         timeout(SETUP, exchange).await.unwrap_or_else(|_| bail!("it does not set up the datapath"))?;
-    match answer.context("it ended")?.0 {
-        // Fails when it has ended meanwhile.
-        Message::Done => channel.send(&Message::Ended, &[]).await,
-        other => bail!("it says {other:?}"),
+    let (message, _) = answer.context("it ended")?;
+    if message != Message::Done {
+        bail!("it says {message:?}");
     }
+    // Fails when it has ended meanwhile.
+    channel.send(&Message::Ended, &[]).await
 }

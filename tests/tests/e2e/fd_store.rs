@@ -95,7 +95,8 @@ impl FdStore {
             // Without FD_CLOEXEC.
             let raw = fcntl(fd, FcntlArg::F_DUPFD(FIRST)).context("pass a descriptor")?;
             script.push_str(&format!(" {}<&{raw} {raw}<&-", START + number));
-            (passed.push(raw), names.push(name.clone()));
+            passed.push(raw);
+            names.push(name.clone());
         }
         let mut command = Command::new("bash");
         command.arg("-c").arg(format!("{script}; LISTEN_PID=$$ exec \"$@\"")).arg("bash");
