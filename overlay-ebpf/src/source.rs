@@ -76,6 +76,6 @@ pub fn check_ingress(
 /// Whether a sender that does not hold a lease by its address has just changed it.
 #[inline(always)]
 fn was_holder(routes: &impl Routes, holder: &NextHop, sender: Sender) -> bool {
-    (sender.device == 0 || sender.device == holder.ifindex)
+    (holder.ifindex == sender.device || sender.device == 0)
         && routes.present_address(sender.address) == Some(holder.peer)
 }

@@ -200,11 +200,11 @@ fn programs_call_no_more_helpers() {
         ),
         (
             "ovl_ingress",
-            &[("map_lookup_elem", 26), ("map_update_elem", 2), ("skb_adjust_room", 1), ("skb_pull_data", 3)],
+            &[("map_lookup_elem", 27), ("map_update_elem", 2), ("skb_adjust_room", 1), ("skb_pull_data", 3)],
         ),
         ("ovl_heartbeat", &[("map_lookup_elem", 1)]),
         ("ovl_to_local", &[("map_lookup_elem", 3), ("map_update_elem", 1), ("skb_pull_data", 1)]),
-        ("ovl_xdp", &[("map_lookup_elem", 17), ("xdp_adjust_head", 2), ("xdp_adjust_meta", 1)]),
+        ("ovl_xdp", &[("map_lookup_elem", 18), ("xdp_adjust_head", 2), ("xdp_adjust_meta", 1)]),
         ("shared", &[]),
     ];
     assert_calls(&calls(&object(), "ovl_"), &limits);
