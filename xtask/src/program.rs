@@ -9,7 +9,7 @@ use clap::Args;
 
 use crate::setup::{self, Scope};
 use crate::{
-    build::{self, OBJECT_VARIABLE},
+    build::{self, NEXT_AGENT_VARIABLE, OBJECT_VARIABLE},
     step, workspace,
 };
 
@@ -27,12 +27,15 @@ pub(crate) fn run(name: &str, options: &Options) -> Result<ExitCode> {
     if !help && !workspace::is_root() {
         bail!("`cargo xtask {name}` creates network namespaces and loads eBPF programs: run it as root");
     }
-    let built = match help {
-        true => None,
-        false => Some(build::build(&setup::ensure(Scope::Everything, false)?)?),
-    };
-    let variables = built.map(|built| [("OVERLAY_AGENT", built.agent), (OBJECT_VARIABLE, built.ebpf_object)]);
-    let variables = variables.into_iter().flatten();
+    let mut variables = Vec::new();
+    if !help {
+        let toolchain = setup::ensure(Scope::Everything, false)?;
+        let built = build::build(&toolchain)?;
+        variables.extend([("OVERLAY_AGENT", built.agent), (OBJECT_VARIABLE, built.ebpf_object)]);
+        if options.arguments.first().is_some_and(|first| first == "restart") {
+            variables.push((NEXT_AGENT_VARIABLE, build::build_next(&toolchain)?));
+        }
+    }
     step::headline(format_args!("build: the {name} program (release)"));
     let mut cargo = workspace::cargo()?;
     cargo.args(["build", "--release", "--package", "overlay-tests", "--bin", name]).envs(variables.clone());

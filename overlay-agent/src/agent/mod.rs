@@ -387,6 +387,7 @@ impl Agent {
             self.membership.leave().await;
             // Last: the slow path goes on until here, and packets wait in what systemd keeps open.
             self.forwarding.datapath.leave();
+            record::end(&mut self.record_file, &self.forwarding, record);
             return Ok(());
         }
         self.forwarding.fd_store.clear();

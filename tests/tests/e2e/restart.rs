@@ -145,7 +145,12 @@ fn refused(sandbox: &Arc<Sandbox>) -> Result<()> {
 
 /// Numbered datagrams in both directions. None is lost, and on tc none overtakes another. On XDP a few of several 100,000 have been seen to do
 /// so at a restart, and none without one.
-fn both_ways<T>(rung: Rung, a: Endpoint<'_>, b: Endpoint<'_>, work: impl FnOnce() -> Result<T>) -> Result<T> {
+pub(crate) fn both_ways<T>(
+    rung: Rung,
+    a: Endpoint<'_>,
+    b: Endpoint<'_>,
+    work: impl FnOnce() -> Result<T>,
+) -> Result<T> {
     let one_way = |from, to, work: &mut dyn FnMut() -> Result<T>| {
         let (result, flow) = numbered::meanwhile(from, to, work)?;
         ensure!(flow.lost() == 0, "{} were lost: {flow:?}", flow.lost());

@@ -1,10 +1,6 @@
 //! What happens to the agent of one host while traffic passes.
 
-use std::{
-    path::Path,
-    process::{Command, Stdio},
-    sync::Arc,
-};
+use std::{path::Path, sync::Arc};
 
 use anyhow::Result;
 use clap::ValueEnum;
@@ -16,10 +12,14 @@ use crate::agent::{Agent, Rung, Site};
 pub(super) enum Event {
     /// SIGKILL, then a start
     Kill,
-    /// SIGTERM, then a start
+    /// SIGTERM, then a start; on tun, the next agent takes over from the running one
     Restart,
-    /// SIGTERM, then a start of another binary with programs of the same ABI version
+    /// A restart with another binary, with maps of the same version
     Upgrade,
+    /// A restart with an agent whose maps have another version, and another one back
+    Abi,
+    /// `datapath set` to another rung, and back
+    Rung,
 }
 
 /// What an event needs.
@@ -28,10 +28,14 @@ pub(super) struct Context<'a> {
     pub(super) arguments: &'a [String],
     /// The binary of [`Event::Upgrade`].
     pub(super) upgrade_to: &'a Path,
+    /// The binary of [`Event::Abi`].
+    pub(super) next: &'a Path,
+    /// The rung of the agent.
+    pub(super) rung: Rung,
 }
 
 impl Event {
-    pub(super) const ALL: [Self; 3] = [Self::Kill, Self::Restart, Self::Upgrade];
+    pub(super) const ALL: [Self; 5] = [Self::Kill, Self::Restart, Self::Upgrade, Self::Abi, Self::Rung];
 
     /// Name in the output.
     pub(super) const fn name(self) -> &'static str {
@@ -39,13 +43,17 @@ impl Event {
             Self::Kill => "kill",
             Self::Restart => "restart",
             Self::Upgrade => "upgrade",
+            Self::Abi => "abi",
+            Self::Rung => "rung",
         }
     }
 
-    /// Whether the event may lose nothing on a rung: on tun, packets that arrive while no process runs are lost.
+    /// Whether the event may lose and reorder nothing on a rung. On tun, packets that arrive while no process runs are lost, and those that
+    /// programs forward overtake those that wait in its queues; there are no maps, and the agent of [`Event::Abi`] is built without
+    /// optimisation and does not keep up with the flows.
     pub(super) const fn has_bar(self, rung: Rung) -> bool {
         match self {
-            Self::Kill => rung.is_fast(),
+            Self::Kill | Self::Abi | Self::Rung => rung.is_fast(),
             Self::Restart | Self::Upgrade => true,
         }
     }
@@ -62,24 +70,32 @@ impl Event {
                 agent.crash()?;
                 site.start(context.arguments)
             }
-            Self::Restart => {
-                agent.stop()?;
-                site.start(context.arguments)
+            Self::Restart => replace(agent, &site, context),
+            Self::Upgrade => replace(agent, &site.with_binary(context.upgrade_to.to_owned()), context),
+            Self::Abi => {
+                let next = replace(agent, &site.with_binary(context.next.to_owned()), context)?;
+                replace(next, &site, context)
             }
-            Self::Upgrade => {
-                agent.stop()?;
-                let mut upgraded = site.launch(command(&site, context))?;
-                upgraded.wait_until_running()?;
-                Ok(upgraded)
+            Self::Rung => {
+                let other = if context.rung == Rung::Tc { Rung::Xdp } else { Rung::Tc };
+                for rung in [other, context.rung] {
+                    site.output("datapath set", &[rung.name()])?;
+                }
+                Ok(agent)
             }
         }
     }
 }
 
-/// The usual command line, with the other binary.
-fn command(site: &Site, context: &Context<'_>) -> Command {
-    let usual = site.run_command(context.arguments);
-    let mut command = Command::new(context.upgrade_to);
-    command.args(usual.get_args()).env_remove("RUST_LOG").stdin(Stdio::null());
-    command
+/// A planned restart: the agent of `next` takes the place of `agent`.
+fn replace(agent: Agent, next: &Arc<Site>, context: &Context<'_>) -> Result<Agent> {
+    if context.rung.is_fast() {
+        agent.stop()?;
+        return next.start(context.arguments);
+    }
+    let arguments = [context.arguments, &["--take-over".to_owned()]].concat();
+    let mut successor = next.launch(next.run_command(&arguments))?;
+    successor.wait_until_taken_over()?;
+    agent.wait_for_end()?;
+    Ok(successor)
 }

@@ -1,4 +1,4 @@
-//! What kills, restarts and upgrades of an agent cost the traffic that passes meanwhile.
+//! What kills, restarts, upgrades and changes of the rung of an agent cost the traffic that passes meanwhile.
 //!
 //! In reading order: [`options`], [`event`] (what happens), [`results`] (the rows).
 
@@ -61,7 +61,8 @@ pub(super) fn run(options: &Options) -> Result<ExitCode> {
         Some(file) => file.canonicalize().with_context(|| format!("find the agent {}", file.display()))?,
         None => copy(&binary, &sandbox)?,
     };
-    let rows = measure(&sandbox, options, &upgrade_to, &progress)?;
+    let binaries = Binaries { upgrade_to, next: agent::next_binary()? };
+    let rows = measure(&sandbox, options, &binaries, &progress)?;
     drop(sandbox);
     let (table, bars, missed) = results::summary(&rows);
     println!("\n{table}");
@@ -76,6 +77,14 @@ pub(super) fn run(options: &Options) -> Result<ExitCode> {
     Ok(if missed > 0 && options.check { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
+/// Other agents than the one that is measured.
+struct Binaries {
+    /// With maps of the same version.
+    upgrade_to: PathBuf,
+    /// With maps of another one.
+    next: PathBuf,
+}
+
 /// As a package manager does: the same path is another file, and this is that file.
 fn copy(binary: &Path, sandbox: &Sandbox) -> Result<PathBuf> {
     let path = sandbox.new_directory("upgrade")?.join("overlay-agent");
@@ -87,7 +96,7 @@ fn copy(binary: &Path, sandbox: &Sandbox) -> Result<PathBuf> {
 fn measure(
     sandbox: &Arc<Sandbox>,
     options: &Options,
-    upgrade_to: &Path,
+    binaries: &Binaries,
     progress: &Progress,
 ) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
@@ -102,7 +111,7 @@ fn measure(
             let scene =
                 scenes.iter_mut().find(|scene| scene.rung == *rung).context("every rung has agents")?;
             let flows = scene
-                .measure(*event, upgrade_to)
+                .measure(*event, binaries)
                 .with_context(|| format!("round {round}: {} on {}", event.name(), rung.name()))?;
             row.add(&flows);
         }
@@ -137,9 +146,10 @@ impl Scene {
     }
 
     /// Lets an event happen while pods and hosts send.
-    fn measure(&mut self, event: Event, upgrade_to: &Path) -> Result<Vec<Numbered>> {
+    fn measure(&mut self, event: Event, binaries: &Binaries) -> Result<Vec<Numbered>> {
         let agent = self.agent.take().context("an earlier event left no agent")?;
-        let context = Context { arguments: &self.arguments, upgrade_to };
+        let Binaries { upgrade_to, next } = binaries;
+        let context = Context { arguments: &self.arguments, upgrade_to, next, rung: self.rung };
         let ((pod_a, pod_b), (host_a, host_b)) = (self.topology.pods(), self.topology.hosts());
         let ends = [(pod_a, pod_b), (pod_b, pod_a), (host_a, host_b), (host_b, host_a)];
         let for_agents = cpu::last()?;

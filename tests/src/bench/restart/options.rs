@@ -9,7 +9,7 @@ use super::event::Event;
 /// Examples at the end of `--help`.
 const EXAMPLES: &str = "\
 Examples:
-  cargo xtask bench restart                            every event on every rung, about two minutes
+  cargo xtask bench restart                            every event on every rung, about three minutes
   cargo xtask bench restart --only kill,restart --rounds 10
   cargo xtask bench restart --json /tmp/restart.json
   cargo xtask bench restart --check                    exit code 1 when packets were lost or reordered
@@ -21,7 +21,7 @@ Each row of the table, and of `rows` in the JSON output, is one event on one run
   outage_ms  the longest time between two arrivals in any flow, less the time between sending the second and the one before it (1 ms,
              as bursts are sent, unless the machine keeps the sender from running)";
 
-/// Measure what is lost when an agent is killed, restarted or upgraded under traffic
+/// Measure what is lost when an agent is killed, restarted, upgraded or changes its rung under traffic
 ///
 /// Four flows of 20,000 numbered datagrams per second each: between two pods and between their hosts, in both directions. The agent of one host
 /// ends and starts again meanwhile. All flows share one CPU, because the kernel reorders what two CPUs send; agents run on another one.
