@@ -65,8 +65,8 @@ pub(super) struct Forwarding {
     pub(super) options: Options,
     /// The requested rung: that of the options until an operator asks for another.
     pub(super) request: Request,
-    former: FormerOwn,
-    former_peers: FormerPeers,
+    pub(super) former: FormerOwn,
+    pub(super) former_peers: FormerPeers,
     /// For the bypass.
     pub(super) containers: ContainerWatch,
     /// Why programs cannot outlive the agent.
@@ -438,28 +438,6 @@ impl Forwarding {
         self.spec.mtu = mtu;
         self.conditions.update(Condition::UnderlayName, self.misnamed());
         self.try_reconcile().await;
-    }
-
-    /// The record names this host's address.
-    pub(super) fn announced(&mut self) {
-        self.former.announced(Instant::now().into_std());
-    }
-
-    /// Former addresses count for a while only.
-    async fn expire_former(&mut self) {
-        let now = Instant::now().into_std();
-        if self.former_peers.expire(now) {
-            self.set_former_peers();
-        }
-        if self.former.expire(now) {
-            self.try_reconcile().await;
-        }
-    }
-
-    fn set_former_peers(&mut self) {
-        if let Err(error) = self.datapath.set_former(self.former_peers.addresses()) {
-            warn!("packets from former addresses of peers are dropped: {error:#}");
-        }
     }
 
     /// What the operator should know about another name of the underlay device.

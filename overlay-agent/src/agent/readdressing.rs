@@ -11,6 +11,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tracing::warn;
+
+use super::forwarding::Forwarding;
 use crate::route::{NextHops, RouteChange};
 
 /// How long a former address is the source of outer packets, at most: the store may be away.
@@ -19,6 +22,30 @@ const ANNOUNCED_WITHIN: Duration = Duration::from_secs(10);
 const READ_WITHIN: Duration = Duration::from_secs(1);
 /// How long packets to and from a former address are accepted after that.
 const ACCEPTED: Duration = Duration::from_secs(15);
+
+impl Forwarding {
+    /// The record names this host's address.
+    pub(super) fn announced(&mut self) {
+        self.former.announced(Instant::now());
+    }
+
+    /// Former addresses count for a while only.
+    pub(super) async fn expire_former(&mut self) {
+        let now = Instant::now();
+        if self.former_peers.expire(now) {
+            self.set_former_peers();
+        }
+        if self.former.expire(now) {
+            self.try_reconcile().await;
+        }
+    }
+
+    pub(super) fn set_former_peers(&mut self) {
+        if let Err(error) = self.datapath.set_former(self.former_peers.addresses()) {
+            warn!("packets from former addresses of peers are dropped: {error:#}");
+        }
+    }
+}
 
 /// This host's former address.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

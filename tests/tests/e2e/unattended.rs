@@ -275,7 +275,7 @@ fn killed_starts(sandbox: &Arc<Sandbox>) -> Result<()> {
     let (store, host) = (Store::create(sandbox)?, &topology.a.host);
     store.write_lease("10.244.2.0-24", "192.168.77.2")?;
     // What is not ours.
-    let foreign = [PINS, "/sys/fs/bpf"].map(|parent| Path::new(parent).join("nobody_knows"));
+    let foreign = [PINS, "/sys/fs/bpf"].map(|parent| Path::new(parent).join("not_ours"));
     foreign.iter().try_for_each(fs::create_dir_all)?;
     host.tool("ip link add foreign0 type veth peer name foreign1")?;
     host.tool("nft add table ip foreign")?;

@@ -184,8 +184,8 @@ pub(super) const CHANGES: &[Change] = &[
     Change {
         name: "core-abi-mark-of-every-network",
         file: ABI,
-        from: "overlay_ifindex: self.overlay_ifindex.to_be_bytes(),",
-        to: "overlay_ifindex: [0; 4],",
+        from: "overlay_ifindex: self.overlay_ifindex.to_be_bytes() }",
+        to: "overlay_ifindex: [0; 4] }",
         wrong: "Another network's packets are delivered to this one.",
         tests: &[Tests::Core, Tests::Vectors],
         reason: None,
