@@ -130,6 +130,8 @@ fn fields(counters: &mut Counters) -> impl Iterator<Item = &mut u64> {
         egress_bypass_packets,
         ingress_bypass_packets,
     ];
+    // Their arrays have room for reasons of later versions.
+    let (punts, drops) = (punts.iter_mut().take(PuntReason::COUNT), drops.iter_mut().take(DropReason::COUNT));
     traffic.into_iter().chain(punts).chain(drops)
 }
 
