@@ -12,7 +12,7 @@ use overlay_ebpf::abi::NextHop;
 
 use crate::{
     datapath::{
-        Choice, Rung,
+        Choice, PathCounters, Rung,
         ebpf::{
             PinnedState, Pins,
             overlay_set::{EGRESS, INGRESS, XDP},
@@ -51,13 +51,12 @@ impl Left {
         let frozen = self.frozen(SystemTime::now());
         let record = self.record.as_ref().map(|(record, _)| record.clone()).unwrap_or_default();
         let config = self.pinned.maps.as_ref().map(|maps| maps.config);
-        let by_index = |index: u32| self.devices.iter().find(|link| link.index == index);
         let underlays: Vec<_> = self
             .pinned
             .programs
             .iter()
             .filter(|pinned| pinned.is_attached && pinned.program == INGRESS.program)
-            .filter_map(|pinned| by_index(pinned.ifindex).map(report::Device::from))
+            .filter_map(|pinned| self.device(pinned.ifindex).map(report::Device::from))
             .collect();
         let address = record.public_ip.or(config.map(|config| config.public_ip.into()));
         let counters = self.path_counters();
@@ -89,6 +88,10 @@ impl Left {
         }
     }
 
+    fn device(&self, ifindex: u32) -> Option<&Link> {
+        self.devices.iter().find(|link| link.index == ifindex)
+    }
+
     /// How many routes the programs have.
     pub(crate) fn route_count(&self) -> usize {
         self.routes_where(|_| true)
@@ -117,16 +120,12 @@ impl Left {
         let is_past = |end: &String| humantime::parse_rfc3339(end).is_ok_and(|end| end <= now);
         let programs = self.pinned.programs.iter().map(|pinned| FrozenProgram {
             program: pinned.program.clone(),
-            device: self
-                .devices
-                .iter()
-                .find(|link| link.index == pinned.ifindex)
-                .map(|link| link.name.clone()),
+            device: self.device(pinned.ifindex).map(|link| link.name.clone()),
             ifindex: pinned.ifindex,
             attached: pinned.is_attached,
         });
         Frozen {
-            since: seen.map(|seen| humantime::format_rfc3339_seconds(seen).to_string()),
+            since: seen.map(report::utc),
             neighbours_stale: seen.is_none_or(|seen| now.duration_since(seen).is_ok_and(|age| age >= TRUST)),
             lease_ended: ends.as_ref().is_some_and(is_past),
             lease_ends: ends,
@@ -154,12 +153,11 @@ impl Left {
 
     /// The routes that the programs have. Which records were skipped is not known.
     pub(crate) fn routes(&self) -> RouteList {
-        let device = |index: u32| Some(self.devices.iter().find(|link| link.index == index)?.name.clone());
         let hops = self.pinned.maps.iter().flat_map(|maps| &maps.routes);
         let routes = hops.map(|(subnet, hop)| report::Route {
             subnet: *subnet,
             peer: hop.peer.into(),
-            device: device(hop.ifindex),
+            device: self.device(hop.ifindex).map(|link| link.name.clone()),
             mtu: (hop.ifindex != 0).then_some(hop.mtu),
             slow_path: hop
                 .has(NextHop::SLOW_PATH)
@@ -174,7 +172,7 @@ impl Left {
         self.path_counters().into()
     }
 
-    fn path_counters(&self) -> crate::datapath::PathCounters {
+    fn path_counters(&self) -> PathCounters {
         let tally = self.record.as_ref().map(|(record, _)| record.tally.clone()).unwrap_or_default();
         tally.counters(self.pinned.maps.as_ref().map(|maps| &maps.counters))
     }

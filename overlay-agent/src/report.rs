@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     net::{Ipv4Addr, SocketAddr, SocketAddrV4},
+    time::SystemTime,
 };
 
 use ipnet::Ipv4Net;
@@ -312,6 +313,11 @@ impl From<PathCounters> for CounterList {
             route_changes: BTreeMap::new(),
         }
     }
+}
+
+/// A time in UTC, to the second (RFC 3339).
+pub(crate) fn utc(time: SystemTime) -> String {
+    humantime::format_rfc3339_seconds(time).to_string()
 }
 
 /// A hardware address in the usual form.

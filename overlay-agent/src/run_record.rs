@@ -55,9 +55,9 @@ impl RunRecord {
 
     /// Reads the record of this boot, and when it was last known to be true; `None` when there is none that can be used.
     pub(crate) fn read(path: &Path) -> Option<(Self, SystemTime)> {
-        let read = || -> io::Result<(Vec<u8>, SystemTime)> {
+        let read = || -> io::Result<(String, SystemTime)> {
             let file = File::open(path)?;
-            Ok((io::read_to_string(&file)?.into_bytes(), file.metadata()?.modified()?))
+            Ok((io::read_to_string(&file)?, file.metadata()?.modified()?))
         };
         let (text, seen) = match read() {
             Ok(found) => found,
@@ -67,7 +67,7 @@ impl RunRecord {
                 return None;
             }
         };
-        match serde_json::from_slice::<Self>(&text) {
+        match serde_json::from_str::<Self>(&text) {
             Ok(record) => boot_id().is_ok_and(|boot| boot == record.boot).then_some((record, seen)),
             Err(error) => {
                 warn!("the record of the last run, {}, cannot be used: {error}", path.display());

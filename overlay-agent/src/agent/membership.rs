@@ -25,6 +25,7 @@ use super::{
 use crate::{
     config::NetworkConfig,
     lease::Lease,
+    report,
     route::{LocalNode, Subnet},
     store::{
         ArchiveKeeper, Event, Held, LeaseEvent, LeaseKeeper, RecalledLease, Store, StoreError, SubnetRequest,
@@ -251,7 +252,7 @@ impl Membership {
 
     /// When the lease ends without another renewal, RFC 3339; `None` when it has no end.
     pub(super) fn lease_ends(&self) -> Option<String> {
-        self.ends.map(|end| humantime::format_rfc3339_seconds(end).to_string())
+        self.ends.map(report::utc)
     }
 
     /// Starts to keep the lease, and the snapshot.

@@ -1,9 +1,6 @@
 //! The rungs while the agent runs: requests of operators, and what `status` says about them.
 
-use std::time::SystemTime;
-
 use anyhow::Result;
-use humantime::format_rfc3339_seconds;
 use tracing::info;
 
 use super::forwarding::{Forwarding, sentence};
@@ -47,7 +44,7 @@ impl Forwarding {
             format!(
                 "{} is left out until {}: {}; once nothing removes it any more, `overlay-agent datapath set auto` attempts it at once",
                 postponed.what,
-                rounded(postponed.next_attempt),
+                report::utc(postponed.next_attempt),
                 postponed.why
             )
         }))
@@ -58,12 +55,12 @@ impl Forwarding {
         let postponed = self.datapath.postponed().into_iter().map(|postponed| report::Postponed {
             what: postponed.what,
             why: postponed.why,
-            next_attempt: rounded(postponed.next_attempt),
+            next_attempt: report::utc(postponed.next_attempt),
         });
         let [egress, ingress] = self.rungs().map_or([None, None], |rungs| rungs.map(Some));
         let active = |rung: &ActiveRung| report::ActiveRung {
             choice: rung.choice.clone(),
-            since: Some(rounded(rung.since)),
+            since: Some(report::utc(rung.since)),
         };
         report::Datapath {
             request: report::DatapathRequest {
@@ -75,9 +72,4 @@ impl Forwarding {
             ingress: ingress.map(active),
         }
     }
-}
-
-/// In UTC, to the second.
-fn rounded(time: SystemTime) -> String {
-    format_rfc3339_seconds(time).to_string()
 }

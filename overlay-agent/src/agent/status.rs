@@ -25,8 +25,7 @@ pub(super) fn store_name(options: &Options) -> String {
     }
 }
 
-/// The answer of an agent that has no parts yet.
-/// `left` is what an earlier agent left.
+/// The answer of an agent that has no parts yet. `left` is what an earlier agent left.
 pub(super) fn answer_while_starting(
     query: Query,
     health: &Health,

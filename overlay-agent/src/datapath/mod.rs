@@ -46,7 +46,7 @@ use ebpf::{
     Pins, RouteWrites, detach_left,
     overlay_set::{FormerAddresses, LOCAL},
 };
-use fast::FastPath;
+use fast::{FastPath, Wanted};
 use losses::{DeviceLosses, SocketLosses};
 use tally::SeenDevice;
 
@@ -153,7 +153,8 @@ impl Datapath {
         // Replaced sockets are closed with the settings that had them.
         self.sockets = sockets;
         let plan = desired.plan(ifindex);
-        self.fast.reconcile(plan, &config, desired.routes, desired.containers, &mut report).await?;
+        let (routes, containers) = (desired.routes, desired.containers);
+        self.fast.reconcile(Wanted { plan: &plan, config: &config, routes, containers }, &mut report).await?;
         if !self.is_swept {
             // They would go on with the routes and containers of that time.
             detach_left(&self.netlink, desired.device.alias.port, &LOCAL).await?;

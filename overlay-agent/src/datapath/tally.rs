@@ -82,7 +82,7 @@ pub(super) struct Named(BTreeMap<String, u64>);
 impl Named {
     pub(super) fn counters(&self) -> Counters {
         let mut counters = Counters::ZERO;
-        for (name, counter) in names().zip(fields(&mut counters)) {
+        for (name, counter) in fields(&mut counters) {
             *counter = self.0.get(&name).copied().unwrap_or_default();
         }
         counters
@@ -91,27 +91,13 @@ impl Named {
 
 impl From<Counters> for Named {
     fn from(mut counters: Counters) -> Self {
-        let counted = names().zip(fields(&mut counters)).map(|(name, counter)| (name, *counter));
+        let counted = fields(&mut counters).map(|(name, counter)| (name, *counter));
         Self(counted.filter(|(_, count)| *count > 0).collect())
     }
 }
 
-/// The names of [`fields`].
-fn names() -> impl Iterator<Item = String> {
-    let traffic = [
-        "egress_packets",
-        "egress_bytes",
-        "ingress_packets",
-        "ingress_bytes",
-        "egress_bypass_packets",
-        "ingress_bypass_packets",
-    ];
-    let punts = PuntReason::ALL.iter().map(|reason| format!("punt:{}", reason.name()));
-    let drops = DropReason::ALL.iter().map(|reason| format!("drop:{}", reason.name()));
-    traffic.into_iter().map(str::to_owned).chain(punts).chain(drops)
-}
-
-fn fields(counters: &mut Counters) -> impl Iterator<Item = &mut u64> {
+/// Every counter with its name.
+fn fields(counters: &mut Counters) -> impl Iterator<Item = (String, &mut u64)> {
     let Counters {
         egress_packets,
         egress_bytes,
@@ -123,16 +109,18 @@ fn fields(counters: &mut Counters) -> impl Iterator<Item = &mut u64> {
         drops,
     } = counters;
     let traffic = [
-        egress_packets,
-        egress_bytes,
-        ingress_packets,
-        ingress_bytes,
-        egress_bypass_packets,
-        ingress_bypass_packets,
+        ("egress_packets", egress_packets),
+        ("egress_bytes", egress_bytes),
+        ("ingress_packets", ingress_packets),
+        ("ingress_bytes", ingress_bytes),
+        ("egress_bypass_packets", egress_bypass_packets),
+        ("ingress_bypass_packets", ingress_bypass_packets),
     ];
-    // Their arrays have room for reasons of later versions.
-    let (punts, drops) = (punts.iter_mut().take(PuntReason::COUNT), drops.iter_mut().take(DropReason::COUNT));
-    traffic.into_iter().chain(punts).chain(drops)
+    let traffic = traffic.into_iter().map(|(name, counter)| (name.to_owned(), counter));
+    // The arrays have room for reasons of later versions behind those that have names.
+    let punts = PuntReason::ALL.iter().map(|reason| format!("punt:{}", reason.name())).zip(punts);
+    let drops = DropReason::ALL.iter().map(|reason| format!("drop:{}", reason.name())).zip(drops);
+    traffic.chain(punts).chain(drops)
 }
 
 #[cfg(test)]
@@ -142,14 +130,14 @@ mod tests {
     /// Every field has another value, none of them 0.
     fn counters(first: u64) -> Counters {
         let mut counters = Counters::ZERO;
-        fields(&mut counters).zip(first..).for_each(|(field, count)| *field = count);
+        fields(&mut counters).zip(first..).for_each(|((_, field), count)| *field = count);
         counters
     }
 
     #[test]
     fn every_counter_is_kept_by_its_name() {
         let named = Named::from(counters(3));
-        assert_eq!((named.counters(), named.0.len()), (counters(3), names().count()));
+        assert_eq!((named.counters(), named.0.len()), (counters(3), fields(&mut counters(3)).count()));
         assert_eq!(named.0.get("egress_bytes"), Some(&4));
         let drop = DropReason::ALL.first().unwrap();
         assert_eq!(

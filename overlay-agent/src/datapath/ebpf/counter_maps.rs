@@ -3,10 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
-use aya::maps::{Array, IterableMap as _, Map, MapData, PerCpuArray};
+use aya::maps::{Array, IterableMap as _, MapData, PerCpuArray};
 use overlay_ebpf::abi::{Carried, Counters};
 
-use super::ProgramSet;
+use super::{
+    ProgramSet,
+    overlay_set::{CARRIED, COUNTERS},
+    pinned_state::open_map,
+};
 
 // aya moves map values as plain bytes, so that the types need not implement its marker trait.
 type CountersBytes = [u8; size_of::<Counters>()];
@@ -23,19 +27,12 @@ pub(super) struct CounterMaps {
 impl CounterMaps {
     /// Takes them out of a set.
     pub(super) fn take(programs: &mut ProgramSet) -> Result<Self> {
-        Self::new(programs.take_map("COUNTERS")?, programs.take_map("CARRIED")?)
+        Self::new(programs.take_map(COUNTERS)?, programs.take_map(CARRIED)?)
     }
 
     /// Opens those of another set, which may be of another version.
     pub(super) fn open(directory: &Path) -> Result<Self> {
-        let map = |name: &str| {
-            let path = directory.join(name);
-            let data = MapData::from_pin(&path).with_context(|| format!("open {}", path.display()))?;
-            Map::from_map_data(data).with_context(|| format!("open {}", path.display()))
-        };
-        let size = "its size is another one than in this version";
-        let live = PerCpuArray::try_from(map("COUNTERS")?).context(size)?;
-        Self::new(live, Array::try_from(map("CARRIED")?).context(size)?)
+        Self::new(open_map(directory, COUNTERS)?, open_map(directory, CARRIED)?)
     }
 
     fn new(live: PerCpuArray<MapData, CountersBytes>, carried: Array<MapData, CarriedBytes>) -> Result<Self> {

@@ -45,6 +45,8 @@ pub const XDP: Hook = Hook { program: "ovl_xdp", kind: HookKind::Xdp, place: Pla
 
 /// The map of the programs' counters.
 pub(crate) const COUNTERS: &str = "COUNTERS";
+/// The map of what earlier sets have counted.
+pub(super) const CARRIED: &str = "CARRIED";
 
 // aya moves map values as plain bytes, so that the types need not implement its marker trait.
 pub(super) type ConfigBytes = [u8; size_of::<Config>()];
@@ -59,7 +61,7 @@ const PINNED: [&str; 10] = [
     "UNDERLAYS",
     "ENDPOINTS",
     COUNTERS,
-    "CARRIED",
+    CARRIED,
     "FLOWS",
     "RELEASED",
     "ALIVE_UNTIL",

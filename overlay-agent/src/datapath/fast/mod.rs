@@ -36,6 +36,15 @@ const READ_BACK_SHARE: u32 = 1000;
 /// CPU.
 const XDP_REST: Duration = Duration::from_millis(20);
 
+/// What the fast path should be.
+#[derive(Clone, Copy)]
+pub(super) struct Wanted<'a> {
+    pub(super) plan: &'a Plan,
+    pub(super) config: &'a Config,
+    pub(super) routes: &'a NextHops,
+    pub(super) containers: &'a Containers,
+}
+
 /// The programs, and where they are attached.
 pub(super) struct FastPath {
     pub(super) rungs: ActiveRungs,
@@ -100,20 +109,13 @@ impl FastPath {
         }
     }
 
-    /// Makes maps and attachments what `plan`, `config` and `routes` say: maps first. Fails when the kernel's state cannot be
+    /// Makes maps and attachments what `wanted` says: maps first. Fails when the kernel's state cannot be
     /// read, or a step fails that was asked for explicitly; steps already made stay, unless nothing was attached before. Programs that
     /// cannot be replaced stay attached, which is no error: the report says so.
-    pub(super) async fn reconcile(
-        &mut self,
-        plan: Plan,
-        config: &Config,
-        routes: &NextHops,
-        containers: &Containers,
-        report: &mut Report,
-    ) -> Result<()> {
-        let request = plan.request;
+    pub(super) async fn reconcile(&mut self, wanted: Wanted<'_>, report: &mut Report) -> Result<()> {
+        let request = wanted.plan.request;
         let started = !self.attachments.is_empty();
-        let done = self.take_steps(plan, config, routes, containers, report).await;
+        let done = self.take_steps(wanted, report).await;
         report.kept.clone_from(&self.kept);
         if done.is_err() && !started {
             // An earlier agent's programs are better than none.
@@ -126,16 +128,10 @@ impl FastPath {
         done.with_context(|| format!("{} is not possible", request.flag()))
     }
 
-    async fn take_steps(
-        &mut self,
-        plan: Plan,
-        config: &Config,
-        routes: &NextHops,
-        containers: &Containers,
-        report: &mut Report,
-    ) -> Result<()> {
+    async fn take_steps(&mut self, wanted: Wanted<'_>, report: &mut Report) -> Result<()> {
+        let plan = wanted.plan;
         let mut trigger = Trigger::Refusals;
-        if self.plan.as_ref() != Some(&plan) {
+        if self.plan.as_ref() != Some(plan) {
             trigger = Trigger::Plan;
             self.forget_refusals();
             self.kept = None;
@@ -143,12 +139,12 @@ impl FastPath {
         }
         self.refusals.advance(Instant::now());
         if !plan.targets(&self.refusals).is_empty() {
-            self.provide(&plan, config, routes, containers, report).await?;
+            self.provide(wanted, report).await?;
             if self.keeps_earlier() {
-                self.show_earlier(&plan, trigger);
+                self.show_earlier(plan, trigger);
                 return Ok(());
             }
-            self.drop_unlisted(&plan, report).await?;
+            self.drop_unlisted(plan, report).await?;
         }
         loop {
             let attached: Vec<_> = self.attachments.iter().map(|attachment| attachment.target).collect();

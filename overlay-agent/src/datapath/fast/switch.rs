@@ -14,10 +14,9 @@ use overlay_ebpf::{
 };
 use tracing::{debug, info, warn};
 
-use super::{FastPath, READ_BACK_SHARE, object};
+use super::{FastPath, READ_BACK_SHARE, Wanted, object};
 use crate::{
     capabilities,
-    containers::Containers,
     datapath::{
         Choice, Report, Request, Rung,
         ebpf::{
@@ -30,25 +29,19 @@ use crate::{
         rungs::Trigger,
     },
     netlink::{Link, device_name},
-    route::{NextHops, diff},
+    route::diff,
 };
 
 impl FastPath {
-    /// Loads the programs that `plan` asks for unless they are loaded, and fills their maps. Those of another set that are attached are
+    /// Loads the programs that `wanted` asks for unless they are loaded, and fills their maps. Those of another set that are attached are
     /// replaced, or stay if that is not possible. Fails when programs that were asked for explicitly cannot be loaded and none are attached
     /// by this process, or the maps cannot be filled.
-    pub(super) async fn provide(
-        &mut self,
-        plan: &Plan,
-        config: &Config,
-        routes: &NextHops,
-        containers: &Containers,
-        report: &mut Report,
-    ) -> Result<()> {
+    pub(super) async fn provide(&mut self, wanted: Wanted<'_>, report: &mut Report) -> Result<()> {
+        let plan = wanted.plan;
         if let Some(underlay) = plan.underlays.first().filter(|underlay| !underlay.ethernet) {
             self.refuse(plan, anyhow::anyhow!("the underlay {} is no Ethernet device", underlay.name))?;
         } else if self.kept.is_none() && (self.set.is_none() || self.loaded != Some(options(plan))) {
-            match (self.stage(plan, config, routes, containers, report), self.set.take()) {
+            match (self.stage(wanted, report), self.set.take()) {
                 (Ok(set), None) => {
                     self.missing = None;
                     self.set = Some(set);
@@ -59,7 +52,7 @@ impl FastPath {
                     self.keep(&error);
                 }
                 (Err(error), None) if self.is_adopting && plan.request == Request::Auto => {
-                    self.set = self.earlier_maps(plan, config);
+                    self.set = self.earlier_maps(plan, wanted.config);
                     self.keep(&error);
                 }
                 (Err(error), None) => self.refuse(plan, error)?,
@@ -67,7 +60,7 @@ impl FastPath {
             self.loaded = Some(options(plan));
         }
         if let Some(mut set) = self.set.take() {
-            let filled = self.fill(&mut set, plan, config, routes, report);
+            let filled = self.fill(&mut set, wanted, report);
             // Attached programs find their maps when this process ends.
             set.programs.keep_maps();
             self.set = Some(set);
@@ -138,14 +131,8 @@ impl FastPath {
     }
 
     /// Loads and tests all programs, and fills maps that no program uses yet.
-    fn stage(
-        &mut self,
-        plan: &Plan,
-        config: &Config,
-        routes: &NextHops,
-        containers: &Containers,
-        report: &mut Report,
-    ) -> Result<OverlaySet> {
+    fn stage(&mut self, wanted: Wanted<'_>, report: &mut Report) -> Result<OverlaySet> {
+        let Wanted { plan, config, containers, .. } = wanted;
         let object = object()?;
         capabilities::check(capabilities::EBPF)?;
         let mut set = self.load_set(object, plan, config)?;
@@ -168,7 +155,7 @@ impl FastPath {
         if replaces && !set.has_earlier_maps() {
             // Not what another program changed.
             self.config = None;
-            self.fill(&mut set, plan, config, routes, report)?;
+            self.fill(&mut set, wanted, report)?;
             if let Some(why) = &report.routes_behind
                 && !set.is_full()
             {
@@ -262,14 +249,8 @@ impl FastPath {
     }
 
     /// Makes the maps of `set` what they should be.
-    fn fill(
-        &mut self,
-        set: &mut OverlaySet,
-        plan: &Plan,
-        config: &Config,
-        routes: &NextHops,
-        report: &mut Report,
-    ) -> Result<()> {
+    fn fill(&mut self, set: &mut OverlaySet, wanted: Wanted<'_>, report: &mut Report) -> Result<()> {
+        let Wanted { plan, config, routes, .. } = wanted;
         let first = plan.underlays.first().map(|link| link.index);
         let value =
             |link: &Link| Some((link.index, UnderlayValue::new(link.mac?, first == Some(link.index))));

@@ -144,7 +144,7 @@ mod tests {
 
     use super::*;
 
-    fn names(threads: &Threads) -> Vec<usize> {
+    fn loads(threads: &Threads) -> Vec<usize> {
         threads.threads.iter().map(Thread::load).collect()
     }
 
@@ -168,13 +168,13 @@ mod tests {
             });
             held.push((release, thread.await.unwrap()));
         }
-        assert!(names(&threads).iter().all(|load| *load == 4), "{:?}", names(&threads));
+        assert!(loads(&threads).iter().all(|load| *load == 4), "{:?}", loads(&threads));
         let mut ids: Vec<_> = held.iter().map(|(_, id)| format!("{id:?}")).collect();
         ids.sort();
         ids.dedup();
         assert_eq!(ids.len(), threads.threads.len());
         drop(held);
-        while names(&threads).iter().any(|load| *load > 0) {
+        while loads(&threads).iter().any(|load| *load > 0) {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }
