@@ -132,7 +132,10 @@ fn run_child(name: &str) -> Result<()> {
     let output = command.output().context("start a process for the test")?;
     let text = String::from_utf8_lossy(&output.stdout);
     if !output.status.success() || !text.contains("1 passed") {
-        bail!("{}\n{text}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
+        // Marked: they are not this program's own results.
+        let errors = String::from_utf8_lossy(&output.stderr);
+        let lines = text.lines().chain(errors.lines()).map(|line| format!("| {line}\n"));
+        bail!("{}\n{}", output.status, lines.collect::<String>());
     }
     Ok(())
 }
