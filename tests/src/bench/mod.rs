@@ -1,6 +1,8 @@
 //! Benchmarks of the agent: its control plane beside the limits that it has to meet, its datapath beside the alternatives, and what its
 //! restarts cost.
 
+#[cfg(test)]
+mod command_line;
 mod control;
 mod datapath;
 mod kernel_map;

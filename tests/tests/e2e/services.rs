@@ -8,6 +8,7 @@ mod udp;
 use std::{
     io::{Read as _, Write as _},
     net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket},
+    panic::resume_unwind,
     process::Command,
     sync::{
         Arc,
@@ -55,7 +56,36 @@ pub(crate) struct Scene {
     pub(crate) topology: Topology,
     // Behind the agents.
     pub(crate) cgroup: Cgroup,
-    directory: String,
+    pub(crate) directory: String,
+}
+
+/// Runs a command of an operator on the store in a directory.
+pub(crate) fn operate(store: &str, arguments: &[&str]) -> Result<String> {
+    let output = Command::new(binary()?).args(arguments).args(["--store", store]).output()?;
+    ensure!(
+        output.status.success(),
+        "overlay-agent {}: {}",
+        arguments.join(" "),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Runs `load` in threads while `work` is done. `load` returns when `stop` becomes true. Fails when one of it fails.
+pub(crate) fn under_load<T>(
+    stop: &AtomicBool,
+    load: &[&(dyn Fn() -> Result<()> + Sync)],
+    work: impl FnOnce() -> Result<T>,
+) -> Result<T> {
+    thread::scope(|scope| {
+        let threads: Vec<_> = load.iter().map(|load| scope.spawn(load)).collect();
+        let done = work();
+        stop.store(true, Ordering::Relaxed);
+        for thread in threads {
+            thread.join().unwrap_or_else(|panic| resume_unwind(panic)).context("under load")?;
+        }
+        done
+    })
 }
 
 impl Scene {
@@ -77,14 +107,7 @@ impl Scene {
 
     /// Runs a command of an operator on the store.
     pub(crate) fn operate(&self, arguments: &[&str]) -> Result<String> {
-        let output = Command::new(binary()?).args(arguments).args(["--store", &self.directory]).output()?;
-        ensure!(
-            output.status.success(),
-            "overlay-agent {}: {}",
-            arguments.join(" "),
-            String::from_utf8_lossy(&output.stderr)
-        );
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        operate(&self.directory, arguments)
     }
 
     /// Writes the service `shop/web` and its endpoints at these ports of pod B.

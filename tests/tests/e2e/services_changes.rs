@@ -15,7 +15,7 @@ use overlay_tests::sandbox::Sandbox;
 
 use crate::{
     machine::Need,
-    services::{CONFIG, Scene, Servers, TIMEOUT, ask, exchange, start},
+    services::{self, CONFIG, Scene, Servers, TIMEOUT, ask, exchange, start},
     suite::Suite,
     wait::wait_until,
 };
@@ -51,15 +51,7 @@ fn under_load<T>(scene: &Scene, vip: Ipv4Addr, work: impl FnOnce() -> Result<T>)
             Ok(())
         })?
     };
-    let done = thread::scope(|scope| {
-        let threads: Vec<_> = (0..2).map(|_| scope.spawn(connect)).collect();
-        let done = work();
-        stop.store(true, Ordering::Relaxed);
-        for thread in threads {
-            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)).context("under load")?;
-        }
-        done
-    })?;
+    let done = services::under_load(&stop, &[&connect, &connect], work)?;
     Ok((connections.into_inner().unwrap_or_else(PoisonError::into_inner), done))
 }
 

@@ -5,7 +5,6 @@ use std::{
     fs,
     net::{Ipv4Addr, SocketAddrV4, TcpStream, UdpSocket},
     path::PathBuf,
-    process::Command,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -20,7 +19,7 @@ use aya::programs::{
     loaded_programs,
 };
 use overlay_tests::{
-    agent::{Agent, Rung, Site, binary},
+    agent::{Agent, Rung, Site},
     netns::Netns,
     sandbox::Sandbox,
 };
@@ -28,7 +27,7 @@ use serde_json::Value;
 
 use crate::{
     machine::Need,
-    services::{CONFIG, Scene, Servers, TIMEOUT, ask, exchange},
+    services::{self, CONFIG, Scene, Servers, TIMEOUT, ask, exchange},
     suite::Suite,
     wait::wait_until,
 };
@@ -106,8 +105,6 @@ fn socket() -> Result<UdpSocket> {
 struct Stage {
     scene: Scene,
     site: Arc<Site>,
-    /// Of the store, for operators.
-    store: String,
     vip: Ipv4Addr,
     _servers: (Servers, UdpServers),
 }
@@ -119,13 +116,11 @@ impl Stage {
         let servers =
             (Servers::start(&b.pod, b.pod_address, &PORTS)?, UdpServers::start(&b.pod, b.pod_address)?);
         let site = Arc::clone(scene.agent.site());
-        let store =
-            scene.store.arguments(&scene.topology.a, Rung::Tc).get(1).cloned().context("the store")?;
         let arguments = arguments(&scene, "ebpf", "keep");
         scene.agent.stop()?;
         scene.agent = site.start(&arguments)?;
         scene.operate(&["service", "set", SERVICE])?;
-        let mut stage = Self { scene, site, store, vip: Ipv4Addr::UNSPECIFIED, _servers: servers };
+        let mut stage = Self { scene, site, vip: Ipv4Addr::UNSPECIFIED, _servers: servers };
         PORTS.into_iter().try_for_each(|port| stage.add(port))?;
         stage.vip = stage.scene.wait_for_name()?;
         wait_until("both endpoints are reached", || {
@@ -151,7 +146,7 @@ impl Stage {
         let address = self.scene.topology.b.pod_address.to_string();
         let (id, web, dns) = (format!("p{port}"), format!("web={port}"), format!("dns={port}"));
         let name = ["endpoint", "add", "shop/web", "--node", "b", "--id", &id, "--address", &address];
-        operate(&self.store, &[&name[..], &["--port", &web, "--port", &dns]].concat())
+        self.scene.operate(&[&name[..], &["--port", &web, "--port", &dns]].concat()).map(drop)
     }
 
     /// A change of the agent on host A: `work` gets the running one and returns the next.
@@ -202,13 +197,6 @@ fn arguments(scene: &Scene, lb: &str, on_exit: &str) -> Vec<String> {
     scene.store.arguments(&scene.topology.a, Rung::Tc).into_iter().chain(more).collect()
 }
 
-/// Runs a command of an operator on the store.
-fn operate(store: &str, arguments: &[&str]) -> Result<()> {
-    let output = Command::new(binary()?).args(arguments).args(["--store", store]).output()?;
-    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    Ok(())
-}
-
 /// Connects from the container of host A all the time, and with `sends` sends from new sockets and from one that stays, while `work` is done.
 /// Nothing may fail.
 fn under_load<T>(pod: &Netns, vip: Ipv4Addr, sends: bool, work: impl FnOnce() -> Result<T>) -> Result<T> {
@@ -233,15 +221,7 @@ fn under_load<T>(pod: &Netns, vip: Ipv4Addr, sends: bool, work: impl FnOnce() ->
             Ok(())
         })?
     };
-    let done = thread::scope(|scope| {
-        let threads = [scope.spawn(connect), scope.spawn(send)];
-        let done = work();
-        stop.store(true, Ordering::Relaxed);
-        for thread in threads {
-            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)).context("under load")?;
-        }
-        done
-    })?;
+    let done = services::under_load(&stop, &[&connect, &send], work)?;
     let (connections, datagrams) = (connections.into_inner(), datagrams.into_inner());
     println!("{connections} connections and {datagrams} exchanges of datagrams, none failed");
     ensure!(
@@ -260,7 +240,7 @@ fn taken_over(site: &Site) -> Result<String> {
 
 fn without_agent(sandbox: &Arc<Sandbox>) -> Result<()> {
     let mut stage = Stage::new(sandbox)?;
-    let (site, vip, store) = (Arc::clone(&stage.site), stage.vip, stage.store.clone());
+    let (site, vip, store) = (Arc::clone(&stage.site), stage.vip, stage.scene.directory.clone());
     let arguments = stage.arguments("ebpf", "keep");
     let status = stage.scene.services()?;
     ensure!(status.contains(r#""without_agent":{"forwards":true"#), "{status}");
@@ -320,7 +300,7 @@ fn without_agent(sandbox: &Arc<Sandbox>) -> Result<()> {
     // An endpoint leaves while no agent runs. Its connections stay, and are known when it comes back.
     stage = stage.replace(|agent| {
         agent.crash()?;
-        operate(&store, &["endpoint", "remove", "shop/web/b/p8081"])?;
+        services::operate(&store, &["endpoint", "remove", "shop/web/b/p8081"])?;
         let agent = site.start(&arguments)?;
         wait_until("the agent has taken over", || Ok(taken_over(&site).is_ok()))?;
         let line = taken_over(&site)?;

@@ -72,24 +72,19 @@ impl Options {
 
 #[cfg(test)]
 mod tests {
-    use clap::{CommandFactory, Parser};
-
     use super::*;
-    use crate::bench::datapath::{metric::Metric, system::System};
-
-    #[derive(Debug, Parser)]
-    struct Cli {
-        #[command(flatten)]
-        options: Options,
-    }
+    use crate::bench::{
+        command_line::{self, check},
+        datapath::{metric::Metric, system::System},
+    };
 
     fn parse(line: &str) -> Result<Options, clap::Error> {
-        Cli::try_parse_from(line.split_whitespace()).map(|cli| cli.options)
+        command_line::parse(line)
     }
 
     #[test]
     fn the_command_line_is_consistent() {
-        Cli::command().debug_assert();
+        check::<Options>();
         let options = parse("bench --only tcp1,xdp+flows --underlay wire --rounds 3").unwrap();
         assert_eq!((options.rounds(), options.underlays()), (3, [Underlay::Wire].as_slice()));
         assert_eq!(options.only.len(), 2);

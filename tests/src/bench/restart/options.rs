@@ -55,20 +55,13 @@ impl Options {
 
 #[cfg(test)]
 mod tests {
-    use clap::{CommandFactory, Parser};
-
     use super::*;
-
-    #[derive(Debug, Parser)]
-    struct Cli {
-        #[command(flatten)]
-        options: Options,
-    }
+    use crate::bench::command_line::{check, parse};
 
     #[test]
     fn the_command_line_is_consistent() {
-        Cli::command().debug_assert();
-        let parse = |line: &str| Cli::try_parse_from(line.split_whitespace()).map(|cli| cli.options);
+        check::<Options>();
+        let parse = parse::<Options>;
         assert_eq!(parse("bench").unwrap().events(), Event::ALL);
         let some = parse("bench --only upgrade,kill --rounds 2").unwrap();
         assert_eq!((some.events(), some.rounds), (vec![Event::Kill, Event::Upgrade], 2));

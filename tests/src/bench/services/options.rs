@@ -63,20 +63,13 @@ impl Options {
 
 #[cfg(test)]
 mod tests {
-    use clap::{CommandFactory, Parser};
-
     use super::*;
-
-    #[derive(Debug, Parser)]
-    struct Cli {
-        #[command(flatten)]
-        options: Options,
-    }
+    use crate::bench::command_line::{check, parse};
 
     #[test]
     fn the_command_line_is_consistent() {
-        Cli::command().debug_assert();
-        let parse = |line: &str| Cli::try_parse_from(line.split_whitespace()).map(|cli| cli.options);
+        check::<Options>();
+        let parse = parse::<Options>;
         let all = parse("bench").unwrap();
         assert!([Part::Traffic, Part::Dns, Part::Scale].into_iter().all(|part| all.includes(part)));
         let some = parse("bench --only dns,traffic --rounds 3").unwrap();
